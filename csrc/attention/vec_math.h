@@ -1,0 +1,133 @@
+// Vector building blocks of the attention kernels: the vector type, exp, dot product, buffers.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+namespace dvla_fast::attention {
+
+template <class acc_t>
+using Vec = at::vec::Vectorized<acc_t>;
+
+template <class acc_t>
+constexpr int64_t kLanes = Vec<acc_t>::size();
+
+// A tile is at most this many vectors wide, and kTileRows high: the sums fill the register file
+// (32 vector registers with AVX-512, 16 below) beside the operands.
+constexpr int64_t kMaxVecs = 3;
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kTileRows = 8;
+#else
+constexpr int kTileRows = 4;
+#endif
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class acc_t>
+constexpr int64_t padded(int64_t n) {
+  return ceil_div(n, kLanes<acc_t>) * kLanes<acc_t>;
+}
+
+// Calls f(std::integral_constant<int, vecs>{}) for vecs in 1..kMaxVecs.
+template <class F>
+inline void with_vecs(int64_t vecs, const F& f) {
+  static_assert(kMaxVecs == 3);
+  switch (vecs) {
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    default:
+      return f(std::integral_constant<int, 3>{});
+  }
+}
+
+inline Vec<double> exp_shifted(const Vec<double>& x) { return x.exp(); }
+
+// exp(x) within 2 units in the last place where the result is a normal number, 0 below, and NaN
+// where x is; meant for x <= 0 (a score less its maximum) or little above. exp x = 2^k exp r with
+// |r| <= ln 2 / 2, and a Taylor polynomial for exp r.
+inline Vec<float> exp_shifted(const Vec<float>& x) {
+  [[maybe_unused]] constexpr float kLog2e = 0x1.715476p0f;
+  [[maybe_unused]] constexpr float kLn2High = 0x1.62e4p-1f;  // 14 zero bits: k * kLn2High is exact
+  [[maybe_unused]] constexpr float kLn2Low = 0x1.7f7d1cp-20f;
+  [[maybe_unused]] constexpr float kSmallest = -87.33654f;  // log of the smallest normal number
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512 k = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(kLog2e)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 r = _mm512_fnmadd_ps(k, _mm512_set1_ps(kLn2Low),
+                                    _mm512_fnmadd_ps(k, _mm512_set1_ps(kLn2High), x));
+  __m512 sum = _mm512_set1_ps(1.0f / 720);
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 120));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 24));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 6));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.5f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
+  // "Not less, or unordered" keeps NaN.
+  const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kSmallest), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(keep, sum, k);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256 k = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(kLog2e)),
+                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 r = _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2Low),
+                                    _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2High), x));
+  __m256 sum = _mm256_set1_ps(1.0f / 720);
+  sum = _mm256_fmadd_ps(sum, r, _mm256_set1_ps(1.0f / 120));
+  sum = _mm256_fmadd_ps(sum, r, _mm256_set1_ps(1.0f / 24));
+  sum = _mm256_fmadd_ps(sum, r, _mm256_set1_ps(1.0f / 6));
+  sum = _mm256_fmadd_ps(sum, r, _mm256_set1_ps(0.5f));
+  sum = _mm256_fmadd_ps(sum, r, _mm256_set1_ps(1.0f));
+  sum = _mm256_fmadd_ps(sum, r, _mm256_set1_ps(1.0f));
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(k), _mm256_set1_epi32(127));
+  const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+  const __m256 keep = _mm256_cmp_ps(x, _mm256_set1_ps(kSmallest), _CMP_NLT_UQ);
+  // NaN in x reaches `sum`, whatever `power` is then.
+  return _mm256_and_ps(keep, _mm256_mul_ps(sum, power));
+#else
+  return x.exp();
+#endif
+}
+
+// Sum of a[i] b[i] over n values, n a multiple of the lanes.
+template <class acc_t>
+inline acc_t dot(const acc_t* a, const acc_t* b, int64_t n) {
+  Vec<acc_t> sum(acc_t(0));
+  for (int64_t i = 0; i < n; i += kLanes<acc_t>) {
+    sum = at::vec::fmadd(Vec<acc_t>::loadu(a + i), Vec<acc_t>::loadu(b + i), sum);
+  }
+  return at::vec::vec_reduce_all<acc_t>(
+      [](const Vec<acc_t>& x, const Vec<acc_t>& y) { return x + y; }, sum);
+}
+
+// to[i] += factor from[i] over n values, n a multiple of the lanes.
+template <class acc_t>
+inline void add_scaled(acc_t* to, const acc_t* from, acc_t factor, int64_t n) {
+  const Vec<acc_t> f(factor);
+  for (int64_t i = 0; i < n; i += kLanes<acc_t>) {
+    at::vec::fmadd(Vec<acc_t>::loadu(from + i), f, Vec<acc_t>::loadu(to + i)).store(to + i);
+  }
+}
+
+// Uninitialised scratch of one thread, aligned to a cache line.
+template <class acc_t>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n)
+      : data_(static_cast<acc_t*>(::operator new(n * sizeof(acc_t), kAlign))) {}
+  acc_t* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  struct Free {
+    void operator()(acc_t* p) const { ::operator delete(p, kAlign); }
+  };
+  std::unique_ptr<acc_t, Free> data_;
+};
+
+}  // namespace dvla_fast::attention

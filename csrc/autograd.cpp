@@ -1,0 +1,197 @@
+// Autograd of the ops on every device, in C++ because a Python autograd.Function costs more than
+// the small problems it would wrap. (torch.func transforms take the Python twin of these classes,
+// in dvla_fast/ops: functorch does not enter C++ ones.)
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/addcmul.h>
+#include <ATen/ops/mul.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<Tensor>;
+
+bool wants_grad(std::initializer_list<const Tensor*> tensors) {
+  if (!at::GradMode::is_enabled()) return false;
+  for (const Tensor* tensor : tensors) {
+    if (tensor->defined() && tensor->requires_grad()) return true;
+  }
+  return false;
+}
+
+Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
+
+OptionalTensor or_none(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+// First-order results: differentiating them again raises instead of giving a wrong number.
+variable_list first_order_only(variable_list grads, const char* op) {
+  if (!at::GradMode::is_enabled()) return grads;
+  for (Tensor& grad : grads) {
+    if (!grad.defined()) continue;
+    auto raise = std::make_shared<torch::autograd::DelayedError>(
+        std::string(op) + ": second derivatives are not implemented; use backend='reference'", 1);
+    grad = (*raise)({grad.detach().requires_grad_(true)})[0];
+  }
+  return grads;
+}
+
+// ---- beta_policy_forward
+
+using BetaResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using BetaSignature = BetaResult(const Tensor&, const OptionalTensor&, double,
+                                 const OptionalTensor&, const OptionalTensor&, bool);
+
+BetaResult call_beta(const Tensor& logits, const OptionalTensor& concentration, double value,
+                     const OptionalTensor& action_logit, const OptionalTensor& key, bool save) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("dvla_fast::beta_policy_forward", "")
+                             .typed<BetaSignature>();
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(logits, concentration, value, action_logit, key, save);
+}
+
+class BetaPolicy : public torch::autograd::Function<BetaPolicy> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& logits,
+                               const OptionalTensor& concentration, double value,
+                               const OptionalTensor& action_logit, const OptionalTensor& key) {
+    auto [alpha, action, log_prob, entropy, derivatives] =
+        call_beta(logits, concentration, value, action_logit, key, true);
+    ctx->save_for_backward({derivatives});
+    ctx->mark_non_differentiable({alpha, action, derivatives});
+    if (concentration) ctx->saved_data["kappa_shape"] = concentration->sym_sizes();
+    return {alpha, action, log_prob, entropy, derivatives};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    return first_order_only(chain_rule(ctx, grads), "beta_policy");
+  }
+
+ private:
+  static variable_list chain_rule(AutogradContext* ctx, const variable_list& grads) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const Tensor derivatives = ctx->get_saved_variables()[0];
+    const Tensor &by_log_prob = grads[2], &by_entropy = grads[3];
+    const auto chain = [&](int row) {
+      Tensor sum;
+      if (by_log_prob.defined()) sum = at::mul(derivatives.select(0, row), by_log_prob);
+      if (!by_entropy.defined()) return sum;
+      const Tensor slope = derivatives.select(0, row + 1);
+      return sum.defined() ? at::addcmul(sum, slope, by_entropy) : at::mul(slope, by_entropy);
+    };
+    variable_list out(5);
+    if (ctx->needs_input_grad(0)) out[0] = chain(0);
+    const auto shape = ctx->saved_data.find("kappa_shape");
+    if (shape != ctx->saved_data.end() && ctx->needs_input_grad(1)) {
+      const Tensor grad = chain(2);
+      if (grad.defined()) out[1] = at::sum_to(grad, shape->second.toSymIntVector());
+    }
+    return out;
+  }
+};
+
+BetaResult beta_policy_autograd(const Tensor& logits, const OptionalTensor& concentration,
+                                double value, const OptionalTensor& action_logit,
+                                const OptionalTensor& key, bool save) {
+  const Tensor kappa = or_undefined(concentration);
+  if (save || !wants_grad({&logits, &kappa})) {
+    return call_beta(logits, concentration, value, action_logit, key, save);
+  }
+  const auto out = BetaPolicy::apply(logits, concentration, value, action_logit, key);
+  return {out[0], out[1], out[2], out[3], out[4]};
+}
+
+// ---- dual_attention_forward
+
+using AttentionResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using AttentionSignature = AttentionResult(const Tensor&, const Tensor&, const Tensor&,
+                                           const Tensor&, const Tensor&, const Tensor&,
+                                           const OptionalTensor&, const OptionalTensor&, double,
+                                           bool);
+using AttentionGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using AttentionBackwardSignature = AttentionGrads(const Tensor&, const Tensor&, const Tensor&,
+                                                  const Tensor&, const Tensor&, const Tensor&,
+                                                  const Tensor&, const OptionalTensor&,
+                                                  const OptionalTensor&, const Tensor&,
+                                                  const Tensor&, const Tensor&, const Tensor&,
+                                                  double);
+
+AttentionResult call_attention(const Tensor& query, const Tensor& image_key,
+                               const Tensor& image_value, const Tensor& text_key,
+                               const Tensor& text_value, const Tensor& alpha,
+                               const OptionalTensor& image_mask, const OptionalTensor& text_mask,
+                               double scale, bool save) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("dvla_fast::dual_attention_forward", "")
+                             .typed<AttentionSignature>();
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask,
+                 scale, save);
+}
+
+class DualAttention : public torch::autograd::Function<DualAttention> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& query, const Tensor& image_key,
+                               const Tensor& image_value, const Tensor& text_key,
+                               const Tensor& text_value, const Tensor& alpha,
+                               const OptionalTensor& image_mask, const OptionalTensor& text_mask,
+                               double scale) {
+    auto [out, image_out, text_out, image_lse, text_lse] =
+        call_attention(query, image_key, image_value, text_key, text_value, alpha, image_mask,
+                       text_mask, scale, true);
+    ctx->save_for_backward({query, image_key, image_value, text_key, text_value, alpha,
+                            or_undefined(image_mask), or_undefined(text_mask), image_out, text_out,
+                            image_lse, text_lse});
+    ctx->saved_data["scale"] = scale;
+    ctx->mark_non_differentiable({image_out, text_out, image_lse, text_lse});
+    return {out, image_out, text_out, image_lse, text_lse};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    return first_order_only(call_backward(ctx, grads[0]), "dual_attention");
+  }
+
+ private:
+  static variable_list call_backward(AutogradContext* ctx, const Tensor& grad_out) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("dvla_fast::dual_attention_backward", "")
+                               .typed<AttentionBackwardSignature>();
+    at::AutoDispatchBelowADInplaceOrView below;
+    const auto s = ctx->get_saved_variables();
+    auto [query, image_key, image_value, text_key, text_value, alpha] =
+        op.call(grad_out, s[0], s[1], s[2], s[3], s[4], s[5], or_none(s[6]), or_none(s[7]), s[8],
+                s[9], s[10], s[11], ctx->saved_data["scale"].toDouble());
+    return {query, image_key, image_value, text_key, text_value,
+            alpha, Tensor(),  Tensor(),    Tensor()};
+  }
+};
+
+AttentionResult dual_attention_autograd(const Tensor& query, const Tensor& image_key,
+                                        const Tensor& image_value, const Tensor& text_key,
+                                        const Tensor& text_value, const Tensor& alpha,
+                                        const OptionalTensor& image_mask,
+                                        const OptionalTensor& text_mask, double scale, bool save) {
+  if (save || !wants_grad({&query, &image_key, &image_value, &text_key, &text_value, &alpha})) {
+    return call_attention(query, image_key, image_value, text_key, text_value, alpha, image_mask,
+                          text_mask, scale, save);
+  }
+  const auto out = DualAttention::apply(query, image_key, image_value, text_key, text_value, alpha,
+                                        image_mask, text_mask, scale);
+  return {out[0], out[1], out[2], out[3], out[4]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dvla_fast, Autograd, m) {
+  m.impl("beta_policy_forward", &beta_policy_autograd);
+  m.impl("dual_attention_forward", &dual_attention_autograd);
+}

@@ -1,0 +1,268 @@
+// The policy on CPU: blocks of elements, each stage a loop that vectorises.
+//
+// A block goes through: mean and shapes (double) -> draw of the action (dtype of the logits; the
+// few refused proposals are gathered and proposed again) -> densities and derivatives (double).
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "beta/beta_math.h"
+#include "beta/beta_policy.h"
+
+namespace dvla_fast {
+namespace {
+
+constexpr int kBlock = 256;
+constexpr std::int64_t kGrain = 8 * kBlock;
+
+enum Invalid : int { kValid = 0, kBadLogit = 1, kBadKappa = 2, kBadAction = 4 };
+
+template <class T>
+DVLA_HD T saturate(double x) {
+  constexpr double limit = Format<T>::largest;
+  return static_cast<T>(min_(max_(x, -limit), limit));
+}
+
+constexpr int padded(int count) { return std::min(kBlock, (count + 15) / 16 * 16); }
+
+// One block in flight. Lanes beyond `count`, up to the padding, hold a harmless policy.
+template <class T>
+struct Block {
+  std::int64_t start;
+  int count;
+  alignas(64) double logit[kBlock];
+  alignas(64) double kappa[kBlock];
+  alignas(64) double log_kappa[kBlock];
+  alignas(64) T action[kBlock];
+};
+
+template <class T>
+int load(Block<T>& block, const BetaBuffers<T>& io, std::int64_t start) {
+  block.start = start;
+  block.count = static_cast<int>(std::min<std::int64_t>(kBlock, io.n - start));
+  int nan_logits = 0, bad_kappas = 0;
+  for (int i = 0; i < block.count; ++i) {
+    const T x = io.logits[start + i];
+    block.logit[i] = static_cast<double>(x);
+    nan_logits |= x != x;
+  }
+  for (int i = block.count; i < padded(block.count); ++i) block.logit[i] = 0.0;
+  std::fill_n(block.kappa, padded(block.count), io.kappa_value);
+  if (io.kappa != nullptr) {
+    for (int i = 0; i < block.count; ++i) {
+      const T k = io.kappa[start + i];
+      block.kappa[i] = static_cast<double>(k);
+      bad_kappas |= !(k > T(0) && k <= Format<T>::largest);
+    }
+#pragma omp simd
+    for (int i = 0; i < padded(block.count); ++i) block.log_kappa[i] = log_(block.kappa[i]);
+  } else {
+    std::fill_n(block.log_kappa, padded(block.count), log_(io.kappa_value));
+  }
+  return (nan_logits ? kBadLogit : kValid) | (bad_kappas ? kBadKappa : kValid);
+}
+
+// The Gamma shapes of a block, and the proposals accepted so far.
+template <class T>
+struct Gammas {
+  alignas(64) T a[kBlock], b[kBlock];
+  alignas(64) T d_a[kBlock], c_a[kBlock], d_b[kBlock], c_b[kBlock];
+  alignas(64) T log1p_a[kBlock], log1p_b[kBlock];
+  bool open_a[kBlock], open_b[kBlock];
+};
+
+template <class T>
+struct Proposals {
+  alignas(64) T log1p_a[kBlock], log1p_b[kBlock], margin_a[kBlock], margin_b[kBlock];
+};
+
+template <class T>
+void propose_lanes(Proposals<T>& out, const Gammas<T>& gammas, const int* lanes, int count,
+                   const Stream& stream, Element first, std::uint32_t attempt) {
+#pragma omp simd
+  for (int j = 0; j < padded(count); ++j) {
+    const int lane = lanes[j];
+    const Proposal<T> made =
+        propose<T>(stream, {first.low + static_cast<std::uint32_t>(lane), first.high}, attempt,
+                   {gammas.d_a[lane], gammas.c_a[lane]}, {gammas.d_b[lane], gammas.c_b[lane]});
+    out.log1p_a[j] = made.log1p_a;
+    out.log1p_b[j] = made.log1p_b;
+    out.margin_a[j] = made.margin_a;
+    out.margin_b[j] = made.margin_b;
+  }
+}
+
+// Keeps what is accepted and returns how many lanes still wait, moved to the front of `lanes`.
+template <class T>
+int accept(Gammas<T>& gammas, const Proposals<T>& made, int* lanes, int count) {
+  int waiting = 0;
+  for (int j = 0; j < count; ++j) {
+    const int lane = lanes[j];
+    const bool take_a = gammas.open_a[lane] && made.margin_a[j] > T(0);
+    const bool take_b = gammas.open_b[lane] && made.margin_b[j] > T(0);
+    gammas.log1p_a[lane] = take_a ? made.log1p_a[j] : gammas.log1p_a[lane];
+    gammas.log1p_b[lane] = take_b ? made.log1p_b[j] : gammas.log1p_b[lane];
+    gammas.open_a[lane] = gammas.open_a[lane] && !take_a;
+    gammas.open_b[lane] = gammas.open_b[lane] && !take_b;
+    lanes[waiting] = lane;
+    waiting += gammas.open_a[lane] || gammas.open_b[lane];
+  }
+  return waiting;
+}
+
+template <class T>
+void sample(Block<T>& block, const Stream& stream) {
+  Gammas<T> gammas;
+  Proposals<T> made;
+  int lanes[kBlock];
+  const int width = padded(block.count);
+#pragma omp simd
+  for (int i = 0; i < width; ++i) {
+    const Policy policy = make_policy(block.logit[i], block.kappa[i], block.log_kappa[i]);
+    const T a = static_cast<T>(policy.kappa * policy.p);
+    const T b = static_cast<T>(policy.kappa * policy.q);
+    const GammaShape<T> shape_a = gamma_shape(a), shape_b = gamma_shape(b);
+    gammas.a[i] = a, gammas.b[i] = b;
+    gammas.d_a[i] = shape_a.d, gammas.c_a[i] = shape_a.c;
+    gammas.d_b[i] = shape_b.d, gammas.c_b[i] = shape_b.c;
+    gammas.log1p_a[i] = gammas.log1p_b[i] = T(0);
+    gammas.open_a[i] = gammas.open_b[i] = true;
+    lanes[i] = i;
+  }
+  // A block starts at a multiple of its size: adding a lane never carries into the high half.
+  const auto start = static_cast<std::uint64_t>(block.start);
+  const Element first{static_cast<std::uint32_t>(start), static_cast<std::uint32_t>(start >> 32)};
+  std::uint32_t attempt = 0;
+  for (int waiting = block.count; waiting > 0; ++attempt) {
+    for (int j = waiting; j < padded(waiting); ++j) lanes[j] = 0;
+    propose_lanes(made, gammas, lanes, waiting, stream, first, attempt);
+    waiting = accept(gammas, made, lanes, waiting);
+  }
+#pragma omp simd
+  for (int i = 0; i < width; ++i) {
+    block.action[i] = action_of(gammas.d_a[i], gammas.d_b[i], gammas.log1p_a[i], gammas.log1p_b[i]);
+  }
+  int boosted = 0;
+  for (int i = 0; i < block.count; ++i) {
+    lanes[boosted] = i;
+    boosted += (gammas.a[i] < T(1)) | (gammas.b[i] < T(1));
+  }
+#pragma omp simd
+  for (int j = 0; j < boosted; ++j) {
+    const int lane = lanes[j];
+    block.action[lane] +=
+        boost_of<T>(stream, {first.low + static_cast<std::uint32_t>(lane), first.high},
+                    gammas.a[lane], gammas.b[lane]);
+  }
+}
+
+template <class T>
+int set_action(Block<T>& block, const BetaBuffers<T>& io, const Stream* stream) {
+  if (stream != nullptr) {
+    sample(block, *stream);
+    return kValid;
+  }
+  int nan_actions = 0;
+  for (int i = 0; i < padded(block.count); ++i) {
+    block.action[i] = static_cast<T>(block.logit[i]);
+    if (io.given_action == nullptr || i >= block.count) continue;
+    const T x = io.given_action[block.start + i];
+    block.action[i] = min_(max_(x, -Format<T>::largest), Format<T>::largest);
+    nan_actions |= x != x;
+  }
+  return nan_actions ? kBadAction : kValid;
+}
+
+// Densities of a whole block into `out`, row after row: alpha, log_prob, entropy, derivatives.
+template <class T, bool kKappaVaries, bool kSave>
+void evaluate(const Block<T>& block, const Whole& whole, T (*out)[kBlock]) {
+  // Scalars, not the struct: a struct copied inside the loop keeps it from vectorising.
+  const double delta = whole.delta, epsilon = whole.epsilon, tau = whole.tau;
+  const double trigamma = whole.trigamma;
+#pragma omp simd
+  for (int i = 0; i < padded(block.count); ++i) {
+    const double kappa = block.kappa[i], log_kappa = block.log_kappa[i];
+    const Policy policy = make_policy(block.logit[i], kappa, log_kappa);
+    Whole at_kappa{delta, epsilon, tau, trigamma};
+    if constexpr (kKappaVaries) at_kappa = whole_remainders(kappa, log_kappa);
+    const Step step =
+        policy_step<sizeof(T) == 8>(policy, at_kappa, static_cast<double>(block.action[i]));
+    out[0][i] = static_cast<T>(step.alpha);
+    out[1][i] = saturate<T>(step.log_prob);
+    out[2][i] = saturate<T>(step.entropy);
+    if constexpr (kSave) {
+      out[3][i] = saturate<T>(step.log_prob_by_logit);
+      out[4][i] = saturate<T>(step.entropy_by_logit);
+    }
+    if constexpr (kSave && kKappaVaries) {
+      out[5][i] = saturate<T>(step.log_prob_by_kappa);
+      out[6][i] = saturate<T>(step.entropy_by_kappa);
+    }
+  }
+}
+
+template <class T>
+void store(const Block<T>& block, const BetaBuffers<T>& io, T (*out)[kBlock], int rows) {
+  const std::size_t bytes = sizeof(T) * static_cast<std::size_t>(block.count);
+  std::memcpy(io.alpha + block.start, out[0], bytes);
+  std::memcpy(io.action + block.start, block.action, bytes);
+  std::memcpy(io.log_prob + block.start, out[1], bytes);
+  std::memcpy(io.entropy + block.start, out[2], bytes);
+  for (int row = 0; row < rows; ++row) {
+    std::memcpy(io.derivatives + row * io.n + block.start, out[3 + row], bytes);
+  }
+}
+
+template <class T>
+int run(const BetaBuffers<T>& io, const Stream* stream) {
+  const bool varies = io.kappa != nullptr, save = io.derivatives != nullptr;
+  const auto kernel = varies ? (save ? evaluate<T, true, true> : evaluate<T, true, false>)
+                             : (save ? evaluate<T, false, true> : evaluate<T, false, false>);
+  const Whole whole = whole_remainders(io.kappa_value, log_(io.kappa_value));
+  std::atomic<int> invalid{kValid};
+  at::parallel_for(0, (io.n + kBlock - 1) / kBlock, kGrain / kBlock, [&](auto begin, auto end) {
+    Block<T> block;
+    alignas(64) T out[7][kBlock];
+    for (auto index = begin; index < end; ++index) {
+      int found = load(block, io, index * kBlock);
+      if (found == kValid) found = set_action(block, io, stream);
+      if (found != kValid) {
+        invalid.fetch_or(found);
+        return;
+      }
+      kernel(block, whole, out);
+      store(block, io, out, save ? (varies ? 4 : 2) : 0);
+    }
+  });
+  return invalid.load();
+}
+
+template <class T>
+BetaResult forward(const BetaCall& call, const std::int64_t* key) {
+  const Stream stream = key ? stream_of(key[0], key[1]) : Stream{};
+  const int invalid = run(call.buffers<T>(), key ? &stream : nullptr);
+  TORCH_CHECK_VALUE(!(invalid & kBadLogit), "logits: NaN found");
+  TORCH_CHECK_VALUE(!(invalid & kBadKappa), "concentration: expected positive finite values");
+  TORCH_CHECK_VALUE(!(invalid & kBadAction), "action_logit: NaN found");
+  return call.result();
+}
+
+}  // namespace
+
+BetaResult beta_policy_forward_cpu(const at::Tensor& logits,
+                                   const std::optional<at::Tensor>& concentration,
+                                   double concentration_value,
+                                   const std::optional<at::Tensor>& action_logit,
+                                   const std::optional<at::Tensor>& key, bool save) {
+  const BetaCall call(logits, concentration, concentration_value, action_logit, save);
+  const std::int64_t* words = key_of(key, action_logit);
+  if (logits.scalar_type() == at::kDouble) return forward<double>(call, words);
+  TORCH_CHECK_TYPE(logits.scalar_type() == at::kFloat, "logits: expected float32 or float64, got ",
+                   logits.scalar_type());
+  return forward<float>(call, words);
+}
+
+}  // namespace dvla_fast

@@ -1,0 +1,38 @@
+"""dvla_fast: fused kernels and drop-in modules for DVLA-RL few-shot image classification."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from dvla_fast.backends import get_backend, set_backend
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "RLAGate": "dvla_fast.nn",
+    "GateOutput": "dvla_fast.nn",
+    "DVLA": "dvla_fast.nn",
+    "ReinforceLoss": "dvla_fast.rl",
+    "build_info": "dvla_fast._extension",
+    "functional": "",
+    "distributions": "",
+    "nn": "",
+    "rl": "",
+}
+
+__all__ = ["__version__", "get_backend", "set_backend", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    """Resolves public names on first use, so that ``import dvla_fast`` costs little beside torch."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'dvla_fast' has no attribute {name!r}")
+    module = _LAZY[name]
+    value = (
+        getattr(importlib.import_module(module), name)
+        if module
+        else importlib.import_module(f"dvla_fast.{name}")
+    )
+    globals()[name] = value
+    return value

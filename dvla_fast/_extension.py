@@ -1,0 +1,144 @@
+"""Loads the native parts once: CPU kernels for this machine's instruction set, autograd, CUDA.
+
+``problem`` is ``None`` when the CPU kernels run, else the reason in one line. An installation
+without a compiler is legitimate and falls back to plain PyTorch with one warning; an extension
+built against another torch is broken and raises at the first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import platform
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from dvla_fast.errors import BackendError
+from dvla_fast.ops import schemas
+
+_LIBRARIES = Path(__file__).parent / "lib"
+
+problem: str | None = None
+capability: str | None = None
+has_autograd = False
+has_cuda = False
+
+
+def _import_build_info() -> ModuleType | None:
+    if importlib.util.find_spec("dvla_fast._build_info") is None:
+        return None
+    return importlib.import_module("dvla_fast._build_info")
+
+
+def _choose_capability(info: ModuleType) -> str:
+    """The best instruction set built that this CPU runs, or the one asked for."""
+    asked = os.environ.get("DVLA_FAST_CPU_CAPABILITY")
+    if asked is None:
+        return str(info.cpu_capability())
+    if asked not in info.cpu_capabilities:
+        raise ValueError(
+            f"DVLA_FAST_CPU_CAPABILITY={asked!r}: built are {list(info.cpu_capabilities)}"
+        )
+    return asked
+
+
+def _load() -> None:
+    global problem, capability, has_autograd, has_cuda
+    info = _import_build_info()
+    if info is None:
+        problem = "the C++ extension is not built (`dvla-fast doctor` tells how to get it)"
+        warnings.warn(
+            f"dvla_fast: {problem}; using plain PyTorch, which is slower", RuntimeWarning, 2
+        )
+        return
+    if info.torch_version != torch.__version__:
+        raise BackendError(
+            f"dvla_fast was built against torch {info.torch_version} and meets torch"
+            f" {torch.__version__}; build it again: pip install --no-build-isolation -e . (or set"
+            " DVLA_FAST_BACKEND=reference to run without the extension)"
+        )
+    capability = _choose_capability(info)
+    torch.ops.load_library(_LIBRARIES / f"libdvla_fast_{capability}.so")
+    torch.ops.load_library(_LIBRARIES / "libdvla_fast_autograd.so")
+    has_autograd = True
+    if info.cuda_architectures and torch.version.cuda and torch.cuda.is_available():
+        torch.ops.load_library(_LIBRARIES / "libdvla_fast_cuda.so")
+        has_cuda = True
+
+
+def needs_python_autograd() -> bool:
+    """Whether the ops' gradients must come from Python: no extension, or a torch.func transform.
+
+    functorch does not enter C++ autograd functions, which are otherwise several times faster.
+    """
+    return not has_autograd or _functorch_active()
+
+
+def _functorch_active() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+@functools.cache
+def triton_available() -> bool:
+    """Whether Triton is installed; importing it is left to the first kernel."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def beta_problem(device: torch.device) -> str | None:
+    """Why the compiled ``beta_policy`` cannot run on a device, or ``None``."""
+    if device.type == "cpu":
+        return problem
+    if device.type == "cuda":
+        return None if has_cuda else "the extension was built without CUDA"
+    return f"no kernel for {device.type}"
+
+
+def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run on a device and dtype, or ``None``."""
+    if device.type != "cuda":
+        return "the inputs are not on a CUDA device"
+    if dtype == torch.float64:
+        return "the Triton kernels have no float64"
+    return None if triton_available() else "Triton is not installed"
+
+
+def build_info() -> dict[str, Any]:
+    """What is installed and what will run: versions, instruction sets, CUDA targets, problems.
+
+    Returns:
+        A flat dictionary of strings, lists and ``None``; printed by ``dvla-fast doctor``.
+    """
+    from dvla_fast import __version__, backends
+
+    info = _import_build_info()
+    return {
+        "dvla_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "built_against_torch": getattr(info, "torch_version", None),
+        "compiler": getattr(info, "compiler", None),
+        "cpu_capabilities": list(getattr(info, "cpu_capabilities", [])),
+        "cpu_capability": capability,
+        "cuda_architectures": list(getattr(info, "cuda_architectures", [])),
+        "cuda_compiler": getattr(info, "cuda_compiler", None) or None,
+        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "triton": triton_available(),
+        "threads": torch.get_num_threads(),
+        "forced_backend": backends.get_backend(),
+        "problem": problem,
+    }
+
+
+if os.environ.get("DVLA_FAST_BACKEND") == "reference":
+    problem = "DVLA_FAST_BACKEND=reference"
+else:
+    _load()
+
+assert schemas.LIBRARY is not None  # the op schemas exist before any implementation is bound

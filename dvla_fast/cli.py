@@ -1,0 +1,268 @@
+"""The ``dvla-fast`` command line: one function per subcommand over typed configurations.
+
+Exit status: 0 done, 1 failed, 2 wrong usage. A failure is one line that says what to do; the
+traceback comes with ``--debug``. Only the subcommand that runs imports what it needs, so ``--help``
+is quick and ``doctor`` works on an incomplete installation.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dvla_fast.errors import DVLAError, MissingDependencyError
+
+
+@dataclass(frozen=True)
+class _Command:
+    summary: str
+    config: str
+    examples: str
+
+
+_COMMANDS = {
+    "demo": _Command(
+        "learn to read digits never seen in training, in minutes on a CPU",
+        "DemoRun",
+        """  dvla-fast demo
+  dvla-fast demo --quick
+  dvla-fast demo --seed 1 --output runs/my-demo
+  dvla-fast demo --resume --output runs/my-demo""",
+    ),
+    "pretrain": _Command(
+        "pre-train a backbone on base classes",
+        "PretrainRun",
+        """  dvla-fast pretrain --output runs/backbone
+  dvla-fast pretrain --data.dataset photos/ --data.image_size 84 --pretrain.flip true
+  dvla-fast pretrain --config runs/backbone/config.yaml --seed 1
+  dvla-fast pretrain --resume --output runs/backbone""",
+    ),
+    "metatune": _Command(
+        "meta-tune gates and backbone on episodes, with REINFORCE",
+        "MetatuneRun",
+        """  dvla-fast metatune --checkpoint runs/backbone/checkpoints/pretrain-best.safetensors
+  dvla-fast metatune --checkpoint PRE.safetensors --metatune.shots [5] --metatune.epochs 40
+  dvla-fast metatune --checkpoint PRE.safetensors --data.dataset photos/ --semantics.bank bank.json
+  dvla-fast metatune --resume --output runs/tuned""",
+    ),
+    "evaluate": _Command(
+        "evaluate a checkpoint on episodes of novel classes",
+        "EvaluateRun",
+        """  dvla-fast evaluate --checkpoint runs/tuned/checkpoints/metatune-best.safetensors
+  dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.shots [5] --evaluate.episodes 2000
+  dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.split monitor""",
+    ),
+    "doctor": _Command("say what is installed, what runs here, and how to fix it", "", ""),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0 done, 1 failed, 2 wrong usage."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        return _dispatch(given)
+    except SystemExit as stop:  # from the argument parser: --help (0) or wrong usage (2)
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        return _fail("interrupted; continue with --resume and the same --output")
+    except DVLAError as error:
+        if debug:
+            raise
+        from dvla_fast.engine.config import UsageError
+
+        return _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+    except Exception as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split()) or "no message"
+        return _fail(f"{type(error).__name__}: {message} (--debug shows the traceback)")
+
+
+def _fail(message: str, status: int = 1) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _dispatch(given: list[str]) -> int:
+    if not given or given[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if given else 2
+    if given[0] == "--version":
+        from dvla_fast import __version__
+
+        print(f"dvla-fast {__version__}")
+        return 0
+    name, rest = given[0], given[1:]
+    if name not in _COMMANDS:
+        near = difflib.get_close_matches(name, _COMMANDS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return _fail(f"no command {name!r}{hint} Choose one of {', '.join(_COMMANDS)}", 2)
+    if name == "doctor":
+        return _doctor(rest)
+    config = _parse(name, rest)
+    if not config.output:
+        config.output = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        return _RUNNERS[name](config)
+    except KeyboardInterrupt:
+        if not Path(config.output, "config.yaml").exists():
+            raise
+        return _fail(f"interrupted; continue: dvla-fast {name} --resume --output {config.output}")
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {name:<10} {command.summary}" for name, command in _COMMANDS.items())
+    return (
+        "usage: dvla-fast COMMAND [options]\n\n"
+        "Few-shot image classification with text, gated by reinforcement learning (DVLA-RL).\n\n"
+        f"commands:\n{rows}\n\n"
+        "options of every command: --help (with examples), --debug (tracebacks);\n"
+        "of every run: --config FILE.yaml, --seed N, --output FOLDER, --resume\n\n"
+        "examples:\n  dvla-fast demo --quick\n  dvla-fast pretrain --help\n  dvla-fast --version"
+    )
+
+
+def _doctor(rest: list[str]) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="dvla-fast doctor",
+        description=_COMMANDS["doctor"].summary,
+        epilog="example:\n  dvla-fast doctor",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args(rest)
+    from dvla_fast.doctor import report
+
+    text, healthy = report()
+    print(text)
+    return 0 if healthy else 1
+
+
+def _parse(name: str, rest: list[str]) -> Any:
+    """Turn arguments into the command's configuration.
+
+    Defaults come from the dataclasses; over them, when resuming, the configuration of the run
+    folder; over that, ``--config``; and over all, the options on the command line.
+    """
+    from dvla_fast.engine import config as configuration
+    from dvla_fast.engine.logging import read_config
+
+    cls = getattr(configuration, _COMMANDS[name].config)
+    default = cls()
+    if name == "demo":
+        from dvla_fast.engine.config import demo_config
+
+        default = demo_config(quick="--quick" in rest)
+    parsed = _parse_with(name, rest, cls, default)
+    if not parsed.resume:
+        return parsed
+    if not parsed.output:
+        raise configuration.UsageError(
+            f"--resume needs --output, the folder of the run to continue: dvla-fast {name} "
+            "--resume --output runs/..."
+        )
+    saved = configuration.from_mapping(cls, read_config(parsed.output), parsed.output)
+    return _parse_with(name, rest, cls, saved)
+
+
+def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
+    import argparse
+
+    try:
+        from jsonargparse import ArgumentParser
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"'dvla-fast {name}' needs jsonargparse, which is not installed; run "
+            "pip install 'dvla-fast[train]'"
+        ) from error
+    from dvla_fast.engine.config import add_arguments, from_mapping
+
+    command = _COMMANDS[name]
+
+    class Formatter(argparse.RawDescriptionHelpFormatter):
+        """Keeps the examples' line breaks; the defaults are already in each help text."""
+
+    parser = ArgumentParser(
+        prog=f"dvla-fast {name}",
+        description=f"dvla-fast {name}: {command.summary}",
+        epilog=f"examples:\n{command.examples}",
+        formatter_class=Formatter,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    add_arguments(parser, cls, default)
+    values = parser.parse_args(rest).as_dict()
+    values.pop("config", None)
+    values.pop("debug", None)
+    return from_mapping(cls, values, "command line")
+
+
+def _demo(config: Any) -> int:
+    from dvla_fast.engine.demo import result_table, run_demo
+
+    print(
+        "DVLA-RL on real handwritten digits: train on 0 2 4 6 8, then tell 1 3 5 7 9 apart from "
+        f"a few examples each\nrun folder: {config.output}",
+        file=sys.stderr,
+        flush=True,
+    )
+    summary = run_demo(config)
+    print()
+    print(result_table(summary["results"]))
+    print()
+    print(f"run folder  {summary['folder']}")
+    print(f"picture     {summary['picture']}")
+    print(f"time        {summary['seconds']:.0f} s on {summary['device']}")
+    return 0
+
+
+def _pretrain(config: Any) -> int:
+    from dvla_fast.engine.pretrain import run_pretrain
+
+    summary = run_pretrain(config)
+    print(
+        f"1-shot accuracy on {summary['monitor']}: {summary['monitor_episode_accuracy']:.2%}\n"
+        f"run folder  {config.output}\n"
+        f"next        dvla-fast metatune --checkpoint {summary['checkpoint']}"
+    )
+    return 0
+
+
+def _metatune(config: Any) -> int:
+    from dvla_fast.engine.metatune import run_metatune
+
+    summary = run_metatune(config)
+    print(
+        f"accuracy on {summary['monitor']}: {summary['monitor_accuracy']:.2%}\n"
+        f"run folder  {config.output}\n"
+        f"next        dvla-fast evaluate --checkpoint {summary['checkpoint']}"
+    )
+    return 0
+
+
+def _evaluate(config: Any) -> int:
+    from dvla_fast.engine.demo import result_table
+    from dvla_fast.engine.evaluate import run_evaluate
+
+    summary = run_evaluate(config)
+    print(result_table(summary["results"]))
+    print(f"\nsummary     {config.output}/summary.json")
+    return 0
+
+
+_RUNNERS = {
+    "demo": _demo,
+    "pretrain": _pretrain,
+    "metatune": _metatune,
+    "evaluate": _evaluate,
+}

@@ -1,0 +1,130 @@
+"""Seeded few-shot episodes: which classes, which support images, which queries.
+
+Episode number i of a seed is always the same, whatever the batch size, the machine, or the
+episodes drawn before it. So every method of a comparison meets the same episodes, and a run
+that is resumed needs only a counter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvla_fast.data.images import ImageSet
+from dvla_fast.errors import DataError
+
+# Episodes are drawn in blocks of this many, each from its own counter-based stream: a whole block
+# is one vectorised draw, and any block can be drawn without those before it. Part of the meaning
+# of a seed: never change it.
+_BLOCK = 128
+
+
+class EpisodeBatch(NamedTuple):
+    """Index tensors of E episodes (int64); images are class by class inside an episode.
+
+    classes (E, way): class of each episode label; support, support_labels (E, way * shot);
+    query, query_labels (E, way * query): positions in the image set, and labels in [0, way).
+    """
+
+    classes: Tensor
+    support: Tensor
+    support_labels: Tensor
+    query: Tensor
+    query_labels: Tensor
+
+    def to(self, device: torch.device | str) -> EpisodeBatch:
+        """Return a copy on another device."""
+        return EpisodeBatch(*(tensor.to(device) for tensor in self))
+
+
+class EpisodeSampler:
+    """Draws N-way K-shot episodes without replacement from an image set.
+
+    Args:
+        images: where to draw from.
+        way, shot, query: classes of an episode, and supports and queries of a class.
+        seed: fixes the whole (endless) list of episodes.
+
+    Raises:
+        DataError: fewer classes than ``way``, or a class with fewer than shot + query images.
+    """
+
+    def __init__(self, images: ImageSet, way: int, shot: int, query: int, seed: int) -> None:
+        for name, value in (("way", way), ("shot", shot), ("query", query)):
+            if value < 1:
+                raise DataError(f"{name} must be at least 1, got {value}")
+        labels = images.labels.cpu().numpy()
+        counts = np.bincount(labels, minlength=len(images.class_names))
+        if len(counts) < way:
+            raise DataError(
+                f"{images.name}: {len(counts)} classes cannot give a {way}-way episode; lower "
+                "way or add classes"
+            )
+        short = [
+            f"{name!r} has {count}"
+            for name, count in zip(images.class_names, counts, strict=True)
+            if count < shot + query
+        ]
+        if short:
+            raise DataError(
+                f"{images.name}: {len(short)} class(es) have fewer than the {shot} support + "
+                f"{query} query images of an episode ({'; '.join(short[:5])}); lower shot or "
+                "query, or add images"
+            )
+        self.way, self.shot, self.query, self.seed = way, shot, query, seed
+        self._counts = counts
+        # (C, longest) positions of each class's images, padded at the end
+        self._table = np.zeros((len(counts), counts.max()), dtype=np.int64)
+        for label, count in enumerate(counts):
+            self._table[label, :count] = np.flatnonzero(labels == label)
+        self._cached: tuple[int, tuple[np.ndarray, np.ndarray]] | None = None
+
+    def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw one block: classes (_BLOCK, way) and image positions (_BLOCK, way, shot + query)."""
+        if self._cached is not None and self._cached[0] == number:
+            return self._cached[1]
+        stream = np.random.SeedSequence(
+            self.seed, spawn_key=(self.way, self.shot, self.query, number)
+        )
+        rng = np.random.Generator(np.random.Philox(stream))
+        classes = rng.random((_BLOCK, len(self._counts))).argsort(1, kind="stable")[:, : self.way]
+        keys = rng.random((_BLOCK, self.way, self._table.shape[1]))
+        keys[np.arange(keys.shape[2]) >= self._counts[classes][..., None]] = 2.0  # padding: last
+        order = keys.argsort(2, kind="stable")[..., : self.shot + self.query]
+        block = classes, np.take_along_axis(self._table[classes], order, axis=2)
+        self._cached = number, block
+        return block
+
+    def batch(self, start: int, count: int) -> EpisodeBatch:
+        """Return the episodes numbered start .. start + count - 1, on the CPU."""
+        if start < 0 or count < 1:
+            raise ValueError(f"start must be >= 0 and count >= 1, got {start} and {count}")
+        classes, chosen = [], []
+        for number in range(start // _BLOCK, (start + count - 1) // _BLOCK + 1):
+            first = max(0, start - number * _BLOCK)
+            last = min(_BLOCK, start + count - number * _BLOCK)
+            block_classes, block_chosen = self._block(number)
+            classes.append(block_classes[first:last])
+            chosen.append(block_chosen[first:last])
+        index = torch.from_numpy(np.concatenate(chosen))  # (E, way, shot + query)
+        labels = torch.arange(self.way).repeat(count, 1)  # (E, way)
+        return EpisodeBatch(
+            torch.from_numpy(np.concatenate(classes)),
+            index[..., : self.shot].flatten(1),
+            labels.repeat_interleave(self.shot, 1),
+            index[..., self.shot :].flatten(1),
+            labels.repeat_interleave(self.query, 1),
+        )
+
+    def fingerprint(self, episodes: int) -> str:
+        """Return the SHA-256 of the first ``episodes`` episodes, to compare lists across runs."""
+        digest = hashlib.sha256()
+        for start in range(0, episodes, _BLOCK):
+            batch = self.batch(start, min(_BLOCK, episodes - start))
+            for tensor in (batch.classes, batch.support, batch.query):
+                digest.update(tensor.numpy().astype("<i8").tobytes())
+        return digest.hexdigest()

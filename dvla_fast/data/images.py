@@ -1,0 +1,146 @@
+"""Containers for images held in memory: one labelled set, and the splits of a few-shot data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvla_fast.errors import DataError
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images of some classes.
+
+    Attributes:
+        name: for messages, e.g. ``"digits/base"``.
+        images: (N, C, H, W), uint8 in 0..255 or float32 in [0, 1].
+        labels: (N,) int64 indices into ``class_names``, on the same device.
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """Return a copy on another device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def subset(self, index: Tensor, name: str) -> ImageSet:
+        """Return the images at ``index`` (int64) under another name."""
+        return ImageSet(name, self.images[index], self.labels[index], self.class_names)
+
+
+@dataclass(frozen=True)
+class FewShotData:
+    """The splits of a few-shot data set.
+
+    Attributes:
+        base: images to train on.
+        monitor: images for monitoring and selection: those of the validation classes where the
+            data set has some, else held-out images of the base classes. Never the novel ones.
+        novel: images of classes that training never sees.
+        monitor_kind: what ``monitor`` holds, in words.
+        mean, std: (C,) channel statistics of ``base`` in [0, 1] units.
+    """
+
+    name: str
+    base: ImageSet
+    monitor: ImageSet
+    novel: ImageSet
+    monitor_kind: str
+    mean: Tensor
+    std: Tensor
+
+    @property
+    def channels(self) -> int:
+        return self.base.images.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        return self.base.images.shape[-1]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Every class once: base, then monitored, then novel ones."""
+        names = self.base.class_names + self.monitor.class_names + self.novel.class_names
+        return tuple(dict.fromkeys(names))
+
+    def split(self, name: str) -> ImageSet:
+        """Return a split by name: base, monitor or novel.
+
+        Raises:
+            DataError: unknown name.
+        """
+        splits = {"base": self.base, "monitor": self.monitor, "novel": self.novel}
+        if name not in splits:
+            raise DataError(f"split {name!r} is unknown; choose one of {', '.join(splits)}")
+        return splits[name]
+
+    def to(self, device: torch.device | str) -> FewShotData:
+        """Return a copy on another device."""
+        return replace(
+            self,
+            base=self.base.to(device),
+            monitor=self.monitor.to(device),
+            novel=self.novel.to(device),
+            mean=self.mean.to(device),
+            std=self.std.to(device),
+        )
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Turn stored images (..., C, H, W) into float32 network input of zero mean, unit std."""
+        images = unit_range(images)
+        return (images - self.mean[:, None, None]) / self.std[:, None, None]
+
+
+def unit_range(images: Tensor) -> Tensor:
+    """Return float32 images in [0, 1] from stored ones (uint8 or float32)."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and std (C,) of stored images (N, C, H, W) in [0, 1] units."""
+    scale = 255.0 if images.dtype == torch.uint8 else 1.0
+    total = torch.zeros(images.shape[1], dtype=torch.float64)
+    square = torch.zeros_like(total)
+    for chunk in images.split(1024):  # float64 in pieces: a large set would not fit twice
+        values = chunk.double() / scale
+        total += values.sum((0, 2, 3))
+        square += values.square().sum((0, 2, 3))
+    count = images.shape[0] * images.shape[2] * images.shape[3]
+    mean = total / count
+    std = (square / count - mean.square()).clamp_min(1e-8).sqrt()
+    return mean.float(), std.float()
+
+
+def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split images class by class at random.
+
+    Args:
+        labels: (N,) int64.
+        share: part of each class to hold out, in [0, 1); rounded, at least one image when > 0.
+
+    Returns:
+        Sorted index tensors (kept, held_out).
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"share must be in [0, 1), got {share}")
+    rng = np.random.Generator(np.random.Philox(seed))
+    kept, held = [], []
+    for label in range(int(labels.max()) + 1):
+        index = rng.permutation(np.flatnonzero(labels.numpy() == label))
+        count = max(1, round(share * len(index))) if share > 0 else 0
+        held.append(index[:count])
+        kept.append(index[count:])
+    return (
+        torch.from_numpy(np.sort(np.concatenate(kept))),
+        torch.from_numpy(np.sort(np.concatenate(held))),
+    )

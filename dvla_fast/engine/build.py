@@ -1,0 +1,165 @@
+"""From configuration to objects: seeds, devices, data, texts, backbones and models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dvla_fast.data import FewShotData, load_data
+from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
+from dvla_fast.engine.config import DataConfig, ModelConfig, SemanticsConfig, differences
+from dvla_fast.errors import CheckpointError, DVLAError, TrainingError
+from dvla_fast.nn import DVLA, build_backbone
+from dvla_fast.semantics import EncodedTexts, build_encoder, encode_bank, load_bank
+
+
+def seed_everything(seed: int) -> np.random.Generator:
+    """Seed torch, Python and NumPy's global state; return the run's own NumPy generator."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device for cpu, cuda, cuda:N or auto.
+
+    Raises:
+        DVLAError: unknown name, or no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DVLAError(f"device {name!r} is unknown; choose cpu, cuda or auto") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DVLAError("device 'cuda' was asked for, but torch sees no GPU; choose cpu or auto")
+    return device
+
+
+def build_data(config: DataConfig, device: torch.device) -> FewShotData:
+    """Load the data set onto the device (DataError when it is missing or unusable)."""
+    data = load_data(config.dataset, config.image_size, config.holdout, config.split_seed)
+    return data.to(device)
+
+
+def build_texts(
+    config: SemanticsConfig, data: FewShotData, device: torch.device
+) -> tuple[EncodedTexts, dict[str, Any]]:
+    """Encode the bank's texts for all classes of the data set.
+
+    Returns:
+        The texts in the order of ``data.class_names``, and a description for the summary.
+
+    Raises:
+        BankError: missing bank, class or text, or a text longer than the encoder reads.
+    """
+    bank = load_bank(config.bank)
+    encoder = build_encoder(config.encoder, config.dim, truncate=config.truncate)
+    texts = encode_bank(bank, data.class_names, encoder)
+    described = {
+        "bank": bank.name,
+        "bank_sha256": bank.fingerprint(),
+        "encoder": encoder.name,
+        "dim": encoder.dim,
+        "truncated_texts": encoder.truncated,
+    }
+    return texts.to(device), described
+
+
+def split_classes(data: FewShotData, split: str) -> Tensor:
+    """Map a split's class indices to positions in ``data.class_names``: int64 (C,)."""
+    position = {name: index for index, name in enumerate(data.class_names)}
+    names = data.split(split).class_names
+    return torch.tensor([position[name] for name in names], device=data.base.labels.device)
+
+
+def backbone_spec(config: ModelConfig, channels: int, image_size: int) -> dict[str, Any]:
+    """Describe a backbone completely: ``build_backbone(**spec)`` builds it."""
+    spec: dict[str, Any] = {"name": config.backbone, "image_size": image_size}
+    if config.backbone == "small":
+        spec.update(in_channels=channels, width=config.width)
+        if config.gated_layers:
+            spec["locations"] = [list(location) for location in config.gated_layers]
+    return spec
+
+
+def build_pretrain_model(spec: dict[str, Any], classes: int) -> nn.ModuleDict:
+    """Build ``{"backbone", "head"}``: the backbone and a linear classifier."""
+    backbone = _backbone(spec)
+    head = nn.Linear(backbone.feature_dim, classes)
+    return nn.ModuleDict({"backbone": backbone, "head": head})
+
+
+def model_spec(config: ModelConfig, spec: dict[str, Any], text_dim: int) -> dict[str, Any]:
+    """Describe a DVLA model completely: ``build_model`` builds it from this alone."""
+    gate = asdict(config)
+    for key in ("backbone", "width"):
+        gate.pop(key)
+    return {"backbone": spec, "text_dim": text_dim, **gate}
+
+
+def build_model(spec: dict[str, Any]) -> DVLA:
+    """Build the model that ``model_spec`` describes."""
+    arguments = dict(spec)
+    backbone = _backbone(arguments.pop("backbone"))
+    layers = [tuple(pair) for pair in arguments.pop("gated_layers")] or backbone.locations
+    return DVLA(backbone, layers, **arguments)
+
+
+def _backbone(spec: dict[str, Any]) -> Any:
+    arguments = dict(spec)
+    name = arguments.pop("name")
+    try:
+        return build_backbone(name, **arguments)
+    except (TypeError, ValueError) as error:
+        raise DVLAError(f"cannot build the backbone {name!r}: {error}") from error
+
+
+def fingerprint(spec: dict[str, Any]) -> str:
+    """Return a short hash of a model description."""
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_backbone(model: DVLA, spec: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Load the backbone of a pre-training (or meta-tuning) checkpoint into a model.
+
+    Returns:
+        The checkpoint's description.
+
+    Raises:
+        CheckpointError: unreadable, or of another backbone than ``spec`` describes.
+    """
+    tensors, info = load_checkpoint(path, ("pretrain", "metatune"))
+    theirs = info["model"]["backbone"]
+    changed = differences(theirs, spec)
+    if changed:
+        raise CheckpointError(
+            f"{path}: of another model ({'; '.join(changed[:3])}); use the --model and --data "
+            "settings that it was trained with"
+        )
+    load_weights(model.backbone, tensors, "model.backbone.", path)
+    return info
+
+
+def check_finite(values: dict[str, float], stage: str, where: str) -> None:
+    """Stop on NaN or infinity before anything is saved.
+
+    Raises:
+        TrainingError: naming the figures and the place.
+    """
+    bad = [name for name, value in values.items() if not np.isfinite(value)]
+    if bad:
+        raise TrainingError(
+            f"{stage}, {where}: {', '.join(bad)} became NaN or infinite; nothing was saved after "
+            "the last good checkpoint: check the images, lower the learning rate, and start again"
+        )

@@ -1,0 +1,278 @@
+"""Checkpoints: one safetensors file with its JSON description inside, replaced atomically.
+
+The JSON part sits in the file's own header, so tensors and description cannot be torn apart by a
+crash between two writes; a readable copy is put beside it (``<name>.json``). The file is written
+under a temporary name, flushed to the disk, and renamed over the old one: at any moment the path
+holds one complete checkpoint. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dvla_fast.errors import CheckpointError, MissingDependencyError, OutputError, TrainingError
+
+FORMAT = "dvla-fast-checkpoint/1"
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise MissingDependencyError(
+            "checkpoints need safetensors, which is not installed; run "
+            "pip install 'dvla-fast[train]'"
+        ) from error
+    return safetensors
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file under a temporary name in the same folder, flush it, and rename it into place.
+
+    Raises:
+        OutputError: the folder cannot be written or the disk is full; the old file stays.
+    """
+    temporary: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        # mkstemp makes a private file; give it the mode that an ordinary open would
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot write ({error.strerror or error}); free space or choose another "
+            "--output folder"
+        ) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace a text file atomically (OutputError when it cannot be written)."""
+    write_atomic(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # makes the rename itself survive a power cut
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    """Write a checkpoint.
+
+    Args:
+        path: ``*.safetensors`` file to write or replace.
+        tensors: named tensors on any device.
+        info: JSON-serialisable description; must hold ``kind``.
+
+    Raises:
+        TrainingError: a tensor holds NaN or infinity; the old file stays as it was.
+        OutputError: the file cannot be written; the old one stays.
+    """
+    safetensors = _safetensors()
+    host = {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in sorted(tensors.items())
+    }
+    for name, tensor in host.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise TrainingError(
+                f"{path}: not written, because {name!r} holds NaN or infinity; the last good "
+                "checkpoint is kept: lower the learning rate and continue with --resume"
+            )
+    content = {**info, "format": FORMAT, "tensors_sha256": _digest(host)}
+    description = json.dumps(content)
+    write_atomic(
+        path,
+        lambda temporary: safetensors.torch.save_file(
+            host, str(temporary), metadata={"dvla_fast": description}
+        ),
+    )
+    readable = {key: value for key, value in content.items() if key != "resume"}
+    write_text_atomic(path.with_suffix(".json"), json.dumps(readable, indent=2) + "\n")
+
+
+def load_checkpoint(
+    path: str | Path, kinds: tuple[str, ...] = ()
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read and verify a checkpoint, on the CPU.
+
+    Args:
+        path: the ``.safetensors`` file.
+        kinds: acceptable values of ``info["kind"]``; any if empty.
+
+    Returns:
+        (tensors, info) as given to ``save_checkpoint``.
+
+    Raises:
+        CheckpointError: missing, truncated or damaged file, foreign file, or another kind.
+    """
+    safetensors = _safetensors()
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: no such checkpoint file; give the path of a .safetensors file from a run's "
+            "checkpoints/ folder"
+        )
+    try:
+        with safetensors.safe_open(str(path), framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: not a complete safetensors file ({str(error).splitlines()[0]}); it is "
+            "truncated, damaged or of another format: use another checkpoint or train again"
+        ) from error
+    try:
+        info = json.loads(metadata["dvla_fast"])
+        known = info["format"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: a safetensors file, but not a dvla-fast checkpoint; give one from a run's "
+            "checkpoints/ folder"
+        ) from error
+    if known != FORMAT:
+        raise CheckpointError(f"{path}: format {known!r} is unknown; this version reads {FORMAT!r}")
+    if info.get("tensors_sha256") != _digest(tensors):
+        raise CheckpointError(
+            f"{path}: damaged (its tensors do not match their checksum); use another checkpoint "
+            "or train again"
+        )
+    if kinds and info.get("kind") not in kinds:
+        raise CheckpointError(
+            f"{path}: a {info.get('kind')!r} checkpoint, but this command needs "
+            f"{' or '.join(map(repr, kinds))}"
+        )
+    return tensors, info
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: Any) -> None:
+    """Copy the tensors under ``prefix`` into a module, after checking all names and shapes.
+
+    Raises:
+        CheckpointError: names or shapes differ; the module is left as it was.
+    """
+    given = {
+        name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)
+    }
+    wanted = module.state_dict()
+    missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    wrong = [
+        f"{name} is {tuple(given[name].shape)}, expected {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in given and given[name].shape != wanted[name].shape
+    ]
+    if missing or extra or wrong:
+        detail = "; ".join(
+            [f"lacks {name}" for name in missing[:2]]
+            + [f"has an unknown {name}" for name in extra[:2]]
+            + wrong[:2]
+        )
+        raise CheckpointError(
+            f"{path}: of another model ({len(missing)} tensors missing, {len(extra)} unknown, "
+            f"{len(wrong)} of another shape: {detail}); use the --model settings that it was "
+            "trained with"
+        )
+    module.load_state_dict(given)
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimiser's state into named tensors and a JSON part."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value
+            else:
+                scalars.setdefault(str(index), {})[key] = value
+    return tensors, {"groups": state["param_groups"], "scalars": scalars}
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], info: Mapping[str, Any]
+) -> None:
+    """Restore what ``pack_optimizer`` split."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            state.setdefault(int(index), {})[key] = tensor
+    for index, entries in info["scalars"].items():
+        state.setdefault(int(index), {}).update(entries)
+    optimizer.load_state_dict({"state": state, "param_groups": info["groups"]})
+
+
+def pack_rng(generator: np.random.Generator) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Capture every random state a run draws from: torch CPU and CUDA, NumPy, Python."""
+    tensors = {"rng.torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        for index, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"rng.cuda.{index}"] = state
+    version, internal, gauss = random.getstate()
+    return tensors, {
+        "numpy": _plain(generator.bit_generator.state),
+        "python": [version, list(internal), gauss],
+    }
+
+
+def unpack_rng(
+    generator: np.random.Generator, tensors: Mapping[str, Tensor], info: Mapping[str, Any]
+) -> None:
+    """Restore what ``pack_rng`` captured (CUDA states only where those devices exist)."""
+    torch.set_rng_state(tensors["rng.torch"])
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            if f"rng.cuda.{index}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"rng.cuda.{index}"], index)
+    generator.bit_generator.state = info["numpy"]
+    version, internal, gauss = info["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return value.item() if isinstance(value, np.generic) else value

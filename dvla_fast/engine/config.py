@@ -1,0 +1,267 @@
+"""Typed configuration: one dataclass per concern, filled by YAML files and by the command line.
+
+Every field carries its help text. ``add_arguments`` and ``from_mapping`` turn the same
+dataclasses into command-line options and back, so no default is written twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from dvla_fast.errors import DVLAError
+
+T = TypeVar("T")
+
+
+class UsageError(DVLAError):
+    """A setting that cannot mean anything: the command line exits with status 2."""
+
+
+def option(default: Any, help: str, minimum: float | None = None) -> Any:
+    """Declare a field with its default (lists are copied), help text and smallest value."""
+    metadata = {"help": help, "minimum": minimum}
+    if isinstance(default, list):
+        return field(default_factory=lambda: [*default], metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataConfig:
+    """Which images."""
+
+    dataset: str = option("digits", "'digits', or the root of an image-folder data set")
+    image_size: int = option(16, "side of the square images in pixels")
+    holdout: float = option(0.25, "share of base images kept for monitoring (without val classes)")
+    split_seed: int = option(0, "seed of that share")
+
+
+@dataclass
+class SemanticsConfig:
+    """Which texts."""
+
+    bank: str = option("digits", "bundled bank name or path of a bank JSON file")
+    encoder: str = option("hashed-ngram", "text encoder")
+    dim: int = option(512, "length of a text vector")
+    truncate: bool = option(False, "cut texts longer than the encoder reads instead of failing")
+
+
+@dataclass
+class ModelConfig:
+    """Backbone, gates and classifier. The backbone part must match a checkpoint that is loaded."""
+
+    backbone: str = option("small", "backbone: small or visformer_tiny")
+    width: int = option(32, "width of the small backbone's first stage")
+    gated_layers: list[list[int]] = option(
+        [], "[stage, block] pairs to gate, e.g. [[2,1],[3,0]]; empty: the backbone's default"
+    )
+    num_heads: int = option(8, "attention heads of a gate")
+    concentration: float = option(10.0, "concentration of the Beta policy")
+    hidden_dim: int = option(128, "hidden width of the policy network")
+    policy: str = option("beta", "gate policy: beta, fixed, static or mlp")
+    text_scope: str = option("episode", "whose text an image sees: episode or class")
+    alpha_scope: str = option("episode", "one gate value per episode or per image")
+    temperature: float = option(0.2, "temperature of the cosine prototype classifier")
+
+
+@dataclass
+class PretrainConfig:
+    """Pre-training of the backbone on the base classes."""
+
+    epochs: int = option(40, "passes over the base images", 1)
+    batch_size: int = option(128, "images of a step", 1)
+    lr: float = option(2e-3, "peak learning rate (AdamW)")
+    weight_decay: float = option(5e-2, "weight decay")
+    warmup_epochs: int = option(5, "epochs of linear warm-up", 0)
+    warmup_lr: float = option(1e-6, "learning rate at the start of warm-up")
+    label_smoothing: float = option(0.1, "label smoothing")
+    shift: float = option(0.1, "largest random shift, as a share of the side")
+    rotate: float = option(15.0, "largest random rotation in degrees")
+    scale: float = option(0.1, "largest random change of size")
+    flip: bool = option(False, "mirror half of the images (not for digits)")
+    validate_every: int = option(5, "epochs between validations", 1)
+    validation_episodes: int = option(200, "monitor episodes of a validation", 1)
+
+
+@dataclass
+class MetatuneConfig:
+    """Meta-tuning of gates and backbone on episodes of the base classes."""
+
+    epochs: int = option(20, "epochs", 1)
+    steps_per_epoch: int = option(20, "optimiser steps of an epoch", 1)
+    episodes_per_step: int = option(4, "episodes of a step", 1)
+    way: int = option(5, "classes of an episode", 1)
+    shots: list[int] = option([1], "supports of a class; several values take turns by step", 1)
+    query: int = option(15, "queries of a class", 1)
+    lr: float = option(5e-4, "learning rate of the new modules")
+    backbone_lr: float = option(1e-6, "learning rate of the backbone")
+    weight_decay: float = option(1e-4, "weight decay")
+    clip_norm: float = option(1.0, "largest gradient norm")
+    augment: bool = option(False, "shift, rotate and scale images as pre-training does")
+    reinforce_weight: float = option(0.1, "weight of the REINFORCE loss")
+    entropy_weight: float = option(0.2, "weight of the policy's entropy bonus")
+    lambda_sim: float = option(0.5, "weight of the similarity reward")
+    lambda_imp: float = option(1.0, "weight of the accuracy-improvement reward")
+    baseline_momentum: float = option(0.9, "momentum of the reward baseline")
+    validate_every: int = option(5, "epochs between validations", 1)
+    validation_episodes: int = option(200, "monitor episodes of a validation", 1)
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluation on paired episodes."""
+
+    split: str = option("novel", "novel or monitor")
+    way: int = option(5, "classes of an episode", 1)
+    shots: list[int] = option([1, 5], "supports of a class; one result for each value", 1)
+    query: int = option(15, "queries of a class", 1)
+    episodes: int = option(1000, "episodes of a result", 1)
+    fixed_alpha: float = option(0.5, "gate value of the fixed comparison")
+    batch_episodes: int = option(8, "episodes of a forward pass", 1)
+
+
+@dataclass
+class RunConfig:
+    """What all commands share."""
+
+    output: str = option("", "run folder, new or empty; default: runs/<command>-<date>-<time>")
+    resume: bool = option(False, "continue the run in --output after an interruption")
+    seed: int = option(0, "seed of weights, batches, episodes and gates", 0)
+    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
+
+
+@dataclass
+class PretrainRun(RunConfig):
+    """Everything `dvla-fast pretrain` does."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+
+
+@dataclass
+class MetatuneRun(RunConfig):
+    """Everything `dvla-fast metatune` does."""
+
+    checkpoint: str = option("", "pre-training checkpoint to start from (required)")
+    data: DataConfig = field(default_factory=DataConfig)
+    semantics: SemanticsConfig = field(default_factory=SemanticsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    metatune: MetatuneConfig = field(default_factory=MetatuneConfig)
+
+
+@dataclass
+class EvaluateRun(RunConfig):
+    """Everything `dvla-fast evaluate` does."""
+
+    checkpoint: str = option("", "checkpoint to evaluate (required)")
+    data: DataConfig = field(default_factory=DataConfig)
+    semantics: SemanticsConfig = field(default_factory=SemanticsConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@dataclass
+class DemoRun(RunConfig):
+    """Everything `dvla-fast demo` does."""
+
+    quick: bool = option(False, "a smaller demo, in under a minute")
+    data: DataConfig = field(default_factory=DataConfig)
+    semantics: SemanticsConfig = field(default_factory=SemanticsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    metatune: MetatuneConfig = field(default_factory=MetatuneConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def demo_config(quick: bool = False) -> DemoRun:
+    """Return the demo's settings; ``quick`` trains and evaluates less."""
+    if quick:
+        return DemoRun(
+            quick=True,
+            pretrain=PretrainConfig(epochs=12, warmup_epochs=2, validate_every=4),
+            metatune=MetatuneConfig(
+                epochs=8, steps_per_epoch=8, validate_every=4, validation_episodes=50
+            ),
+            evaluate=EvaluateConfig(episodes=200),
+        )
+    return DemoRun()
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration as nested plain dictionaries, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "configuration") -> T:
+    """Build a configuration dataclass from nested mappings; missing keys keep their defaults.
+
+    Raises:
+        UsageError: an unknown key, or a value below a field's minimum.
+    """
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{where}: expected settings of {cls.__name__}, got {values!r}")
+    hints = get_type_hints(cls)
+    known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UsageError(
+            f"{where}: unknown key(s) {', '.join(unknown)} in {cls.__name__}; known: "
+            f"{', '.join(sorted(known))}"
+        )
+    arguments = {
+        name: from_mapping(hints[name], value, where) if is_dataclass(hints[name]) else value
+        for name, value in values.items()
+    }
+    _check_minimums(cls, arguments, where)
+    return cls(**arguments)
+
+
+def _check_minimums(cls: type, arguments: Mapping[str, Any], where: str) -> None:
+    for item in fields(cls):
+        minimum, value = item.metadata.get("minimum"), arguments.get(item.name)
+        if minimum is None or value is None:
+            continue
+        entries = value if isinstance(value, list) else [value]
+        if not entries or any(entry < minimum for entry in entries):
+            raise UsageError(f"{where}: {item.name} must be at least {minimum:g}, got {value!r}")
+
+
+def add_arguments(parser: Any, cls: type, default: Any, prefix: str = "") -> None:
+    """Declare one command-line option per field of a configuration dataclass.
+
+    Args:
+        parser: a jsonargparse (or argparse) parser.
+        cls: the dataclass.
+        default: an instance that holds the default values.
+        prefix: dotted name of the group.
+    """
+    hints = get_type_hints(cls)
+    group = parser.add_argument_group(prefix or "run", (cls.__doc__ or "").split("\n")[0])
+    nested = []
+    for item in fields(cls):
+        name, value = prefix + item.name, getattr(default, item.name)
+        kind = hints[item.name]
+        text = f"{item.metadata.get('help', '')} (default: {value!r})"
+        if is_dataclass(kind):
+            nested.append((kind, value, f"{name}."))
+        elif kind is bool and not prefix:  # --resume, --quick: plain switches
+            group.add_argument(f"--{name}", action="store_true", default=value, help=text)
+        else:
+            group.add_argument(f"--{name}", type=kind, default=value, help=text)
+    for kind, value, nested_prefix in nested:
+        add_arguments(parser, kind, value, nested_prefix)
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Name the keys whose values differ, as ``key: first -> second``."""
+    found = []
+    for key in sorted({*first, *second}):
+        a, b = first.get(key), second.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return found

@@ -1,0 +1,297 @@
+"""The run folder (configuration, metrics, TensorBoard events, summary) and the progress display.
+
+A run writes one folder and owns it: it starts in a new or empty folder only, and continues in its
+own one with ``resume``. ``metrics.jsonl`` holds one JSON object a line; on resuming, lines newer
+than the checkpoint are cut, so the file reads as if the run had never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dvla_fast.engine.checkpoint import write_atomic, write_text_atomic
+from dvla_fast.engine.config import differences
+from dvla_fast.errors import MissingDependencyError, OutputError
+
+# What may differ between a run and its continuation.
+_FREE_KEYS = ("output", "resume")
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: the folder.
+        config: the resolved configuration, saved as ``config.yaml``.
+        resume: continue the run in the folder instead of starting one.
+
+    Raises:
+        OutputError: not writable, not empty, nothing to resume, or settings that differ from
+            those of the run to resume.
+    """
+
+    def __init__(self, path: str | Path, config: dict[str, Any], *, resume: bool = False) -> None:
+        self.path = Path(path)
+        self.resume = resume
+        kept = {key: value for key, value in config.items() if key not in _FREE_KEYS}
+        if resume:
+            self._check_resumable(kept)
+        else:
+            self._check_new()
+        self.checkpoints = self.path / "checkpoints"
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(_unwritable(self.path, error)) from error
+        self._probe()
+        if not resume:
+            write_text_atomic(self.path / "config.yaml", _to_yaml(kept))
+        self._metrics = self.path / "metrics.jsonl"
+        self._writer: Any = None
+
+    def _check_new(self) -> None:
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise OutputError(f"{self.path}: is a file; give --output a new folder")
+            occupied = self.path.is_dir() and any(self.path.iterdir())
+        except OSError as error:
+            raise OutputError(_unwritable(self.path, error)) from error
+        if not occupied:
+            return
+        if (self.path / "config.yaml").exists():
+            raise OutputError(
+                f"{self.path}: already holds a run; continue it with --resume, or give --output "
+                "a new folder"
+            )
+        raise OutputError(f"{self.path}: not empty; give --output a new or empty folder")
+
+    def _check_resumable(self, config: dict[str, Any]) -> None:
+        saved = read_config(self.path)
+        changed = differences(saved, json.loads(json.dumps(config)))
+        if changed:
+            raise OutputError(
+                f"{self.path}: cannot resume with other settings than the run began with "
+                f"({'; '.join(changed[:4])}); leave them out, or start a new run"
+            )
+
+    def _probe(self) -> None:
+        # The first real write may come minutes into the work: find out now.
+        probe = self.path / f".write-test-{os.getpid()}"
+        try:
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise OutputError(_unwritable(self.path, error)) from error
+
+    def log(self, stage: str, step: int, **values: Any) -> None:
+        """Append one line to ``metrics.jsonl``, and the numbers to TensorBoard if installed."""
+        row = {"stage": stage, "step": step, **values}
+        with self._metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        writer = self._tensorboard()
+        if writer is not None:
+            for key, value in values.items():
+                for index, item in enumerate(value if isinstance(value, list) else [value]):
+                    name = f"{stage}/{key}" + (f"_{index}" if isinstance(value, list) else "")
+                    if isinstance(item, int | float):
+                        writer.add_scalar(name, item, step)
+
+    def rows(self, stage: str | None = None) -> list[dict[str, Any]]:
+        """Read the metrics back, optionally of one stage; a torn last line is left out."""
+        return read_metrics(self.path, stage)
+
+    def trim(self, stage: str, last_step: int) -> None:
+        """Cut the lines of a stage after ``last_step``, and the torn line a kill may leave."""
+        if not self._metrics.exists():
+            return
+        rows = [row for row in self.rows() if row["stage"] != stage or row["step"] <= last_step]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_text_atomic(self._metrics, text)
+
+    def write_summary(self, summary: dict[str, Any]) -> Path:
+        """Write ``summary.json`` atomically and return its path."""
+        path = self.path / "summary.json"
+        write_text_atomic(path, json.dumps(summary, indent=2) + "\n")
+        return path
+
+    def write_file(self, name: str, write: Any) -> Path:
+        """Write another file atomically through ``write(path)`` and return its path."""
+        path = self.path / name
+        write_atomic(path, write)
+        return path
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        if self._writer:
+            self._writer.close()
+        self._writer = None
+
+    def _tensorboard(self) -> Any:
+        if self._writer is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                self._writer = False  # optional: metrics.jsonl holds the same numbers
+            else:
+                self._writer = SummaryWriter(str(self.path / "tensorboard"))
+        return self._writer or None
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read the ``config.yaml`` of a run folder.
+
+    Raises:
+        OutputError: there is no run in the folder, or its configuration is damaged.
+    """
+    import yaml
+
+    path = Path(folder) / "config.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OutputError(
+            f"{folder}: no run to resume here (config.yaml is missing or damaged); leave out "
+            "--resume to start one"
+        ) from error
+    if not isinstance(content, dict):
+        raise OutputError(f"{path}: damaged (not a mapping); start a new run in another folder")
+    return content
+
+
+def read_metrics(folder: str | Path, stage: str | None = None) -> list[dict[str, Any]]:
+    """Read ``metrics.jsonl`` of a run folder, leaving out torn lines."""
+    path = Path(folder) / "metrics.jsonl"
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if stage is None or row["stage"] == stage:
+            rows.append(row)
+    return rows
+
+
+def _to_yaml(config: dict[str, Any]) -> str:
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingDependencyError(
+            "run folders need PyYAML, which is not installed; run pip install 'dvla-fast[train]'"
+        ) from error
+    return yaml.safe_dump(config, sort_keys=False)
+
+
+def _unwritable(path: Path, error: OSError) -> str:
+    return (
+        f"{path}: cannot write the run here ({error.strerror or error}); give --output a folder "
+        "that you may write to"
+    )
+
+
+class Progress:
+    """Progress of a run in stages: live bars with time left on a terminal, else plain lines.
+
+    Args:
+        stages: share of the total time that each stage is expected to take; they sum to 1. Drives
+            the overall bar when there is more than one stage.
+        enabled: False prints nothing.
+    """
+
+    def __init__(self, stages: dict[str, float], *, enabled: bool = True) -> None:
+        self._stages = stages
+        self._finished = 0.0
+        self._current: str | None = None
+        self._total = 1
+        self._done = 0
+        self._start = time.monotonic()
+        self._rich: Any = None
+        self._tasks: dict[str, Any] = {}
+        self.enabled = enabled
+        self._live = enabled and sys.stderr.isatty()
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            try:
+                from rich.console import Console
+                from rich.progress import (
+                    BarColumn,
+                    TaskProgressColumn,
+                    TextColumn,
+                    TimeElapsedColumn,
+                    TimeRemainingColumn,
+                )
+                from rich.progress import Progress as RichProgress
+            except ImportError:
+                self._live = False
+                return self
+            self._rich = RichProgress(
+                TextColumn("[bold]{task.description:<22}"),
+                BarColumn(bar_width=32),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=False),
+                TextColumn("[dim]{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._rich.__enter__()
+            if len(self._stages) > 1:
+                self._tasks["all"] = self._rich.add_task("whole run", total=1.0, note="")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._rich is not None:
+            self._rich.__exit__(kind, value, trace)
+
+    def begin(self, stage: str, total: int, done: int = 0) -> None:
+        """Start a stage of ``total`` units, ``done`` of them finished in an earlier process."""
+        if self._current is not None:
+            self._finished += self._stages.get(self._current, 0.0)
+        self._current, self._total, self._done = stage, max(1, total), done
+        if self._rich is not None:
+            self._tasks[stage] = self._rich.add_task(stage, total=total, completed=done, note="")
+        self._update_overall()
+
+    def advance(self, count: int = 1) -> None:
+        """Count finished units of the current stage."""
+        self._done += count
+        if self._rich is not None:
+            self._rich.advance(self._tasks[self._current or ""], count)
+        self._update_overall()
+
+    def note(self, text: str) -> None:
+        """Show the newest figures of the current stage; off a terminal, print one line."""
+        if self._rich is not None:
+            self._rich.update(self._tasks[self._current or ""], note=text)
+        elif self.enabled:
+            left = self.seconds_left()
+            time_left = f", about {left:.0f} s left" if left is not None else ""
+            share = f"{100 * self.fraction():.0f} %"
+            print(f"[{share:>5}{time_left}] {self._current}: {text}", file=sys.stderr, flush=True)
+
+    def fraction(self) -> float:
+        """Return the finished share of the whole run, in [0, 1]."""
+        share = self._stages.get(self._current or "", 0.0)
+        return min(1.0, self._finished + share * self._done / self._total)
+
+    def seconds_left(self) -> float | None:
+        """Estimate the seconds left from the share done so far; None while that says nothing."""
+        fraction = self.fraction()
+        elapsed = time.monotonic() - self._start
+        return elapsed * (1 - fraction) / fraction if fraction > 0.02 else None
+
+    def _update_overall(self) -> None:
+        if "all" in self._tasks:
+            self._rich.update(self._tasks["all"], completed=self.fraction())

@@ -1,0 +1,123 @@
+"""The state of a training stage: saving it after every epoch, and continuing from it exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dvla_fast.engine.build import fingerprint
+from dvla_fast.engine.checkpoint import (
+    load_checkpoint,
+    load_weights,
+    pack_optimizer,
+    pack_rng,
+    save_checkpoint,
+    unpack_optimizer,
+    unpack_rng,
+)
+from dvla_fast.engine.config import differences
+from dvla_fast.engine.logging import RunFolder
+from dvla_fast.errors import CheckpointError
+
+
+@dataclass
+class TrainingState:
+    """Everything a training stage must save to continue bit for bit.
+
+    Attributes:
+        folder: the run folder.
+        kind: stage name: ``pretrain`` or ``metatune``; files are ``<kind>-last.safetensors``
+            (weights, optimiser, random states) and ``<kind>-best.safetensors`` (weights).
+        spec: description of the model, stored in the file and compared on loading.
+        modules: prefix -> module to save.
+    """
+
+    folder: RunFolder
+    kind: str
+    spec: dict[str, Any]
+    modules: dict[str, nn.Module]
+    optimizer: torch.optim.Optimizer
+    rng: np.random.Generator
+    epoch: int = 0
+    step: int = 0
+    best: float = -1.0
+    best_epoch: int = -1
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def last_path(self) -> Path:
+        return self.folder.checkpoints / f"{self.kind}-last.safetensors"
+
+    @property
+    def best_path(self) -> Path:
+        return self.folder.checkpoints / f"{self.kind}-best.safetensors"
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {
+            f"{prefix}.{name}": tensor
+            for prefix, module in self.modules.items()
+            for name, tensor in module.state_dict().items()
+        }
+
+    def _info(self) -> dict[str, Any]:
+        from dvla_fast import __version__
+
+        return {
+            "kind": self.kind,
+            "model": self.spec,
+            "fingerprint": fingerprint(self.spec),
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "dvla_fast": __version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            **self.facts,
+        }
+
+    def save(self, score: float | None = None) -> None:
+        """Save after an epoch; a score (higher is better) may make it the best one too.
+
+        Ties go to the later epoch. The best weights are written first: a kill in between repeats
+        the epoch on resuming, and writes the same ones again.
+        """
+        if score is not None and score >= self.best:
+            self.best, self.best_epoch = score, self.epoch
+            save_checkpoint(self.best_path, self._weights(), self._info())
+        optimizer_tensors, optimizer_info = pack_optimizer(self.optimizer)
+        rng_tensors, rng_info = pack_rng(self.rng)
+        info = {**self._info(), "resume": {"optimizer": optimizer_info, "rng": rng_info}}
+        save_checkpoint(
+            self.last_path, {**self._weights(), **optimizer_tensors, **rng_tensors}, info
+        )
+
+    def restore(self) -> bool:
+        """Continue from the last checkpoint; False when the run has not written one yet.
+
+        Raises:
+            CheckpointError: damaged, or of another model.
+        """
+        if not self.last_path.exists():
+            self.folder.trim(self.kind, -1)
+            return False
+        tensors, info = load_checkpoint(self.last_path, (self.kind,))
+        changed = differences(info["model"], self.spec)
+        if changed:
+            raise CheckpointError(
+                f"{self.last_path}: of another model ({'; '.join(changed[:3])}); resume with the "
+                "settings that the run began with"
+            )
+        for prefix, module in self.modules.items():
+            load_weights(module, tensors, f"{prefix}.", self.last_path)
+        unpack_optimizer(self.optimizer, tensors, info["resume"]["optimizer"])
+        unpack_rng(self.rng, tensors, info["resume"]["rng"])
+        self.epoch, self.step = info["epoch"], info["step"]
+        self.best, self.best_epoch = info["best"], info["best_epoch"]
+        self.folder.trim(self.kind, self.epoch)
+        return True

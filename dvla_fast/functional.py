@@ -1,0 +1,19 @@
+"""The ops a user calls. Each lives in ``dvla_fast.ops``; this module is the public door."""
+
+from dvla_fast.ops.beta_policy import (
+    BetaPolicyOutput,
+    beta_entropy,
+    beta_log_prob,
+    beta_policy,
+    beta_sample,
+)
+from dvla_fast.ops.dual_attention import dual_attention
+
+__all__ = [
+    "BetaPolicyOutput",
+    "beta_entropy",
+    "beta_log_prob",
+    "beta_policy",
+    "beta_sample",
+    "dual_attention",
+]

@@ -1,0 +1,41 @@
+"""Backbones that gates can be put into, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dvla_fast.nn.backbones.base import GatedBackbone, GatedTokens, GateFn, Location
+from dvla_fast.nn.backbones.small import SmallConvAttention
+from dvla_fast.nn.backbones.visformer import Visformer, visformer_tiny
+
+__all__ = [
+    "BACKBONES",
+    "GateFn",
+    "GatedBackbone",
+    "GatedTokens",
+    "Location",
+    "SmallConvAttention",
+    "Visformer",
+    "build_backbone",
+    "visformer_tiny",
+]
+
+_BUILDERS: dict[str, Callable[..., GatedBackbone]] = {
+    "small": SmallConvAttention,
+    "visformer_tiny": visformer_tiny,
+}
+
+BACKBONES = tuple(_BUILDERS)
+
+
+def build_backbone(name: str, **kwargs: Any) -> GatedBackbone:
+    """The backbone of that name ("small", "visformer_tiny"); kwargs as its constructor takes them.
+
+    Raises:
+        ValueError: unknown name, or arguments that do not fit together.
+        TypeError: an argument that this backbone does not take.
+    """
+    if name not in _BUILDERS:
+        raise ValueError(f"backbone: unknown {name!r}; expected one of {BACKBONES}")
+    return _BUILDERS[name](**kwargs)

@@ -1,0 +1,199 @@
+"""What a backbone must offer so that gates can sit before any of its blocks.
+
+A backbone is stages of blocks over feature maps (B, C, H, W). Before a gated block a callback sees
+the image tokens, may replace them, and may append extra tokens that ride along through that one
+block (METHOD.md §3, "back into the image stream").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Location = tuple[int, int]
+"""(stage, block): the stage counted from 1 as in the paper, the block from 0."""
+
+
+class GatedTokens(NamedTuple):
+    """What a gate callback hands back to the backbone."""
+
+    tokens: Tensor
+    """(B, N, d): the image tokens, changed or not."""
+    extra: Tensor | None = None
+    """(B, P, d): tokens that ride along through the block, then are dropped."""
+    extra_mask: Tensor | None = None
+    """(B, P) bool, True = a token: padding that attention must not see."""
+
+
+GateFn = Callable[[Location, Tensor], "GatedTokens | tuple[Tensor, Tensor | None] | None"]
+"""(location, tokens (B, N, d)) -> None to go on unchanged, or the new tokens and the extra ones."""
+
+
+class GatedBackbone(nn.Module):
+    """Base class: walks the blocks, calls the gates, carries the extra tokens.
+
+    Attributes:
+        feature_dim: width of the features.
+        depths: number of blocks of each stage.
+        widths: width d of the tokens before each block.
+        locations: where gates are called unless a call says otherwise.
+    """
+
+    feature_dim: int
+    depths: tuple[int, ...]
+    widths: dict[Location, int]
+    locations: tuple[Location, ...]
+
+    def enter(self, stage: int, x: Tensor) -> Tensor:
+        """The map (B, C, H, W) that the first block of a stage sees; x: image, or last stage."""
+        raise NotImplementedError
+
+    def run_block(
+        self, location: Location, x: Tensor, extra: Tensor | None, extra_mask: Tensor | None
+    ) -> Tensor:
+        """One block on a map (B, C, H, W), extra tokens (B, P, C) riding along if given."""
+        raise NotImplementedError
+
+    def pool(self, x: Tensor) -> Tensor:
+        """The last map (B, C, H, W) to features (B, feature_dim)."""
+        raise NotImplementedError
+
+    def carries_extra(self, location: Location) -> bool:
+        """Whether extra tokens can ride through this block (not through a spatial convolution)."""
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> tuple[Location, ...]:
+        """Every block, in order."""
+        return tuple((s + 1, b) for s, depth in enumerate(self.depths) for b in range(depth))
+
+    def forward(
+        self,
+        images: Tensor,
+        gate_fn: GateFn | None = None,
+        *,
+        locations: Sequence[Location] | None = None,
+        start: Location | None = None,
+    ) -> Tensor:
+        """Features (B, feature_dim) of images (B, C, H, W).
+
+        Args:
+            images: the images; with ``start``, the map that :meth:`prefix` returned for it.
+            gate_fn: called as ``gate_fn(location, tokens (B, N, d))`` before each block of
+                ``locations``.
+            locations: default ``self.locations``.
+            start: begin at this block.
+
+        Raises:
+            ValueError: a location that does not exist, or extra tokens where they cannot ride.
+        """
+        gated = self.locations if locations is None else self.check_locations(locations)
+        if start is None:
+            x, rest = images, self.blocks
+        else:
+            x, rest = images, self._from(start)
+        for location in rest:
+            if location[1] == 0 and location != start:
+                x = self.enter(location[0], x)
+            if gate_fn is not None and location in gated:
+                x = self._gated_block(location, x, gate_fn)
+            else:
+                x = self.run_block(location, x, None, None)
+        return self.pool(x)
+
+    def prefix(self, images: Tensor, stop: Location) -> Tensor:
+        """The map (B, C, H, W) just before the block ``stop``: work that no later gate changes.
+
+        ``forward(prefix(images, location), gate_fn, start=location)`` equals
+        ``forward(images, gate_fn)`` when no gate sits before ``location``.
+        """
+        self.check_locations([stop])
+        x = images
+        for location in self.blocks:
+            if location[1] == 0:
+                x = self.enter(location[0], x)
+            if location == stop:
+                break
+            x = self.run_block(location, x, None, None)
+        return x
+
+    def check_locations(self, locations: Iterable[Sequence[int]]) -> tuple[Location, ...]:
+        """The locations as tuples.
+
+        Raises:
+            ValueError: a block that this backbone does not have, or one named twice.
+        """
+        checked: list[Location] = []
+        for pair in locations:
+            location = tuple(pair)
+            if len(location) != 2 or location not in self.widths:
+                raise ValueError(
+                    f"location {location}: no such (stage, block); stages 1 to"
+                    f" {len(self.depths)} have {self.depths} blocks, counted from 0"
+                )
+            if location in checked:
+                raise ValueError(f"location {location}: named twice")
+            checked.append((location[0], location[1]))
+        return tuple(checked)
+
+    def _from(self, start: Location) -> tuple[Location, ...]:
+        self.check_locations([start])
+        blocks = self.blocks
+        return blocks[blocks.index(start) :]
+
+    def _gated_block(self, location: Location, x: Tensor, gate_fn: GateFn) -> Tensor:
+        tokens = to_tokens(x)
+        result = gate_fn(location, tokens)
+        if result is None:
+            return self.run_block(location, x, None, None)
+        new = GatedTokens(*result)
+        if new.tokens.shape != tokens.shape:
+            raise ValueError(
+                f"gate at {location}: tokens {tuple(new.tokens.shape)}, expected"
+                f" {tuple(tokens.shape)}"
+            )
+        extra = new.extra
+        if extra is not None:
+            if not self.carries_extra(location):
+                raise ValueError(
+                    f"gate at {location}: this block has a spatial convolution, through which"
+                    " extra tokens cannot ride; gate an attention block instead"
+                )
+            if extra.dim() != 3 or extra.shape[0::2] != tokens.shape[0::2]:
+                raise ValueError(
+                    f"gate at {location}: extra tokens {tuple(extra.shape)}, expected"
+                    f" ({tokens.shape[0]}, P, {tokens.shape[2]})"
+                )
+        x = to_map(new.tokens, x.shape[2], x.shape[3])
+        return self.run_block(location, x, extra, new.extra_mask)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H·W, C), no copy."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
+    """(B, H·W, C) -> (B, C, H, W), no copy; a channels-last map when the tokens are contiguous."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+def key_mask(image_tokens: int, extra_mask: Tensor | None) -> Tensor | None:
+    """Attention mask (B, 1, 1, N + P) of image tokens followed by extra ones; True = attend."""
+    if extra_mask is None:
+        return None
+    seen = torch.ones(
+        (extra_mask.shape[0], image_tokens), dtype=torch.bool, device=extra_mask.device
+    )
+    return torch.cat((seen, extra_mask), dim=1)[:, None, None, :]
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth: zero a whole sample's branch with probability ``rate``, rescale the rest."""
+    if not training or rate == 0.0:
+        return x
+    keep = torch.rand((x.shape[0],) + (1,) * (x.dim() - 1), device=x.device) >= rate
+    return x * (keep.to(x.dtype) / (1.0 - rate))

@@ -1,0 +1,147 @@
+"""Visformer-Tiny, the paper's backbone, over timm's implementation, with gates before any block.
+
+timm's modules and parameter names are kept (under ``net.``), so its checkpoints load. Stage 1 is
+convolutional; gates with extra tokens go to stages 2 and 3 (METHOD.md §5). The ImageNet weights
+that timm offers have seen the novel classes of every benchmark here, and are never fetched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dvla_fast.errors import MissingDependencyError
+from dvla_fast.nn.backbones.base import GatedBackbone, Location, key_mask, to_tokens
+
+
+class Visformer(GatedBackbone):
+    """A timm Visformer with gates.
+
+    Args:
+        net: a ``timm.models.visformer.Visformer`` with a convolutional stem.
+        locations: where gates are called.
+
+    Raises:
+        ValueError: a location that does not exist.
+    """
+
+    def __init__(self, net: Any, locations: Sequence[Sequence[int]] = ((2, 3), (3, 0))) -> None:
+        super().__init__()
+        self.net = net
+        self.depths = (len(net.stage1), len(net.stage2), len(net.stage3))
+        self.feature_dim = net.num_features
+        dims = tuple(info["num_chs"] for info in net.feature_info)
+        self.widths = {(s, b): dims[s - 1] for s, b in self.blocks}
+        self.locations = self.check_locations(locations)
+
+    def enter(self, stage: int, x: Tensor) -> Tensor:
+        """See :class:`GatedBackbone`."""
+        net: Any = self.net
+        if stage == 1:
+            size = net.patch_embed1.img_size
+            stride = net.stem[0].stride
+            expected = (net.in_chans, size[0] * stride[0], size[1] * stride[1])
+            if tuple(x.shape[1:]) != expected:
+                raise ValueError(f"images: shape {tuple(x.shape)}, expected (B, *{expected})")
+            x = net.stem(x)
+        x = getattr(net, f"patch_embed{stage}")(x)
+        position = getattr(net, f"pos_embed{stage}")
+        result: Tensor = x if position is None else net.pos_drop(x + position)
+        return result
+
+    def run_block(
+        self, location: Location, x: Tensor, extra: Tensor | None, extra_mask: Tensor | None
+    ) -> Tensor:
+        """See :class:`GatedBackbone`.
+
+        Every operation of an attention block acts on positions alike, so image and extra tokens go
+        through it as one column: a map (B, C, N + P, 1).
+        """
+        block = self._block(location)
+        if extra is None:
+            plain: Tensor = block(x)
+            return plain
+        count = x.shape[2] * x.shape[3]
+        column = torch.cat((to_tokens(x), extra.to(x.dtype)), dim=1).transpose(1, 2).unsqueeze(-1)
+        mask = key_mask(count, extra_mask)
+        column = block(column) if mask is None else _masked_block(block, column, mask)
+        return column[:, :, :count, 0].unflatten(2, tuple(x.shape[2:]))
+
+    def pool(self, x: Tensor) -> Tensor:
+        """See :class:`GatedBackbone`."""
+        net: Any = self.net
+        pooled: Tensor = net.forward_head(net.norm(x), pre_logits=True)
+        return pooled
+
+    def carries_extra(self, location: Location) -> bool:
+        """See :class:`GatedBackbone`."""
+        block = self._block(location)
+        return block.attn is not None and not block.spatial_conv
+
+    def _block(self, location: Location) -> Any:
+        return getattr(self.net, f"stage{location[0]}")[location[1]]
+
+
+def _masked_block(block: Any, x: Tensor, mask: Tensor) -> Tensor:
+    """A timm attention block with a key mask, which its own forward does not take."""
+    attn = block.attn
+    normed = block.norm1(x)
+    batch, _, length, _ = x.shape
+    qkv = attn.qkv(normed).reshape(batch, 3, attn.num_heads, attn.head_dim, length)
+    query, key, value = qkv.permute(1, 0, 2, 4, 3).unbind(0)  # [B, heads, L, head_dim]
+    rate = attn.attn_drop.p if attn.training else 0.0
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
+    out = out.transpose(2, 3).reshape(batch, -1, length, 1)
+    x = x + block.drop_path(attn.proj_drop(attn.proj(out)))
+    result: Tensor = x + block.drop_path(block.mlp(block.norm2(x)))
+    return result
+
+
+def visformer_tiny(
+    image_size: int = 224,
+    in_channels: int = 3,
+    *,
+    small_stem: bool | None = None,
+    locations: Sequence[Sequence[int]] = ((2, 3), (3, 0)),
+    **kwargs: Any,
+) -> Visformer:
+    """Visformer-Tiny (about 10 M parameters), randomly initialised.
+
+    224 px: stages of 96 × 28², 192 × 14² and 384 × 7². 84 px with the small stem: 21², 10² and 5².
+
+    Args:
+        image_size: side of the images.
+        in_channels: colours.
+        small_stem: a 3 × 3 stem of stride 1 in place of 7 × 7 of stride 2; default: under 128 px.
+        locations: where gates are called.
+        kwargs: for ``timm.create_model``, e.g. ``drop_path_rate=0.5``.
+
+    Raises:
+        MissingDependencyError: timm is not installed.
+        ValueError: image_size too small, or a location that does not exist.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingDependencyError(
+            "visformer_tiny needs timm: pip install 'dvla-fast[vision]'"
+        ) from error
+    small = image_size < 128 if small_stem is None else small_stem
+    halvings = 16 if small else 32
+    if image_size < halvings:
+        raise ValueError(f"image_size: expected at least {halvings}, got {image_size}")
+    # timm sizes the position tables for a stem of stride 2: twice the side gives those of stride 1.
+    size = 2 * image_size if small else image_size
+    net = timm.create_model(
+        "visformer_tiny", pretrained=False, num_classes=0, img_size=size, in_chans=in_channels,
+        **kwargs,
+    )  # fmt: skip
+    if small:
+        stem = nn.Conv2d(in_channels, net.stem[0].out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        net.stem[0] = stem
+    return Visformer(net, locations)

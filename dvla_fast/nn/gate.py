@@ -1,0 +1,332 @@
+"""RLAGate: the RL-gated attention of DVLA-RL as a drop-in module for any token-based backbone.
+
+Text asks the image (cross-attention) and itself (self-attention) with one shared query; a policy
+mixes the two answers by α; the mix goes back into the image stream (METHOD.md §3, one gated layer).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dvla_fast import functional
+from dvla_fast.nn.policy import PolicyStep, build_policy
+
+ALPHA_SCOPES = ("episode", "image")
+
+
+class GateOutput(NamedTuple):
+    """What a gate returns. A = number of decisions: T text groups in scope "episode", else B."""
+
+    image_tokens: Tensor
+    """(B, N, dim): z plus the mean of H over the text tokens."""
+    fused: Tensor
+    """(B, P, dim): H, to be appended to the image tokens while the next block runs."""
+    alpha: Tensor
+    """(A,): the gate that was used; in the given shape's rows when ``alpha=`` was replayed."""
+    action_logit: Tensor
+    """(A,): the exact action, for ``action_logit=``."""
+    log_prob: Tensor
+    """(A,): log-density of the action; 0 for a replayed or deterministic gate."""
+    entropy: Tensor
+    """(A,): entropy of the policy; 0 for a replayed or deterministic gate."""
+    state: Tensor
+    """(A, 2·dim + 1): [GAP(H_v) ‖ GAP(H_t) ‖ cos(GAP(H_v), GAP(H_t))]."""
+
+
+class RLAGate(nn.Module):
+    """Gated mix of image-guided and text-guided attention, α drawn by a learned policy.
+
+        Q = H_t W_q;  H = (α Attn(Q, z W_kᵛ, z W_vᵛ) + (1 − α) Attn(Q, H_t W_kᵗ, H_t W_vᵗ)) W_o;
+        z ← z + mean over text tokens of H.
+
+    H_t is the text projected to ``dim``. B images fall into T groups of consecutive images that
+    share a text; everything that depends on text alone is computed once per group.
+
+    Args:
+        dim: width of the image tokens, a multiple of ``num_heads``.
+        text_dim: width of the text tokens.
+        num_heads: attention heads.
+        concentration: κ of the Beta policy.
+        hidden_dim: hidden width of the policy's network.
+        alpha_scope: "episode": one decision per text group, its state pooled over the group's
+            images; "image": one per image.
+        policy: "beta" (paper), "categorical", "fixed", "static" or "mlp" (METHOD.md §4).
+        fixed_alpha: the gate of policy "fixed".
+
+    Raises:
+        ValueError: a size is not positive, does not divide, or a name is unknown.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        text_dim: int = 512,
+        num_heads: int = 8,
+        *,
+        concentration: float = 10.0,
+        hidden_dim: int = 128,
+        alpha_scope: str = "episode",
+        policy: str = "beta",
+        fixed_alpha: float = 0.5,
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("text_dim", text_dim), ("num_heads", num_heads)):
+            if value < 1:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        if dim % num_heads:
+            raise ValueError(f"dim: {dim} is not a multiple of num_heads = {num_heads}")
+        if alpha_scope not in ALPHA_SCOPES:
+            raise ValueError(f"alpha_scope: unknown {alpha_scope!r}; expected {ALPHA_SCOPES}")
+        self.dim, self.text_dim, self.num_heads = dim, text_dim, num_heads
+        self.alpha_scope = alpha_scope
+        self.text_projection = nn.Linear(text_dim, dim)
+        self.text_qkv = nn.Linear(dim, 3 * dim, bias=False)  # W_q, W_kᵗ, W_vᵗ
+        self.image_kv = nn.Linear(dim, 2 * dim, bias=False)  # W_kᵛ, W_vᵛ
+        self.out_projection = nn.Linear(dim, dim, bias=False)  # W_o
+        self.policy = build_policy(
+            policy,
+            dim,
+            hidden_dim=hidden_dim,
+            concentration=concentration,
+            fixed_alpha=fixed_alpha,
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier for each of the d × d maps apart: stacked, their fan-out would be overstated."""
+        nn.init.xavier_uniform_(self.text_projection.weight)
+        nn.init.zeros_(self.text_projection.bias)
+        for stacked in (self.text_qkv, self.image_kv, self.out_projection):
+            for weight in stacked.weight.detach().split(self.dim):
+                nn.init.xavier_uniform_(weight)
+
+    def forward(
+        self,
+        image_tokens: Tensor,
+        text_tokens: Tensor,
+        *,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        alpha: Tensor | float | None = None,
+        action_logit: Tensor | None = None,
+        sample: bool | None = None,
+        generator: torch.Generator | None = None,
+        state_images: int | None = None,
+        episodes: int | None = None,
+    ) -> GateOutput:
+        """Run the gate.
+
+        Args:
+            image_tokens: (B, N, dim), dtype of the weights (any floating type under autocast).
+            text_tokens: (T, P, text_dim), B a multiple of T; images i·B/T … see text group i.
+            image_mask: (B, N) bool, True = a token; masked ones are attended by nothing.
+            text_mask: (T, P) bool, likewise; H is 0 at masked places.
+            alpha: replay these gates in [0, 1], of shape (), (T,) or (B,) (or (episodes,)), instead
+                of asking the policy. Gradients flow to them if they require grad.
+            action_logit: (A,), re-evaluate these stored actions: α as then, log_prob and entropy
+                of the policy as it is now (PPO).
+            sample: draw the action (True) or take the policy's mean (False); None: draw in
+                training.
+            generator: source of randomness on the inputs' device; None: PyTorch's global one.
+            state_images: scope "episode": only the first this many images of each text group make
+                the state (the supports, when queries follow them in the same call).
+            episodes: scope "episode": number of decisions A, a divisor of T; each covers T/A
+                consecutive text groups. None: T.
+
+        Raises:
+            TypeError, ValueError: dtypes, shapes, devices or options do not fit together.
+        """
+        self._check(image_tokens, text_tokens, image_mask, text_mask)
+        episodes = self._decisions(image_tokens, text_tokens, episodes, state_images)
+        texts = self.text_projection(text_tokens)  # [T, P, dim]
+        state = self._state(image_tokens, texts, image_mask, text_mask, episodes, state_images)
+        if alpha is None:
+            self._check_action(action_logit, state)
+            draw = self.training if sample is None else sample
+            step = self.policy(
+                state, action_logit=action_logit, sample=draw, generator=generator
+            )
+        elif action_logit is not None:
+            raise ValueError("alpha and action_logit exclude each other")
+        else:
+            step = _replayed(alpha, state, image_tokens.shape[0], text_tokens.shape[0])
+        fused = self._attend(image_tokens, texts, image_mask, text_mask, step.alpha)
+        added = _masked_mean(fused, _per_image(text_mask, fused.shape[0]))
+        updated = image_tokens + added.to(image_tokens.dtype).unsqueeze(1)
+        return GateOutput(updated, fused, *step, state)
+
+    def _attend(
+        self,
+        image_tokens: Tensor,
+        texts: Tensor,
+        image_mask: Tensor | None,
+        text_mask: Tensor | None,
+        alpha: Tensor,
+    ) -> Tensor:
+        """H (B, P, dim) of gates alpha (), (A,) or (B,)."""
+        query, text_key, text_value = self._heads(self.text_qkv(texts), 3)
+        image_key, image_value = self._heads(self.image_kv(image_tokens), 2)
+        mixed = functional.dual_attention(
+            query,
+            image_key,
+            image_value,
+            text_key,
+            text_value,
+            _spread(alpha, image_tokens.shape[0]),
+            image_mask=image_mask,
+            text_mask=text_mask,
+        )  # [B, H, P, D], stored [B, P, H, D]
+        fused: Tensor = self.out_projection(mixed.transpose(1, 2).flatten(2))
+        if text_mask is None:
+            return fused
+        keep = _per_image(text_mask, fused.shape[0])
+        assert keep is not None
+        return fused * keep.unsqueeze(-1)
+
+    def _heads(self, stacked: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(X, L, parts·dim) -> parts views (X, H, L, D), no copy."""
+        split = stacked.unflatten(-1, (parts, self.num_heads, -1))  # [X, L, parts, H, D]
+        return tuple(part.transpose(1, 2) for part in split.unbind(2))
+
+    def _state(
+        self,
+        image_tokens: Tensor,
+        texts: Tensor,
+        image_mask: Tensor | None,
+        text_mask: Tensor | None,
+        episodes: int,
+        state_images: int | None,
+    ) -> Tensor:
+        """(A, 2·dim + 1), in at least float32: sums over hundreds of tokens in bfloat16 would drift.
+
+        An image counts alike whatever its number of unmasked tokens, and so does a text group.
+        """
+        groups = texts.shape[0]
+        if state_images is not None:  # [B, N, dim] -> the first images of every group
+            image_tokens = image_tokens.unflatten(0, (groups, -1))[:, :state_images].flatten(0, 1)
+            if image_mask is not None:
+                image_mask = image_mask.unflatten(0, (groups, -1))[:, :state_images].flatten(0, 1)
+        wide = torch.promote_types(image_tokens.dtype, torch.float32)
+        image = _masked_mean(image_tokens, image_mask, wide)  # [B', dim]
+        text = _masked_mean(texts, text_mask, wide)  # [T, dim]
+        if self.alpha_scope == "image":
+            text = text.repeat_interleave(image.shape[0] // groups, dim=0)
+        else:
+            image = image.unflatten(0, (episodes, -1)).mean(1)  # [A, dim]
+            text = text.unflatten(0, (episodes, -1)).mean(1)
+        cosine = F.cosine_similarity(image, text, dim=-1).unsqueeze(-1)
+        return torch.cat((image, text, cosine), dim=-1)
+
+    def _decisions(
+        self, image_tokens: Tensor, text_tokens: Tensor, episodes: int | None, supports: int | None
+    ) -> int:
+        groups = text_tokens.shape[0]
+        if self.alpha_scope == "image":
+            if episodes is not None or supports is not None:
+                raise ValueError("episodes, state_images: only alpha_scope='episode' has them")
+            return image_tokens.shape[0]
+        if episodes is not None and (episodes < 1 or groups % episodes):
+            raise ValueError(f"episodes: {groups} text groups do not fall into {episodes} evenly")
+        per_group = image_tokens.shape[0] // groups
+        if supports is not None and not 1 <= supports <= per_group:
+            raise ValueError(f"state_images: expected 1 to {per_group}, got {supports}")
+        return groups if episodes is None else episodes
+
+    def _check(
+        self,
+        image_tokens: Tensor,
+        text_tokens: Tensor,
+        image_mask: Tensor | None,
+        text_mask: Tensor | None,
+    ) -> None:
+        weight = self.image_kv.weight
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        for name, tensor, width in (
+            ("image_tokens", image_tokens, self.dim),
+            ("text_tokens", text_tokens, self.text_dim),
+        ):
+            if tensor.dim() != 3 or tensor.shape[-1] != width:
+                raise ValueError(
+                    f"{name}: shape {tuple(tensor.shape)}, expected (batch, tokens, {width})"
+                )
+            if not tensor.is_floating_point() or (tensor.dtype != weight.dtype and not autocast):
+                raise TypeError(f"{name}: dtype {tensor.dtype}, the gate has {weight.dtype}")
+            if tensor.device != weight.device:
+                raise ValueError(f"{name}: on {tensor.device}, the gate is on {weight.device}")
+        images, groups = image_tokens.shape[0], text_tokens.shape[0]
+        if groups == 0 or images == 0 or images % groups:
+            raise ValueError(
+                f"image_tokens: {images} images do not fall into {groups} text groups evenly"
+            )
+        for name, mask, tokens in (
+            ("image_mask", image_mask, image_tokens),
+            ("text_mask", text_mask, text_tokens),
+        ):
+            if mask is None:
+                continue
+            if mask.dtype != torch.bool:
+                raise TypeError(f"{name}: expected bool (True = a token), got {mask.dtype}")
+            if mask.shape != tokens.shape[:2]:
+                raise ValueError(
+                    f"{name}: shape {tuple(mask.shape)}, expected {tuple(tokens.shape[:2])}"
+                )
+            if mask.device != tokens.device:
+                raise ValueError(f"{name}: on {mask.device}, the tokens are on {tokens.device}")
+
+    def _check_action(self, action_logit: Tensor | None, state: Tensor) -> None:
+        if action_logit is not None and action_logit.shape != state.shape[:1]:
+            raise ValueError(
+                f"action_logit: shape {tuple(action_logit.shape)}, expected ({state.shape[0]},)"
+            )
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, text_dim={self.text_dim}, num_heads={self.num_heads},"
+            f" alpha_scope={self.alpha_scope!r}"
+        )
+
+
+def _replayed(alpha: Tensor | float, state: Tensor, images: int, groups: int) -> PolicyStep:
+    """A given gate as a decision: nothing was drawn, so density and entropy are 0."""
+    decisions = state.shape[0]
+    if not isinstance(alpha, Tensor):
+        alpha = torch.full((), float(alpha), dtype=state.dtype, device=state.device)
+    if not alpha.is_floating_point():
+        raise TypeError(f"alpha: expected a floating tensor, got {alpha.dtype}")
+    if alpha.device != state.device:
+        raise ValueError(f"alpha: on {alpha.device}, the tokens are on {state.device}")
+    allowed = ((), (decisions,), (groups,), (images,))
+    if tuple(alpha.shape) not in allowed:
+        raise ValueError(f"alpha: shape {tuple(alpha.shape)}, expected one of {set(allowed)}")
+    alpha = alpha.to(state.dtype)
+    if alpha.dim() == 0:
+        alpha = alpha.expand(decisions)
+    zero = torch.zeros_like(alpha, requires_grad=False)
+    return PolicyStep(alpha, torch.logit(alpha.detach()), zero, zero)
+
+
+def _spread(alpha: Tensor, images: int) -> Tensor:
+    """(A,) -> (B,): every image gets the gate of its episode."""
+    decisions = alpha.shape[0]
+    return alpha.unsqueeze(1).expand(decisions, images // decisions).reshape(images)
+
+
+def _per_image(text_mask: Tensor | None, images: int) -> Tensor | None:
+    """(T, P) -> (B, P): every image gets the mask of its text."""
+    if text_mask is None:
+        return None
+    groups, tokens = text_mask.shape
+    return text_mask.unsqueeze(1).expand(groups, images // groups, tokens).flatten(0, 1)
+
+
+def _masked_mean(x: Tensor, mask: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """Mean of (X, L, d) over the unmasked tokens, (X, d); 0 where none is left."""
+    if mask is None:
+        return x.mean(1, dtype=dtype)
+    keep = mask.unsqueeze(-1)
+    total = x.masked_fill(~keep, 0).sum(1, dtype=dtype)
+    return total / keep.sum(1).clamp_min(1)

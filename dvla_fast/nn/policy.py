@@ -1,0 +1,274 @@
+"""Gate policies: from the gate's state to a mixing weight α, with its log-density and entropy.
+
+The Beta policy is DVLA-RL's; the others are the alternatives of METHOD.md §4, behind one interface,
+so that an ablation is a change of one word. Policies compute in at least float32 whatever the
+autocast, since a log-density in half precision is noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dvla_fast import functional
+
+
+class PolicyStep(NamedTuple):
+    """One decision per state row; every tensor (A,)."""
+
+    alpha: Tensor
+    """The gate in [0, 1]."""
+    action_logit: Tensor
+    """What ``action_logit=`` takes to re-evaluate this very action."""
+    log_prob: Tensor
+    """Log-density (Beta) or log-probability (categorical) of the action; 0 where nothing is drawn."""
+    entropy: Tensor
+    """Entropy of the policy in nats; 0 where nothing is drawn."""
+
+
+class GatePolicy(nn.Module):
+    """Interface of the policies, and the network φ that most of them share.
+
+    ``forward(state (A, 2·dim + 1), *, action_logit (A,) | None, sample, generator) -> PolicyStep``.
+    """
+
+    stochastic = False
+    """Whether there is an action to draw, to score, and to re-evaluate."""
+
+    def forward(
+        self,
+        state: Tensor,
+        *,
+        action_logit: Tensor | None = None,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> PolicyStep:
+        raise NotImplementedError
+
+    def _refuse_action(self, action_logit: Tensor | None) -> None:
+        if action_logit is not None:
+            raise ValueError(
+                f"action_logit: {type(self).__name__} draws no action to re-evaluate;"
+                " replay its gates with alpha="
+            )
+
+
+class StateNetwork(nn.Module):
+    """MLP over s = [GAP(H_v) ‖ GAP(H_t) ‖ cos]; starts at 0 for every state, i.e. p = 1/2.
+
+    The two pooled vectors are normalised apart from each other: image tokens are a raw residual
+    stream, often tens of times larger than projected text, and would drown it in a shared norm.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, out_features: int = 1) -> None:
+        super().__init__()
+        self.dim = dim
+        self.hidden = nn.Linear(2 * dim + 1, hidden_dim)
+        self.out = nn.Linear(hidden_dim, out_features)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, state: Tensor) -> Tensor:
+        """(A, 2·dim + 1) -> (A, out_features), float32 or, for float64 weights, float64."""
+        with torch.autocast(device_type=state.device.type, enabled=False):
+            state = state.to(torch.promote_types(self.hidden.weight.dtype, torch.float32))
+            image, text, cosine = state.split([self.dim, self.dim, 1], dim=-1)
+            parts = (F.layer_norm(image, (self.dim,)), F.layer_norm(text, (self.dim,)), cosine)
+            # Weights that were cast to a half type are widened: they are small, the logit is not.
+            hidden = F.gelu(_wide_linear(torch.cat(parts, dim=-1), self.hidden))
+            return _wide_linear(hidden, self.out)
+
+
+def _wide_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+class BetaPolicy(GatePolicy):
+    """α ~ Beta(κp, κ(1 − p)), p = sigmoid(MLP(s)); the mean p when not sampling (METHOD.md §3).
+
+    No gradient flows through α: the network learns from log_prob and entropy alone.
+    """
+
+    stochastic = True
+
+    def __init__(self, dim: int, hidden_dim: int = 128, concentration: float = 10.0) -> None:
+        super().__init__()
+        if not 0.0 < concentration < float("inf"):
+            raise ValueError(
+                f"concentration: expected a positive finite number, got {concentration}"
+            )
+        self.concentration = float(concentration)
+        self.network = StateNetwork(dim, hidden_dim)
+
+    def forward(
+        self,
+        state: Tensor,
+        *,
+        action_logit: Tensor | None = None,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> PolicyStep:
+        """See :class:`GatePolicy`."""
+        logits = self.network(state).squeeze(-1)
+        step = functional.beta_policy(
+            logits,
+            self.concentration,
+            action_logit=action_logit,
+            deterministic=action_logit is None and not sample,
+            generator=generator,
+        )
+        return PolicyStep(*step)
+
+    def extra_repr(self) -> str:
+        return f"concentration={self.concentration:g}"
+
+
+class CategoricalPolicy(GatePolicy):
+    """α in {1, 0, 1/2}: image only, text only, or both (what the authors' checkpoints hold).
+
+    The most probable choice when not sampling. ``action_logit`` holds the index of the choice.
+    """
+
+    stochastic = True
+    choices = (1.0, 0.0, 0.5)
+
+    def __init__(self, dim: int, hidden_dim: int = 128) -> None:
+        super().__init__()
+        self.network = StateNetwork(dim, hidden_dim, len(self.choices))
+
+    def forward(
+        self,
+        state: Tensor,
+        *,
+        action_logit: Tensor | None = None,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> PolicyStep:
+        """See :class:`GatePolicy`."""
+        log_probs = F.log_softmax(self.network(state), dim=-1)  # [A, 3]
+        probs = log_probs.exp()
+        if action_logit is not None:
+            index = action_logit.detach().long()
+        elif sample:
+            # Inverse of the distribution function: one draw a row, and no host synchronisation.
+            draw = torch.rand(
+                probs.shape[:1], dtype=probs.dtype, device=probs.device, generator=generator
+            )
+            below = probs.detach().cumsum(-1)[:, :-1] <= draw.unsqueeze(-1)
+            index = below.sum(-1)
+        else:
+            index = probs.argmax(-1)
+        alpha = probs.new_tensor(self.choices)[index]
+        log_prob = log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        entropy = -(probs * log_probs).sum(-1)
+        return PolicyStep(alpha, index.to(probs.dtype), log_prob, entropy)
+
+
+class FixedPolicy(GatePolicy):
+    """A constant α: the paper's ablation, and the plainest baseline."""
+
+    def __init__(self, alpha: float = 0.5) -> None:
+        super().__init__()
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"fixed_alpha: expected a number in [0, 1], got {alpha}")
+        self.alpha = float(alpha)
+
+    def forward(
+        self,
+        state: Tensor,
+        *,
+        action_logit: Tensor | None = None,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> PolicyStep:
+        """See :class:`GatePolicy`."""
+        self._refuse_action(action_logit)
+        dtype = torch.promote_types(state.dtype, torch.float32)
+        alpha = torch.full(state.shape[:1], self.alpha, dtype=dtype, device=state.device)
+        return _certain(torch.logit(alpha), alpha)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha:g}"
+
+
+class StaticPolicy(GatePolicy):
+    """One learned α for every input, trained by the ordinary gradient through α."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit = nn.Parameter(torch.zeros(()))
+
+    def forward(
+        self,
+        state: Tensor,
+        *,
+        action_logit: Tensor | None = None,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> PolicyStep:
+        """See :class:`GatePolicy`."""
+        self._refuse_action(action_logit)
+        logit = self.logit.to(torch.promote_types(self.logit.dtype, torch.float32))
+        return _certain(logit.expand(state.shape[0]))
+
+
+class MLPPolicy(GatePolicy):
+    """α = sigmoid(MLP(s)), trained by the ordinary gradient through α: a gate without RL."""
+
+    def __init__(self, dim: int, hidden_dim: int = 128) -> None:
+        super().__init__()
+        self.network = StateNetwork(dim, hidden_dim)
+
+    def forward(
+        self,
+        state: Tensor,
+        *,
+        action_logit: Tensor | None = None,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> PolicyStep:
+        """See :class:`GatePolicy`."""
+        self._refuse_action(action_logit)
+        return _certain(self.network(state).squeeze(-1))
+
+
+def _certain(logit: Tensor, alpha: Tensor | None = None) -> PolicyStep:
+    """A decision without chance: density and entropy do not apply, and are 0."""
+    alpha = torch.sigmoid(logit) if alpha is None else alpha
+    zero = torch.zeros_like(alpha, requires_grad=False)
+    return PolicyStep(alpha, logit.detach(), zero, zero)
+
+
+_POLICIES: dict[str, Callable[[int, int, float, float], GatePolicy]] = {
+    "beta": lambda dim, hidden, kappa, _alpha: BetaPolicy(dim, hidden, kappa),
+    "categorical": lambda dim, hidden, _kappa, _alpha: CategoricalPolicy(dim, hidden),
+    "fixed": lambda _dim, _hidden, _kappa, alpha: FixedPolicy(alpha),
+    "static": lambda _dim, _hidden, _kappa, _alpha: StaticPolicy(),
+    "mlp": lambda dim, hidden, _kappa, _alpha: MLPPolicy(dim, hidden),
+}
+
+POLICIES = tuple(_POLICIES)
+
+
+def build_policy(
+    name: str,
+    dim: int,
+    *,
+    hidden_dim: int = 128,
+    concentration: float = 10.0,
+    fixed_alpha: float = 0.5,
+) -> GatePolicy:
+    """The policy of that name for a gate of width ``dim``.
+
+    Raises:
+        ValueError: unknown name, or a parameter out of its range.
+    """
+    if name not in _POLICIES:
+        raise ValueError(f"policy: unknown {name!r}; expected one of {POLICIES}")
+    if hidden_dim < 1:
+        raise ValueError(f"hidden_dim: expected a positive number, got {hidden_dim}")
+    return _POLICIES[name](dim, hidden_dim, concentration, fixed_alpha)

@@ -1,0 +1,76 @@
+"""The cosine prototype classifier of METHOD.md §3: a query goes to the nearest class mean."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def prototypes(features: Tensor, labels: Tensor, way: int) -> Tensor:
+    """Class means of support features.
+
+    Args:
+        features: (E, S, d).
+        labels: (E, S) int64 in [0, way).
+        way: number of classes.
+
+    Returns:
+        (E, way, d) in the features' dtype; 0 for a class without support.
+    """
+    members = labels.unsqueeze(-1) == torch.arange(way, device=labels.device)  # [E, S, way]
+    weights = members.to(features.dtype)
+    return weights.transpose(1, 2) @ features / weights.sum(1).clamp_min(1).unsqueeze(-1)
+
+
+def prototype_logits(
+    support_features: Tensor,
+    support_labels: Tensor,
+    query_features: Tensor,
+    way: int,
+    temperature: float = 0.2,
+) -> Tensor:
+    """Cosine similarity of queries to class means, divided by the temperature.
+
+    Args:
+        support_features: (E, S, d).
+        support_labels: (E, S) int64 in [0, way).
+        query_features: (E, Q, d).
+        way: number of classes.
+        temperature: > 0 (the authors' code: 0.2).
+
+    Returns:
+        (E, Q, way), at least float32: rounding in half types turns close classes into ties.
+
+    Raises:
+        TypeError, ValueError: shapes or dtypes do not fit together.
+    """
+    _check(support_features, support_labels, query_features, way, temperature)
+    wide = torch.promote_types(support_features.dtype, torch.float32)
+    with torch.autocast(device_type=support_features.device.type, enabled=False):
+        means = F.normalize(prototypes(support_features.to(wide), support_labels, way), dim=-1)
+        queries = F.normalize(query_features.to(wide), dim=-1)
+        return queries @ means.transpose(1, 2) / temperature
+
+
+def _check(support: Tensor, labels: Tensor, query: Tensor, way: int, temperature: float) -> None:
+    for name, tensor in (("support_features", support), ("query_features", query)):
+        if tensor.dim() != 3:
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected 3 dimensions")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating tensor, got {tensor.dtype}")
+    if query.shape[0] != support.shape[0] or query.shape[2] != support.shape[2]:
+        raise ValueError(
+            f"query_features: shape {tuple(query.shape)} does not fit support_features"
+            f" {tuple(support.shape)}"
+        )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"support_labels: expected int64, got {labels.dtype}")
+    if labels.shape != support.shape[:2]:
+        raise ValueError(
+            f"support_labels: shape {tuple(labels.shape)}, expected {tuple(support.shape[:2])}"
+        )
+    if way < 1:
+        raise ValueError(f"way: expected a positive number, got {way}")
+    if temperature <= 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")

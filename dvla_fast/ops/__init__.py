@@ -1,0 +1,1 @@
+"""One module per op: the public function with its checks, autograd, and the op's registration."""

@@ -1,0 +1,200 @@
+"""The gate's policy: draw α ~ Beta(κp, κ(1 − p)), its log-density and the entropy, in one call.
+
+p = sigmoid(logits); κ is the concentration (DVLA-RL, policy of METHOD.md §3). The action is
+carried as its logit l = log(α/(1 − α)): α itself saturates near 0 and 1 in float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dvla_fast import _extension, backends, reference
+from dvla_fast.ops import schemas
+
+
+class BetaPolicyOutput(NamedTuple):
+    """What one policy step yields; every tensor has the shape of the logits."""
+
+    alpha: Tensor
+    """The gate, sigmoid(action_logit); carries no gradient."""
+    action_logit: Tensor
+    """The exact action log(α/(1 − α)); carries no gradient."""
+    log_prob: Tensor
+    """Log-density of α under Beta(κp, κ(1 − p)), with respect to α."""
+    entropy: Tensor
+    """Differential entropy of the policy, in nats."""
+
+
+def beta_policy(
+    logits: Tensor,
+    concentration: float | Tensor,
+    *,
+    action_logit: Tensor | None = None,
+    deterministic: bool = False,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> BetaPolicyOutput:
+    """Draws (or replays) the gate and returns it with its log-density and the policy's entropy.
+
+    Args:
+        logits: policy logits, any shape, p = sigmoid(logits). Half types are computed in float32,
+            float64 stays float64.
+        concentration: κ > 0, a number or a tensor that broadcasts to ``logits``.
+        action_logit: evaluate this stored action, same shape as ``logits``, instead of drawing.
+        deterministic: take the policy's mean p instead of drawing.
+        generator: source of the random key; default PyTorch's global one. The same generator state
+            gives the same draws whatever the number of threads.
+        backend: ``"cpp"`` or ``"reference"``; default the best for the inputs. The reference draws
+            from another random stream.
+
+    Returns:
+        BetaPolicyOutput; log_prob and entropy differentiate with respect to ``logits`` and a tensor
+        ``concentration``, once.
+
+    Raises:
+        TypeError: ``logits`` is not a floating tensor.
+        ValueError: κ is not positive and finite, logits hold NaN, or shapes do not fit.
+    """
+    if not logits.is_floating_point():
+        raise TypeError(f"logits: expected a floating tensor, got {logits.dtype}")
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    kappa, value = _checked_concentration(concentration, logits)
+    if action_logit is not None:
+        if deterministic:
+            raise ValueError("action_logit and deterministic=True exclude each other")
+        if action_logit.shape != logits.shape:
+            raise ValueError(
+                f"action_logit: shape {tuple(action_logit.shape)}, expected {tuple(logits.shape)}"
+            )
+        action_logit = action_logit.detach().to(logits.dtype)
+    problem = _extension.beta_problem(logits.device)
+    if backends.choose("beta_policy", (("cpp", problem), ("reference", None)), backend) == "cpp":
+        key = None
+        if action_logit is None and not deterministic:
+            key = draw_key(logits.device, generator)
+        return _run(logits, kappa, value, action_logit, key)
+    full = torch.full((), value, dtype=logits.dtype, device=logits.device)
+    _check_values(logits, full if kappa is None else kappa)
+    return BetaPolicyOutput(
+        *reference.beta_policy(
+            logits, full if kappa is None else kappa, action_logit, deterministic, generator
+        )
+    )
+
+
+def beta_sample(
+    logits: Tensor, concentration: float | Tensor, *, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draws only: (alpha, action_logit), shapes and errors as in :func:`beta_policy`."""
+    with torch.no_grad():
+        out = beta_policy(logits, concentration, generator=generator)
+    return out.alpha, out.action_logit
+
+
+def beta_log_prob(
+    logits: Tensor, concentration: float | Tensor, action_logit: Tensor
+) -> Tensor:
+    """Log-density of a stored action, shapes and errors as in :func:`beta_policy`."""
+    return beta_policy(logits, concentration, action_logit=action_logit).log_prob
+
+
+def beta_entropy(logits: Tensor, concentration: float | Tensor) -> Tensor:
+    """Entropy of the policy, shapes and errors as in :func:`beta_policy`."""
+    return beta_policy(logits, concentration, deterministic=True).entropy
+
+
+def draw_key(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """(2,) int64: seed and offset of a counter-based stream, drawn by a torch op.
+
+    Being drawn by PyTorch's own generator, it is replayed by activation checkpointing and drawn
+    afresh by each replay of a CUDA graph, with no hidden state in the op that reads it.
+    """
+    return torch.empty(2, dtype=torch.int64, device=device).random_(generator=generator)
+
+
+def _run(
+    logits: Tensor, kappa: Tensor | None, value: float, action: Tensor | None, key: Tensor | None
+) -> BetaPolicyOutput:
+    if _extension.needs_python_autograd():
+        return BetaPolicyOutput(*_BetaPolicy.apply(logits, kappa, value, action, key)[:4])
+    forward = torch.ops.dvla_fast.beta_policy_forward.default
+    return BetaPolicyOutput(*forward(logits, kappa, value, action, key, False)[:4])
+
+
+class _BetaPolicy(torch.autograd.Function):
+    """The forward op yields the closed-form derivatives too; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        kappa: Tensor | None,
+        value: float,
+        action: Tensor | None,
+        key: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        return torch.ops.dvla_fast.beta_policy_forward.default(
+            logits, kappa, value, action, key, True
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        alpha, action_logit, _log_prob, _entropy, derivatives = output
+        ctx.mark_non_differentiable(alpha, action_logit, derivatives)
+        ctx.save_for_backward(derivatives)
+        ctx.kappa_shape = None if inputs[1] is None else inputs[1].shape
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _alpha, _action, grad_log_prob, grad_entropy, _derivatives):  # type: ignore[no-untyped-def]
+        (saved,) = ctx.saved_tensors
+        grad_logits = torch.addcmul(saved[0] * grad_log_prob, saved[1], grad_entropy)
+        if ctx.kappa_shape is None or not ctx.needs_input_grad[1]:
+            return grad_logits, None, None, None, None
+        grad_kappa = torch.addcmul(saved[2] * grad_log_prob, saved[3], grad_entropy)
+        return grad_logits, grad_kappa.sum_to_size(ctx.kappa_shape), None, None, None
+
+
+@torch.library.register_fake("dvla_fast::beta_policy_forward", lib=schemas.LIBRARY)
+def _forward_fake(logits, concentration, concentration_value, action_logit, key, save):  # type: ignore[no-untyped-def]
+    def like() -> Tensor:
+        return logits.new_empty(logits.shape)
+
+    rows = 0 if not save else 2 if concentration is None else 4
+    derivatives = logits.new_empty((rows, *logits.shape)) if rows else logits.new_empty(0)
+    return like(), like(), like(), like(), derivatives
+
+
+def _checked_concentration(
+    concentration: float | Tensor, logits: Tensor
+) -> tuple[Tensor | None, float]:
+    """(tensor or None, number): the two forms the op takes."""
+    if not isinstance(concentration, Tensor):
+        value = float(concentration)
+        if not 0.0 < value < float("inf"):
+            raise ValueError(f"concentration: expected a positive finite number, got {value}")
+        return None, value
+    if concentration.device != logits.device:
+        raise ValueError(f"concentration: on {concentration.device}, logits on {logits.device}")
+    try:
+        fits = torch.broadcast_shapes(concentration.shape, logits.shape) == logits.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"concentration: shape {tuple(concentration.shape)} does not broadcast to logits'"
+            f" {tuple(logits.shape)}"
+        )
+    return concentration.to(logits.dtype), 0.0
+
+
+def _check_values(logits: Tensor, kappa: Tensor) -> None:
+    """What the C++ op checks on its way, for the reference path."""
+    if bool(torch.isnan(logits).any()):
+        raise ValueError("logits: NaN found")
+    if not bool(((kappa > 0) & torch.isfinite(kappa)).all()):
+        raise ValueError("concentration: expected positive finite values")

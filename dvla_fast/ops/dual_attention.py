@@ -1,0 +1,225 @@
+"""Dual attention: cross-attention to an image and self-attention inside a text, mixed by a gate.
+
+    out = α · softmax(Q Kᵢᵀ · scale) Vᵢ + (1 − α) · softmax(Q Kₜᵀ · scale) Vₜ
+
+(DVLA-RL, the gated attention of METHOD.md §3.) The images of a text group share Q, Kₜ and Vₜ.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dvla_fast import _extension, backends, reference
+from dvla_fast.ops import schemas
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def dual_attention(
+    query: Tensor,
+    image_key: Tensor,
+    image_value: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    alpha: Tensor,
+    *,
+    image_mask: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Mixes image attention and text attention of one shared query by the gate α, in one pass.
+
+    B images fall into T text groups of G = B/T consecutive images; H heads, P query tokens, S text
+    key tokens, N image tokens, head dimension D. Strides are free: a (B, L, H, D) tensor viewed as
+    (B, H, L, D) costs no copy, and the result is stored so that ``out.transpose(1, 2).flatten(2)``
+    costs none either.
+
+    Args:
+        query: (T, H, P, D), float32, float16, bfloat16 or (reference and C++) float64.
+        image_key: (B, H, N, D), dtype of ``query``; so are the next three.
+        image_value: (B, H, N, D).
+        text_key: (T, H, S, D).
+        text_value: (T, H, S, D).
+        alpha: gate in [0, 1], a floating tensor of shape (), (B,) or (B, H). The range is the
+            caller's word: it is not read, which would stall a GPU.
+        image_mask: (B, N) bool, True = attend. A path with no key left contributes exactly 0.
+        text_mask: (T, S) bool, likewise.
+        scale: factor of the scores; default D^-1/2.
+        backend: ``"triton"``, ``"cpp"`` or ``"reference"``; default the best for the inputs.
+
+    Returns:
+        (B, H, P, D) in the dtype of ``query``. First-order gradients flow to the five tensors, and
+        to ``alpha`` when it requires grad.
+
+    Raises:
+        TypeError: a dtype is not supported or differs from the query's; a mask is not bool.
+        ValueError: shapes or devices do not fit together.
+        BackendError: the backend asked for cannot run with these inputs.
+    """
+    _check(query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask)
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    gate = _expand_alpha(alpha, image_key.shape[0], image_key.shape[1], query.dtype)
+    tensors = (query, image_key, image_value, text_key, text_value, gate)
+    chosen = backends.choose("dual_attention", _candidates(query), backend)
+    if chosen == "reference":
+        return reference.dual_attention(*tensors, image_mask, text_mask, scale)
+    if _extension.needs_python_autograd():
+        out: Tensor = _DualAttention.apply(*tensors, image_mask, text_mask, scale)[0]
+        return out
+    forward = torch.ops.dvla_fast.dual_attention_forward.default
+    return forward(*tensors, image_mask, text_mask, scale, False)[0]
+
+
+def _candidates(query: Tensor) -> tuple[tuple[str, str | None], ...]:
+    """The implementations for these inputs, best first, each with why it cannot run."""
+    on_cpu = query.device.type == "cpu"
+    cpp = "the inputs are not on the CPU" if not on_cpu else _extension.problem
+    triton = _extension.triton_problem(query.device, query.dtype)
+    return (("triton", triton), ("cpp", cpp), ("reference", None))
+
+
+def _expand_alpha(alpha: Tensor, batch: int, heads: int, dtype: torch.dtype) -> Tensor:
+    """(), (B,) or (B, H) to (B, H) in the accumulation dtype, as a view where possible."""
+    if alpha.dim() == 1:
+        alpha = alpha.unsqueeze(1)
+    return alpha.to(torch.promote_types(dtype, torch.float32)).expand(batch, heads)
+
+
+class _DualAttention(torch.autograd.Function):
+    """Forward and backward ops joined; the four saved results are outputs, as torch.func needs."""
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        image_key: Tensor,
+        image_value: Tensor,
+        text_key: Tensor,
+        text_value: Tensor,
+        alpha: Tensor,
+        image_mask: Tensor | None,
+        text_mask: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, ...]:
+        return torch.ops.dvla_fast.dual_attention_forward.default(
+            query, image_key, image_value, text_key, text_value, alpha,
+            image_mask, text_mask, scale, True,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, *_unused):  # type: ignore[no-untyped-def]
+        grads = torch.ops.dvla_fast.dual_attention_backward.default(
+            grad_out, *ctx.saved_tensors, ctx.scale
+        )
+        return *grads, None, None, None
+
+
+@torch.library.register_fake("dvla_fast::dual_attention_forward", lib=schemas.LIBRARY)
+def _forward_fake(
+    query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask, scale, save
+):  # type: ignore[no-untyped-def]
+    groups, heads, rows, width = query.shape
+    batch = image_key.shape[0]
+
+    def out_like() -> Tensor:
+        return query.new_empty(batch, rows, heads, width).transpose(1, 2)
+
+    if not save:
+        return (out_like(), *(query.new_empty(0) for _ in range(4)))
+    wide = alpha.dtype
+    return (
+        out_like(),
+        out_like(),
+        query.new_empty(groups, rows, heads, width).transpose(1, 2),
+        query.new_empty(batch, heads, rows, dtype=wide),
+        query.new_empty(groups, heads, rows, dtype=wide),
+    )
+
+
+@torch.library.register_fake("dvla_fast::dual_attention_backward", lib=schemas.LIBRARY)
+def _backward_fake(
+    grad_out, query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask,
+    image_out, text_out, image_lse, text_lse, scale,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    def stored_by_token(x: Tensor) -> Tensor:
+        """A gradient is stored (B, L, H, D), as projections want it."""
+        outer, heads, rows, width = x.shape
+        return x.new_empty(outer, rows, heads, width).transpose(1, 2)
+
+    grads = (stored_by_token(x) for x in (query, image_key, image_value, text_key, text_value))
+    return (*grads, alpha.new_empty(alpha.shape))
+
+
+def _check(
+    query: Tensor,
+    image_key: Tensor,
+    image_value: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    alpha: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+) -> None:
+    """Raises before any work when the arguments do not fit together."""
+    named = {
+        "query": query,
+        "image_key": image_key,
+        "image_value": image_value,
+        "text_key": text_key,
+        "text_value": text_value,
+    }
+    for name, tensor in named.items():
+        if tensor.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions, got shape {tuple(tensor.shape)}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name}: dtype {tensor.dtype} differs from query's {query.dtype}")
+    if query.dtype not in _DTYPES:
+        raise TypeError(f"query: dtype {query.dtype} is not one of {_DTYPES}")
+    groups, heads, _, width = query.shape
+    batch, _, keys, _ = image_key.shape
+    if groups == 0 or batch % groups:
+        raise ValueError(
+            f"image_key: {batch} images do not fall into the query's {groups} text groups evenly"
+        )
+    _expect_shape("image_key", image_key, (batch, heads, keys, width))
+    _expect_shape("image_value", image_value, (batch, heads, keys, width))
+    _expect_shape("text_key", text_key, (groups, heads, text_key.shape[2], width))
+    _expect_shape("text_value", text_value, (groups, heads, text_key.shape[2], width))
+    if not alpha.is_floating_point():
+        raise TypeError(f"alpha: expected a floating tensor, got {alpha.dtype}")
+    if tuple(alpha.shape) not in ((), (batch,), (batch, heads)):
+        raise ValueError(
+            f"alpha: shape {tuple(alpha.shape)}, expected (), ({batch},) or ({batch}, {heads})"
+        )
+    for name, mask, shape in (
+        ("image_mask", image_mask, (batch, keys)),
+        ("text_mask", text_mask, (groups, text_key.shape[2])),
+    ):
+        if mask is None:
+            continue
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{name}: expected bool (True = attend), got {mask.dtype}")
+        _expect_shape(name, mask, shape)
+    for name, other in (*named.items(), ("alpha", alpha)):
+        if other.device != query.device:
+            raise ValueError(f"{name}: on {other.device}, query on {query.device}")
+    for name, mask in (("image_mask", image_mask), ("text_mask", text_mask)):
+        if mask is not None and mask.device != query.device:
+            raise ValueError(f"{name}: on {mask.device}, query on {query.device}")
+
+
+def _expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {shape}")

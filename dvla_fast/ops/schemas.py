@@ -1,0 +1,38 @@
+"""Every op schema of the library, in one place.
+
+The schemas are defined here rather than in C++ so that they exist without a compiler too: then
+Triton still serves GPUs through the same ops. The extension and the kernels only implement them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+LIBRARY = torch.library.Library("dvla_fast", "DEF")
+
+LIBRARY.define(
+    # query (T,H,P,D); image_* (B,H,N,D); text_* (T,H,S,D); alpha (B,H) float32, or float64 with
+    # float64 inputs. out, image_out (B,H,P,D); text_out (T,H,P,D); image_lse (B,H,P),
+    # text_lse (T,H,P): log-sum-exp of the scaled scores, -inf for a row with no key.
+    # save=False: all but `out` are empty.
+    "dual_attention_forward(Tensor query, Tensor image_key, Tensor image_value, Tensor text_key,"
+    " Tensor text_value, Tensor alpha, Tensor? image_mask, Tensor? text_mask, float scale,"
+    " bool save) -> (Tensor out, Tensor image_out, Tensor text_out, Tensor image_lse,"
+    " Tensor text_lse)"
+)
+LIBRARY.define(
+    "dual_attention_backward(Tensor grad_out, Tensor query, Tensor image_key, Tensor image_value,"
+    " Tensor text_key, Tensor text_value, Tensor alpha, Tensor? image_mask, Tensor? text_mask,"
+    " Tensor image_out, Tensor text_out, Tensor image_lse, Tensor text_lse, float scale)"
+    " -> (Tensor grad_query, Tensor grad_image_key, Tensor grad_image_value,"
+    " Tensor grad_text_key, Tensor grad_text_value, Tensor grad_alpha)"
+)
+LIBRARY.define(
+    # The concentration is a tensor that broadcasts to logits, or (None) the number beside it.
+    # Action: `action_logit` evaluates it, else `key` (2,) int64 samples, else the mean.
+    # derivatives: (0,) unless asked for, else stacked d(log_prob), d(entropy) by the logit, then,
+    # with a concentration tensor, d(log_prob), d(entropy) by the concentration.
+    "beta_policy_forward(Tensor logits, Tensor? concentration, float concentration_value,"
+    " Tensor? action_logit, Tensor? key, bool save)"
+    " -> (Tensor alpha, Tensor action_logit, Tensor log_prob, Tensor entropy, Tensor derivatives)"
+)

@@ -1,0 +1,105 @@
+"""The plain-PyTorch meaning of every op: the oracle of the tests and the fallback of the library.
+
+Nothing here is fast. Everything works in any floating dtype (half types are computed in float32),
+on any device, and differentiates through autograd alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def dual_attention(
+    query: Tensor,
+    image_key: Tensor,
+    image_value: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    alpha: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """α·softmax(q Kᵢᵀ·scale) Vᵢ + (1 − α)·softmax(q Kₜᵀ·scale) Vₜ (METHOD: DVLA-RL's gated mix).
+
+    Shapes as in :func:`dvla_fast.functional.dual_attention`; ``alpha`` is already (B, H).
+    Returns (B, H, P, D) in the query's dtype.
+    """
+    groups, batch = query.shape[0], image_key.shape[0]
+    compute = torch.promote_types(query.dtype, torch.float32)
+    q, ik, iv, tk, tv = (
+        x.to(compute) for x in (query, image_key, image_value, text_key, text_value)
+    )
+    fold = (groups, batch // groups)  # (T, G): each image meets its own group's text by broadcast
+    image_out = _attend(
+        q.unsqueeze(1),  # [T, 1, H, P, D]
+        ik.unflatten(0, fold),  # [T, G, H, N, D]
+        iv.unflatten(0, fold),
+        None if image_mask is None else image_mask.unflatten(0, fold),
+        scale,
+    )
+    text_out = _attend(q, tk, tv, text_mask, scale).unsqueeze(1)  # [T, 1, H, P, D]
+    gate = alpha.to(compute).unflatten(0, fold)[..., None, None]  # [T, G, H, 1, 1]
+    mixed = gate * image_out + (1 - gate) * text_out
+    return mixed.flatten(0, 1).to(query.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Softmax attention over (…, H, L, D); rows whose every key is masked give exactly 0."""
+    scores = q @ k.transpose(-2, -1) * scale
+    if mask is None:
+        return torch.softmax(scores, dim=-1) @ v
+    keep = mask[..., None, None, :]  # [..., 1, 1, L]
+    weights = torch.softmax(scores.masked_fill(~keep, torch.finfo(scores.dtype).min), dim=-1)
+    return weights * keep @ v
+
+
+def beta_policy(
+    logits: Tensor,
+    concentration: Tensor,
+    action_logit: Tensor | None,
+    deterministic: bool,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Beta(κp, κ(1 − p)) with p = sigmoid(logits): (alpha, action_logit, log_prob, entropy).
+
+    Everything is computed in float64 and returned in the dtype of ``logits``.
+    """
+    dtype = logits.dtype
+    wide_logits, kappa = logits.double(), concentration.double()
+    a = kappa * torch.sigmoid(wide_logits)
+    b = kappa * torch.sigmoid(-wide_logits)
+    if action_logit is None:
+        drawn = (
+            wide_logits.detach()
+            if deterministic
+            else _log_gamma_draw(a, generator) - _log_gamma_draw(b, generator)
+        )
+        limit = torch.finfo(dtype).max
+        action_logit = drawn.clamp(-limit, limit).to(dtype)
+    action = action_logit.detach().double()
+    log_alpha = torch.nn.functional.logsigmoid(action)
+    log_rest = torch.nn.functional.logsigmoid(-action)
+    log_norm = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(kappa)
+    log_prob = (a - 1) * log_alpha + (b - 1) * log_rest - log_norm
+    entropy = (
+        log_norm
+        - (a - 1) * torch.digamma(a)
+        - (b - 1) * torch.digamma(b)
+        + (kappa - 2) * torch.digamma(kappa)
+    )
+    alpha = torch.sigmoid(action).to(dtype)
+    return alpha, action_logit.detach(), log_prob.to(dtype), entropy.to(dtype)
+
+
+def _log_gamma_draw(a: Tensor, generator: torch.Generator | None) -> Tensor:
+    """log G with G ~ Gamma(a, 1); for a < 1 by log G(a) = log G(a + 1) + log(U)/a, no underflow."""
+    a = a.detach()
+    small = a < 1
+    gamma = torch._standard_gamma(torch.where(small, a + 1, a), generator=generator)
+    uniform = torch.rand(a.shape, dtype=a.dtype, device=a.device, generator=generator)
+    uniform = uniform.clamp_min(math.ldexp(1.0, -53))
+    return torch.log(gamma) + torch.where(small, torch.log(uniform) / a, torch.zeros_like(a))

@@ -1,0 +1,248 @@
+"""The picture of a demo run: training curves, rewards, gates over time, results, sample images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dvla_fast.data import FewShotData
+from dvla_fast.data.images import unit_range
+from dvla_fast.engine.evaluate import FIXED, LEARNED
+from dvla_fast.engine.logging import read_metrics
+from dvla_fast.errors import MissingDependencyError
+
+# Colour-blind safe (Okabe and Ito); grey for what is only there to compare with.
+_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#D55E00", "#009E73", "#8E5BA6", "#9AA5B1"
+_LAYER_COLOURS = (_BLUE, _ORANGE, _GREEN, _PURPLE)
+_INK, _MUTED, _GRID = "#1F2933", "#616E7C", "#E4E7EB"
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.edgecolor": _MUTED,
+    "axes.labelcolor": _MUTED,
+    "axes.titlecolor": _INK,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 2.0,
+    "lines.solid_capstyle": "round",
+}
+
+
+def plot_run(
+    folder: str | Path, output: str | Path, data: FewShotData, summary: Mapping[str, Any]
+) -> None:
+    """Draw the run in ``folder`` as a PNG file.
+
+    Args:
+        folder: run folder with ``metrics.jsonl``.
+        output: file to write, whatever its suffix.
+        data: the data set, for the sample images.
+        summary: the demo's summary, with its ``results``.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.style import context
+    except ImportError as error:
+        raise MissingDependencyError(
+            "pictures need matplotlib, which is not installed; run pip install 'dvla-fast[train]'"
+        ) from error
+    pretrain = read_metrics(folder, "pretrain")
+    metatune = read_metrics(folder, "metatune")
+    layers = [f"stage {stage}, block {block}" for stage, block in summary["gated_layers"]]
+    with context(_STYLE):
+        figure = Figure(figsize=(13.2, 7.8), dpi=150, facecolor="white")
+        FigureCanvasAgg(figure)  # no global state: safe in threads and without a display
+        rows = figure.add_gridspec(
+            2, 3, left=0.055, right=0.985, top=0.855, bottom=0.075, wspace=0.27, hspace=0.42
+        )
+        axes = [figure.add_subplot(rows[row, column]) for row in range(2) for column in range(3)]
+        _title(figure, data, summary)
+        _pretraining(axes[0], pretrain)
+        _metatuning(axes[1], metatune)
+        _rewards(axes[2], metatune, layers)
+        _gates(axes[3], metatune, layers)
+        _results(axes[4], summary["results"])
+        axes[5].axis("off")
+        _samples(figure, axes[5].get_position(), data)
+        figure.savefig(output, format="png")
+
+
+def _title(figure: Any, data: FewShotData, summary: Mapping[str, Any]) -> None:
+    results = summary["results"]
+    scores = "   ".join(
+        f"{result['way']}-way {result['shot']}-shot  {100 * result['accuracy']:.1f} ± "
+        f"{100 * result['ci95']:.1f} %"
+        for result in results
+    )
+    figure.text(
+        0.055, 0.962, f"DVLA-RL on {data.name}: a gate learned by REINFORCE", fontsize=16,
+        fontweight="bold", va="center",
+    )  # fmt: skip
+    figure.text(
+        0.055, 0.922,
+        f"Novel classes, learned gate:  {scores}     ({results[0]['episodes']:,} episodes each, "
+        "mean and 95 % interval)",
+        fontsize=10.5, color=_MUTED, va="center",
+    )  # fmt: skip
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    found = [(row["step"], row[key]) for row in rows if key in row]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _percent(values: Sequence[float]) -> list[float]:
+    return [100 * value for value in values]
+
+
+def _pretraining(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    axis.set_title("1  Pre-training on the base classes")
+    steps, accuracy = _curve(rows, "accuracy")
+    (line,) = axis.plot(steps, _percent(accuracy), color=_BLUE, label="training accuracy")
+    steps, held_out = _curve(rows, "monitor_episode_accuracy")
+    (dots,) = axis.plot(
+        steps, _percent(held_out), "o-", color=_GREEN, markersize=4, linewidth=1.4,
+        label="held-out images, 1-shot",
+    )  # fmt: skip
+    axis.set(xlabel="epoch", ylabel="accuracy, %", ylim=(None, 101))
+    other = axis.twinx()
+    other.grid(False)
+    steps, loss = _curve(rows, "loss")
+    (grey,) = other.plot(steps, loss, color=_GREY, linewidth=1.6, label="loss (right)")
+    other.set_ylabel("loss")
+    other.set_ylim(0, None)
+    other.spines["right"].set_visible(True)
+    axis.legend(handles=[line, dots, grey], loc="center right")
+
+
+def _metatuning(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    axis.set_title("2  Meta-tuning: episode accuracy")
+    steps, accuracy = _curve(rows, "accuracy")
+    axis.plot(steps, _percent(accuracy), color=_BLUE, label="training episodes, gate sampled")
+    steps, held_out = _curve(rows, "monitor_accuracy")
+    axis.plot(
+        steps, _percent(held_out), "o-", color=_GREEN, markersize=4, linewidth=1.4,
+        label="held-out images, gate at its mean",
+    )  # fmt: skip
+    axis.set(xlabel="epoch", ylabel="accuracy, %", ylim=(None, 101))
+    axis.legend(loc="lower right")
+
+
+def _layer_curves(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[Any]]:
+    steps, values = _curve(rows, key)
+    return steps, list(zip(*values, strict=True))  # one sequence per layer
+
+
+def _rewards(axis: Any, rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> None:
+    axis.set_title("3  Reward of the gate, by gated layer")
+    steps, rewards = _layer_curves(rows, "reward")
+    _, baselines = _layer_curves(rows, "baseline")
+    for layer, colour, reward, baseline in zip(
+        layers, _LAYER_COLOURS, rewards, baselines, strict=False
+    ):
+        axis.plot(steps, reward, color=colour, label=layer)
+        axis.plot(steps, baseline, color=colour, linewidth=1.2, linestyle=(0, (4, 3)))
+    axis.plot([], [], color=_GREY, linewidth=1.2, linestyle=(0, (4, 3)), label="moving baseline")
+    axis.set(xlabel="epoch", ylabel="reward")
+    axis.legend(loc="lower right")
+
+
+def _gates(axis: Any, rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> None:
+    axis.set_title("4  Gate α over time: mean and spread")
+    steps, means = _layer_curves(rows, "alpha_mean")
+    _, spreads = _layer_curves(rows, "alpha_std")
+    for layer, colour, mean, spread in zip(layers, _LAYER_COLOURS, means, spreads, strict=False):
+        low = [m - s for m, s in zip(mean, spread, strict=True)]
+        high = [m + s for m, s in zip(mean, spread, strict=True)]
+        axis.fill_between(steps, low, high, color=colour, alpha=0.16, linewidth=0)
+        axis.plot(steps, mean, color=colour, label=layer)
+    axis.axhline(0.5, color=_GREY, linewidth=1, linestyle=(0, (2, 3)))
+    axis.set(xlabel="epoch", ylabel="α", ylim=(0, 1))
+    axis.text(
+        0.99, 0.97, "↑ text asks the image", transform=axis.transAxes, ha="right", va="top",
+        color=_MUTED, fontsize=9,
+    )  # fmt: skip
+    axis.text(
+        0.99, 0.03, "↓ text attends to itself", transform=axis.transAxes, ha="right",
+        va="bottom", color=_MUTED, fontsize=9,
+    )  # fmt: skip
+    axis.legend(loc="lower left")
+
+
+def _results(axis: Any, results: Sequence[Mapping[str, Any]]) -> None:
+    axis.set_title("5  Novel classes, same episodes for all")
+    names = list(results[0]["methods"])
+    fixed = f"fixed gate, α = {results[0]['fixed_alpha']:g}"
+    labels = {FIXED: fixed}
+    marks = ("o", "s", "D", "^")
+    for index, result in enumerate(results):
+        offset = 0.13 * (index - (len(results) - 1) / 2)
+        for row, name in enumerate(names):
+            value = result["methods"][name]
+            colour = _ORANGE if name == LEARNED else _GREY
+            x, y = 100 * value["accuracy"], len(names) - 1 - row - offset
+            axis.errorbar(
+                x, y, xerr=100 * value["ci95"], fmt=marks[index % 4], color=colour,
+                markersize=6, capsize=3, linewidth=1.6,
+                label=f"{result['shot']}-shot" if row == len(names) - 1 else None,
+            )  # fmt: skip
+            axis.annotate(
+                f"{x:.1f}", (x, y), xytext=(0, 7), textcoords="offset points", ha="center",
+                fontsize=8.5, color=_INK if name == LEARNED else _MUTED,
+            )  # fmt: skip
+    axis.set_yticks(range(len(names)), [_wrap(labels.get(name, name)) for name in names][::-1])
+    axis.tick_params(axis="y", length=0)
+    axis.set(xlabel="accuracy, %", ylim=(-0.5, len(names) - 0.35))
+    axis.margins(x=0.12)
+    axis.grid(axis="y", visible=False)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 0.0), ncols=len(results))
+
+
+def _wrap(label: str) -> str:
+    return label.replace(", ", ",\n").replace(" prototypes", "\nprototypes")
+
+
+def _samples(figure: Any, box: Any, data: FewShotData) -> None:
+    """Draw one image of each of up to five base and five novel classes inside ``box``."""
+    pad = 0.012
+    figure.text(
+        box.x0, box.y1 + 0.0135, "6  What it sees", fontsize=11, fontweight="bold", va="bottom"
+    )
+    groups = ((data.base, "learned in training", _MUTED), (data.novel, "never seen", _ORANGE))
+    width = (box.width - 4 * pad) / 5
+    height = width * figure.get_figwidth() / figure.get_figheight()
+    for row, (images, caption, colour) in enumerate(groups):
+        top = box.y1 - row * (height + 0.105) - 0.028
+        figure.text(box.x0, top + 0.006, caption, fontsize=9.5, color=colour, va="bottom")
+        for column, name in enumerate(images.class_names[:5]):
+            axis = figure.add_axes(
+                (box.x0 + column * (width + pad), top - height, width, height)
+            )
+            index = int((images.labels == column).nonzero()[1])
+            picture = unit_range(images.images[index]).permute(1, 2, 0).cpu()
+            axis.imshow(
+                picture.squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest"
+            )
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+            for spine in axis.spines.values():
+                spine.set(visible=True, color=_GRID)
+            axis.set_xlabel(name, fontsize=9, labelpad=3)

@@ -1,0 +1,148 @@
+"""Maps ``kernels/`` into the package and hands the C++ build to CMake."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_tools"))
+
+from target import site_packages  # noqa: E402
+
+
+def find_torch():
+    """torch of the environment being installed into, or ``None``."""
+    for folder in site_packages():
+        if folder not in sys.path:
+            sys.path.append(folder)
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        return None
+
+
+def tool(name: str) -> str:
+    """A build tool from its PyPI package where installed (pip installs it for the build), or PATH."""
+    try:
+        return str(Path(importlib.import_module(name).BIN_DIR) / name)
+    except (ImportError, AttributeError):
+        pass
+    try:
+        return str(Path(importlib.import_module(name).CMAKE_BIN_DIR) / name)
+    except (ImportError, AttributeError):
+        return shutil.which(name) or ""
+
+
+def notice(text: str) -> None:
+    print(f"dvla-fast: {text}", file=sys.stderr, flush=True)
+
+
+class CMakeBuild(build_ext):
+    """Builds every native part with CMake and puts the results into ``dvla_fast/``."""
+
+    def run(self) -> None:
+        reason = self._cannot_build()
+        if reason:
+            notice(
+                f"{reason}; installing without the compiled extension (the plain-PyTorch path"
+                " works, slower). `dvla-fast doctor` tells how to get it."
+            )
+            self.extensions = []
+            return
+        source = ROOT / "dvla_fast"
+        target = source if self.inplace or self.editable_mode else Path(self.build_lib) / "dvla_fast"
+        self._cmake(target.resolve())
+
+    def _cannot_build(self) -> str | None:
+        if os.environ.get("DVLA_FAST_EXTENSION") == "0":
+            return "DVLA_FAST_EXTENSION=0"
+        if find_torch() is None:
+            return "no torch to build against"
+        compilers = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+        if not any(shutil.which(name) for name in compilers if name):
+            return "no C++ compiler found"
+        if not tool("cmake"):
+            return "no cmake found"
+        return None
+
+    def _cmake(self, target: Path) -> None:
+        torch = find_torch()
+        from torch.utils import cpp_extension
+
+        build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build = build.with_name(f"{build.name}-torch{torch.__version__}")
+        definitions = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "DVLA_OUTPUT": target,
+            "DVLA_TORCH_VERSION": torch.__version__,
+            "DVLA_TORCH_INCLUDES": ";".join(cpp_extension.include_paths()),
+            "DVLA_TORCH_LIBRARIES": ";".join(cpp_extension.library_paths()),
+            "DVLA_PYTHON_INCLUDE": sysconfig.get_paths()["include"],
+            "DVLA_PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+            "DVLA_CUDA": "ON" if self._wants_cuda(torch) else "OFF",
+        }
+        if shutil.which("ccache"):
+            definitions["CMAKE_CXX_COMPILER_LAUNCHER"] = "ccache"
+        cmake, ninja = tool("cmake"), tool("ninja")
+        configure = [cmake, "-S", str(ROOT), "-B", str(build)]
+        if ninja:
+            configure += ["-G", "Ninja"]
+            definitions["CMAKE_MAKE_PROGRAM"] = ninja
+        self._call([*configure, *(f"-D{name}={value}" for name, value in definitions.items())])
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        self._call([cmake, "--build", str(build), "--parallel", jobs])
+
+    def _wants_cuda(self, torch) -> bool:
+        """CUDA sources need nvcc and a CUDA torch; not a GPU, so that a build farm can make them."""
+        asked = os.environ.get("DVLA_FAST_CUDA", "")
+        if asked == "0":
+            return False
+        missing = [
+            what
+            for what, there in (
+                ("a CUDA build of torch", torch.version.cuda),
+                ("nvcc", os.environ.get("CUDACXX") or shutil.which("nvcc")),
+            )
+            if not there
+        ]
+        if missing and asked == "1":
+            raise SystemExit(f"dvla-fast: DVLA_FAST_CUDA=1, but there is no {' and no '.join(missing)}")
+        if missing:
+            notice(f"no {' and no '.join(missing)}: skipping the CUDA sources (Triton serves GPUs)")
+        return not missing
+
+    def _call(self, command: list[str]) -> None:
+        try:
+            subprocess.run(command, check=True)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                f"dvla-fast: building the extension failed (exit status {error.returncode}). Set"
+                " DVLA_FAST_EXTENSION=0 to install without it."
+            ) from None
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+setup(
+    packages=[
+        *find_packages(include=["dvla_fast", "dvla_fast.*"]),
+        *(f"dvla_fast.{name}" for name in find_packages(include=["kernels", "kernels.*"])),
+    ],
+    package_dir={"dvla_fast": "dvla_fast", "dvla_fast.kernels": "kernels"},
+    package_data={"dvla_fast": ["py.typed", "semantics/banks/*.json"]},
+    ext_modules=[Extension("dvla_fast._build_info", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

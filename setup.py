@@ -59,7 +59,9 @@ class CMakeBuild(build_ext):
             self.extensions = []
             return
         source = ROOT / "dvla_fast"
-        target = source if self.inplace or self.editable_mode else Path(self.build_lib) / "dvla_fast"
+        target = (
+            source if self.inplace or self.editable_mode else Path(self.build_lib) / "dvla_fast"
+        )
         self._cmake(target.resolve())
 
     def _cannot_build(self) -> str | None:
@@ -115,7 +117,9 @@ class CMakeBuild(build_ext):
             if not there
         ]
         if missing and asked == "1":
-            raise SystemExit(f"dvla-fast: DVLA_FAST_CUDA=1, but there is no {' and no '.join(missing)}")
+            raise SystemExit(
+                f"dvla-fast: DVLA_FAST_CUDA=1, but there is no {' and no '.join(missing)}"
+            )
         if missing:
             notice(f"no {' and no '.join(missing)}: skipping the CUDA sources (Triton serves GPUs)")
         return not missing

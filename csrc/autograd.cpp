@@ -2,8 +2,6 @@
 // the small problems it would wrap. (torch.func transforms take the Python twin of these classes,
 // in dvla_fast/ops: functorch does not enter C++ ones.)
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/addcmul.h>
-#include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
@@ -50,6 +48,9 @@ using BetaResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using BetaSignature = BetaResult(const Tensor&, const OptionalTensor&, double,
                                  const OptionalTensor&, const OptionalTensor&, bool);
 
+using BetaBackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&,
+                                                         const OptionalTensor&);
+
 BetaResult call_beta(const Tensor& logits, const OptionalTensor& concentration, double value,
                      const OptionalTensor& action_logit, const OptionalTensor& key, bool save) {
   static const auto op = c10::Dispatcher::singleton()
@@ -66,6 +67,7 @@ class BetaPolicy : public torch::autograd::Function<BetaPolicy> {
                                const OptionalTensor& action_logit, const OptionalTensor& key) {
     auto [alpha, action, log_prob, entropy, derivatives] =
         call_beta(logits, concentration, value, action_logit, key, true);
+    ctx->set_materialize_grads(false);
     ctx->save_for_backward({derivatives});
     ctx->mark_non_differentiable({alpha, action, derivatives});
     if (concentration) ctx->saved_data["kappa_shape"] = concentration->sym_sizes();
@@ -78,24 +80,18 @@ class BetaPolicy : public torch::autograd::Function<BetaPolicy> {
 
  private:
   static variable_list chain_rule(AutogradContext* ctx, const variable_list& grads) {
-    at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("dvla_fast::beta_policy_backward", "")
+                               .typed<BetaBackwardSignature>();
+    // Unpacked first: activation checkpointing runs the forward again here, autograd included.
     const Tensor derivatives = ctx->get_saved_variables()[0];
-    const Tensor &by_log_prob = grads[2], &by_entropy = grads[3];
-    const auto chain = [&](int row) {
-      Tensor sum;
-      if (by_log_prob.defined()) sum = at::mul(derivatives.select(0, row), by_log_prob);
-      if (!by_entropy.defined()) return sum;
-      const Tensor slope = derivatives.select(0, row + 1);
-      return sum.defined() ? at::addcmul(sum, slope, by_entropy) : at::mul(slope, by_entropy);
-    };
-    variable_list out(5);
-    if (ctx->needs_input_grad(0)) out[0] = chain(0);
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [grad_logits, grad_kappa] = op.call(derivatives, or_none(grads[2]), or_none(grads[3]));
     const auto shape = ctx->saved_data.find("kappa_shape");
-    if (shape != ctx->saved_data.end() && ctx->needs_input_grad(1)) {
-      const Tensor grad = chain(2);
-      if (grad.defined()) out[1] = at::sum_to(grad, shape->second.toSymIntVector());
-    }
-    return out;
+    grad_kappa = shape == ctx->saved_data.end()
+                     ? Tensor()
+                     : at::sum_to(grad_kappa, shape->second.toSymIntVector());
+    return {grad_logits, grad_kappa, Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -148,6 +144,7 @@ class DualAttention : public torch::autograd::Function<DualAttention> {
     auto [out, image_out, text_out, image_lse, text_lse] =
         call_attention(query, image_key, image_value, text_key, text_value, alpha, image_mask,
                        text_mask, scale, true);
+    ctx->set_materialize_grads(false);
     ctx->save_for_backward({query, image_key, image_value, text_key, text_value, alpha,
                             or_undefined(image_mask), or_undefined(text_mask), image_out, text_out,
                             image_lse, text_lse});
@@ -162,11 +159,12 @@ class DualAttention : public torch::autograd::Function<DualAttention> {
 
  private:
   static variable_list call_backward(AutogradContext* ctx, const Tensor& grad_out) {
+    if (!grad_out.defined()) return variable_list(9);
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("dvla_fast::dual_attention_backward", "")
                                .typed<AttentionBackwardSignature>();
+    const auto s = ctx->get_saved_variables();  // before the guard, see BetaPolicy
     at::AutoDispatchBelowADInplaceOrView below;
-    const auto s = ctx->get_saved_variables();
     auto [query, image_key, image_value, text_key, text_value, alpha] =
         op.call(grad_out, s[0], s[1], s[2], s[3], s[4], s[5], or_none(s[6]), or_none(s[7]), s[8],
                 s[9], s[10], s[11], ctx->saved_data["scale"].toDouble());

@@ -6,6 +6,7 @@
 
 TORCH_LIBRARY_IMPL(dvla_fast, CPU, m) {
   m.impl("beta_policy_forward", &dvla_fast::beta_policy_forward_cpu);
+  m.impl("beta_policy_backward", &dvla_fast::beta_policy_backward_cpu);
   m.impl("dual_attention_forward", &dvla_fast::dual_attention_forward);
   m.impl("dual_attention_backward", &dvla_fast::dual_attention_backward);
 }

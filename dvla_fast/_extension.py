@@ -100,12 +100,14 @@ def beta_problem(device: torch.device) -> str | None:
     return f"no kernel for {device.type}"
 
 
-def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run on a device and dtype, or ``None``."""
+def triton_problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the Triton attention kernels cannot run with such inputs, or ``None``."""
     if device.type != "cuda":
         return "the inputs are not on a CUDA device"
     if dtype == torch.float64:
         return "the Triton kernels have no float64"
+    if head_dim > 256:
+        return f"head dimension {head_dim}: the Triton kernels go to 256"
     return None if triton_available() else "Triton is not installed"
 
 

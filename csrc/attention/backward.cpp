@@ -51,15 +51,15 @@ struct Scratch {
     return std::min(panels.vecs, kMaxVecs) * kLanes<acc_t>;
   }
 
-  int64_t ld;                            // width, padded to whole vectors
-  Buffer<acc_t> q, q_panels;             // the scaled query: (P, ld), and in panels of D rows
-  Buffer<acc_t> text;                    // the text path's output (P, ld)
-  Buffer<acc_t> go, go_panels;           // the output's gradient: (P, ld), and in panels of D rows
-  Buffer<acc_t> out_row;                 // (ld)
-  Buffer<acc_t> lse, delta;              // (lanes of all panels)
-  Buffer<acc_t> key, value;              // (block, D)
-  Buffer<acc_t> weights, slopes;         // E' and dS' (block, lanes of a panel)
-  Buffer<acc_t> grad_key, grad_value;    // (block, ld)
+  int64_t ld;                          // width, padded to whole vectors
+  Buffer<acc_t> q, q_panels;           // the scaled query: (P, ld), and in panels of D rows
+  Buffer<acc_t> text;                  // the text path's output (P, ld)
+  Buffer<acc_t> go, go_panels;         // the output's gradient: (P, ld), and in panels of D rows
+  Buffer<acc_t> out_row;               // (ld)
+  Buffer<acc_t> lse, delta;            // (lanes of all panels)
+  Buffer<acc_t> key, value;            // (block, D)
+  Buffer<acc_t> weights, slopes;       // E' and dS' (block, lanes of a panel)
+  Buffer<acc_t> grad_key, grad_value;  // (block, ld)
 };
 
 // One path of one head: keys, values and where their gradients go.
@@ -73,19 +73,41 @@ struct Path {
 };
 
 // weights = exp(weights - lse), slopes = weights (slopes - delta), over (count, V * lanes).
+// `whole`: the block holds every key. Then the weights are normalised again, which undoes the
+// rounding of lse, and delta is summed from them rather than from the rounded output: what cancels
+// in exact arithmetic (the slopes of a row add up to 0) cancels here.
 template <int V, class acc_t>
 void score_slopes(acc_t* weights, acc_t* slopes, int64_t count, const acc_t* lse,
-                  const acc_t* delta) {
+                  const acc_t* delta, bool whole) {
   constexpr int64_t lanes = kLanes<acc_t>;
-  Vec<acc_t> shift[V], mean[V];
+  Vec<acc_t> shift[V], share[V], mean[V], total[V], sum[V];
   for (int v = 0; v < V; ++v) {
     shift[v] = Vec<acc_t>::loadu(lse + v * lanes);
-    mean[v] = Vec<acc_t>::loadu(delta + v * lanes);
+    total[v] = sum[v] = Vec<acc_t>(acc_t(0));
+  }
+  for (int64_t begin = 0; begin < count; begin += kSumRows) {
+    Vec<acc_t> part[V];
+    for (int v = 0; v < V; ++v) part[v] = Vec<acc_t>(acc_t(0));
+    for (int64_t n = begin; n < std::min(begin + kSumRows, count); ++n) {
+      for (int v = 0; v < V; ++v) {
+        const int64_t at = (n * V + v) * lanes;
+        const auto weight = exp_shifted(Vec<acc_t>::loadu(weights + at) - shift[v]);
+        weight.store(weights + at);
+        part[v] = part[v] + weight;
+        sum[v] = at::vec::fmadd(weight, Vec<acc_t>::loadu(slopes + at), sum[v]);
+      }
+    }
+    for (int v = 0; v < V; ++v) total[v] = total[v] + part[v];
+  }
+  for (int v = 0; v < V; ++v) {
+    share[v] = Vec<acc_t>(acc_t(1));
+    if (whole) share[v] = share[v] / total[v];
+    mean[v] = whole ? sum[v] * share[v] : Vec<acc_t>::loadu(delta + v * lanes);
   }
   for (int64_t n = 0; n < count; ++n) {
     for (int v = 0; v < V; ++v) {
       const int64_t at = (n * V + v) * lanes;
-      const auto weight = exp_shifted(Vec<acc_t>::loadu(weights + at) - shift[v]);
+      const auto weight = Vec<acc_t>::loadu(weights + at) * share[v];
       weight.store(weights + at);
       (weight * (Vec<acc_t>::loadu(slopes + at) - mean[v])).store(slopes + at);
     }
@@ -115,7 +137,7 @@ void block_backward(const Path<scalar_t>& path, int64_t begin, int64_t count,
                 slopes, wide, false);
     with_vecs(panel.vecs, [&](auto V) {
       score_slopes<V()>(weights, slopes, count, s.lse.get() + panel.first,
-                        s.delta.get() + panel.first);
+                        s.delta.get() + panel.first, count == path.count);
     });
     gemm<false>(count, ld_vecs, panel.count, weights, wide, go_rows, ld, grad_value, ld, i > 0);
     gemm<false>(count, ld_vecs, panel.count, slopes, wide, q_rows, ld, grad_key, ld, i > 0);
@@ -167,14 +189,14 @@ class Backward {
         grad_alpha(at::zeros({z.B, z.H}, alpha.options())),
         query_sums(at::empty({z.T * z.H * (image_slots + text_slots), panels.lanes * z.D},
                              alpha.options())),
-        text_sums(at::empty({z.T * z.H * image_slots, z.P * padded<acc_t>(z.D)},
-                            alpha.options())) {
-    // Masked keys are not visited.
-    if (!image_kept.all()) grad_image_key.zero(), grad_image_value.zero();
-    if (!text_kept.all()) grad_text_key.zero(), grad_text_value.zero();
+        text_sums(at::empty({z.T * z.H * image_slots, z.P * padded<acc_t>(z.D)}, alpha.options())) {
+    // Masked keys are not visited; without queries no key is.
+    if (!image_kept.all() || z.P == 0) grad_image_key.zero(), grad_image_value.zero();
+    if (!text_kept.all() || z.P == 0) grad_text_key.zero(), grad_text_value.zero();
   }
 
   void run() const {
+    if (z.P == 0) return;
     const int64_t heads = z.T * z.H;
     if (image_slots == 1 && text_slots == 1) {
       parallel_items(heads, [&](int64_t begin, int64_t end) {
@@ -239,8 +261,8 @@ class Backward {
       const int64_t b = t * z.G + g;
       if (loaded != b) load_image_gradient(b, h, part == 0 ? grad_text : nullptr, s);
       loaded = b;
-      const Path<scalar_t> path{image_key(b, h),      image_value(b, h),   image_kept.index(b),
-                                image_kept.count(b),  grad_image_key(b, h), grad_image_value(b, h),
+      const Path<scalar_t> path{image_key(b, h),     image_value(b, h),    image_kept.index(b),
+                                image_kept.count(b), grad_image_key(b, h), grad_image_value(b, h),
                                 grad_image_key.row()};
       run_block(path, part * image_blocks.size, image_blocks.size, s, grad_q);
     }
@@ -263,8 +285,8 @@ class Backward {
       s.delta.get()[p] = dot(s.go.get() + p * s.ld, s.text.get() + p * s.ld, s.ld);
     }
     load_panels(text_lse + group_head * z.P, s);
-    const Path<scalar_t> path{text_key(t, h),      text_value(t, h),    text_kept.index(t),
-                              text_kept.count(t),  grad_text_key(t, h), grad_text_value(t, h),
+    const Path<scalar_t> path{text_key(t, h),     text_value(t, h),    text_kept.index(t),
+                              text_kept.count(t), grad_text_key(t, h), grad_text_value(t, h),
                               grad_text_key.row()};
     const int64_t last = text_blocks.count * (slot + 1) / text_slots;
     for (int64_t i = text_blocks.count * slot / text_slots; i < last; ++i) {

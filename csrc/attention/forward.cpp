@@ -62,13 +62,18 @@ void softmax_block(acc_t* scores, int64_t count, bool first, acc_t* peak, acc_t*
     }
   }
   for (int v = 0; v < V; ++v) sum[v] = Vec<acc_t>(acc_t(0));
-  for (int64_t n = 0; n < count; ++n) {
-    for (int v = 0; v < V; ++v) {
-      acc_t* at = scores + n * wide + v * lanes;
-      const Vec<acc_t> weight = exp_shifted(Vec<acc_t>::loadu(at) - top[v]);
-      weight.store(at);
-      sum[v] = sum[v] + weight;
+  for (int64_t begin = 0; begin < count; begin += kSumRows) {
+    Vec<acc_t> part[V];
+    for (int v = 0; v < V; ++v) part[v] = Vec<acc_t>(acc_t(0));
+    for (int64_t n = begin; n < std::min(begin + kSumRows, count); ++n) {
+      for (int v = 0; v < V; ++v) {
+        acc_t* at = scores + n * wide + v * lanes;
+        const Vec<acc_t> weight = exp_shifted(Vec<acc_t>::loadu(at) - top[v]);
+        weight.store(at);
+        part[v] = part[v] + weight;
+      }
     }
+    for (int v = 0; v < V; ++v) sum[v] = sum[v] + part[v];
   }
   for (int v = 0; v < V; ++v) {
     if (!first) {

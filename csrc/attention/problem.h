@@ -122,8 +122,9 @@ class KeptKeys {
   std::vector<int64_t> index_, count_;
 };
 
-// Scores of one block of keys and one panel of queries stay in the first-level cache.
-constexpr int64_t kBlockKeys = 128;
+// Scores of one block of keys and one panel of queries (48 KiB) stay in the second-level cache, and
+// the sequences that matter most are one block.
+constexpr int64_t kBlockKeys = 256;
 
 // `tokens` keys in equal blocks of at most kBlockKeys.
 struct Blocks {

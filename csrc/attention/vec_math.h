@@ -26,6 +26,9 @@ constexpr int kTileRows = 8;
 constexpr int kTileRows = 4;
 #endif
 
+// Long sums of weights are added up in runs of this many, which keeps their rounding small.
+constexpr int64_t kSumRows = 16;
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class acc_t>
@@ -101,8 +104,12 @@ inline acc_t dot(const acc_t* a, const acc_t* b, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<acc_t>) {
     sum = at::vec::fmadd(Vec<acc_t>::loadu(a + i), Vec<acc_t>::loadu(b + i), sum);
   }
-  return at::vec::vec_reduce_all<acc_t>(
-      [](const Vec<acc_t>& x, const Vec<acc_t>& y) { return x + y; }, sum);
+  acc_t lane[kLanes<acc_t>];
+  sum.store(lane);
+  for (int64_t step = kLanes<acc_t> / 2; step > 0; step /= 2) {
+    for (int64_t i = 0; i < step; ++i) lane[i] += lane[i + step];
+  }
+  return lane[0];
 }
 
 // to[i] += factor from[i] over n values, n a multiple of the lanes.

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 
 #include "beta/beta_math.h"
 #include "beta/beta_policy.h"
@@ -28,19 +27,18 @@ DVLA_HD T saturate(double x) {
 
 constexpr int padded(int count) { return std::min(kBlock, (count + 15) / 16 * 16); }
 
-// One block in flight. Lanes beyond `count`, up to the padding, hold a harmless policy.
-template <class T>
+// One block in flight. Lanes beyond `count`, up to the padding, hold a harmless policy. The action
+// is a value of the logits' dtype, kept in double: loops over one width need fewer registers.
 struct Block {
   std::int64_t start;
   int count;
-  alignas(64) double logit[kBlock];
-  alignas(64) double kappa[kBlock];
-  alignas(64) double log_kappa[kBlock];
-  alignas(64) T action[kBlock];
+  alignas(64) double logit[kBlock], kappa[kBlock], log_kappa[kBlock];
+  alignas(64) double p[kBlock], q[kBlock], log_p[kBlock], log_q[kBlock];
+  alignas(64) double action[kBlock];
 };
 
 template <class T>
-int load(Block<T>& block, const BetaBuffers<T>& io, std::int64_t start) {
+int load(Block& block, const BetaBuffers<T>& io, std::int64_t start) {
   block.start = start;
   block.count = static_cast<int>(std::min<std::int64_t>(kBlock, io.n - start));
   int nan_logits = 0, bad_kappas = 0;
@@ -61,6 +59,13 @@ int load(Block<T>& block, const BetaBuffers<T>& io, std::int64_t start) {
     for (int i = 0; i < padded(block.count); ++i) block.log_kappa[i] = log_(block.kappa[i]);
   } else {
     std::fill_n(block.log_kappa, padded(block.count), log_(io.kappa_value));
+  }
+#pragma omp simd
+  for (int i = 0; i < padded(block.count); ++i) {
+    const Policy policy = make_policy(block.logit[i], block.kappa[i], block.log_kappa[i]);
+    block.logit[i] = policy.logit;
+    block.p[i] = policy.p, block.q[i] = policy.q;
+    block.log_p[i] = policy.log_p, block.log_q[i] = policy.log_q;
   }
   return (nan_logits ? kBadLogit : kValid) | (bad_kappas ? kBadKappa : kValid);
 }
@@ -114,16 +119,15 @@ int accept(Gammas<T>& gammas, const Proposals<T>& made, int* lanes, int count) {
 }
 
 template <class T>
-void sample(Block<T>& block, const Stream& stream) {
+void sample(Block& block, const Stream& stream) {
   Gammas<T> gammas;
   Proposals<T> made;
   int lanes[kBlock];
   const int width = padded(block.count);
 #pragma omp simd
   for (int i = 0; i < width; ++i) {
-    const Policy policy = make_policy(block.logit[i], block.kappa[i], block.log_kappa[i]);
-    const T a = static_cast<T>(policy.kappa * policy.p);
-    const T b = static_cast<T>(policy.kappa * policy.q);
+    const T a = static_cast<T>(block.kappa[i] * block.p[i]);
+    const T b = static_cast<T>(block.kappa[i] * block.q[i]);
     const GammaShape<T> shape_a = gamma_shape(a), shape_b = gamma_shape(b);
     gammas.a[i] = a, gammas.b[i] = b;
     gammas.d_a[i] = shape_a.d, gammas.c_a[i] = shape_a.c;
@@ -141,9 +145,10 @@ void sample(Block<T>& block, const Stream& stream) {
     propose_lanes(made, gammas, lanes, waiting, stream, first, attempt);
     waiting = accept(gammas, made, lanes, waiting);
   }
+  T action[kBlock];
 #pragma omp simd
   for (int i = 0; i < width; ++i) {
-    block.action[i] = action_of(gammas.d_a[i], gammas.d_b[i], gammas.log1p_a[i], gammas.log1p_b[i]);
+    action[i] = action_of(gammas.d_a[i], gammas.d_b[i], gammas.log1p_a[i], gammas.log1p_b[i]);
   }
   int boosted = 0;
   for (int i = 0; i < block.count; ++i) {
@@ -153,79 +158,83 @@ void sample(Block<T>& block, const Stream& stream) {
 #pragma omp simd
   for (int j = 0; j < boosted; ++j) {
     const int lane = lanes[j];
-    block.action[lane] +=
-        boost_of<T>(stream, {first.low + static_cast<std::uint32_t>(lane), first.high},
-                    gammas.a[lane], gammas.b[lane]);
+    action[lane] += boost_of<T>(stream, {first.low + static_cast<std::uint32_t>(lane), first.high},
+                                gammas.a[lane], gammas.b[lane]);
   }
+  for (int i = 0; i < width; ++i) block.action[i] = static_cast<double>(action[i]);
 }
 
 template <class T>
-int set_action(Block<T>& block, const BetaBuffers<T>& io, const Stream* stream) {
+int set_action(Block& block, const BetaBuffers<T>& io, const Stream* stream) {
   if (stream != nullptr) {
-    sample(block, *stream);
+    sample<T>(block, *stream);
     return kValid;
   }
-  int nan_actions = 0;
   for (int i = 0; i < padded(block.count); ++i) {
-    block.action[i] = static_cast<T>(block.logit[i]);
-    if (io.given_action == nullptr || i >= block.count) continue;
+    block.action[i] = static_cast<double>(static_cast<T>(block.logit[i]));
+  }
+  if (io.given_action == nullptr) return kValid;
+  int nan_actions = 0;
+  for (int i = 0; i < block.count; ++i) {
     const T x = io.given_action[block.start + i];
-    block.action[i] = min_(max_(x, -Format<T>::largest), Format<T>::largest);
+    block.action[i] = static_cast<double>(saturate<T>(static_cast<double>(x)));
     nan_actions |= x != x;
   }
   return nan_actions ? kBadAction : kValid;
 }
 
 // Densities of a whole block into `out`, row after row: alpha, log_prob, entropy, derivatives.
-template <class T, bool kKappaVaries, bool kSave>
-void evaluate(const Block<T>& block, const Whole& whole, T (*out)[kBlock]) {
+template <bool kExact, bool kKappaVaries, bool kSave>
+void evaluate(const Block& block, const Whole& whole, double (*out)[kBlock]) {
   // Scalars, not the struct: a struct copied inside the loop keeps it from vectorising.
   const double delta = whole.delta, epsilon = whole.epsilon, tau = whole.tau;
   const double trigamma = whole.trigamma;
 #pragma omp simd
   for (int i = 0; i < padded(block.count); ++i) {
     const double kappa = block.kappa[i], log_kappa = block.log_kappa[i];
-    const Policy policy = make_policy(block.logit[i], kappa, log_kappa);
+    const Policy policy{block.logit[i], kappa,          log_kappa,     block.p[i],
+                        block.q[i],     block.log_p[i], block.log_q[i]};
     Whole at_kappa{delta, epsilon, tau, trigamma};
     if constexpr (kKappaVaries) at_kappa = whole_remainders(kappa, log_kappa);
-    const Step step =
-        policy_step<sizeof(T) == 8>(policy, at_kappa, static_cast<double>(block.action[i]));
-    out[0][i] = static_cast<T>(step.alpha);
-    out[1][i] = saturate<T>(step.log_prob);
-    out[2][i] = saturate<T>(step.entropy);
+    const Step step = policy_step<kExact>(policy, at_kappa, block.action[i]);
+    out[0][i] = step.alpha;
+    out[1][i] = step.log_prob;
+    out[2][i] = step.entropy;
     if constexpr (kSave) {
-      out[3][i] = saturate<T>(step.log_prob_by_logit);
-      out[4][i] = saturate<T>(step.entropy_by_logit);
+      out[3][i] = step.log_prob_by_logit;
+      out[4][i] = step.entropy_by_logit;
     }
     if constexpr (kSave && kKappaVaries) {
-      out[5][i] = saturate<T>(step.log_prob_by_kappa);
-      out[6][i] = saturate<T>(step.entropy_by_kappa);
+      out[5][i] = step.log_prob_by_kappa;
+      out[6][i] = step.entropy_by_kappa;
     }
   }
 }
 
 template <class T>
-void store(const Block<T>& block, const BetaBuffers<T>& io, T (*out)[kBlock], int rows) {
-  const std::size_t bytes = sizeof(T) * static_cast<std::size_t>(block.count);
-  std::memcpy(io.alpha + block.start, out[0], bytes);
-  std::memcpy(io.action + block.start, block.action, bytes);
-  std::memcpy(io.log_prob + block.start, out[1], bytes);
-  std::memcpy(io.entropy + block.start, out[2], bytes);
-  for (int row = 0; row < rows; ++row) {
-    std::memcpy(io.derivatives + row * io.n + block.start, out[3 + row], bytes);
-  }
+void store(const Block& block, const BetaBuffers<T>& io, const double (*out)[kBlock], int rows) {
+  const auto put = [&block](T* to, const double* from) {
+    for (int i = 0; i < block.count; ++i) to[block.start + i] = saturate<T>(from[i]);
+  };
+  put(io.alpha, out[0]);
+  put(io.action, block.action);
+  put(io.log_prob, out[1]);
+  put(io.entropy, out[2]);
+  for (int row = 0; row < rows; ++row) put(io.derivatives + row * io.n, out[3 + row]);
 }
 
 template <class T>
 int run(const BetaBuffers<T>& io, const Stream* stream) {
   const bool varies = io.kappa != nullptr, save = io.derivatives != nullptr;
-  const auto kernel = varies ? (save ? evaluate<T, true, true> : evaluate<T, true, false>)
-                             : (save ? evaluate<T, false, true> : evaluate<T, false, false>);
+  constexpr bool exact = sizeof(T) == 8;
+  const auto kernel = varies
+                          ? (save ? evaluate<exact, true, true> : evaluate<exact, true, false>)
+                          : (save ? evaluate<exact, false, true> : evaluate<exact, false, false>);
   const Whole whole = whole_remainders(io.kappa_value, log_(io.kappa_value));
   std::atomic<int> invalid{kValid};
   at::parallel_for(0, (io.n + kBlock - 1) / kBlock, kGrain / kBlock, [&](auto begin, auto end) {
-    Block<T> block;
-    alignas(64) T out[7][kBlock];
+    Block block;
+    alignas(64) double out[7][kBlock];
     for (auto index = begin; index < end; ++index) {
       int found = load(block, io, index * kBlock);
       if (found == kValid) found = set_action(block, io, stream);
@@ -250,7 +259,35 @@ BetaResult forward(const BetaCall& call, const std::int64_t* key) {
   return call.result();
 }
 
+template <class T>
+void backward(const BetaBackwardCall& call) {
+  const std::int64_t n = call.n();
+  const auto log_prob = call.by_log_prob<T>(), entropy = call.by_entropy<T>();
+  const T* derivatives = call.derivatives<T>();
+  const auto chain = [&](const T* slopes, T* out) {
+    at::parallel_for(0, n, 16 * kGrain, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        out[i] = fma_(slopes[i], log_prob.at(i), slopes[n + i] * entropy.at(i));
+      }
+    });
+  };
+  chain(derivatives, call.grad_logits<T>());
+  if (T* grad_kappa = call.grad_kappa<T>()) chain(derivatives + 2 * n, grad_kappa);
+}
+
 }  // namespace
+
+std::tuple<at::Tensor, at::Tensor> beta_policy_backward_cpu(
+    const at::Tensor& derivatives, const std::optional<at::Tensor>& grad_log_prob,
+    const std::optional<at::Tensor>& grad_entropy) {
+  const BetaBackwardCall call(derivatives, grad_log_prob, grad_entropy);
+  if (derivatives.scalar_type() == at::kDouble) {
+    backward<double>(call);
+  } else {
+    backward<float>(call);
+  }
+  return call.result();
+}
 
 BetaResult beta_policy_forward_cpu(const at::Tensor& logits,
                                    const std::optional<at::Tensor>& concentration,

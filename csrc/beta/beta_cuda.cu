@@ -74,6 +74,28 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
+__global__ void __launch_bounds__(kThreads)
+    beta_backward_kernel(const T* derivatives, Incoming<T> log_prob, Incoming<T> entropy,
+                         T* grad_logits, T* grad_kappa, std::int64_t n) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= n) return;
+  const T by_log_prob = log_prob.at(i), by_entropy = entropy.at(i);
+  grad_logits[i] = fma_(derivatives[i], by_log_prob, derivatives[n + i] * by_entropy);
+  if (!grad_kappa) return;
+  grad_kappa[i] = fma_(derivatives[2 * n + i], by_log_prob, derivatives[3 * n + i] * by_entropy);
+}
+
+template <class T>
+void backward(const BetaBackwardCall& call) {
+  if (call.n() == 0) return;
+  const auto blocks = static_cast<unsigned>((call.n() + kThreads - 1) / kThreads);
+  beta_backward_kernel<T><<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+      call.derivatives<T>(), call.by_log_prob<T>(), call.by_entropy<T>(), call.grad_logits<T>(),
+      call.grad_kappa<T>(), call.n());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <class T>
 BetaResult forward(const BetaCall& call, const std::int64_t* key) {
   const auto io = call.buffers<T>();
   if (io.n > 0) {
@@ -100,8 +122,22 @@ BetaResult beta_policy_forward_cuda(const at::Tensor& logits,
   return forward<float>(call, words);
 }
 
+std::tuple<at::Tensor, at::Tensor> beta_policy_backward_cuda(
+    const at::Tensor& derivatives, const std::optional<at::Tensor>& grad_log_prob,
+    const std::optional<at::Tensor>& grad_entropy) {
+  const c10::DeviceGuard guard(derivatives.device());
+  const BetaBackwardCall call(derivatives, grad_log_prob, grad_entropy);
+  if (derivatives.scalar_type() == at::kDouble) {
+    backward<double>(call);
+  } else {
+    backward<float>(call);
+  }
+  return call.result();
+}
+
 }  // namespace dvla_fast
 
 TORCH_LIBRARY_IMPL(dvla_fast, CUDA, m) {
   m.impl("beta_policy_forward", &dvla_fast::beta_policy_forward_cuda);
+  m.impl("beta_policy_backward", &dvla_fast::beta_policy_backward_cuda);
 }

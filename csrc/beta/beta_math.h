@@ -133,13 +133,17 @@ struct Step {
 };
 
 // p d - log(1 + p (e^d - 1)), minus the relative entropy of p to alpha. The same holds with (p, d)
-// and (q, -d): the side with d <= 0 is taken.
+// and (q, -d): the smaller probability is taken, where both terms are small with their difference,
+// unless its exponential grows large.
 DVLA_HD double match_exact(const Policy& policy, double d) {
-  const double side = d > 0.0 ? policy.q : policy.p, other = d > 0.0 ? policy.p : policy.q;
-  const double down = -abs_(d);
-  const ExpParts e = exp_parts(down);
+  const bool p_is_smaller = policy.p <= policy.q;
+  const bool grows = (p_is_smaller ? d : -d) > 20.0;
+  const bool by_p = p_is_smaller != grows;
+  const double side = by_p ? policy.p : policy.q, other = by_p ? policy.q : policy.p;
+  const double x = by_p ? d : -d;
+  const ExpParts e = exp_parts(x);
   const double u = fma_(side, fma_(e.scale, e.less_one, e.scale), other);
-  return side * down - log_of(u, side * fma_(e.scale, e.less_one, e.scale - 1.0));
+  return side * x - log_of(u, side * fma_(e.scale, e.less_one, e.scale - 1.0));
 }
 
 // `whole` are the remainders at kappa. kExact: full double precision; without it two logarithms

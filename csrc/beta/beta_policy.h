@@ -8,6 +8,8 @@
 #include <tuple>
 #include <vector>
 
+#include "beta/elementary.h"
+
 namespace dvla_fast {
 
 using BetaResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -23,6 +25,14 @@ BetaResult beta_policy_forward_cuda(const at::Tensor& logits,
                                     double concentration_value,
                                     const std::optional<at::Tensor>& action_logit,
                                     const std::optional<at::Tensor>& key, bool save);
+
+std::tuple<at::Tensor, at::Tensor> beta_policy_backward_cpu(
+    const at::Tensor& derivatives, const std::optional<at::Tensor>& grad_log_prob,
+    const std::optional<at::Tensor>& grad_entropy);
+
+std::tuple<at::Tensor, at::Tensor> beta_policy_backward_cuda(
+    const at::Tensor& derivatives, const std::optional<at::Tensor>& grad_log_prob,
+    const std::optional<at::Tensor>& grad_entropy);
 
 // What both implementations read and write: contiguous buffers of n elements. A null `kappa` means
 // the number beside it, a null `given_action` the mean or a draw, a null `derivatives` none.
@@ -79,6 +89,73 @@ class BetaCall {
   at::Tensor logits_, kappa_, given_, alpha_, action_, log_prob_, entropy_, derivatives_;
   double value_;
   bool save_;
+};
+
+// A gradient that came in: absent (null), the same everywhere (step 0) or an element each (step 1).
+template <class T>
+struct Incoming {
+  const T* data;
+  std::int64_t step;
+
+  DVLA_HD T at(std::int64_t i) const { return data ? data[i * step] : T(0); }
+};
+
+// The tensors of one backward call: out = derivatives[row] * by_log_prob + derivatives[row + 1] *
+// by_entropy, for the logits (row 0) and, where there are four rows, for the concentration (row 2).
+class BetaBackwardCall {
+ public:
+  BetaBackwardCall(const at::Tensor& derivatives, const std::optional<at::Tensor>& grad_log_prob,
+                   const std::optional<at::Tensor>& grad_entropy)
+      : derivatives_(derivatives.contiguous()) {
+    const auto shape = derivatives_.sizes().slice(1);
+    grad_logits_ = at::empty(shape, derivatives_.options());
+    const bool kappa = derivatives_.size(0) == 4;
+    grad_kappa_ = at::empty(kappa ? shape : at::IntArrayRef{0}, derivatives_.options());
+    if (grad_log_prob) log_prob_ = dense(*grad_log_prob);
+    if (grad_entropy) entropy_ = dense(*grad_entropy);
+  }
+
+  template <class T>
+  Incoming<T> by_log_prob() const {
+    return incoming<T>(log_prob_);
+  }
+  template <class T>
+  Incoming<T> by_entropy() const {
+    return incoming<T>(entropy_);
+  }
+  template <class T>
+  const T* derivatives() const {
+    return derivatives_.const_data_ptr<T>();
+  }
+  template <class T>
+  T* grad_logits() const {
+    return grad_logits_.mutable_data_ptr<T>();
+  }
+  template <class T>
+  T* grad_kappa() const {
+    return derivatives_.size(0) == 4 ? grad_kappa_.mutable_data_ptr<T>() : nullptr;
+  }
+  std::int64_t n() const { return grad_logits_.numel(); }
+  std::tuple<at::Tensor, at::Tensor> result() const { return {grad_logits_, grad_kappa_}; }
+
+ private:
+  // The gradient of a sum arrives as one number expanded: it is read as such.
+  static bool constant(const at::Tensor& grad) {
+    for (const auto stride : grad.strides()) {
+      if (stride != 0) return false;
+    }
+    return true;
+  }
+  static at::Tensor dense(const at::Tensor& grad) {
+    return constant(grad) ? grad : grad.contiguous();
+  }
+  template <class T>
+  static Incoming<T> incoming(const at::Tensor& grad) {
+    if (!grad.defined()) return {nullptr, 0};
+    return {grad.const_data_ptr<T>(), constant(grad) ? 0 : 1};
+  }
+
+  at::Tensor derivatives_, grad_logits_, grad_kappa_, log_prob_, entropy_;
 };
 
 // The key of a call that draws; nullptr for one that does not.

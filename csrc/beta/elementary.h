@@ -129,8 +129,8 @@ DVLA_HD T log1p_(T t) {
   return log_of(T(1) + t, t);
 }
 
-// exp(x) = scale + scale * less_one, for x <= 0 (clamped to the normal range): both exp and expm1
-// come from it without cancellation.
+// exp(x) = scale + scale * less_one, for x <= 709 (clamped to the normal range below): both exp and
+// expm1 come from it without cancellation.
 struct ExpParts {
   double scale;     // 2^k
   double less_one;  // exp(r) - 1, |r| <= ln 2 / 2

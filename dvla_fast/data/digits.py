@@ -19,7 +19,6 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 DIGIT_SPLIT: dict[str, tuple[int, ...]] = {"base": (0, 2, 4, 6, 8), "novel": (1, 3, 5, 7, 9)}
 
 
-
 def load_digits(image_size: int = 16, holdout: float = 0.25, split_seed: int = 0) -> FewShotData:
     """Load the digits, resized bilinearly, under the even-odd split.
 

@@ -15,16 +15,21 @@ from torch import Tensor, nn
 
 from dvla_fast.data import FewShotData, load_data
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
-from dvla_fast.engine.config import DataConfig, ModelConfig, SemanticsConfig, differences
+from dvla_fast.engine.config import (
+    DataConfig,
+    ModelConfig,
+    SemanticsConfig,
+    UsageError,
+    differences,
+)
 from dvla_fast.errors import CheckpointError, DVLAError, TrainingError
 from dvla_fast.nn import DVLA, build_backbone
 from dvla_fast.semantics import EncodedTexts, build_encoder, encode_bank, load_bank
 
 
 def seed_everything(seed: int) -> np.random.Generator:
-    """Seed torch, Python and NumPy's global state; return the run's own NumPy generator."""
+    """Seed torch and Python; return the run's own NumPy generator."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     return np.random.Generator(np.random.PCG64(seed))
 
@@ -88,8 +93,6 @@ def backbone_spec(config: ModelConfig, channels: int, image_size: int) -> dict[s
     spec: dict[str, Any] = {"name": config.backbone, "image_size": image_size}
     if config.backbone == "small":
         spec.update(in_channels=channels, width=config.width)
-        if config.gated_layers:
-            spec["locations"] = [list(location) for location in config.gated_layers]
     return spec
 
 
@@ -112,8 +115,11 @@ def build_model(spec: dict[str, Any]) -> DVLA:
     """Build the model that ``model_spec`` describes."""
     arguments = dict(spec)
     backbone = _backbone(arguments.pop("backbone"))
-    layers = [tuple(pair) for pair in arguments.pop("gated_layers")] or backbone.locations
-    return DVLA(backbone, layers, **arguments)
+    layers = arguments.pop("gated_layers") or None  # empty: the backbone's own choice
+    try:
+        return DVLA(backbone, layers, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"cannot build the model: {error}") from error
 
 
 def _backbone(spec: dict[str, Any]) -> Any:
@@ -122,7 +128,7 @@ def _backbone(spec: dict[str, Any]) -> Any:
     try:
         return build_backbone(name, **arguments)
     except (TypeError, ValueError) as error:
-        raise DVLAError(f"cannot build the backbone {name!r}: {error}") from error
+        raise UsageError(f"cannot build the backbone {name!r}: {error}") from error
 
 
 def fingerprint(spec: dict[str, Any]) -> str:

@@ -20,12 +20,14 @@ class UsageError(DVLAError):
     """A setting that cannot mean anything: the command line exits with status 2."""
 
 
+def about(help: str, minimum: float | None = None) -> dict[str, Any]:
+    """Return a field's metadata: help text and smallest value."""
+    return {"help": help, "minimum": minimum}
+
+
 def option(default: Any, help: str, minimum: float | None = None) -> Any:
-    """Declare a field with its default (lists are copied), help text and smallest value."""
-    metadata = {"help": help, "minimum": minimum}
-    if isinstance(default, list):
-        return field(default_factory=lambda: [*default], metadata=metadata)
-    return field(default=default, metadata=metadata)
+    """Declare a field with its default, help text and smallest value."""
+    return field(default=default, metadata=about(help, minimum))
 
 
 @dataclass
@@ -53,14 +55,15 @@ class ModelConfig:
     """Backbone, gates and classifier. The backbone part must match a checkpoint that is loaded."""
 
     backbone: str = option("small", "backbone: small or visformer_tiny")
-    width: int = option(32, "width of the small backbone's first stage")
-    gated_layers: list[list[int]] = option(
-        [], "[stage, block] pairs to gate, e.g. [[2,1],[3,0]]; empty: the backbone's default"
+    width: int = option(24, "width of the small backbone's first stage")
+    gated_layers: list[list[int]] = field(
+        default_factory=list,
+        metadata=about("[stage, block] pairs to gate, e.g. [[2,1],[3,0]]; empty: the default"),
     )
     num_heads: int = option(8, "attention heads of a gate")
     concentration: float = option(10.0, "concentration of the Beta policy")
     hidden_dim: int = option(128, "hidden width of the policy network")
-    policy: str = option("beta", "gate policy: beta, fixed, static or mlp")
+    policy: str = option("beta", "gate policy: beta, categorical, fixed, static or mlp")
     text_scope: str = option("episode", "whose text an image sees: episode or class")
     alpha_scope: str = option("episode", "one gate value per episode or per image")
     temperature: float = option(0.2, "temperature of the cosine prototype classifier")
@@ -93,7 +96,10 @@ class MetatuneConfig:
     steps_per_epoch: int = option(20, "optimiser steps of an epoch", 1)
     episodes_per_step: int = option(4, "episodes of a step", 1)
     way: int = option(5, "classes of an episode", 1)
-    shots: list[int] = option([1], "supports of a class; several values take turns by step", 1)
+    shots: list[int] = field(
+        default_factory=lambda: [1],
+        metadata=about("supports of a class; several values take turns by step", 1),
+    )
     query: int = option(15, "queries of a class", 1)
     lr: float = option(5e-4, "learning rate of the new modules")
     backbone_lr: float = option(1e-6, "learning rate of the backbone")
@@ -115,7 +121,10 @@ class EvaluateConfig:
 
     split: str = option("novel", "novel or monitor")
     way: int = option(5, "classes of an episode", 1)
-    shots: list[int] = option([1, 5], "supports of a class; one result for each value", 1)
+    shots: list[int] = field(
+        default_factory=lambda: [1, 5],
+        metadata=about("supports of a class; one result for each value", 1),
+    )
     query: int = option(15, "queries of a class", 1)
     episodes: int = option(1000, "episodes of a result", 1)
     fixed_alpha: float = option(0.5, "gate value of the fixed comparison")
@@ -229,7 +238,7 @@ def _check_minimums(cls: type, arguments: Mapping[str, Any], where: str) -> None
             raise UsageError(f"{where}: {item.name} must be at least {minimum:g}, got {value!r}")
 
 
-def add_arguments(parser: Any, cls: type, default: Any, prefix: str = "") -> None:
+def add_arguments(parser: Any, cls: Any, default: Any, prefix: str = "") -> None:
     """Declare one command-line option per field of a configuration dataclass.
 
     Args:
@@ -240,7 +249,7 @@ def add_arguments(parser: Any, cls: type, default: Any, prefix: str = "") -> Non
     """
     hints = get_type_hints(cls)
     group = parser.add_argument_group(prefix or "run", (cls.__doc__ or "").split("\n")[0])
-    nested = []
+    nested: list[tuple[Any, Any, str]] = []
     for item in fields(cls):
         name, value = prefix + item.name, getattr(default, item.name)
         kind = hints[item.name]

@@ -1,9 +1,9 @@
 """The demo: DVLA-RL learns on real handwritten digits, from nothing, in a few minutes on a CPU.
 
-Pre-trains on the even digits, meta-tunes the gates with REINFORCE, and evaluates on the odd digits,
-which training never sees. Every setting of ``engine.config.demo_config`` was chosen by held-out images of the
-even digits alone (``pretrain`` and ``metatune`` select by them too); the odd ones were not
-looked at for any choice.
+Pre-trains on the even digits, meta-tunes the gates with REINFORCE, and evaluates on the odd
+digits, which training never sees. Every setting of ``engine.config.demo_config`` was chosen by
+held-out images of the even digits alone (``pretrain`` and ``metatune`` select by them too); the
+odd ones were not looked at for any choice.
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     folder = RunFolder(config.output, to_dict(config), resume=config.resume)
     with Progress(_SHARES, enabled=not quiet) as progress:
         rng = seed_everything(config.seed)
-        pretrained = pretrain(
-            config.pretrain, data, backbone, folder, rng, config.seed, progress
-        )
+        pretrained = pretrain(config.pretrain, data, backbone, folder, rng, config.seed, progress)
         rng = seed_everything(config.seed + 1)
         model = build_model(spec)
         load_backbone(model, backbone, pretrained)
@@ -73,7 +71,7 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
             config.pretrain,
             facts,
         )
-        model, tuned_backbone, _ = load_model(str(tuned), data)
+        best, tuned_backbone, _ = load_model(str(tuned), data)
         _, first_backbone, _ = load_model(str(pretrained), data)
         backbones = {BEFORE: first_backbone, VISUAL: tuned_backbone}
         folder.trim("evaluate", -1)
@@ -81,7 +79,7 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
         results = []
         for shot in settings.shots:
             result = evaluate_shot(
-                model, backbones, data, texts, settings, shot, config.seed, progress
+                best, backbones, data, texts, settings, shot, config.seed, progress
             )
             folder.log("evaluate", shot, accuracy=result["accuracy"], ci95=result["ci95"])
             progress.note(f"{shot}-shot {result['accuracy']:.1%} ± {result['ci95']:.1%}")
@@ -91,6 +89,7 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 1),
         "resumed": config.resume,
         **results[0],
+        "gated_layers": [list(layer) for layer in model.gated_layers],
         "classes": {"base": data.base.class_names, "novel": data.novel.class_names},
         "results": results,
     }

@@ -117,29 +117,28 @@ def gated_accuracies(
     training = model.training
     model.eval()
     images = data.split(split)
-    stored = data.normalise(images.images)
+    # What comes before the first gate depends on no episode: once per image, not per episode.
+    maps = torch.cat([model.prefix(data.normalise(x)) for x in images.images.split(512)])
     positions = split_classes(data, split)
     modes = {LEARNED: None, **({FIXED: config.fixed_alpha} if fixed else {})}
     scores: dict[str, list[Tensor]] = {name: [] for name in modes}
     alphas: list[Tensor] = []
-    finite = torch.ones((), dtype=torch.bool, device=stored.device)
+    finite = torch.ones((), dtype=torch.bool, device=maps.device)
     total = episodes or config.episodes
     for first in range(0, total, config.batch_episodes):
         count = min(config.batch_episodes, total - first)
-        batch = sampler.batch(first, count).to(stored.device)
+        batch = sampler.batch(first, count).to(maps.device)
         text = texts.episodes(positions[batch.classes])
         for name, alpha in modes.items():
-            replay = None if alpha is None else [torch.tensor(alpha, device=stored.device)] * len(
-                model.gated_layers
-            )
             output = model(
-                stored[batch.support],
+                maps[batch.support],
                 batch.support_labels,
-                stored[batch.query],
+                maps[batch.query],
                 text,
                 way=sampler.way,
-                alpha=replay,
+                alpha=alpha,
                 sample=False,
+                from_prefix=True,
             )
             finite &= output.logits.isfinite().all()
             scores[name].append(_accuracy(output.logits, batch.query_labels))
@@ -305,6 +304,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         EpisodeSampler(data.split(settings.split), settings.way, shot, settings.query, 0)
     folder = RunFolder(config.output, to_dict(config), resume=config.resume)
     seed_everything(config.seed)
+    folder.trim("evaluate", -1)  # an evaluation is short: it begins anew
     results = []
     with Progress({"evaluate": 1.0}, enabled=not quiet) as progress:
         progress.begin("evaluate", settings.episodes * len(settings.shots))

@@ -192,18 +192,23 @@ class _Step:
             way=config.way,
         )
         loss, figures = total_loss(
-            output, batch.query_labels, text, self.reinforce, self.baseline
+            output,
+            batch.query_labels,
+            text,
+            self.reinforce,
+            self.baseline,
+            lambda_sim=config.lambda_sim,
+            lambda_imp=config.lambda_imp,
         )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         self.optimizer.step()
         with torch.no_grad():
-            correct = (output.logits.argmax(-1) == batch.query_labels).float().mean()
             alphas = torch.stack(
                 [trace.alpha.float().reshape(count, -1).mean(1) for trace in output.layers]
             )
-        return {**figures, "loss": loss.detach(), "accuracy": correct}, alphas
+        return {**figures, "loss": loss.detach()}, alphas
 
 
 def _validate(

@@ -147,17 +147,17 @@ class RLAGate(nn.Module):
         if alpha is None:
             self._check_action(action_logit, state)
             draw = self.training if sample is None else sample
-            step = self.policy(
-                state, action_logit=action_logit, sample=draw, generator=generator
-            )
+            step = self.policy(state, action_logit=action_logit, sample=draw, generator=generator)
         elif action_logit is not None:
             raise ValueError("alpha and action_logit exclude each other")
         else:
             step = _replayed(alpha, state, image_tokens.shape[0], text_tokens.shape[0])
         fused = self._attend(image_tokens, texts, image_mask, text_mask, step.alpha)
-        added = _masked_mean(fused, _per_image(text_mask, fused.shape[0]))
+        added = masked_mean(fused, per_image(text_mask, fused.shape[0]))
         updated = image_tokens + added.to(image_tokens.dtype).unsqueeze(1)
-        return GateOutput(updated, fused, *step, state)
+        return GateOutput(
+            updated, fused, step.alpha, step.action_logit, step.log_prob, step.entropy, state
+        )
 
     def _attend(
         self,
@@ -183,7 +183,7 @@ class RLAGate(nn.Module):
         fused: Tensor = self.out_projection(mixed.transpose(1, 2).flatten(2))
         if text_mask is None:
             return fused
-        keep = _per_image(text_mask, fused.shape[0])
+        keep = per_image(text_mask, fused.shape[0])
         assert keep is not None
         return fused * keep.unsqueeze(-1)
 
@@ -201,7 +201,7 @@ class RLAGate(nn.Module):
         episodes: int,
         state_images: int | None,
     ) -> Tensor:
-        """(A, 2·dim + 1), in at least float32: sums over hundreds of tokens in bfloat16 would drift.
+        """(A, 2·dim + 1), in at least float32: long sums in bfloat16 would drift.
 
         An image counts alike whatever its number of unmasked tokens, and so does a text group.
         """
@@ -211,8 +211,8 @@ class RLAGate(nn.Module):
             if image_mask is not None:
                 image_mask = image_mask.unflatten(0, (groups, -1))[:, :state_images].flatten(0, 1)
         wide = torch.promote_types(image_tokens.dtype, torch.float32)
-        image = _masked_mean(image_tokens, image_mask, wide)  # [B', dim]
-        text = _masked_mean(texts, text_mask, wide)  # [T, dim]
+        image = masked_mean(image_tokens, image_mask, wide)  # [B', dim]
+        text = masked_mean(texts, text_mask, wide)  # [T, dim]
         if self.alpha_scope == "image":
             text = text.repeat_interleave(image.shape[0] // groups, dim=0)
         else:
@@ -294,6 +294,8 @@ def _replayed(alpha: Tensor | float, state: Tensor, images: int, groups: int) ->
     """A given gate as a decision: nothing was drawn, so density and entropy are 0."""
     decisions = state.shape[0]
     if not isinstance(alpha, Tensor):
+        if not isinstance(alpha, (int, float)):
+            raise TypeError(f"alpha: expected a tensor or a number, got {type(alpha).__name__}")
         alpha = torch.full((), float(alpha), dtype=state.dtype, device=state.device)
     if not alpha.is_floating_point():
         raise TypeError(f"alpha: expected a floating tensor, got {alpha.dtype}")
@@ -315,7 +317,7 @@ def _spread(alpha: Tensor, images: int) -> Tensor:
     return alpha.unsqueeze(1).expand(decisions, images // decisions).reshape(images)
 
 
-def _per_image(text_mask: Tensor | None, images: int) -> Tensor | None:
+def per_image(text_mask: Tensor | None, images: int) -> Tensor | None:
     """(T, P) -> (B, P): every image gets the mask of its text."""
     if text_mask is None:
         return None
@@ -323,7 +325,7 @@ def _per_image(text_mask: Tensor | None, images: int) -> Tensor | None:
     return text_mask.unsqueeze(1).expand(groups, images // groups, tokens).flatten(0, 1)
 
 
-def _masked_mean(x: Tensor, mask: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+def masked_mean(x: Tensor, mask: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """Mean of (X, L, d) over the unmasked tokens, (X, d); 0 where none is left."""
     if mask is None:
         return x.mean(1, dtype=dtype)

@@ -25,7 +25,7 @@ class PolicyStep(NamedTuple):
     action_logit: Tensor
     """What ``action_logit=`` takes to re-evaluate this very action."""
     log_prob: Tensor
-    """Log-density (Beta) or log-probability (categorical) of the action; 0 where nothing is drawn."""
+    """Log-density, or log-probability (categorical), of the action; 0 where nothing is drawn."""
     entropy: Tensor
     """Entropy of the policy in nats; 0 where nothing is drawn."""
 

@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from dvla_fast import _extension, backends, reference
 from dvla_fast.ops import schemas
 
+_LARGEST_INT64 = 2**63 - 1
+
 
 class BetaPolicyOutput(NamedTuple):
     """What one policy step yields; every tensor has the shape of the logits."""
@@ -96,9 +98,7 @@ def beta_sample(
     return out.alpha, out.action_logit
 
 
-def beta_log_prob(
-    logits: Tensor, concentration: float | Tensor, action_logit: Tensor
-) -> Tensor:
+def beta_log_prob(logits: Tensor, concentration: float | Tensor, action_logit: Tensor) -> Tensor:
     """Log-density of a stored action, shapes and errors as in :func:`beta_policy`."""
     return beta_policy(logits, concentration, action_logit=action_logit).log_prob
 
@@ -114,7 +114,7 @@ def draw_key(device: torch.device, generator: torch.Generator | None = None) -> 
     Being drawn by PyTorch's own generator, it is replayed by activation checkpointing and drawn
     afresh by each replay of a CUDA graph, with no hidden state in the op that reads it.
     """
-    return torch.empty(2, dtype=torch.int64, device=device).random_(generator=generator)
+    return torch.randint(_LARGEST_INT64, (2,), device=device, generator=generator)
 
 
 def _run(
@@ -151,12 +151,12 @@ class _BetaPolicy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, _alpha, _action, grad_log_prob, grad_entropy, _derivatives):  # type: ignore[no-untyped-def]
-        (saved,) = ctx.saved_tensors
-        grad_logits = torch.addcmul(saved[0] * grad_log_prob, saved[1], grad_entropy)
-        if ctx.kappa_shape is None or not ctx.needs_input_grad[1]:
-            return grad_logits, None, None, None, None
-        grad_kappa = torch.addcmul(saved[2] * grad_log_prob, saved[3], grad_entropy)
-        return grad_logits, grad_kappa.sum_to_size(ctx.kappa_shape), None, None, None
+        grad_logits, grad_kappa = torch.ops.dvla_fast.beta_policy_backward.default(
+            *ctx.saved_tensors, grad_log_prob, grad_entropy
+        )
+        if ctx.kappa_shape is not None:
+            grad_kappa = grad_kappa.sum_to_size(ctx.kappa_shape)
+        return grad_logits, None if ctx.kappa_shape is None else grad_kappa, None, None, None
 
 
 @torch.library.register_fake("dvla_fast::beta_policy_forward", lib=schemas.LIBRARY)
@@ -167,6 +167,13 @@ def _forward_fake(logits, concentration, concentration_value, action_logit, key,
     rows = 0 if not save else 2 if concentration is None else 4
     derivatives = logits.new_empty((rows, *logits.shape)) if rows else logits.new_empty(0)
     return like(), like(), like(), like(), derivatives
+
+
+@torch.library.register_fake("dvla_fast::beta_policy_backward", lib=schemas.LIBRARY)
+def _backward_fake(derivatives, grad_log_prob, grad_entropy):  # type: ignore[no-untyped-def]
+    shape = derivatives.shape[1:]
+    grad_kappa = derivatives.new_empty(shape if derivatives.shape[0] == 4 else 0)
+    return derivatives.new_empty(shape), grad_kappa
 
 
 def _checked_concentration(

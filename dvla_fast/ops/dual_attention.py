@@ -80,7 +80,7 @@ def _candidates(query: Tensor) -> tuple[tuple[str, str | None], ...]:
     """The implementations for these inputs, best first, each with why it cannot run."""
     on_cpu = query.device.type == "cpu"
     cpp = "the inputs are not on the CPU" if not on_cpu else _extension.problem
-    triton = _extension.triton_problem(query.device, query.dtype)
+    triton = _extension.triton_problem(query.device, query.dtype, query.shape[-1])
     return (("triton", triton), ("cpp", cpp), ("reference", None))
 
 
@@ -136,9 +136,13 @@ def _forward_fake(
     def out_like() -> Tensor:
         return query.new_empty(batch, rows, heads, width).transpose(1, 2)
 
-    if not save:
-        return (out_like(), *(query.new_empty(0) for _ in range(4)))
     wide = alpha.dtype
+    if not save:
+        return (
+            out_like(),
+            *(query.new_empty(0) for _ in range(2)),
+            *(alpha.new_empty(0) for _ in range(2)),
+        )
     return (
         out_like(),
         out_like(),

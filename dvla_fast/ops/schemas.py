@@ -36,3 +36,9 @@ LIBRARY.define(
     " Tensor? action_logit, Tensor? key, bool save)"
     " -> (Tensor alpha, Tensor action_logit, Tensor log_prob, Tensor entropy, Tensor derivatives)"
 )
+LIBRARY.define(
+    # Scales the saved derivatives by the gradients that came in (None: not used). The second result
+    # is empty unless the derivatives hold those by the concentration.
+    "beta_policy_backward(Tensor derivatives, Tensor? grad_log_prob, Tensor? grad_entropy)"
+    " -> (Tensor grad_logits, Tensor grad_concentration)"
+)

@@ -233,9 +233,7 @@ def _samples(figure: Any, box: Any, data: FewShotData) -> None:
         top = box.y1 - row * (height + 0.105) - 0.028
         figure.text(box.x0, top + 0.006, caption, fontsize=9.5, color=colour, va="bottom")
         for column, name in enumerate(images.class_names[:5]):
-            axis = figure.add_axes(
-                (box.x0 + column * (width + pad), top - height, width, height)
-            )
+            axis = figure.add_axes((box.x0 + column * (width + pad), top - height, width, height))
             index = int((images.labels == column).nonzero()[1])
             picture = unit_range(images.images[index]).permute(1, 2, 0).cpu()
             axis.imshow(

@@ -1,4 +1,4 @@
-"""Class semantics: banks of attributes and descriptions, and the encoders that turn them into text tokens."""
+"""Class semantics: banks of attributes and descriptions, and encoders that make tokens of them."""
 
 from dvla_fast.semantics.bank import ClassEntry, SemanticBank, bundled_banks, load_bank
 from dvla_fast.semantics.encoders import (

@@ -1,4 +1,4 @@
-"""Semantic banks: for every class a list of attributes (low level) and one description (high level).
+"""Semantic banks: of every class a list of attributes (low level) and a description (high level).
 
 A bank is a JSON file, so it can be read, reviewed and corrected by hand::
 

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -26,9 +27,13 @@ if TYPE_CHECKING:
 
 _WORD = re.compile(r"[^\W_]+")
 # Function words carry no class information and would make every pair of phrases look alike.
+# Negations stay: "no closed loop" is not "closed loop".
 _FUNCTION_WORDS = frozenset(
-    "a an and are as at be but by for from has have in into is it its like no not of on or over "
-    "so than that the their then there this to under which with without".split()
+    (
+        *("a", "an", "and", "are", "as", "at", "be", "but", "by", "for", "from", "has", "have"),
+        *("in", "into", "is", "it", "its", "like", "of", "on", "or", "over", "so", "than"),
+        *("that", "the", "their", "then", "there", "this", "to", "under", "which", "with"),
+    )
 )
 _BIGRAM_WEIGHT = 0.5
 _CHARACTER_WEIGHT = 0.25
@@ -119,7 +124,7 @@ def _features(words: Sequence[str]) -> Iterator[tuple[str, float]]:
         for size in (3, 4):
             for start in range(len(padded) - size + 1):
                 yield f"c:{padded[start : start + size]}", _CHARACTER_WEIGHT
-    for first, second in zip(content, content[1:], strict=False):
+    for first, second in pairwise(content):
         yield f"b:{first} {second}", _BIGRAM_WEIGHT
 
 

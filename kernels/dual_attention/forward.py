@@ -30,8 +30,8 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
-from typing import Any
+from functools import cache
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -47,17 +47,20 @@ except ImportError as error:
         "or any CUDA build of torch, which brings it); backend='reference' works without"
     ) from error
 
+# out, image_out, text_out, image_lse, text_lse
+Results: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PRECISIONS = ("ieee", "tf32x3", "tf32")
 _INT32_MAX = 2**31 - 1
 _VECTOR_BYTES = 16
 _RANKS = (4, 4, 4, 4, 4, 2, 2, 2)  # of the inputs
-# Streaming processors assumed where there is no device to ask (interpreter, ahead-of-time builds).
+# Multiprocessors assumed where there is no device to ask (interpreter, ahead-of-time builds).
 _DEFAULT_PROCESSORS = 132
 
 
 @triton.jit
-def _attend(
+def _attend(  # type: ignore[no-untyped-def]
     query,  # [BLOCK_P, BLOCK_D]
     key,  # pointer to (length, D)
     value,  # pointer to (length, D)
@@ -120,10 +123,8 @@ def _attend(
 
 # Sizes are not specialised: the code is the same whether they are 1 or divide by 16, and a new
 # batch size must not compile a new kernel.
-@triton.jit(
-    do_not_specialize=["group_size", "heads", "rows", "image_keys", "text_keys", "images"]
-)
-def dual_attention_forward_kernel(
+@triton.jit(do_not_specialize=["group_size", "heads", "rows", "image_keys", "text_keys", "images"])
+def dual_attention_forward_kernel(  # type: ignore[no-untyped-def]
     query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask,
     out, image_out, text_out, image_lse, text_lse,
     query_t, query_h, query_p, query_d,
@@ -184,12 +185,11 @@ def dual_attention_forward_kernel(
         score_scale,
         HEAD_DIM, BLOCK_P, BLOCK_S, BLOCK_D, HAS_TEXT_MASK, PRECISION, INDEX, UNIT,
     )  # fmt: skip
-    if SAVE:
-        if run == 0:
-            text_base = (group * rows + first_row) * width + head * HEAD_DIM
-            tl.store(text_out + text_base + out_offsets, text, inside)
-            lse_base = (group * heads + head) * rows
-            tl.store(text_lse + lse_base + row, lse * LN_2, row < rows)
+    if SAVE and run == 0:
+        text_base = (group * rows + first_row) * width + head * HEAD_DIM
+        tl.store(text_out + text_base + out_offsets, text, inside)
+        lse_base = (group * heads + head) * rows
+        tl.store(text_lse + lse_base + row, lse * LN_2, row < rows)
 
     for member in range(run * images, tl.minimum(run * images + images, group_size)):
         batch = group * group_size + member
@@ -225,7 +225,7 @@ def forward(
     save: bool,
     *,
     precision: str = "ieee",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Results:
     """Launches the kernel; shapes as in the module docstring, already checked by the public op.
 
     Args:
@@ -246,6 +246,9 @@ def forward(
     if grid[0] > 0:
         with _on_device_of(query):
             dual_attention_forward_kernel[grid](**arguments, **options)
+    else:  # no rows, or no images to carry the text along: nothing may stay uninitialised
+        for result in outputs:
+            result.zero_()
     return outputs
 
 
@@ -255,10 +258,12 @@ def plan(
     scale: float,
     save: bool,
     precision: str = "ieee",
-) -> tuple[tuple[int], dict[str, Any], dict[str, int]]:
+) -> tuple[tuple[int], dict[str, Any], dict[str, int | bool]]:
     """Grid, kernel arguments by name, and launch options; touches no data (meta tensors do)."""
-    query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask = inputs
-    assert query is not None and image_key is not None and text_key is not None
+    query, image_key, _, text_key, _, _, image_mask, text_mask = inputs
+    assert query is not None
+    assert image_key is not None
+    assert text_key is not None
     groups, heads, rows, head_dim = query.shape
     batch, _, image_keys, _ = image_key.shape
     text_keys = text_key.shape[2]
@@ -296,15 +301,22 @@ def plan(
     )
     runs = -(-group_size // launch.images)
     grid = (-(-rows // launch.block_p) * heads * runs * groups,)
-    return grid, arguments, {"num_warps": launch.warps, "num_stages": launch.stages}
+    options: dict[str, int | bool] = {
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+        "enable_fp_fusion": True,  # Triton 3.10 changes the default
+    }
+    return grid, arguments, options
 
 
-def _allocate(query: Tensor, batch: int, save: bool) -> tuple[Tensor, ...]:
+def _allocate(query: Tensor, batch: int, save: bool) -> Results:
     """The five results, uninitialised; see the module docstring for how they are stored."""
     groups, heads, rows, head_dim = query.shape
     out = query.new_empty(batch, rows, heads, head_dim).transpose(1, 2)
     if not save:
-        return (out, *(query.new_empty(0) for _ in range(4)))
+        # Four tensors, not one: an op must not return the same tensor twice.
+        image_out, text_out, image_lse, text_lse = (query.new_empty(0) for _ in range(4))
+        return out, image_out, text_out, image_lse, text_lse
     return (
         out,
         query.new_empty(batch, rows, heads, head_dim).transpose(1, 2),
@@ -363,7 +375,7 @@ def _processors(device: torch.device) -> int:
     return _cuda_processors(device.index) if device.type == "cuda" else _DEFAULT_PROCESSORS
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cuda_processors(index: int | None) -> int:
     count: int = torch.cuda.get_device_properties(index).multi_processor_count
     return count

@@ -1,9 +1,9 @@
 """Launch choice of the dual-attention kernels: shape and dtype in, tile sizes out.
 
 One table, read by one function; nothing is tuned while a program runs, so a new shape costs no
-search and a launch is safe inside CUDA-graph capture. The rows were chosen by compiling every
-candidate for sm_80 and sm_90 and keeping what neither spills registers nor overflows the shared
-memory of either; they are not measured on a GPU yet.
+search and a launch is safe inside CUDA-graph capture. The rows were chosen by compiling candidates
+for sm_80 and sm_90 and keeping tiles that spill at most a few registers (none without masks) and
+fit the shared memory of every GPU from sm_80 on; they are not tuned on a GPU yet.
 """
 
 from __future__ import annotations

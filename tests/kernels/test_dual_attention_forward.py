@@ -19,7 +19,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dvla_fast.kernels import dual_attention  # noqa: E402
+from dvla_fast.kernels import dual_attention
 
 forward = importlib.import_module("dvla_fast.kernels.dual_attention.forward")
 launch = importlib.import_module("dvla_fast.kernels.dual_attention.launch")
@@ -27,13 +27,15 @@ launch = importlib.import_module("dvla_fast.kernels.dual_attention.launch")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (INTERPRETED or torch.cuda.is_available()),
-        reason="no GPU; test_dual_attention_interpreter.py runs these cases in the interpreter",
-    ),
-]
+# Without a GPU these cases run all the same: test_dual_attention_interpreter.py interprets them.
+pytestmark = (
+    []
+    if INTERPRETED
+    else [
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ]
+)
 gpu_only = pytest.mark.skipif(INTERPRETED, reason="means something on a GPU only")
 
 DTYPES = [
@@ -96,12 +98,15 @@ class Case:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """Softmax attention in ``dtype`` and the log-sum-exp of its scores; 0 without a key."""
     score = q @ k.to(dtype).transpose(-2, -1) * scale
     v = v.to(dtype)
     if mask is not None:
         score = score.masked_fill(~mask[:, None, None, :], float("-inf"))
         v = v.masked_fill(~mask[:, None, :, None], 0)
-    weight = torch.softmax(score, -1).nan_to_num(0) if mask is not None else torch.softmax(score, -1)
+    weight = torch.softmax(score, -1)
+    if mask is not None:
+        weight = weight.nan_to_num(0)
     return weight @ v, torch.logsumexp(score.double(), -1)
 
 
@@ -172,9 +177,9 @@ def assert_accurate(got: tuple[Tensor, ...], case: Case) -> None:
         largest = exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0
         if name.endswith("lse"):  # float32 arithmetic whatever the inputs
             bound = 2e-6 * max(1.0, largest)
-        else:  # the last term: an exact result rounded, and float32 sums in another order
+        else:
             bound = 2 * (theirs.double() - exact).abs().max().item()
-            bound += torch.finfo(dtype).eps * largest * (1.0 if dtype == torch.float32 else 0.5)
+            bound += torch.finfo(dtype).eps * largest * _slack(case)
         error = (mine.double() - exact).abs()
         error = torch.where(mine.double() == exact, 0.0, error)  # -inf == -inf
         worst = torch.unravel_index(error.nan_to_num(float("inf")).argmax(), error.shape)
@@ -182,6 +187,17 @@ def assert_accurate(got: tuple[Tensor, ...], case: Case) -> None:
         assert error.nan_to_num(float("inf")).max().item() <= bound, (
             f"{name}{list(index)}: {mine[index].item()} for {exact[index].item()}, bound {bound}"
         )
+
+
+def _slack(case: Case) -> float:
+    """Units of rounding allowed beyond the peer's error: half of one for rounding the result.
+
+    The interpreter also adds float32 products one by one, where the CPU's matmul keeps many partial
+    sums: at D = 256 that alone is twice the peer's error.
+    """
+    if INTERPRETED and case.query.dtype == torch.float32:
+        return max(1.0, case.query.shape[-1] / 64)
+    return 0.5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -219,8 +235,11 @@ def test_masks(dtype: torch.dtype) -> None:
     case.text_mask[1] = False
     got = case.run()
     assert_accurate(got, case)
-    assert torch.count_nonzero(got[1][1]) == 0 and got[3][1].eq(float("-inf")).all()
-    assert torch.count_nonzero(got[2][1]) == 0 and got[4][1].eq(float("-inf")).all()
+    _, image_out, text_out, image_lse, text_lse = got
+    assert torch.count_nonzero(image_out[1]) == 0
+    assert torch.count_nonzero(text_out[1]) == 0
+    assert image_lse[1].eq(float("-inf")).all()
+    assert text_lse[1].eq(float("-inf")).all()
     for tensor, mask in (
         (case.image_key, case.image_mask),
         (case.image_value, case.image_mask),
@@ -280,25 +299,36 @@ def test_wide_offsets_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(torch.equal(a, b) for a, b in zip(case.run(), expected, strict=True))
 
 
-@pytest.mark.parametrize("stride", [2**30, 2**31 + 8], ids=["int32-stride", "int64-stride"])
-def test_offsets_beyond_32_bits(stride: int) -> None:
-    """Keys and values so far apart that 32-bit offsets would wrap; only touched pages exist."""
-    case = make((1, 1, 1, 4, 3, 3, 24), torch.float16)
+@pytest.mark.parametrize(
+    ("axis", "keys", "stride"),
+    [
+        pytest.param(0, 3, 2**30, id="between-images"),
+        pytest.param(1, 3, 2**30, id="between-heads"),
+        pytest.param(2, 258, 2**23 + 8, id="between-tiles"),
+        pytest.param(2, 3, 2**30, id="inside-a-tile"),
+        pytest.param(2, 3, 2**31 + 8, id="stride-itself"),
+    ],
+)
+@pytest.mark.parametrize("name", ["image_key", "text_value"])
+def test_offsets_beyond_32_bits(name: str, axis: int, keys: int, stride: int) -> None:
+    """Elements so far apart that 32-bit offsets would wrap; only touched pages exist."""
+    case = make((3, 1, 3, 4, keys, keys, 24), torch.float16)
     expected = case.run()
+    shape = (3, 3, keys, 24)
+    strides = [72, 24, 0, 1] if axis == 2 else [72 * keys, 24 * keys, 24, 1]
+    strides[axis] = stride
+    extent = sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) + 1
     try:
-        far = torch.empty(2 * stride + 24, dtype=torch.float16, device=DEVICE)
+        far = torch.empty(extent, dtype=torch.float16, device=DEVICE)
     except RuntimeError as error:
         pytest.skip(f"cannot reserve the address space: {error}")
-    for name in ("image_key", "text_value"):
-        view = far.as_strided((1, 1, 3, 24), (1, 1, stride, 1))
-        view.copy_(getattr(case, name))
-        setattr(case, name, view)
-        other = dict(zip(RESULTS, case.run(), strict=True))
-        assert all(torch.equal(other[key], expected[i]) for i, key in enumerate(RESULTS))
-        case = make((1, 1, 1, 4, 3, 3, 24), torch.float16)
+    view = far.as_strided(shape, strides)
+    view.copy_(getattr(case, name))
+    setattr(case, name, view)
+    assert all(torch.equal(a, b) for a, b in zip(case.run(), expected, strict=True))
 
 
-@pytest.mark.parametrize("image_keys, text_keys", [(0, 4), (4, 0), (0, 0)])
+@pytest.mark.parametrize(("image_keys", "text_keys"), [(0, 4), (4, 0), (0, 0)])
 def test_a_path_without_keys_contributes_zero(image_keys: int, text_keys: int) -> None:
     case = make((1, 2, 2, 3, image_keys, text_keys, 24), torch.float32)
     out, image_out, text_out, image_lse, text_lse = case.run()
@@ -310,8 +340,11 @@ def test_a_path_without_keys_contributes_zero(image_keys: int, text_keys: int) -
     torch.testing.assert_close(out, gate * image_out + (1 - gate) * text_out)
 
 
-def test_no_rows_no_launch() -> None:
+def test_no_rows_or_no_images_launch_nothing() -> None:
     assert make((1, 2, 2, 0, 5, 4, 24), torch.float32).run()[0].shape == (2, 2, 0, 24)
+    results = make((1, 0, 2, 3, 5, 4, 24), torch.float32).run()
+    assert results[0].shape == (0, 2, 3, 24)
+    assert all(result.isfinite().all() for result in results)
 
 
 @gpu_only

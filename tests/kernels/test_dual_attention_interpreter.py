@@ -13,13 +13,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 CASES = Path(__file__).with_name("test_dual_attention_forward.py")
 
 
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+@pytest.mark.skipif(
+    _release(triton.__version__) < (3, 7) and _release(numpy.__version__) >= (2, 4),
+    reason="the interpreter of Triton 3.6 cannot run a loop with NumPy 2.4 or later",
+)
 @pytest.mark.parametrize("selection", ["float16", "not float16"])
 def test_forward_in_the_interpreter(selection: str, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
@@ -36,4 +46,5 @@ def test_forward_in_the_interpreter(selection: str, tmp_path: Path) -> None:
     report = finished.stdout + finished.stderr
     assert finished.returncode == 0, report
     passed = re.search(r"(\d+) passed", report)
-    assert passed and int(passed[1]) >= 10, report
+    assert passed, report
+    assert int(passed[1]) >= 10, report

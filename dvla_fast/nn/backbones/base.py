@@ -192,7 +192,7 @@ def key_mask(image_tokens: int, extra_mask: Tensor | None) -> Tensor | None:
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth: zero a whole sample's branch with probability ``rate``, rescale the rest."""
+    """Stochastic depth: zero a sample's branch with probability ``rate``, rescale the rest."""
     if not training or rate == 0.0:
         return x
     keep = torch.rand((x.shape[0],) + (1,) * (x.dim() - 1), device=x.device) >= rate

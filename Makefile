@@ -1,0 +1,51 @@
+# Two commands: `make demo` shows the method learning, `make test` checks everything.
+# Both do all their own set-up in .venv; nothing but Python >= 3.10 and a C++ compiler is assumed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc build_tools -type f)
+CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+.PHONY: demo test install lint format bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/dvla-fast demo
+
+test: lint
+	$(BIN)/pytest -n 2 --dist loadfile --durations 10
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+bench: $(VENV)/.dev
+	$(BIN)/pytest benchmarks/ --benchmark-only
+
+install: $(VENV)/.dev
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/ruff format -q .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache dvla_fast/lib dvla_fast/_build_info*.so
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first, so that the extension is compiled against the torch it will run with.
+$(VENV)/.torch: | $(BIN)/python
+	$(BIN)/pip install -q "torch>=2.11" numpy
+	touch $@
+
+$(VENV)/.demo: $(SOURCES) | $(VENV)/.torch
+	$(BIN)/pip install -q -e '.[train]'
+	touch $@
+
+$(VENV)/.dev: $(SOURCES) | $(VENV)/.torch
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@ $(VENV)/.demo

@@ -1,0 +1,131 @@
+"""The gate's policy as a ``torch.distributions.Distribution``, for code that speaks that interface.
+
+Beta(κp, κ(1 − p)) by its mean p and concentration κ, over the ops of
+:mod:`dvla_fast.functional`. ``torch.distributions.Beta`` in float32 saturates near 0 and 1 and
+loses digits at large κ; this one carries the logit of the sample.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints, register_kl
+from torch.distributions.utils import broadcast_all
+
+from dvla_fast import functional
+
+
+class MeanConcentrationBeta(Distribution):
+    """Beta distribution of a gate α in (0, 1), parametrised by mean and concentration.
+
+    Args:
+        logits: log(p/(1 − p)) of the mean, any shape; give this or ``mean``.
+        mean: p in (0, 1).
+        concentration: κ > 0, broadcasts with the other.
+        validate_args: check parameters and values (default: PyTorch's global setting).
+
+    Raises:
+        ValueError: not exactly one of ``logits`` and ``mean`` is given, or a parameter is invalid.
+    """
+
+    arg_constraints = {  # noqa: RUF012  (the name and form torch.distributions prescribes)
+        "logits": constraints.real,
+        "concentration": constraints.positive,
+    }
+    support = constraints.unit_interval
+    has_rsample = False
+
+    def __init__(
+        self,
+        *,
+        logits: Tensor | float | None = None,
+        mean: Tensor | float | None = None,
+        concentration: Tensor | float = 10.0,
+        validate_args: bool | None = None,
+    ) -> None:
+        if (logits is None) == (mean is None):
+            raise ValueError("give exactly one of logits and mean")
+        if logits is None:
+            given, self.concentration = broadcast_all(mean, concentration)
+            if validate_args is not False and not bool(((given > 0) & (given < 1)).all()):
+                raise ValueError("mean: expected values strictly between 0 and 1")
+            self.logits = torch.logit(given)
+        else:
+            self.logits, self.concentration = broadcast_all(logits, concentration)
+        super().__init__(self.logits.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> MeanConcentrationBeta:
+        new: MeanConcentrationBeta = self._get_checked_instance(MeanConcentrationBeta, _instance)
+        new.logits = self.logits.expand(batch_shape)
+        new.concentration = self.concentration.expand(batch_shape)
+        super(MeanConcentrationBeta, new).__init__(torch.Size(batch_shape), validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.sigmoid(self.logits)
+
+    @property
+    def mode(self) -> Tensor:
+        """(a − 1)/(a + b − 2) where both shapes exceed 1, else NaN, as torch's Beta gives."""
+        a, b = self._shapes()
+        inside = (a > 1) & (b > 1)
+        return torch.where(inside, (a - 1) / (a + b - 2), torch.full_like(a, torch.nan))
+
+    @property
+    def variance(self) -> Tensor:
+        return torch.sigmoid(self.logits) * torch.sigmoid(-self.logits) / (self.concentration + 1)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """α, shape ``sample_shape + batch_shape``; float32 rounds it: see ``sample_logit``."""
+        return torch.sigmoid(self.sample_logit(sample_shape))
+
+    def sample_logit(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """The exact sample log(α/(1 − α)), shape ``sample_shape + batch_shape``."""
+        shape = self._extended_shape(sample_shape)
+        logits, kappa = self.logits.expand(shape), self.concentration.expand(shape)
+        return functional.beta_sample(logits.detach(), kappa.detach())[1]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density at α. Values rounded to 0 or 1 have lost their tail: see ``log_prob_logit``."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return self.log_prob_logit(torch.logit(value))
+
+    def log_prob_logit(self, logit: Tensor) -> Tensor:
+        """Log-density (with respect to α) at the sample with this logit."""
+        logit, logits, kappa = torch.broadcast_tensors(logit, self.logits, self.concentration)
+        return functional.beta_log_prob(logits, kappa, logit)
+
+    def entropy(self) -> Tensor:
+        return functional.beta_entropy(self.logits, self.concentration)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        raise NotImplementedError(
+            "MeanConcentrationBeta.cdf: PyTorch has no incomplete beta function; use"
+            " scipy.stats.beta.cdf with a = concentration*mean, b = concentration*(1 - mean)"
+        )
+
+    def _shapes(self) -> tuple[Tensor, Tensor]:
+        kappa = self.concentration
+        return kappa * torch.sigmoid(self.logits), kappa * torch.sigmoid(-self.logits)
+
+
+@register_kl(MeanConcentrationBeta, MeanConcentrationBeta)
+def _kl(p: MeanConcentrationBeta, q: MeanConcentrationBeta) -> Tensor:
+    """KL(p‖q) in closed form, computed in float64: it is a difference of large terms."""
+    a, b = (x.double() for x in p._shapes())
+    c, d = (x.double() for x in q._shapes())
+    norm_p = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+    norm_q = torch.lgamma(c) + torch.lgamma(d) - torch.lgamma(c + d)
+    kl = (
+        norm_q
+        - norm_p
+        + (a - c) * torch.digamma(a)
+        + (b - d) * torch.digamma(b)
+        + (c - a + d - b) * torch.digamma(a + b)
+    )
+    return kl.to(p.logits.dtype)

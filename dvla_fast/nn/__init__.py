@@ -1,0 +1,56 @@
+"""Modules: the RL gate, its policies, gated backbones, prototypes, and DVLA made of them."""
+
+from dvla_fast.nn.backbones import (
+    BACKBONES,
+    GatedBackbone,
+    GatedTokens,
+    GateFn,
+    Location,
+    SmallConvAttention,
+    Visformer,
+    build_backbone,
+    visformer_tiny,
+)
+from dvla_fast.nn.dvla import DVLA, EpisodeOutput, LayerTrace, TextTokens
+from dvla_fast.nn.gate import GateOutput, RLAGate
+from dvla_fast.nn.policy import (
+    POLICIES,
+    BetaPolicy,
+    CategoricalPolicy,
+    FixedPolicy,
+    GatePolicy,
+    MLPPolicy,
+    PolicyStep,
+    StaticPolicy,
+    build_policy,
+)
+from dvla_fast.nn.prototype import prototype_logits, prototypes
+
+__all__ = [
+    "BACKBONES",
+    "DVLA",
+    "POLICIES",
+    "BetaPolicy",
+    "CategoricalPolicy",
+    "EpisodeOutput",
+    "FixedPolicy",
+    "GateFn",
+    "GateOutput",
+    "GatePolicy",
+    "GatedBackbone",
+    "GatedTokens",
+    "LayerTrace",
+    "Location",
+    "MLPPolicy",
+    "PolicyStep",
+    "RLAGate",
+    "SmallConvAttention",
+    "StaticPolicy",
+    "TextTokens",
+    "Visformer",
+    "build_backbone",
+    "build_policy",
+    "prototype_logits",
+    "prototypes",
+    "visformer_tiny",
+]

@@ -1,0 +1,430 @@
+"""DVLA: a gated backbone, one RL gate per gated layer, and the prototype classifier on top.
+
+Episodes are batched. Supports and queries go through the network in one pass; the gates decide from
+the supports alone, and queries replay their decision (METHOD.md §3 and §4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dvla_fast.nn.backbones.base import GatedBackbone, GatedTokens, Location
+from dvla_fast.nn.gate import GateOutput, RLAGate, masked_mean, per_image
+from dvla_fast.nn.prototype import prototype_logits
+
+TEXT_SCOPES = ("episode", "class")
+
+
+class TextTokens(NamedTuple):
+    """The texts of E episodes, one vector a phrase, class by class: P = way · (phrases a class)."""
+
+    tokens: Tensor
+    """(E, P, text_dim)."""
+    levels: Tensor
+    """(P,) int64: 0 = attribute, 1 = description."""
+    class_embedding: Tensor
+    """(E, way, text_dim): one vector a class, the target t* of the similarity reward."""
+    mask: Tensor | None = None
+    """(E, P) bool, True = a phrase; None: all are."""
+
+
+class LayerTrace(NamedTuple):
+    """What happened at one gated layer: everything that rewards and losses read.
+
+    M images have a text: the Q queries in text scope "episode", the S supports in scope "class".
+    """
+
+    location: Location
+    alpha: Tensor
+    """(E,); (E, images) in alpha scope "image"; so are the next three."""
+    action_logit: Tensor
+    log_prob: Tensor
+    entropy: Tensor
+    support_before: Tensor
+    """(E, S, d): mean of the image tokens before the gate."""
+    support_after: Tensor
+    """(E, S, d): and after it."""
+    query_before: Tensor
+    """(E, Q, d)."""
+    query_after: Tensor
+    """(E, Q, d)."""
+    fused: Tensor
+    """(E, M, d): GAP(H)."""
+    aligned: Tensor
+    """(E, M, text_dim): U · GAP(H) with GAP(H) detached, so that a loss on it trains U alone."""
+
+
+class EpisodeOutput(NamedTuple):
+    """Result of a batch of episodes."""
+
+    logits: Tensor
+    """(E, Q, way)."""
+    layers: tuple[LayerTrace, ...]
+    """One per gated layer, in order; empty without text."""
+    support_labels: Tensor
+    """(E, S), as given."""
+    aligned_labels: Tensor | None = None
+    """(E, M): classes of the images behind ``fused``; None: they are the queries."""
+
+
+class DVLA(nn.Module):
+    """Few-shot classifier of METHOD.md §1: backbone, gates, prototypes.
+
+    Args:
+        backbone: the image network.
+        gated_layers: (stage, block) pairs, in the backbone's order; None: ``backbone.locations``.
+        text_dim: width of the text tokens.
+        num_heads: attention heads of each gate.
+        concentration: κ of the Beta policy.
+        temperature: of the prototype classifier.
+        alpha_scope: one decision per "episode", from its supports, or per "image".
+        text_scope: "episode": every image sees the texts of all the episode's classes; "class":
+            supports see their own class's texts, queries none.
+        level_weights: (attribute, description) weights for each gated layer; they scale the text
+            tokens, and equal weights leave them alone. Default: (0.7, 0.3) up to stage 2, then
+            (0.3, 0.7).
+        policy: of the gates: "beta", "categorical", "fixed", "static" or "mlp".
+        hidden_dim: hidden width of the policy networks.
+        fixed_alpha: the gate of policy "fixed".
+
+    Raises:
+        ValueError: options that do not fit the backbone or each other.
+    """
+
+    level_scales: Tensor
+
+    def __init__(
+        self,
+        backbone: GatedBackbone,
+        gated_layers: Sequence[Sequence[int]] | None = None,
+        text_dim: int = 512,
+        num_heads: int = 8,
+        concentration: float = 10.0,
+        temperature: float = 0.2,
+        alpha_scope: str = "episode",
+        text_scope: str = "episode",
+        level_weights: Sequence[Sequence[float]] | None = None,
+        policy: str = "beta",
+        hidden_dim: int = 128,
+        fixed_alpha: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.gated_layers = _checked_layers(backbone, gated_layers)
+        if text_scope not in TEXT_SCOPES:
+            raise ValueError(f"text_scope: unknown {text_scope!r}; expected one of {TEXT_SCOPES}")
+        if temperature <= 0:
+            raise ValueError(f"temperature: expected a positive number, got {temperature}")
+        self.backbone = backbone
+        self.text_dim, self.temperature = text_dim, float(temperature)
+        self.alpha_scope, self.text_scope = alpha_scope, text_scope
+        widths = [backbone.widths[location] for location in self.gated_layers]
+        self.gates = nn.ModuleList(
+            RLAGate(
+                width,
+                text_dim,
+                num_heads,
+                concentration=concentration,
+                hidden_dim=hidden_dim,
+                alpha_scope=alpha_scope,
+                policy=policy,
+                fixed_alpha=fixed_alpha,
+            )
+            for width in widths
+        )
+        self.alignments = nn.ModuleList(
+            nn.Linear(width, text_dim, bias=False) for width in widths
+        )  # U of the similarity reward
+        scales = _level_scales(level_weights, self.gated_layers)
+        self.register_buffer("level_scales", scales, persistent=False)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Visual features (B, feature_dim) of images (B, C, H, W): the backbone without gates."""
+        result: Tensor = self.backbone(images)
+        return result
+
+    def prefix(self, images: Tensor) -> Tensor:
+        """Maps (B, C', H', W') just before the first gate, which no text and no episode changes.
+
+        Compute them once per image and give them to :meth:`forward` with ``from_prefix=True``:
+        an evaluation in which images recur then pays for the early stages once.
+        """
+        return self.backbone.prefix(images, self.gated_layers[0])
+
+    def forward(
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        text: TextTokens | None = None,
+        *,
+        way: int,
+        alpha: Any = None,
+        action_logit: Any = None,
+        sample: bool | None = None,
+        generator: torch.Generator | None = None,
+        from_prefix: bool = False,
+    ) -> EpisodeOutput:
+        """Classify the queries of E episodes.
+
+        Args:
+            support: (E, S, C, H, W).
+            support_labels: (E, S) int64 in [0, way); the range is not read.
+            query: (E, Q, C, H, W).
+            text: the episodes' texts; None: visual prototypes only, no gate runs.
+            way: classes of an episode.
+            alpha: replay gates: one number or tensor for all layers, a sequence with one per
+                layer, or a mapping from location (layers it lacks ask their policy). Tensors of
+                shape (), (E,), or as ``LayerTrace.alpha``.
+            action_logit: re-evaluate stored actions, given likewise.
+            sample: draw gates (True) or take the policy's mean (False); None: draw in training.
+            generator: source of randomness on the inputs' device.
+            from_prefix: ``support`` and ``query`` are maps of :meth:`prefix`, not images.
+
+        Raises:
+            TypeError, ValueError: arguments that do not fit together.
+        """
+        self._check(support, support_labels, query, text, way)
+        start = self.gated_layers[0] if from_prefix else None
+        counts = (support.shape[1], query.shape[1])
+        images = torch.cat((support, query), dim=1).flatten(0, 1)
+        if text is None:
+            features = self.backbone(images, start=start)
+            return self._classify(features, counts, support_labels, way, ())
+        options: dict[str, Any] = {"sample": sample, "generator": generator}
+        pass_ = _GatePass(self, text, counts, options, alpha, action_logit)
+        if self.text_scope == "episode":
+            features = self.backbone(
+                images, pass_.episode_gate, locations=self.gated_layers, start=start
+            )
+            return self._classify(features, counts, support_labels, way, tuple(pass_.traces))
+        pass_.select_classes(support_labels, way)
+        seen = self.backbone(
+            support.flatten(0, 1), pass_.class_gate, locations=self.gated_layers, start=start
+        )
+        plain = self.backbone(
+            query.flatten(0, 1), pass_.observe_query, locations=self.gated_layers, start=start
+        )
+        folded = (x.unflatten(0, (support.shape[0], -1)) for x in (seen, plain))
+        features = torch.cat(tuple(folded), dim=1).flatten(0, 1)
+        output = self._classify(features, counts, support_labels, way, tuple(pass_.traces))
+        return output._replace(aligned_labels=support_labels)
+
+    def _classify(
+        self,
+        features: Tensor,
+        counts: tuple[int, int],
+        labels: Tensor,
+        way: int,
+        traces: tuple[LayerTrace, ...],
+    ) -> EpisodeOutput:
+        support, query = features.unflatten(0, (-1, sum(counts))).split(counts, dim=1)
+        logits = prototype_logits(support, labels, query, way, self.temperature)
+        return EpisodeOutput(logits, traces, labels)
+
+    def _check(
+        self, support: Tensor, labels: Tensor, query: Tensor, text: TextTokens | None, way: int
+    ) -> None:
+        for name, images in (("support", support), ("query", query)):
+            if images.dim() != 5:
+                raise ValueError(
+                    f"{name}: shape {tuple(images.shape)}, expected (episodes, images, C, H, W)"
+                )
+        episodes, count = support.shape[:2]
+        if query.shape[0] != episodes or query.shape[2:] != support.shape[2:]:
+            raise ValueError(
+                f"query: shape {tuple(query.shape)} does not fit support {tuple(support.shape)}"
+            )
+        if min(episodes, count, query.shape[1]) < 1:
+            raise ValueError("support, query: an episode needs at least one image of each")
+        if labels.dtype != torch.int64:
+            raise TypeError(f"support_labels: expected int64, got {labels.dtype}")
+        if tuple(labels.shape) != (episodes, count):
+            raise ValueError(
+                f"support_labels: shape {tuple(labels.shape)}, expected {(episodes, count)}"
+            )
+        if way < 1:
+            raise ValueError(f"way: expected a positive number, got {way}")
+        if text is not None:
+            self._check_text(text, episodes, way)
+
+    def _check_text(self, text: TextTokens, episodes: int, way: int) -> None:
+        tokens = text.tokens
+        if tokens.dim() != 3 or tokens.shape[0] != episodes or tokens.shape[2] != self.text_dim:
+            raise ValueError(
+                f"text.tokens: shape {tuple(tokens.shape)}, expected"
+                f" ({episodes}, P, {self.text_dim})"
+            )
+        if tuple(text.levels.shape) != (tokens.shape[1],):
+            raise ValueError(
+                f"text.levels: shape {tuple(text.levels.shape)}, expected ({tokens.shape[1]},)"
+            )
+        expected = (episodes, way, self.text_dim)
+        if tuple(text.class_embedding.shape) != expected:
+            raise ValueError(
+                f"text.class_embedding: shape {tuple(text.class_embedding.shape)},"
+                f" expected {expected}"
+            )
+        if self.text_scope == "class" and tokens.shape[1] % way:
+            raise ValueError(
+                f"text.tokens: {tokens.shape[1]} tokens do not fall into {way} classes evenly,"
+                " as text_scope='class' needs; pad the classes and set text.mask"
+            )
+
+
+class _GatePass:
+    """The gates of one forward call: what they are given, and what they leave behind."""
+
+    def __init__(
+        self,
+        model: DVLA,
+        text: TextTokens,
+        counts: tuple[int, int],
+        options: dict[str, Any],
+        alpha: Any,
+        action_logit: Any,
+    ) -> None:
+        self.model, self.counts, self.options = model, counts, options
+        self.episodes = text.tokens.shape[0]
+        self.tokens, self.mask, self.levels = text.tokens, text.mask, text.levels
+        self.alphas = _per_layer("alpha", alpha, model.gated_layers)
+        self.actions = _per_layer("action_logit", action_logit, model.gated_layers)
+        self.traces: list[LayerTrace] = []
+
+    def select_classes(self, labels: Tensor, way: int) -> None:
+        """Text scope "class": every support image becomes a text group with its class's tokens."""
+        rows = torch.arange(self.episodes, device=labels.device).unsqueeze(1)
+        self.tokens = self.tokens.unflatten(1, (way, -1))[rows, labels].flatten(0, 1)
+        self.levels = self.levels.unflatten(0, (way, -1))[0]
+        if self.mask is not None:
+            self.mask = self.mask.unflatten(1, (way, -1))[rows, labels].flatten(0, 1)
+
+    def episode_gate(self, location: Location, tokens: Tensor) -> GatedTokens:
+        """Supports and queries of an episode, in that order, are one text group."""
+        scope: dict[str, Any] = {}
+        if self.model.alpha_scope == "episode":
+            scope["state_images"] = self.counts[0]
+        out, before, fused, aligned = self._run(location, tokens, scope)
+        support, query = before.split(self.counts, dim=1)
+        support_added, query_added = fused.split(self.counts, dim=1)
+        self._record(
+            location,
+            out,
+            (support, support + support_added, query, query + query_added),
+            query_added,
+            aligned[:, self.counts[0] :],
+        )
+        return self._handed_back(out)
+
+    def class_gate(self, location: Location, tokens: Tensor) -> GatedTokens:
+        """Supports alone, each its own text group; an episode's groups share a decision."""
+        scope: dict[str, Any] = {}
+        if self.model.alpha_scope == "episode":
+            scope["episodes"] = self.episodes
+        out, before, fused, aligned = self._run(location, tokens, scope)
+        self._record(location, out, (before, before + fused, before, before), fused, aligned)
+        return self._handed_back(out)
+
+    def observe_query(self, location: Location, tokens: Tensor) -> None:
+        """Queries see no text: their pooled tokens are the same before and after the gate."""
+        index = self.model.gated_layers.index(location)
+        pooled = self._pooled(tokens)
+        self.traces[index] = self.traces[index]._replace(query_before=pooled, query_after=pooled)
+
+    def _run(
+        self, location: Location, tokens: Tensor, scope: dict[str, Any]
+    ) -> tuple[GateOutput, Tensor, Tensor, Tensor]:
+        """Gate output; pooled tokens (E, n, d); GAP(H) (E, n, d); U·GAP(H) (E, n, text_dim)."""
+        index = self.model.gated_layers.index(location)
+        gate: Any = self.model.gates[index]
+        scale = self.model.level_scales[index][self.levels].unsqueeze(-1)  # [P, 1]
+        text = (self.tokens * scale).to(gate.text_projection.weight.dtype)
+        out: GateOutput = gate(
+            tokens,
+            text,
+            text_mask=self.mask,
+            alpha=_flat(self.alphas[index]),
+            action_logit=_flat(self.actions[index]),
+            **scope,
+            **self.options,
+        )
+        keep = per_image(self.mask, tokens.shape[0])
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        fused = masked_mean(out.fused, keep, wide).unflatten(0, (self.episodes, -1))
+        alignment: Any = self.model.alignments[index]
+        aligned = alignment(fused.detach().to(alignment.weight.dtype))
+        return out, self._pooled(tokens), fused, aligned
+
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        return tokens.mean(1, dtype=wide).unflatten(0, (self.episodes, -1))
+
+    def _record(
+        self,
+        location: Location,
+        out: GateOutput,
+        pooled: tuple[Tensor, Tensor, Tensor, Tensor],
+        fused: Tensor,
+        aligned: Tensor,
+    ) -> None:
+        decision = (out.alpha, out.action_logit, out.log_prob, out.entropy)
+        if self.model.alpha_scope == "image":
+            decision = tuple(x.unflatten(0, (self.episodes, -1)) for x in decision)
+        self.traces.append(LayerTrace(location, *decision, *pooled, fused, aligned))
+
+    def _handed_back(self, out: GateOutput) -> GatedTokens:
+        return GatedTokens(out.image_tokens, out.fused, per_image(self.mask, out.fused.shape[0]))
+
+
+def _flat(value: Any) -> Any:
+    """Per-image gates (E, images) of a trace, as the gate takes them: (B,)."""
+    return value.flatten() if isinstance(value, Tensor) and value.dim() == 2 else value
+
+
+def _per_layer(name: str, given: Any, layers: tuple[Location, ...]) -> list[Any]:
+    """One entry per gated layer from what ``alpha`` and ``action_logit`` may be."""
+    if given is None or isinstance(given, (Tensor, int, float)):
+        return [given] * len(layers)
+    if isinstance(given, Mapping):
+        strangers = set(given) - set(layers)
+        if strangers:
+            raise ValueError(f"{name}: {sorted(strangers)} are not gated; gates are at {layers}")
+        return [given.get(location) for location in layers]
+    if len(given) != len(layers):
+        raise ValueError(f"{name}: {len(given)} entries for {len(layers)} gated layers")
+    return list(given)
+
+
+def _checked_layers(
+    backbone: GatedBackbone, layers: Sequence[Sequence[int]] | None
+) -> tuple[Location, ...]:
+    checked = backbone.check_locations(backbone.locations if layers is None else layers)
+    if not checked:
+        raise ValueError("gated_layers: expected at least one (stage, block)")
+    if list(checked) != sorted(checked):
+        raise ValueError(f"gated_layers: {checked} are not in the order of the backbone's blocks")
+    for location in checked:
+        if not backbone.carries_extra(location):
+            raise ValueError(
+                f"gated_layers: {location} has a spatial convolution, through which text tokens"
+                " cannot ride; choose an attention block"
+            )
+    return checked
+
+
+def _level_scales(
+    weights: Sequence[Sequence[float]] | None, layers: tuple[Location, ...]
+) -> Tensor:
+    """(L, 2) factors for attributes and descriptions, of mean 1 at each layer."""
+    if weights is None:
+        weights = [(0.7, 0.3) if stage <= 2 else (0.3, 0.7) for stage, _ in layers]
+    if len(weights) != len(layers):
+        raise ValueError(f"level_weights: {len(weights)} pairs for {len(layers)} gated layers")
+    for pair in weights:
+        if len(pair) != 2 or min(pair) < 0 or sum(pair) <= 0:
+            raise ValueError(f"level_weights: expected two weights >= 0, not both 0, got {pair}")
+    table = torch.tensor([list(pair) for pair in weights], dtype=torch.float32)
+    return table / table.mean(1, keepdim=True)

@@ -1,0 +1,231 @@
+"""Gated backbones: equal to the plain network without gates, and faithful carriers with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dvla_fast.errors import MissingDependencyError
+from dvla_fast.nn import (
+    GatedBackbone,
+    GatedTokens,
+    Location,
+    SmallConvAttention,
+    build_backbone,
+    visformer_tiny,
+)
+
+
+@pytest.fixture(scope="module")
+def visformer() -> GatedBackbone:
+    torch.manual_seed(0)
+    # Shallow stages: the code paths of the full depths 7, 4, 4 in a fraction of the time.
+    return visformer_tiny(64, depth=(1, 2, 2), locations=((2, 1), (3, 0))).eval()
+
+
+@pytest.fixture(scope="module")
+def small() -> GatedBackbone:
+    torch.manual_seed(0)
+    return SmallConvAttention(image_size=16).eval()
+
+
+@pytest.fixture(params=["small", "visformer"])
+def backbone(request: pytest.FixtureRequest) -> GatedBackbone:
+    return request.getfixturevalue(request.param)
+
+
+def images_for(backbone: GatedBackbone, count: int = 2) -> Tensor:
+    small = isinstance(backbone, SmallConvAttention)
+    torch.manual_seed(1)
+    return torch.randn(count, 1, 16, 16) if small else torch.randn(count, 3, 64, 64)
+
+
+@pytest.mark.parametrize(("size", "sides"), [(224, (28, 14, 7)), (84, (21, 10, 5))])
+def test_visformer_tiny_is_timms(size: int, sides: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    backbone = visformer_tiny(size).eval()
+    net = backbone.net
+    count = sum(p.numel() for p in backbone.parameters())
+    assert 9.5e6 < count < 11e6
+    x = torch.randn(1, 3, size, size)
+    seen: dict[Location, tuple[int, ...]] = {}
+
+    def watch(location: Location, tokens: Tensor) -> None:
+        seen[location] = tuple(tokens.shape)
+
+    with torch.inference_mode():
+        features = backbone(x, watch, locations=backbone.blocks)
+        assert torch.equal(features, net.forward_features(x).mean((2, 3)))
+        assert torch.equal(features, net(x))
+    assert backbone.feature_dim == features.shape[1] == 384
+    assert backbone.locations == ((2, 3), (3, 0))
+    assert [seen[s, 0] for s in (1, 2, 3)] == [
+        (1, side**2, width) for side, width in zip(sides, (96, 192, 384))
+    ]
+    assert all(shape[2] == backbone.widths[location] for location, shape in seen.items())
+    assert tuple(seen) == backbone.blocks
+
+
+def test_small_backbone_is_small_and_sized_as_said() -> None:
+    backbone = SmallConvAttention()
+    assert 1e5 < sum(p.numel() for p in backbone.parameters()) < 3e5
+    assert backbone.locations == ((2, 1), (3, 0))
+    assert [backbone.widths[s, 0] for s in (1, 2, 3)] == [32, 64, 96]
+    assert backbone(torch.randn(2, 1, 16, 16)).shape == (2, 96)
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "tokens"),
+    [(8, 1, 16), (16, 3, 64), (28, 1, 196), (32, 3, 64), (84, 3, 100)],
+)
+def test_small_backbone_on_other_images(size: int, channels: int, tokens: int) -> None:
+    backbone = SmallConvAttention(channels, size, width=8).eval()
+    shapes: list[int] = []
+    out = backbone(torch.randn(2, channels, size, size), lambda _, t: shapes.append(t.shape[1]))
+    assert out.shape == (2, 24)
+    assert shapes[0] == tokens
+
+
+def test_gates_that_change_nothing_change_nothing(backbone: GatedBackbone) -> None:
+    x = images_for(backbone)
+    plain = backbone(x)
+    torch.testing.assert_close(backbone(x, lambda _l, _t: None), plain, rtol=0, atol=0)
+    torch.testing.assert_close(backbone(x, lambda _l, t: (t, None)), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_gates_are_called_in_order_where_asked(backbone: GatedBackbone) -> None:
+    calls: list[Location] = []
+    x = images_for(backbone)
+    backbone(x, lambda location, _t: calls.append(location))
+    assert tuple(calls) == backbone.locations
+    calls.clear()
+    backbone(x, lambda location, _t: calls.append(location), locations=[(3, 1), (1, 0)])
+    assert calls == [(1, 0), (3, 1)]
+
+
+def test_extra_tokens_inform_the_block_and_leave(backbone: GatedBackbone) -> None:
+    x = images_for(backbone)
+    torch.manual_seed(2)
+    extras = {at: torch.randn(2, 3, backbone.widths[at]) for at in backbone.locations}
+    shapes: list[int] = []
+
+    def gate(location: Location, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        shapes.append(tokens.shape[1])
+        return tokens, extras[location]
+
+    with_extra = backbone(x, gate)
+    assert with_extra.shape == (2, backbone.feature_dim)
+    assert not torch.allclose(with_extra, backbone(x), atol=1e-3)
+    assert shapes[0] == 4 * shapes[1]  # riding tokens do not pile up
+
+    def shuffled(location: Location, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return tokens, extras[location].flip(1)
+
+    torch.testing.assert_close(backbone(x, shuffled), with_extra, rtol=1e-4, atol=1e-4)
+
+
+def test_masked_extra_tokens_are_not_seen(backbone: GatedBackbone) -> None:
+    x = images_for(backbone)
+
+    def gate(kept: int, total: int, location: Location, tokens: Tensor) -> GatedTokens:
+        torch.manual_seed(3)
+        extra = torch.randn(2, 5, tokens.shape[2])
+        extra[:, kept:] = 50.0
+        mask = torch.arange(total).expand(2, total) < kept
+        return GatedTokens(tokens, extra[:, :total], mask)
+
+    padded = backbone(x, lambda at, t: gate(2, 5, at, t))
+    torch.testing.assert_close(
+        padded, backbone(x, lambda at, t: gate(2, 2, at, t)), rtol=1e-4, atol=1e-4
+    )
+    unmasked = backbone(x, lambda at, t: gate(2, 2, at, t)._replace(extra_mask=None))
+    torch.testing.assert_close(padded, unmasked, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(padded, backbone(x), atol=1e-3)
+
+
+def test_prefix_then_rest_is_the_whole(backbone: GatedBackbone) -> None:
+    x = images_for(backbone)
+
+    def gate(location: Location, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return tokens * 1.1, tokens[:, :2]
+
+    for stop in backbone.locations:
+        rest = backbone(backbone.prefix(x, stop), gate, locations=[stop], start=stop)
+        torch.testing.assert_close(rest, backbone(x, gate, locations=[stop]), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_reach_everything(backbone: GatedBackbone) -> None:
+    x = images_for(backbone).requires_grad_()
+    extra = {at: torch.randn(2, 2, d, requires_grad=True) for at, d in backbone.widths.items()}
+    used = backbone.locations[0]
+    backbone(x, lambda at, t: (t, extra[at]), locations=[used]).square().sum().backward()
+    gradient = extra[used].grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+    assert all(p.grad is not None for p in backbone.parameters())
+    backbone.zero_grad()
+
+
+def test_training_mode_with_stochastic_depth() -> None:
+    torch.manual_seed(0)
+    backbone = SmallConvAttention(width=8, drop_path_rate=0.5)
+    x = torch.randn(4, 1, 16, 16)
+    assert not torch.equal(backbone(x), backbone(x))
+    backbone.eval()
+    assert torch.equal(backbone(x), backbone(x))
+    assert visformer_tiny(64, depth=(1, 1, 1), drop_path_rate=0.3, locations=())(
+        torch.randn(2, 3, 64, 64)
+    ).shape == (2, 384)
+
+
+def test_extra_tokens_are_refused_by_convolutions(backbone: GatedBackbone) -> None:
+    assert not backbone.carries_extra((1, 0))
+    assert backbone.carries_extra((3, 0))
+    x = images_for(backbone)
+    with pytest.raises(ValueError, match=r"\(1, 0\).*spatial convolution"):
+        backbone(x, lambda _l, t: (t, t[:, :2]), locations=[(1, 0)])
+    changed = backbone(x, lambda _l, t: (t * 2, None), locations=[(1, 0)])
+    assert changed.shape == (2, backbone.feature_dim)
+
+
+def test_wrong_calls(backbone: GatedBackbone) -> None:
+    x = images_for(backbone)
+    with pytest.raises(ValueError, match=r"location \(4, 0\): no such"):
+        backbone(x, lambda _l, _t: None, locations=[(4, 0)])
+    with pytest.raises(ValueError, match="named twice"):
+        backbone(x, lambda _l, _t: None, locations=[(2, 0), (2, 0)])
+    with pytest.raises(ValueError, match="images: shape"):
+        backbone(x[..., :-4])
+    with pytest.raises(ValueError, match="expected"):
+        backbone(x, lambda _l, t: (t[:, 1:], None))
+    with pytest.raises(ValueError, match="extra tokens"):
+        backbone(x, lambda _l, t: (t, t[:1, :2]))
+
+
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        ("image_size", {"image_size": 4}),
+        ("depths", {"depths": (1, 0, 1)}),
+        ("num_heads", {"width": 10, "num_heads": 3}),
+        ("location", {"locations": [(2, 7)]}),
+        ("positive", {"in_channels": 0}),
+    ],
+)
+def test_wrong_small_backbones(match: str, options: dict) -> None:
+    with pytest.raises(ValueError, match=match):
+        build_backbone("small", **options)
+
+
+def test_build_backbone_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(build_backbone("small", width=8, locations=[[2, 0]]), SmallConvAttention)
+    with pytest.raises(ValueError, match="unknown 'resnet'"):
+        build_backbone("resnet")
+    with pytest.raises(ValueError, match="image_size"):
+        visformer_tiny(8)
+    with pytest.raises(ValueError, match="even"):
+        visformer_tiny(225)
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(MissingDependencyError, match=r"dvla-fast\[vision\]"):
+        visformer_tiny()

@@ -1,0 +1,291 @@
+"""DVLA: episodes, scopes, replays, and the traces that rewards read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import dvla_fast
+from dvla_fast.nn import DVLA, SmallConvAttention, TextTokens, prototype_logits, visformer_tiny
+from dvla_fast.nn.policy import POLICIES
+
+from .conftest import TEXT_DIM, make_episodes, make_text
+
+MakeModel = Callable[..., DVLA]
+
+
+@pytest.mark.parametrize(
+    ("episodes", "way", "shot", "queries"), [(1, 2, 1, 1), (3, 5, 1, 2), (2, 3, 4, 1), (2, 1, 2, 3)]
+)
+@pytest.mark.parametrize("text_scope", ["episode", "class"])
+@pytest.mark.parametrize("alpha_scope", ["episode", "image"])
+def test_shapes(
+    make_model: MakeModel,
+    episodes: int,
+    way: int,
+    shot: int,
+    queries: int,
+    text_scope: str,
+    alpha_scope: str,
+) -> None:
+    model = make_model(text_scope=text_scope, alpha_scope=alpha_scope)
+    support, labels, query, _ = make_episodes(episodes, way, shot, queries)
+    output = model(support, labels, query, make_text(episodes, way), way=way)
+    s, q = way * shot, way * queries
+    seen = q if text_scope == "episode" else s
+    drawn = s + q if text_scope == "episode" else s
+    assert output.logits.shape == (episodes, q, way)
+    assert [t.location for t in output.layers] == [(2, 0), (3, 0)]
+    for trace, width in zip(output.layers, (16, 24)):
+        shape = (episodes,) if alpha_scope == "episode" else (episodes, drawn)
+        for value in (trace.alpha, trace.action_logit, trace.log_prob, trace.entropy):
+            assert value.shape == shape
+        assert trace.support_before.shape == trace.support_after.shape == (episodes, s, width)
+        assert trace.query_before.shape == trace.query_after.shape == (episodes, q, width)
+        assert trace.fused.shape == (episodes, seen, width)
+        assert trace.aligned.shape == (episodes, seen, TEXT_DIM)
+    assert (output.aligned_labels is None) == (text_scope == "episode")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("text_scope", ["episode", "class"])
+def test_every_policy_trains(make_model: MakeModel, policy: str, text_scope: str) -> None:
+    model = make_model(policy=policy, text_scope=text_scope)
+    support, labels, query, _ = make_episodes(2, 3, 1, 2)
+    output = model(support, labels, query, make_text(2, 3, masked=True), way=3)
+    loss = output.logits.square().mean()
+    loss = loss + sum(t.log_prob.sum() + t.aligned.square().sum() for t in output.layers)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_without_text_it_is_the_visual_classifier(make_model: MakeModel) -> None:
+    model = make_model().eval()
+    support, labels, query, _ = make_episodes(2, 3, 2, 2)
+    output = model(support, labels, query, way=3)
+    assert output.layers == ()
+    features = [model.features(x.flatten(0, 1)).unflatten(0, (2, -1)) for x in (support, query)]
+    torch.testing.assert_close(
+        output.logits, prototype_logits(features[0], labels, features[1], 3, 0.2)
+    )
+
+
+@pytest.mark.parametrize("text_scope", ["episode", "class"])
+def test_batched_episodes_are_independent(make_model: MakeModel, text_scope: str) -> None:
+    model = make_model(text_scope=text_scope).eval()
+    support, labels, query, _ = make_episodes(3, 3, 2, 2)
+    text = make_text(3, 3, masked=True)
+    together = model(support, labels, query, text, way=3)
+    assert text.mask is not None
+    for e in range(3):
+        one = slice(e, e + 1)
+        alone_text = TextTokens(
+            text.tokens[one], text.levels, text.class_embedding[one], text.mask[one]
+        )
+        alone = model(support[one], labels[one], query[one], alone_text, way=3)
+        torch.testing.assert_close(alone.logits, together.logits[one], rtol=1e-4, atol=1e-4)
+        for mine, theirs in zip(alone.layers, together.layers):
+            torch.testing.assert_close(mine.alpha, theirs.alpha[one], rtol=1e-4, atol=1e-4)
+
+
+def test_supports_decide_and_queries_replay(make_model: MakeModel) -> None:
+    model = make_model().eval()
+    support, labels, query, _ = make_episodes(2, 3, 1, 2)
+    text = make_text(2, 3)
+    first = model(support, labels, query, text, way=3)
+    other = model(support, labels, torch.randn_like(query), text, way=3)
+    for mine, theirs in zip(first.layers, other.layers):
+        torch.testing.assert_close(mine.alpha, theirs.alpha)
+        torch.testing.assert_close(mine.support_after, theirs.support_after)
+    # Query by query gives the same: no query sees another.
+    singly = [model(support, labels, query[:, i : i + 1], text, way=3).logits for i in range(6)]
+    torch.testing.assert_close(torch.cat(singly, 1), first.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_class_scope_hides_text_from_queries(make_model: MakeModel) -> None:
+    model = make_model(text_scope="class").eval()
+    support, labels, query, _ = make_episodes(2, 3, 2, 1)
+    output = model(support, labels, query, make_text(2, 3), way=3)
+    plain = model.features(query.flatten(0, 1)).unflatten(0, (2, -1))
+    supports = []
+    text = make_text(2, 3)
+    changed = TextTokens(text.tokens.clone(), text.levels, text.class_embedding)
+    changed.tokens[:, :3] += 1.0  # the first class's texts
+    before = model(support, labels, query, text, way=3, alpha=0.5)
+    after = model(support, labels, query, changed, way=3, alpha=0.5)
+    for trace_a, trace_b in zip(before.layers, after.layers):
+        torch.testing.assert_close(trace_a.query_before, trace_a.query_after)
+        torch.testing.assert_close(trace_a.query_after, trace_b.query_after)
+        moved = (trace_a.support_after - trace_b.support_after).abs().sum(-1) > 1e-5
+        assert torch.equal(moved, labels == 0)
+        supports.append(trace_a.support_after)
+    assert output.aligned_labels is labels
+    # The logits are those of plain queries against the supports' own features.
+    assert not torch.allclose(before.logits, after.logits)
+    assert plain.shape == (2, 3, 24)
+
+
+@pytest.mark.parametrize("alpha_scope", ["episode", "image"])
+@pytest.mark.parametrize("text_scope", ["episode", "class"])
+def test_traced_gates_replay(make_model: MakeModel, alpha_scope: str, text_scope: str) -> None:
+    model = make_model(alpha_scope=alpha_scope, text_scope=text_scope)
+    model.backbone.eval()  # batch norm apart
+    support, labels, query, _ = make_episodes(2, 3, 1, 2)
+    text = make_text(2, 3)
+    drawn = model(support, labels, query, text, way=3, sample=True)
+    alphas = [t.alpha for t in drawn.layers]
+    again = model(support, labels, query, text, way=3, alpha=alphas)
+    torch.testing.assert_close(again.logits, drawn.logits)
+    actions = {t.location: t.action_logit for t in drawn.layers}
+    scored = model(support, labels, query, text, way=3, action_logit=actions)
+    torch.testing.assert_close(scored.logits, drawn.logits)
+    for mine, theirs in zip(scored.layers, drawn.layers):
+        torch.testing.assert_close(mine.log_prob, theirs.log_prob)
+
+
+def test_forms_of_given_gates(make_model: MakeModel) -> None:
+    model = make_model().eval()
+    support, labels, query, _ = make_episodes(2, 3, 1, 2)
+    text = make_text(2, 3)
+
+    def logits(alpha: object) -> torch.Tensor:
+        return model(support, labels, query, text, way=3, alpha=alpha).logits
+
+    for form in (torch.tensor(0.3), [0.3, 0.3], {(2, 0): 0.3, (3, 0): torch.full((2,), 0.3)}):
+        torch.testing.assert_close(logits(form), logits(0.3))
+    partly = model(support, labels, query, text, way=3, alpha={(3, 0): 1.0})
+    assert partly.layers[1].alpha.tolist() == [1.0, 1.0]
+    assert partly.layers[0].entropy.any()  # asked its policy
+
+
+def test_prefix_saves_work_and_changes_nothing(make_model: MakeModel) -> None:
+    support, labels, query, _ = make_episodes(2, 3, 1, 2)
+    text = make_text(2, 3)
+    for scope in ("episode", "class"):
+        model = make_model(text_scope=scope).eval()
+        maps = [model.prefix(x.flatten(0, 1)).unflatten(0, (2, -1)) for x in (support, query)]
+        for given in (text, None):
+            got = model(maps[0], labels, maps[1], given, way=3, from_prefix=True)
+            torch.testing.assert_close(
+                got.logits, model(support, labels, query, given, way=3).logits
+            )
+
+
+def test_level_weights_scale_the_texts(make_model: MakeModel) -> None:
+    support, labels, query, _ = make_episodes(1, 2, 1, 1)
+    text = make_text(1, 2)
+    model = make_model(level_weights=((0.5, 0.5), (2.0, 2.0)))
+    assert model.level_scales.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    torch.testing.assert_close(make_model().level_scales, torch.tensor([[1.4, 0.6], [0.6, 1.4]]))
+    only_attributes = make_model(level_weights=((1.0, 0.0), (1.0, 0.0))).eval()
+    without = TextTokens(
+        text.tokens * (text.levels == 0).float().unsqueeze(-1), text.levels, text.class_embedding
+    )
+    torch.testing.assert_close(
+        only_attributes(support, labels, query, text, way=2).logits,
+        only_attributes(support, labels, query, without, way=2).logits,
+    )
+
+
+def test_pooled_traces_are_the_tokens_around_the_gate(make_model: MakeModel) -> None:
+    model = make_model().eval()
+    support, labels, query, _ = make_episodes(2, 3, 1, 1)
+    record: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    model.gates[0].register_forward_hook(
+        lambda _m, args, out: record.append((args[0], out.image_tokens, out.fused))
+    )
+    trace = model(support, labels, query, make_text(2, 3, masked=True), way=3).layers[0]
+    before, after, _ = (x.mean(1).unflatten(0, (2, 6)) for x in record[0])
+    torch.testing.assert_close(trace.support_before, before[:, :3])
+    torch.testing.assert_close(trace.support_after, after[:, :3])
+    torch.testing.assert_close(trace.query_before, before[:, 3:])
+    torch.testing.assert_close(trace.query_after, after[:, 3:])
+    torch.testing.assert_close(trace.fused, trace.query_after - trace.query_before)
+
+
+def test_alignment_trains_u_alone(make_model: MakeModel) -> None:
+    model = make_model()
+    support, labels, query, _ = make_episodes(1, 2, 1, 1)
+    output = model(support, labels, query, make_text(1, 2), way=2)
+    sum(t.aligned.square().sum() for t in output.layers).backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {"alignments.0.weight", "alignments.1.weight"}
+
+
+def test_over_visformer() -> None:
+    backbone = visformer_tiny(64, depth=(1, 1, 2), locations=((2, 0), (3, 0)))
+    model = dvla_fast.DVLA(backbone, text_dim=TEXT_DIM)
+    support, labels, _, _ = make_episodes(2, 2, 1, 1)
+    support, query = torch.randn(2, 2, 3, 64, 64), torch.randn(2, 2, 3, 64, 64)
+    output = model(support, labels, query, make_text(2, 2, masked=True), way=2)
+    assert output.logits.shape == (2, 2, 2)
+    (output.logits.sum() + output.layers[0].log_prob.sum()).backward()
+    assert [t.fused.shape[-1] for t in output.layers] == [192, 384]
+
+
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        ("spatial convolution", {"gated_layers": [(1, 0)]}),
+        ("no such", {"gated_layers": [(2, 9)]}),
+        ("not in the order", {"gated_layers": [(3, 0), (2, 0)]}),
+        ("at least one", {"gated_layers": []}),
+        ("text_scope: unknown", {"text_scope": "image"}),
+        ("alpha_scope: unknown", {"alpha_scope": "class"}),
+        ("temperature", {"temperature": 0.0}),
+        ("level_weights: 1 pairs", {"level_weights": [(0.7, 0.3)]}),
+        ("level_weights: expected two", {"level_weights": [(0.7, 0.3), (0.0, 0.0)]}),
+        ("num_heads", {"num_heads": 5}),
+    ],
+)
+def test_wrong_constructions(match: str, options: dict) -> None:
+    backbone = SmallConvAttention(image_size=8, width=8, depths=(1, 1, 1), num_heads=2)
+    with pytest.raises(ValueError, match=match):
+        DVLA(backbone, **{"text_dim": TEXT_DIM, "num_heads": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "changed"),
+    [
+        (ValueError, "support: shape", {"support": torch.randn(3, 1, 8, 8)}),
+        (ValueError, "query: shape", {"query": torch.randn(1, 6, 1, 8, 8)}),
+        (ValueError, "at least one image", {"query": torch.randn(2, 0, 1, 8, 8)}),
+        (TypeError, "support_labels", {"support_labels": torch.zeros(2, 3)}),
+        (ValueError, "support_labels: shape", {"support_labels": torch.zeros(3).long()}),
+        (ValueError, "way", {"way": 0}),
+        (ValueError, "text.tokens: shape", {"text": make_text(1, 3)}),
+        (ValueError, "text.class_embedding: shape", {"text": make_text(2, 2)}),
+        (
+            ValueError,
+            "text.levels: shape",
+            {"text": make_text(2, 3)._replace(levels=torch.zeros(2).long())},
+        ),
+        (ValueError, "alpha: 1 entries for 2", {"alpha": [0.5]}),
+        (ValueError, "are not gated", {"alpha": {(2, 1): 0.5}}),
+        (ValueError, "alpha: shape", {"alpha": torch.rand(5)}),
+        (TypeError, "alpha: expected a tensor or a number", {"alpha": ["half", None]}),
+    ],
+)
+def test_wrong_calls(
+    make_model: MakeModel, error: type[Exception], match: str, changed: dict
+) -> None:
+    support, labels, query, _ = make_episodes(2, 3, 1, 2)
+    arguments = {
+        "support": support,
+        "support_labels": labels,
+        "query": query,
+        "text": make_text(2, 3),
+        "way": 3,
+        **changed,
+    }
+    with pytest.raises(error, match=match):
+        make_model()(**arguments)
+
+
+def test_class_scope_needs_even_texts(make_model: MakeModel) -> None:
+    support, labels, query, _ = make_episodes(1, 3, 1, 1)
+    text = make_text(1, 2, attributes=1)._replace(class_embedding=torch.randn(1, 3, TEXT_DIM))
+    with pytest.raises(ValueError, match="4 tokens do not fall into 3 classes"):
+        make_model(text_scope="class")(support, labels, query, text, way=3)

@@ -1,0 +1,82 @@
+"""The policies on their own: distributions, starting points, precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dvla_fast.nn.policy import (
+    POLICIES,
+    BetaPolicy,
+    CategoricalPolicy,
+    FixedPolicy,
+    StateNetwork,
+    build_policy,
+)
+
+
+def test_beta_policy_is_the_beta_distribution_of_its_mean() -> None:
+    policy = BetaPolicy(3, hidden_dim=4, concentration=6.0).double()
+    torch.nn.init.normal_(policy.network.out.weight, std=0.2)
+    state = torch.randn(50, 7, dtype=torch.float64)
+    step = policy(state)
+    mean = torch.sigmoid(policy.network(state).squeeze(-1))
+    theirs = torch.distributions.Beta(6 * mean, 6 * (1 - mean))
+    torch.testing.assert_close(step.log_prob, theirs.log_prob(step.alpha), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(step.entropy, theirs.entropy(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(policy(state, sample=False).alpha, mean)
+
+
+def test_categorical_policy_draws_its_probabilities() -> None:
+    policy = CategoricalPolicy(3, hidden_dim=4)
+    policy.network.out.bias.data = torch.tensor([0.5, 0.3, 0.2]).log()
+    state = torch.randn(20_000, 7)
+    step = policy(state, generator=torch.Generator().manual_seed(1))
+    for choice, share in zip((1.0, 0.0, 0.5), (0.5, 0.3, 0.2)):
+        chosen = step.alpha == choice
+        assert abs(chosen.float().mean().item() - share) < 0.02
+        assert torch.allclose(step.log_prob[chosen].exp(), torch.tensor(share))
+    entropy = torch.distributions.Categorical(torch.tensor([0.5, 0.3, 0.2])).entropy()
+    torch.testing.assert_close(step.entropy, entropy.expand(20_000))
+    assert (policy(state, sample=False).alpha == 1.0).all()
+
+
+@pytest.mark.parametrize("name", [n for n in POLICIES if n != "categorical"])
+def test_every_policy_starts_at_one_half(name: str) -> None:
+    step = build_policy(name, 3)(torch.randn(4, 7), sample=False)
+    assert step.alpha.tolist() == [0.5] * 4
+
+
+def test_deterministic_policies_have_no_density() -> None:
+    step = FixedPolicy(0.2)(torch.randn(4, 7))
+    torch.testing.assert_close(step.alpha, torch.full((4,), 0.2))
+    torch.testing.assert_close(torch.sigmoid(step.action_logit), step.alpha)
+    assert not step.log_prob.any()
+    assert not step.entropy.any()
+
+
+def test_state_is_read_free_of_scale() -> None:
+    network = StateNetwork(3, 8)
+    torch.nn.init.normal_(network.out.weight)
+    state = torch.randn(5, 7)
+    louder = state * torch.tensor([1000.0] * 3 + [0.5] * 3 + [1.0])
+    torch.testing.assert_close(network(louder), network(state), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_compute_in_float32_under_autocast(name: str) -> None:
+    policy = build_policy(name, 3)
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter)
+    state = torch.randn(4, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = policy(state, sample=False)
+    outside = policy(state, sample=False)
+    for mine, theirs in zip(inside, outside):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_half_precision_weights_still_give_float32_decisions() -> None:
+    policy = BetaPolicy(3).bfloat16()
+    assert policy(torch.randn(4, 7).bfloat16()).log_prob.dtype == torch.float32

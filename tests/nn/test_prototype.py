@@ -1,0 +1,81 @@
+"""Prototypes against a plain loop, and the classifier's errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dvla_fast.nn import prototype_logits, prototypes
+
+
+@pytest.mark.parametrize(
+    ("episodes", "way", "shot", "queries"), [(1, 2, 1, 1), (3, 5, 1, 4), (2, 4, 5, 3), (1, 1, 3, 2)]
+)
+def test_logits_equal_a_loop(episodes: int, way: int, shot: int, queries: int) -> None:
+    labels = torch.stack(
+        [torch.arange(way).repeat(shot)[torch.randperm(way * shot)] for _ in range(episodes)]
+    )
+    support = torch.randn(episodes, way * shot, 7, dtype=torch.float64)
+    query = torch.randn(episodes, queries, 7, dtype=torch.float64)
+    got = prototype_logits(support, labels, query, way, temperature=0.5)
+    assert got.shape == (episodes, queries, way)
+    for e in range(episodes):
+        for c in range(way):
+            mean = torch.stack([f for f, y in zip(support[e], labels[e]) if y == c]).mean(0)
+            for q in range(queries):
+                cosine = query[e, q] @ mean / (query[e, q].norm() * mean.norm())
+                torch.testing.assert_close(got[e, q, c], cosine / 0.5)
+
+
+def test_uneven_shots_and_absent_classes() -> None:
+    features = torch.tensor([[[2.0, 0.0], [4.0, 0.0], [0.0, 3.0]]])
+    means = prototypes(features, torch.tensor([[0, 0, 2]]), way=3)
+    assert means.tolist() == [[[3.0, 0.0], [0.0, 0.0], [0.0, 3.0]]]
+    logits = prototype_logits(features, torch.tensor([[0, 0, 2]]), features, way=3)
+    assert logits.isfinite().all()
+    assert logits.argmax(-1).tolist() == [[0, 0, 2]]
+
+
+def test_half_features_are_classified_in_float32() -> None:
+    features = torch.randn(1, 4, 8).bfloat16()
+    labels = torch.tensor([[0, 1, 0, 1]])
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = prototype_logits(features, labels, features, 2)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(
+        logits, prototype_logits(features.float(), labels, features.float(), 2)
+    )
+
+
+def test_gradients_reach_supports_and_queries() -> None:
+    support = torch.randn(1, 4, 8, requires_grad=True)
+    query = torch.randn(1, 3, 8, requires_grad=True)
+    prototype_logits(support, torch.tensor([[0, 1, 0, 1]]), query, 2).square().sum().backward()
+    assert support.grad is not None
+    assert support.grad.any()
+    assert query.grad is not None
+    assert query.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "changed"),
+    [
+        (ValueError, "support_features: shape", {"support_features": torch.randn(4, 8)}),
+        (ValueError, "query_features: shape", {"query_features": torch.randn(2, 3, 8)}),
+        (TypeError, "query_features: expected", {"query_features": torch.ones(1, 3, 8).long()}),
+        (TypeError, "support_labels: expected int64", {"support_labels": torch.zeros(1, 4)}),
+        (ValueError, "support_labels: shape", {"support_labels": torch.zeros(1, 3).long()}),
+        (ValueError, "way", {"way": 0}),
+        (ValueError, "temperature", {"temperature": 0.0}),
+    ],
+)
+def test_wrong_arguments(error: type[Exception], match: str, changed: dict) -> None:
+    arguments = {
+        "support_features": torch.randn(1, 4, 8),
+        "support_labels": torch.tensor([[0, 1, 0, 1]]),
+        "query_features": torch.randn(1, 3, 8),
+        "way": 2,
+        **changed,
+    }
+    with pytest.raises(error, match=match):
+        prototype_logits(**arguments)

@@ -1,0 +1,213 @@
+"""The gate and the model under compile, autocast, checkpointing, copying, and export."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dvla_fast.nn import DVLA, RLAGate
+from dvla_fast.nn.policy import POLICIES
+
+from .conftest import TEXT_DIM, make_episodes, make_text
+
+MakeGate = Callable[..., RLAGate]
+MakeModel = Callable[..., DVLA]
+
+
+@pytest.fixture
+def inputs() -> tuple[Tensor, Tensor]:
+    return torch.randn(6, 5, 16), torch.randn(2, 4, TEXT_DIM)
+
+
+def same(mine: tuple, theirs: tuple, **tolerance: float) -> None:
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("policy", POLICIES)
+def test_compiles_whole_in_evaluation(make_gate: MakeGate, inputs: tuple, policy: str) -> None:
+    gate = make_gate(policy=policy).eval()
+    compiled = torch.compile(gate, fullgraph=True, backend="aot_eager")
+    same(compiled(*inputs), gate(*inputs))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("scope", ["episode", "image"])
+def test_compiles_whole_with_masks_gradients_and_replay(
+    make_gate: MakeGate, inputs: tuple, scope: str
+) -> None:
+    gate = make_gate(alpha_scope=scope)
+    backend = "inductor" if scope == "episode" else "aot_eager"
+    compiled = torch.compile(gate, fullgraph=True, backend=backend)
+    options = {
+        "image_mask": torch.rand(6, 5) < 0.8,
+        "text_mask": torch.tensor([[True] * 4, [True] * 3 + [False]]),
+        "action_logit": torch.randn(2 if scope == "episode" else 6),
+    }
+    grads = []
+    for function in (gate, compiled):
+        gate.zero_grad()
+        out = function(*inputs, **options)
+        (out.image_tokens.square().sum() + out.log_prob.sum() + out.entropy.sum()).backward()
+        grads.append([p.grad.clone() for p in gate.parameters()])
+    same(compiled(*inputs, **options), gate(*inputs, **options), rtol=1e-4, atol=1e-5)
+    same(tuple(grads[1]), tuple(grads[0]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_gate_samples_afresh(make_gate: MakeGate, inputs: tuple) -> None:
+    gate = make_gate()
+    compiled = torch.compile(gate, fullgraph=True, backend="aot_eager")
+    assert not torch.equal(compiled(*inputs).alpha, compiled(*inputs).alpha)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("text_scope", ["episode", "class"])
+def test_model_compiles_whole(make_model: MakeModel, text_scope: str) -> None:
+    model = make_model(text_scope=text_scope).eval()
+    support, labels, query, _ = make_episodes(2, 3, 1, 2)
+    text = make_text(2, 3, masked=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    mine = compiled(support, labels, query, text, way=3)
+    theirs = model(support, labels, query, text, way=3)
+    torch.testing.assert_close(mine.logits, theirs.logits)
+    torch.testing.assert_close(mine.layers[1].alpha, theirs.layers[1].alpha)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_autocast(make_gate: MakeGate, inputs: tuple, dtype: torch.dtype) -> None:
+    gate = make_gate()
+    with torch.autocast("cpu", dtype):
+        out = gate(*inputs, alpha=0.4)
+        drawn = gate(*inputs)
+        gate(inputs[0].to(dtype), inputs[1])
+    assert out.image_tokens.dtype == torch.float32
+    assert out.fused.dtype == dtype
+    for value in (drawn.alpha, drawn.log_prob, drawn.entropy, drawn.state):
+        assert value.dtype == torch.float32
+    wide = gate(*inputs, alpha=0.4)
+    assert (out.image_tokens - wide.image_tokens).abs().max() < 0.05
+    drawn.image_tokens.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in gate.parameters())
+
+
+def test_model_under_autocast(make_model: MakeModel) -> None:
+    model = make_model()
+    support, labels, query, _ = make_episodes(2, 3, 1, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(support, labels, query, make_text(2, 3, masked=True), way=3)
+    assert output.logits.dtype == torch.float32
+    assert output.layers[0].log_prob.dtype == torch.float32
+    output.logits.sum().backward()
+
+
+def test_half_precision_gate(make_gate: MakeGate, inputs: tuple) -> None:
+    gate = make_gate().bfloat16()
+    out = gate(*(x.bfloat16() for x in inputs))
+    assert out.image_tokens.dtype == torch.bfloat16
+    assert out.log_prob.dtype == torch.float32
+
+
+def test_activation_checkpointing_redraws_the_same_action(
+    make_gate: MakeGate, inputs: tuple
+) -> None:
+    gate = make_gate()
+    grads, alphas = [], []
+    for wrapped in (False, True):
+        gate.zero_grad()
+        torch.manual_seed(3)
+        out = checkpoint(gate, *inputs, use_reentrant=False) if wrapped else gate(*inputs)
+        (out.image_tokens.square().sum() + out.log_prob.sum()).backward()
+        grads.append(tuple(p.grad.clone() for p in gate.parameters()))
+        alphas.append(out.alpha)
+    assert torch.equal(*alphas)
+    same(*grads)
+
+
+def test_deepcopy_is_equal_and_apart(make_gate: MakeGate, inputs: tuple) -> None:
+    gate = make_gate().eval()
+    twin = copy.deepcopy(gate)
+    same(twin(*inputs), gate(*inputs))
+    with torch.no_grad():
+        twin.out_projection.weight.zero_()
+    assert gate.out_projection.weight.any()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_state_dict_round_trip(make_gate: MakeGate, inputs: tuple, policy: str) -> None:
+    gate = make_gate(policy=policy).eval()
+    buffer = io.BytesIO()
+    torch.save(gate.state_dict(), buffer)
+    buffer.seek(0)
+    other = make_gate(policy=policy).eval()
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    same(other(*inputs), gate(*inputs))
+
+
+def test_model_state_dict_and_pickle(make_model: MakeModel) -> None:
+    model, other = make_model().eval(), make_model().eval()
+    other.load_state_dict(model.state_dict())
+    support, labels, query, _ = make_episodes(1, 2, 1, 2)
+    text = make_text(1, 2)
+    expected = model(support, labels, query, text, way=2).logits
+    for twin in (other, pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin(support, labels, query, text, way=2).logits, expected)
+
+
+def test_export_in_evaluation(make_gate: MakeGate, inputs: tuple) -> None:
+    gate = make_gate().eval()
+    program = torch.export.export(gate, inputs)
+    same(tuple(program.module()(*inputs)), gate(*inputs))
+
+
+def test_export_with_a_free_batch(make_gate: MakeGate) -> None:
+    gate = make_gate(alpha_scope="image").eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    example = (torch.randn(6, 5, 16), torch.randn(6, 4, TEXT_DIM))
+    program = torch.export.export(
+        gate, example, dynamic_shapes={"image_tokens": {0: batch}, "text_tokens": {0: batch}}
+    )
+    other = (torch.randn(9, 5, 16), torch.randn(9, 4, TEXT_DIM))
+    same(tuple(program.module()(*other)), gate(*other))
+
+
+def test_inside_somebody_elses_sequential(make_gate: MakeGate, inputs: tuple) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = make_gate()
+            self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+        def forward(self, tokens: Tensor, text: Tensor) -> Tensor:
+            out = self.gate(tokens, text)
+            riding = torch.cat((out.image_tokens, out.fused), dim=1)
+            return self.layer(riding)[:, : tokens.shape[1]]
+
+    result = Block()(*inputs)
+    assert result.shape == inputs[0].shape
+    result.sum().backward()
+
+
+def test_to_another_dtype_and_device(make_gate: MakeGate) -> None:
+    gate = make_gate().to("meta")
+    out = gate.text_projection(torch.empty(2, 4, TEXT_DIM, device="meta"))
+    assert out.shape == (2, 4, 16)
+    wide = make_gate().double()(
+        torch.randn(2, 3, 16).double(), torch.randn(1, 2, TEXT_DIM).double()
+    )
+    assert wide.alpha.dtype == torch.float64

@@ -1,0 +1,312 @@
+"""The policy: densities against mpmath, draws against SciPy, and its behaviour inside PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import mpmath
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+
+from dvla_fast import _extension
+from dvla_fast.errors import BackendError
+from dvla_fast.functional import beta_entropy, beta_log_prob, beta_policy, beta_sample
+
+MEANS = (1e-6, 1e-4, 0.01, 0.3, 0.5, 0.9, 1 - 1e-4, 1 - 1e-6)
+CONCENTRATIONS = (1e-2, 0.1, 1.0, 7.9, 8.1, 10.0, 1e3, 1e4, 1e6)
+
+needs_extension = pytest.mark.skipif(
+    _extension.problem is not None, reason="the C++ extension is not built"
+)
+BACKENDS = [pytest.param("cpp", marks=needs_extension), "reference"]
+
+
+def logit(p: float) -> float:
+    return math.log(p) - math.log1p(-p)
+
+
+def exact(x: float, kappa: float, action: float) -> dict[str, mpmath.mpf]:
+    """log_prob, entropy and their derivatives from the textbook formulas, in 50 digits."""
+    with mpmath.workdps(50):
+        x, kappa, action = mpmath.mpf(x), mpmath.mpf(kappa), mpmath.mpf(action)
+        p, q = 1 / (1 + mpmath.exp(-x)), 1 / (1 + mpmath.exp(x))
+        a, b = kappa * p, kappa * q
+        log_alpha = -mpmath.log1p(mpmath.exp(-action))
+        log_rest = -mpmath.log1p(mpmath.exp(action))
+        log_norm = mpmath.loggamma(a) + mpmath.loggamma(b) - mpmath.loggamma(kappa)
+        psi_a, psi_b, psi_k = (mpmath.psi(0, z) for z in (a, b, kappa))
+        tri_a, tri_b, tri_k = (mpmath.psi(1, z) for z in (a, b, kappa))
+        return {
+            "log_prob": (a - 1) * log_alpha + (b - 1) * log_rest - log_norm,
+            "entropy": log_norm - (a - 1) * psi_a - (b - 1) * psi_b + (kappa - 2) * psi_k,
+            "log_prob by logits": kappa * p * q * (log_alpha - log_rest - psi_a + psi_b),
+            "entropy by logits": kappa * p * q * ((b - 1) * tri_b - (a - 1) * tri_a),
+            "log_prob by kappa": p * (log_alpha - psi_a) + q * (log_rest - psi_b) + psi_k,
+            "entropy by kappa": (-p * (a - 1) * tri_a - q * (b - 1) * tri_b + (kappa - 2) * tri_k),
+        }
+
+
+def measured(logits: Tensor, kappa: Tensor, action: Tensor, backend: str) -> dict[str, Tensor]:
+    logits, kappa = logits.clone().requires_grad_(), kappa.clone().requires_grad_()
+    out = beta_policy(logits, kappa, action_logit=action, backend=backend)
+    result = {"log_prob": out.log_prob, "entropy": out.entropy}
+    for name in ("log_prob", "entropy"):
+        grads = torch.autograd.grad(result[name].sum(), (logits, kappa), retain_graph=True)
+        result[f"{name} by logits"], result[f"{name} by kappa"] = grads
+    return {name: value.detach() for name, value in result.items()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("dtype", "relative", "absolute"),
+    [(torch.float32, 2e-7, 2e-7), (torch.float64, 1e-12, 1e-13)],
+    ids=["float32", "float64"],
+)
+def test_densities_and_gradients_equal_50_digit_values(
+    backend: str, dtype: torch.dtype, relative: float, absolute: float
+) -> None:
+    # Both sides read the same rounded inputs, so only the op's own arithmetic is judged. The
+    # reference subtracts lgammas and uses torch's polygamma: it holds fewer digits in float64.
+    if backend == "reference":
+        relative, absolute = max(relative, 1e-8), max(absolute, 1e-10)
+    grid = [(logit(p), k) for p in MEANS for k in CONCENTRATIONS]
+    logits = torch.tensor([x for x, _ in grid], dtype=dtype)
+    kappa = torch.tensor([k for _, k in grid], dtype=dtype)
+    action = beta_sample(logits, kappa)[1]
+    got = measured(logits, kappa, action, backend)
+    for i, (x, k) in enumerate(grid):
+        want = exact(float(logits[i]), float(kappa[i]), float(action[i]))
+        slack = 1e3 if backend == "reference" else 1.0
+        for name, value in want.items():
+            error = abs(float(got[name][i]) - value)
+            bound = relative * abs(value) + absolute * max(1.0, math.sqrt(k))
+            assert error <= bound, (name, f"logit {x:.3g}, kappa {k:g}", float(error), bound)
+
+
+@needs_extension
+@pytest.mark.parametrize("kappa", [0.1, 1.0, 10.0, 1e4])
+@pytest.mark.parametrize("p", [1e-4, 0.3, 0.5, 1 - 1e-4])
+def test_draws_follow_the_distribution(p: float, kappa: float) -> None:
+    # Compared through u = cdf(alpha), uniform if all is right, on whichever tail holds the digits.
+    n = 100_000
+    _, action = beta_sample(torch.full((n,), logit(p)), kappa)
+    log_alpha = -np.logaddexp(0.0, -action.double().numpy())
+    log_rest = -np.logaddexp(0.0, action.double().numpy())
+    a, b = kappa * p, kappa * (1 - p)
+    u = np.where(
+        log_alpha < log_rest,
+        scipy.stats.beta.cdf(np.exp(log_alpha), a, b),
+        scipy.stats.beta.sf(np.exp(log_rest), b, a),
+    )
+    # With a tiny shape a float64 alpha underflows: there u = alpha^a / (a B(a, b)) by the series.
+    log_norm = scipy.special.betaln(a, b)
+    tiny = log_alpha < -600
+    u[tiny] = np.exp(a * log_alpha[tiny] - np.log(a) - log_norm)
+    tiny = log_rest < -600
+    u[tiny] = 1 - np.exp(b * log_rest[tiny] - np.log(b) - log_norm)
+    assert scipy.stats.kstest(u, "uniform").pvalue > 1e-4
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tails_are_not_cut_off(dtype: torch.dtype) -> None:
+    """E[log p] of Beta(9.9, 0.1) is 9.29: rounding alpha to float32 would give about 7."""
+    logits = torch.full((200_000,), logit(0.99), dtype=dtype)
+    out = beta_policy(logits, 10.0)
+    expected = -float(beta_entropy(logits[:1], 10.0))
+    assert expected == pytest.approx(9.29, abs=0.01)
+    assert float(out.log_prob.mean()) == pytest.approx(expected, abs=0.15)
+
+
+@needs_extension
+def test_draws_do_not_depend_on_threads_or_batch_split() -> None:
+    logits = torch.randn(10_000)
+
+    def draw(threads: int) -> Tensor:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return beta_sample(logits, 0.7, generator=torch.Generator().manual_seed(3))[1]
+        finally:
+            torch.set_num_threads(before)
+
+    assert torch.equal(draw(1), draw(2))
+    assert not torch.equal(draw(1), beta_sample(logits, 0.7)[1])
+
+
+@needs_extension
+def test_philox_gives_the_published_answers() -> None:
+    """Known answers of Random123's philox4x32-10 (Salmon et al., SC 2011)."""
+    from dvla_fast import _build_info
+
+    ones = [0xFFFFFFFF] * 4
+    assert _build_info.philox4x32([0] * 4, [0] * 2) == [
+        0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8,
+    ]  # fmt: skip
+    assert _build_info.philox4x32(ones, ones[:2]) == [
+        0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (0,), (257,), (1030,)], ids=str)
+def test_shapes_strides_and_ranges(shape: tuple[int, ...], backend: str) -> None:
+    logits = torch.randn(*shape, 2)[..., 0]
+    out = beta_policy(logits, 2.0, backend=backend)
+    again = beta_policy(logits, 2.0, action_logit=out.action_logit, backend=backend)
+    for value in (*out, *again):
+        assert value.shape == logits.shape
+        assert bool(torch.isfinite(value).all())
+    torch.testing.assert_close(again.log_prob, out.log_prob, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.alpha, torch.sigmoid(out.action_logit))
+
+
+@needs_extension
+@pytest.mark.parametrize("kappa", [1e-30, 1e-8, 1e30])
+@pytest.mark.parametrize("x", [-1e30, -200.0, 0.0, 90.0, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_extreme_policies_stay_finite(x: float, kappa: float, dtype: torch.dtype) -> None:
+    logits = torch.full((64,), x, dtype=dtype, requires_grad=True)
+    concentration = torch.full((64,), kappa, dtype=dtype, requires_grad=True)
+    out = beta_policy(logits, concentration)
+    grads = torch.autograd.grad((out.log_prob + out.entropy).sum(), (logits, concentration))
+    for value in (*out, *grads):
+        assert bool(torch.isfinite(value).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_deterministic_action_is_the_mean(backend: str) -> None:
+    logits = torch.randn(5)
+    out = beta_policy(logits, 3.0, deterministic=True, backend=backend)
+    assert torch.equal(out.action_logit, logits)
+    torch.testing.assert_close(out.alpha, torch.sigmoid(logits))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck_with_broadcast_concentration(backend: str) -> None:
+    logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    kappa = torch.rand(4, 1, dtype=torch.float64).add(0.5).requires_grad_()
+    action = torch.randn(4, 3, dtype=torch.float64)
+
+    def densities(logits: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
+        out = beta_policy(logits, kappa, action_logit=action, backend=backend)
+        return out.log_prob, out.entropy
+
+    assert torch.autograd.gradcheck(densities, (logits, kappa))
+
+
+@needs_extension
+@pytest.mark.parametrize("with_kappa", [False, True])
+@pytest.mark.parametrize("mode", ["draw", "replay", "mean"])
+def test_opcheck(with_kappa: bool, mode: str) -> None:
+    logits = torch.randn(6, requires_grad=True)
+    kappa = torch.full((6,), 2.0, requires_grad=True) if with_kappa else None
+    action = torch.randn(6) if mode == "replay" else None
+    key = torch.tensor([1, 2]) if mode == "draw" else None
+    op = torch.ops.dvla_fast.beta_policy_forward.default
+    torch.library.opcheck(op, (logits, kappa, 2.0, action, key, False))
+    detached = None if kappa is None else kappa.detach()
+    torch.library.opcheck(op, (logits.detach(), detached, 2.0, action, key, True))
+
+
+@needs_extension
+def test_compiles_without_graph_breaks() -> None:
+    logits = torch.randn(8, requires_grad=True)
+    action = torch.randn(8)
+
+    def loss(logits: Tensor) -> Tensor:
+        out = beta_policy(logits, 10.0, action_logit=action)
+        return (out.log_prob + 0.2 * out.entropy).sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    (want,) = torch.autograd.grad(loss(logits), logits)
+    (got,) = torch.autograd.grad(compiled(logits), logits)
+    torch.testing.assert_close(got, want)
+    drawn = torch.compile(lambda x: beta_policy(x, 10.0).alpha, fullgraph=True)
+    assert not torch.equal(drawn(logits), drawn(logits))  # each call draws afresh
+
+
+@needs_extension
+def test_torch_func_grad_equals_autograd() -> None:
+    logits, action = torch.randn(5), torch.randn(5)
+
+    def loss(logits: Tensor) -> Tensor:
+        return beta_policy(logits, 10.0, action_logit=action).log_prob.sum()
+
+    x = logits.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(logits), torch.autograd.grad(loss(x), x)[0])
+
+
+@needs_extension
+def test_checkpointing_replays_the_draw() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    logits = torch.randn(6, requires_grad=True)
+
+    def loss(x: Tensor) -> Tensor:
+        return beta_policy(x, 10.0).log_prob.sum()
+
+    torch.manual_seed(5)
+    (want,) = torch.autograd.grad(loss(logits), logits)
+    torch.manual_seed(5)
+    got = torch.autograd.grad(checkpoint(loss, logits, use_reentrant=False), logits)[0]
+    assert torch.equal(got, want)
+
+
+@needs_extension
+def test_second_derivative_raises() -> None:
+    logits = torch.randn(3, requires_grad=True)
+    entropy = beta_policy(logits, 10.0).entropy.sum()
+    (grad,) = torch.autograd.grad(entropy, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wrong_inputs_raise_before_work(backend: str) -> None:
+    logits = torch.zeros(3)
+    with pytest.raises(TypeError, match="logits: expected a floating tensor"):
+        beta_policy(torch.zeros(3, dtype=torch.int64), 1.0, backend=backend)
+    for bad in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="concentration"):
+            beta_policy(logits, bad, backend=backend)
+        with pytest.raises(ValueError, match="concentration"):
+            beta_policy(logits, torch.tensor([1.0, 1.0, bad]), backend=backend)
+    with pytest.raises(ValueError, match="does not broadcast"):
+        beta_policy(logits, torch.ones(2), backend=backend)
+    with pytest.raises(ValueError, match="NaN"):
+        beta_policy(torch.tensor([0.0, math.nan]), 1.0, backend=backend)
+    with pytest.raises(ValueError, match="action_logit: shape"):
+        beta_policy(logits, 1.0, action_logit=torch.zeros(2), backend=backend)
+    with pytest.raises(ValueError, match="exclude each other"):
+        beta_policy(logits, 1.0, action_logit=logits, deterministic=True, backend=backend)
+    with pytest.raises(BackendError, match="no backend 'triton'"):
+        beta_policy(logits, 1.0, backend="triton")
+
+
+def test_half_types_are_computed_in_float32() -> None:
+    out = beta_policy(torch.zeros(3, dtype=torch.bfloat16), 1.0)
+    assert {value.dtype for value in out} == {torch.float32}
+
+
+def test_parts_agree_with_the_whole() -> None:
+    logits, action = torch.randn(4), torch.randn(4)
+    out = beta_policy(logits, 2.0, action_logit=action)
+    torch.testing.assert_close(beta_log_prob(logits, 2.0, action), out.log_prob)
+    torch.testing.assert_close(beta_entropy(logits, 2.0), out.entropy)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not _extension.has_cuda, reason="the extension was built without CUDA")
+@pytest.mark.parametrize("kappa", [0.1, 10.0, 1e4])
+def test_cuda_draws_the_same_numbers_as_the_cpu(kappa: float) -> None:
+    logits = torch.linspace(-6, 6, 4096)
+    key = torch.tensor([1234, 5678])
+    op = torch.ops.dvla_fast.beta_policy_forward.default
+    cpu = op(logits, None, kappa, None, key, True)
+    gpu = op(logits.cuda(), None, kappa, None, key.cuda(), True)
+    for want, got in zip(cpu, gpu, strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-6)

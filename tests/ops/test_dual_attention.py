@@ -1,0 +1,507 @@
+"""dual_attention against its definition in float64: values, gradients, layouts, masks, promises."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from dvla_fast import _extension
+from dvla_fast.errors import BackendError
+from dvla_fast.functional import dual_attention
+
+CPP = pytest.param(
+    "cpp",
+    marks=pytest.mark.skipif(_extension.problem is not None, reason=str(_extension.problem)),
+)
+BACKENDS = ["reference", CPP]
+NAMES = ("query", "image_key", "image_value", "text_key", "text_value", "alpha")
+
+
+class Shape(NamedTuple):
+    """Text groups, images a group, heads, query tokens, image tokens, text tokens, head width."""
+
+    groups: int
+    images: int
+    heads: int
+    rows: int
+    keys: int
+    text: int
+    width: int
+
+    def __str__(self) -> str:
+        return "T{}G{}H{}P{}N{}S{}D{}".format(*self)
+
+
+SHAPES = [
+    Shape(1, 1, 1, 1, 1, 1, 1),
+    Shape(2, 1, 3, 1, 7, 5, 24),
+    Shape(1, 5, 3, 9, 1, 9, 40),
+    Shape(2, 3, 2, 45, 49, 45, 48),
+    Shape(1, 7, 3, 20, 33, 1, 80),
+    Shape(3, 2, 1, 17, 16, 31, 64),
+    Shape(1, 1, 2, 130, 300, 150, 24),  # several panels of queries and blocks of keys
+    Shape(1, 9, 1, 50, 140, 129, 3),
+]
+LAYOUTS = ["by token", "contiguous", "strided", "transposed", "expanded"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Results that were never written show as NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def laid_out(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, gen: torch.Generator
+) -> Tensor:
+    """Random (outer, heads, tokens, width) in one of the memory layouts callers have."""
+    outer, heads, tokens, width = shape
+
+    def rand(*size: int) -> Tensor:
+        return torch.randn(*size, generator=gen, dtype=torch.float64).to(dtype)
+
+    if layout == "by token":
+        return rand(outer, tokens, heads, width).transpose(1, 2)
+    if layout == "strided":
+        return rand(outer, heads, 2 * tokens, 3 * width)[:, :, 1::2, ::3]
+    if layout == "transposed":
+        return rand(outer, width, heads, tokens).permute(0, 2, 3, 1)
+    if layout == "expanded":
+        return rand(1, heads, tokens, width).expand(shape)
+    return rand(*shape)
+
+
+def make(
+    shape: Shape, dtype: torch.dtype = torch.float64, layout: str = "by token", seed: int = 0
+) -> tuple[Tensor, ...]:
+    """query, image_key, image_value, text_key, text_value, alpha (B, H)."""
+    gen = torch.Generator().manual_seed(seed)
+    t, g, h, p, n, s, d = shape
+    image, text = (t * g, h, n, d), (t, h, s, d)
+    tensors = [laid_out(x, layout, dtype, gen) for x in ((t, h, p, d), image, image, text, text)]
+    wide = torch.promote_types(dtype, torch.float32)
+    return *tensors, torch.rand(t * g, h, generator=gen, dtype=wide)
+
+
+def make_masks(shape: Shape, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Random masks; the first image and the last text keep no key at all."""
+    gen = torch.Generator().manual_seed(seed)
+    image = torch.rand(shape.groups * shape.images, shape.keys, generator=gen) < 0.6
+    text = torch.rand(shape.groups, shape.text, generator=gen) < 0.6
+    image[0], text[-1] = False, False
+    return image, text
+
+
+def definition(
+    q: Tensor, ik: Tensor, iv: Tensor, tk: Tensor, tv: Tensor, alpha: Tensor,
+    image_mask: Tensor | None = None, text_mask: Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The formula, one image and head at a time; masked keys are cut out."""
+    batch, heads, _, width = ik.shape
+    group = batch // q.shape[0] if batch else 1
+    scale = width**-0.5 if scale is None else scale
+    alpha = (alpha.unsqueeze(1) if alpha.dim() == 1 else alpha).expand(batch, heads)
+
+    def path(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None) -> Tensor:
+        if keep is not None:
+            key, value = key[keep], value[keep]
+        return torch.softmax(query @ key.T * scale, dim=-1) @ value
+
+    rows = []
+    for b in range(batch):
+        t = b // group
+        for h in range(heads):
+            image = path(q[t, h], ik[b, h], iv[b, h], None if image_mask is None else image_mask[b])
+            text = path(q[t, h], tk[t, h], tv[t, h], None if text_mask is None else text_mask[t])
+            rows.append(alpha[b, h] * image + (1 - alpha[b, h]) * text)
+    return torch.stack(rows).unflatten(0, (batch, heads))
+
+
+def with_grads(function, tensors, grad_out, **options) -> dict[str, Tensor]:
+    """Result and the six gradients, by name."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = function(*leaves, **options)
+    grads = torch.autograd.grad(out, leaves, grad_out.to(out.dtype), allow_unused=True)
+    named = {f"grad_{k}": g for k, g in zip(NAMES, grads)}
+    return {"out": out.detach(), **{k: g for k, g in named.items() if g is not None}}
+
+
+def grad_for(shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 2) -> Tensor:
+    gen = torch.Generator().manual_seed(seed)
+    size = (shape.groups * shape.images, shape.heads, shape.rows, shape.width)
+    return laid_out(size, "by token", dtype, gen)
+
+
+def assert_near(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-11) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        error = (got[name].double() - want[name].double()).abs() / (1 + want[name].abs())
+        if error.numel() == 0:
+            continue
+        worst = error.nan_to_num(torch.inf).argmax()
+        index = [int(i) for i in torch.unravel_index(worst, error.shape)]
+        assert error[tuple(index)] <= tolerance, f"{name}{index}: error {error[tuple(index)]}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients_float64(shape: Shape, masked: bool, backend: str) -> None:
+    tensors, grad_out = make(shape), grad_for(shape)
+    masks = dict(zip(("image_mask", "text_mask"), make_masks(shape))) if masked else {}
+    got = with_grads(dual_attention, tensors, grad_out, backend=backend, **masks)
+    assert_near(got, with_grads(definition, tensors, grad_out, **masks))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_layouts(layout: str, dtype: torch.dtype, backend: str) -> None:
+    """The same values in any layout give the same bits."""
+    shape = Shape(2, 3, 3, 18, 37, 21, 24)
+    tensors, grad_out = make(shape, dtype, layout), grad_for(shape, dtype)
+    got = with_grads(dual_attention, tensors, grad_out, backend=backend)
+    copies = [x.contiguous() for x in tensors]
+    want = with_grads(dual_attention, copies, grad_out.contiguous(), backend=backend)
+    assert_near(got, want, tolerance=0.0 if backend == "cpp" else 0.05)
+    if dtype == torch.float64:
+        assert_near(got, with_grads(definition, tensors, grad_out))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_error_at_most_twice_plain_pytorch(shape: Shape, dtype: torch.dtype, backend: str) -> None:
+    tensors, grad_out = make(shape, dtype), grad_for(shape, dtype)
+    exact = with_grads(definition, [x.double() for x in tensors], grad_out.double())
+    got = with_grads(dual_attention, tensors, grad_out, backend=backend)
+    # Plain PyTorch keeps everything, the gate too, in the dtype of the query.
+    plain = with_grads(definition, [x.to(dtype) for x in tensors], grad_out)
+    for name in exact:
+        expected_dtype = torch.float32 if name == "grad_alpha" else dtype
+        assert got[name].dtype == expected_dtype, name
+        error = (got[name].double() - exact[name]).abs().max()
+        peer = (plain[name].double() - exact[name]).abs().max()
+        # A few roundings of the largest value: over few numbers the peer may be right by luck.
+        roundings = 4 if dtype == torch.float32 else 1
+        floor = roundings * torch.finfo(dtype).eps * exact[name].abs().max()
+        assert error <= 2 * peer + floor, f"{name}: error {error}, plain PyTorch {peer}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gate", [0.0, 1.0])
+def test_gate_shut_or_open(gate: float, backend: str) -> None:
+    """At alpha = 0 or 1 one path counts alone, and alpha's gradient is still their difference."""
+    shape = Shape(2, 2, 3, 5, 11, 6, 24)
+    *tensors, alpha = make(shape)
+    tensors, grad_out = [*tensors, torch.full_like(alpha, gate)], grad_for(shape)
+    got = with_grads(dual_attention, tensors, grad_out, backend=backend)
+    assert_near(got, with_grads(definition, tensors, grad_out))
+    dead = ("image_key", "image_value") if gate == 0 else ("text_key", "text_value")
+    assert all(not got[f"grad_{name}"].any() for name in dead)
+    assert got["grad_alpha"].abs().min() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("alpha_shape", [(), (6,), (6, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_alpha_shapes(alpha_shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
+    shape = Shape(2, 3, 3, 4, 9, 5, 24)
+    *tensors, _ = make(shape)
+    alpha = torch.rand(alpha_shape, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    got = with_grads(dual_attention, [*tensors, alpha], grad_for(shape), backend=backend)
+    assert got["grad_alpha"].shape == alpha_shape
+    assert got["grad_alpha"].dtype == dtype
+    want = with_grads(definition, [*tensors, alpha.double()], grad_for(shape))
+    assert_near(got, want, tolerance=1e-11 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
+def test_scale(scale: float, backend: str) -> None:
+    shape = Shape(1, 2, 2, 6, 10, 6, 8)
+    tensors, grad_out = make(shape), grad_for(shape)
+    got = with_grads(dual_attention, tensors, grad_out, backend=backend, scale=scale)
+    assert_near(got, with_grads(definition, tensors, grad_out, scale=scale))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_everything_masked(backend: str) -> None:
+    """No key anywhere: exactly 0 and no NaN, in values and gradients."""
+    shape = Shape(2, 2, 2, 5, 7, 4, 24)
+    masks = {"image_mask": torch.zeros(4, 7, dtype=torch.bool),
+             "text_mask": torch.zeros(2, 4, dtype=torch.bool)}  # fmt: skip
+    got = with_grads(dual_attention, make(shape), grad_for(shape), backend=backend, **masks)
+    assert all(not value.any() for value in got.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_keys_are_not_read(backend: str) -> None:
+    """What lies under a mask, NaN in the keys of the C++ path included, changes nothing."""
+    shape = Shape(1, 3, 2, 5, 12, 6, 24)
+    tensors = list(make(shape))
+    image_mask = torch.ones(3, 12, dtype=torch.bool)
+    image_mask[:, 5:] = False
+    want = dual_attention(*tensors, image_mask=image_mask, backend=backend)
+    tensors[1] = tensors[1].clone()
+    tensors[1][:, :, 5:] = torch.nan if backend == "cpp" else 1e3
+    got = dual_attention(*tensors, image_mask=image_mask, backend=backend)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_huge_scores(dtype: torch.dtype, backend: str) -> None:
+    """Scores of ±10^4: a softmax that picks one key, finite everywhere."""
+    shape = Shape(1, 2, 2, 33, 150, 40, 24)
+    tensors = list(make(shape, dtype))
+    tensors[0] = tensors[0] * 100
+    tensors[1] = tensors[1] * 100
+    got = with_grads(dual_attention, tensors, grad_for(shape, dtype), backend=backend)
+    assert all(torch.isfinite(value).all() for value in got.values())
+    exact = definition(*[x.double() for x in tensors])
+    # A score is known to about 1e4 * 2^-24, so are the weights.
+    assert (got["out"].double() - exact).abs().max() < max(2e-2, 8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_and_inf_show(backend: str) -> None:
+    tensors = list(make(Shape(1, 1, 1, 3, 20, 4, 24), torch.float32))
+    tensors[2] = tensors[2].clone()
+    tensors[2][0, 0, 7, 3] = torch.nan
+    out = dual_attention(*tensors, backend=backend)
+    assert torch.isnan(out[..., 3]).all()
+    assert torch.isfinite(out[..., 4:]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(2, 2, 2, 3, 0, 4, 8), Shape(2, 2, 2, 3, 5, 0, 8), Shape(2, 2, 2, 0, 5, 4, 8)],
+    ids=str,
+)
+def test_empty_axes(shape: Shape, backend: str) -> None:
+    tensors, grad_out = make(shape), grad_for(shape)
+    got = with_grads(dual_attention, tensors, grad_out, backend=backend)
+    assert_near(got, with_grads(definition, tensors, grad_out))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_images(backend: str) -> None:
+    tensors = make(Shape(2, 0, 2, 3, 5, 4, 8))
+    got = with_grads(dual_attention, tensors, torch.zeros(0, 2, 3, 8).double(), backend=backend)
+    assert got["out"].shape == (0, 2, 3, 8)
+    assert all(not value.any() for value in got.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend: str) -> None:
+    shape = Shape(2, 2, 2, 3, 5, 4, 3)
+    image_mask, text_mask = make_masks(shape)
+    text_mask[0] = True
+    tensors = [x.contiguous().requires_grad_() for x in make(shape)]
+    assert torch.autograd.gradcheck(
+        lambda *x: dual_attention(*x, image_mask=image_mask, text_mask=text_mask, backend=backend),
+        tensors,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_some_gradients(backend: str) -> None:
+    *tensors, alpha = make(Shape(1, 2, 2, 3, 5, 4, 8))
+    tensors[2] = tensors[2].detach().requires_grad_()
+    dual_attention(*tensors, alpha, backend=backend).sum().backward()  # an expanded gradient too
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    definition(*leaves, alpha).sum().backward()
+    assert_near({"grad": tensors[2].grad}, {"grad": leaves[2].grad})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_any_layout(backend: str) -> None:
+    shape = Shape(2, 2, 3, 18, 9, 5, 24)
+    gen = torch.Generator().manual_seed(5)
+    size = (4, 3, 18, 24)
+    want = None
+    for layout in ("contiguous", "strided", "transposed", "expanded"):
+        grad_out = laid_out(size, layout, torch.float64, gen)
+        got = with_grads(dual_attention, make(shape), grad_out, backend=backend)
+        want = with_grads(definition, make(shape), grad_out)
+        assert_near(got, want)
+
+
+@pytest.mark.parametrize("backend", [CPP])
+@pytest.mark.parametrize("save", [False, True], ids=["alone", "saving"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_opcheck(dtype: torch.dtype, save: bool, backend: str) -> None:
+    shape = Shape(2, 2, 3, 5, 7, 4, 24)
+    masks, grad_out = make_masks(shape), grad_for(shape, dtype)
+    for tensors in (make(shape, dtype), [x.requires_grad_() for x in make(shape, dtype)]):
+        if save and tensors[0].requires_grad:
+            continue  # the saved results are for the backward op: save=True is below autograd
+        forward = torch.ops.dvla_fast.dual_attention_forward.default
+        torch.library.opcheck(forward, (*tensors, *masks, 0.3, save))
+    if save:
+        saved = forward(*make(shape, dtype), *masks, 0.3, True)[1:]
+        backward = torch.ops.dvla_fast.dual_attention_backward.default
+        torch.library.opcheck(backward, (grad_out, *make(shape, dtype), *masks, *saved, 0.3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_fullgraph(backend: str) -> None:
+    torch.compiler.reset()
+    # Compiling every line of the reference would take a minute: its graph alone is checked.
+    engine = "inductor" if backend == "cpp" else "aot_eager"
+    compiled = torch.compile(dual_attention, fullgraph=True, dynamic=True, backend=engine)
+    for shape in (Shape(2, 3, 2, 9, 20, 9, 24), Shape(2, 4, 2, 9, 20, 9, 24)):
+        tensors, grad_out = make(shape, torch.float32), grad_for(shape, torch.float32)
+        masks = dict(zip(("image_mask", "text_mask"), make_masks(shape)))
+        got = with_grads(compiled, tensors, grad_out, backend=backend, **masks)
+        want = with_grads(dual_attention, tensors, grad_out, backend=backend, **masks)
+        assert_near(got, want, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(backend: str) -> None:
+    """Between projections under autocast: computes in bfloat16, weights get float32 gradients."""
+    torch.manual_seed(0)
+    heads, width = 3, 24
+    project = torch.nn.Linear(heads * width, heads * width)
+    image, text = torch.randn(4, 20, heads * width), torch.randn(2, 9, heads * width)
+
+    def split(x: Tensor) -> Tensor:
+        return project(x).unflatten(-1, (heads, width)).transpose(1, 2)
+
+    def run() -> tuple[Tensor, Tensor]:
+        project.zero_grad()
+        q, k = split(text), split(image)
+        out = dual_attention(q, k, k, q, q, torch.tensor(0.3), backend=backend)
+        out.float().square().mean().backward()
+        return out, project.weight.grad
+
+    exact, exact_grad = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, grad = run()
+    assert out.dtype == torch.bfloat16
+    assert grad.dtype == torch.float32
+    assert (out - exact).abs().max() < 0.03
+    assert (grad - exact_grad).abs().max() < 0.03 * exact_grad.abs().max()
+
+
+@pytest.mark.parametrize("backend", [CPP])
+@pytest.mark.parametrize(
+    "shape", [Shape(1, 9, 2, 45, 140, 45, 24), Shape(5, 1, 8, 9, 49, 9, 48)], ids=str
+)
+def test_thread_count_changes_no_bit(shape: Shape, backend: str) -> None:
+    tensors, grad_out = make(shape, torch.float32), grad_for(shape, torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(with_grads(dual_attention, tensors, grad_out, backend=backend))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(other[name], results[0][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_text_for_all_is_the_text_expanded(backend: str) -> None:
+    """G images sharing a text give what each gets with its own copy."""
+    *tensors, alpha = make(Shape(1, 6, 3, 9, 20, 9, 24), torch.float32)
+    q, ik, iv, tk, tv = tensors
+    copies = [x.expand(6, -1, -1, -1) for x in (q, tk, tv)]
+    shared = dual_attention(q, ik, iv, tk, tv, alpha, backend=backend)
+    own = dual_attention(copies[0], ik, iv, copies[1], copies[2], alpha, backend=backend)
+    torch.testing.assert_close(shared, own, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [CPP])
+def test_result_needs_no_transpose_copy(backend: str) -> None:
+    leaves = [x.requires_grad_() for x in make(Shape(2, 2, 3, 5, 7, 4, 24), torch.float32)]
+    out = dual_attention(*leaves, backend=backend)
+    assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
+    grads = torch.autograd.grad(out.sum(), leaves[:5])
+    assert all(grad.transpose(1, 2).is_contiguous() for grad in grads)
+
+
+@pytest.mark.parametrize("backend", [CPP])
+def test_double_backward_raises(backend: str) -> None:
+    leaves = [x.requires_grad_() for x in make(Shape(1, 2, 1, 3, 5, 4, 8))]
+    out = dual_attention(*leaves, backend=backend)
+    grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"second derivatives|once_differentiable"):
+        sum(g.square().sum() for g in grads).backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_torch_func_grad(backend: str) -> None:
+    *tensors, alpha = make(Shape(1, 2, 2, 3, 5, 4, 8))
+    gradient = torch.func.grad(lambda a: dual_attention(*tensors, a, backend=backend).sum())
+    leaf = alpha.clone().requires_grad_()
+    definition(*tensors, leaf).sum().backward()
+    torch.testing.assert_close(gradient(alpha), leaf.grad)
+
+
+WRONG = [
+    ("image_key", lambda x: x[:3], ValueError, "image_key: 3 images"),
+    ("image_value", lambda x: x[:, :, 1:], ValueError, "image_value: shape"),
+    ("text_key", lambda x: x[:1], ValueError, "text_key: shape"),
+    ("text_value", lambda x: x[..., :4], ValueError, "text_value: shape"),
+    ("query", lambda x: x[0], ValueError, "query: expected 4 dimensions"),
+    ("query", lambda x: x.int(), TypeError, "dtype"),
+    ("text_value", lambda x: x.half(), TypeError, "text_value: dtype"),
+    ("alpha", lambda x: x[:, :1], ValueError, "alpha: shape"),
+    ("alpha", lambda x: x > 0, TypeError, "alpha: expected a floating tensor"),
+    ("image_mask", lambda x: x.float(), TypeError, "image_mask: expected bool"),
+    ("image_mask", lambda x: x[:, 1:], ValueError, "image_mask: shape"),
+    ("text_mask", lambda x: x[:1], ValueError, "text_mask: shape"),
+    ("image_value", lambda x: x.to("meta"), ValueError, "image_value: on meta"),
+    ("text_mask", lambda x: x.to("meta"), ValueError, "text_mask: on meta"),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "error", "message"), WRONG)
+def test_wrong_inputs(name, spoil, error, message) -> None:
+    shape = Shape(2, 2, 2, 3, 5, 4, 8)
+    arguments = dict(zip(NAMES, make(shape, torch.float32)))
+    arguments |= dict(zip(("image_mask", "text_mask"), make_masks(shape)))
+    arguments[name] = spoil(arguments[name])
+    with pytest.raises(error, match=message):
+        dual_attention(**arguments)
+
+
+def test_backend_that_cannot_run() -> None:
+    tensors = make(Shape(1, 1, 1, 2, 2, 2, 8), torch.float32)
+    with pytest.raises(BackendError, match="triton"):
+        dual_attention(*tensors, backend="triton")
+    with pytest.raises(ValueError, match="unknown backend"):
+        dual_attention(*tensors, backend="fastest")
+
+
+@pytest.mark.skipif(_extension.problem is not None, reason=str(_extension.problem))
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_instruction_sets(capability: str) -> None:
+    """The variants that this machine would not choose compute the same."""
+    from dvla_fast import _build_info
+
+    if capability == _extension.capability or capability not in _build_info.cpu_capabilities:
+        pytest.skip("it is the one in use, or not built")
+    chosen = "cpp and (float64 or twice or huge) and not (N1S or N33 or N16 or N140)"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "-k", chosen, __file__],
+        env={**os.environ, "DVLA_FAST_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

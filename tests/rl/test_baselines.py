@@ -1,0 +1,67 @@
+"""Baselines against their recurrences written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dvla_fast.rl import EMABaseline, LeaveOneOutBaseline
+
+
+def test_ema_follows_its_recurrence() -> None:
+    baseline = EMABaseline(2, momentum=0.8)
+    torch.manual_seed(0)
+    steps = torch.randn(6, 2, 4)
+    expected = torch.zeros(2)
+    for number, rewards in enumerate(steps):
+        torch.testing.assert_close(baseline(rewards), expected.unsqueeze(1))
+        mean = rewards.mean(1)
+        expected = mean if number == 0 else 0.8 * expected + 0.2 * mean
+
+
+def test_ema_rests_in_evaluation() -> None:
+    baseline = EMABaseline(1)
+    baseline(torch.ones(1, 3))
+    baseline.eval()
+    baseline(torch.full((1, 3), 9.0))
+    assert baseline(torch.ones(1, 3)).tolist() == [[1.0]]
+
+
+def test_ema_does_not_rewrite_what_it_returned() -> None:
+    baseline = EMABaseline(1)
+    baseline(torch.ones(1, 3))
+    before = baseline(torch.zeros(1, 3))
+    baseline(torch.zeros(1, 3))
+    assert before.tolist() == [[1.0]]
+
+
+def test_ema_resumes_from_its_state_dict() -> None:
+    baseline, other = EMABaseline(2), EMABaseline(2)
+    for _ in range(3):
+        baseline(torch.rand(2, 4))
+    assert set(baseline.state_dict()) == {"value", "steps"}
+    other.load_state_dict(baseline.state_dict())
+    rewards = torch.rand(2, 4)
+    for _ in range(2):
+        assert torch.equal(other(rewards), baseline(rewards))
+
+
+def test_leave_one_out_is_the_mean_of_the_others() -> None:
+    rewards = torch.tensor([[1.0, 2.0, 6.0, 0.0, 0.0, 3.0]])
+    got = LeaveOneOutBaseline(3)(rewards)
+    assert got.tolist() == [[4.0, 3.5, 1.5, 1.5, 1.5, 0.0]]
+    whole = LeaveOneOutBaseline()(rewards)
+    torch.testing.assert_close(whole, (12.0 - rewards) / 5)
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match="momentum"):
+        EMABaseline(2, momentum=1.0)
+    with pytest.raises(ValueError, match="num_layers"):
+        EMABaseline(0)
+    with pytest.raises(ValueError, match=r"rewards: shape \(3, 4\)"):
+        EMABaseline(2)(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="samples"):
+        LeaveOneOutBaseline(1)
+    with pytest.raises(ValueError, match="groups of 4"):
+        LeaveOneOutBaseline(4)(torch.zeros(2, 6))

@@ -59,9 +59,8 @@ class CMakeBuild(build_ext):
             self.extensions = []
             return
         source = ROOT / "dvla_fast"
-        target = (
-            source if self.inplace or self.editable_mode else Path(self.build_lib) / "dvla_fast"
-        )
+        in_place = self.inplace or self.editable_mode
+        target = source if in_place else Path(self.build_lib) / "dvla_fast"
         self._cmake(target.resolve())
 
     def _cannot_build(self) -> str | None:
@@ -104,7 +103,7 @@ class CMakeBuild(build_ext):
         self._call([cmake, "--build", str(build), "--parallel", jobs])
 
     def _wants_cuda(self, torch) -> bool:
-        """CUDA sources need nvcc and a CUDA torch; not a GPU, so that a build farm can make them."""
+        """CUDA sources need nvcc and a CUDA torch; no GPU, so that a build farm can make them."""
         asked = os.environ.get("DVLA_FAST_CUDA", "")
         if asked == "0":
             return False

@@ -25,7 +25,7 @@ __all__ = ["__version__", "get_backend", "set_backend", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
-    """Resolves public names on first use, so that ``import dvla_fast`` costs little beside torch."""
+    """Resolves public names on first use: ``import dvla_fast`` costs little beside torch."""
     if name not in _LAZY:
         raise AttributeError(f"module 'dvla_fast' has no attribute {name!r}")
     module = _LAZY[name]

@@ -47,7 +47,7 @@ class MeanConcentrationBeta(Distribution):
     ) -> None:
         if (logits is None) == (mean is None):
             raise ValueError("give exactly one of logits and mean")
-        if logits is None:
+        if mean is not None:
             given, self.concentration = broadcast_all(mean, concentration)
             if validate_args is not False and not bool(((given > 0) & (given < 1)).all()):
                 raise ValueError("mean: expected values strictly between 0 and 1")
@@ -90,7 +90,7 @@ class MeanConcentrationBeta(Distribution):
         return functional.beta_sample(logits.detach(), kappa.detach())[1]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density at α. Values rounded to 0 or 1 have lost their tail: see ``log_prob_logit``."""
+        """Log-density at α; a value rounded to 0 or 1 lost its tail: see ``log_prob_logit``."""
         if self._validate_args:
             self._validate_sample(value)
         return self.log_prob_logit(torch.logit(value))

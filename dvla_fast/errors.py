@@ -16,7 +16,7 @@ class DataError(DVLAError):
 
 
 class BankError(DVLAError):
-    """A semantic bank is missing, malformed, lacks a class or holds a text the encoder cannot read."""
+    """A semantic bank is missing, malformed, lacks a class or holds an unreadable text."""
 
 
 class CheckpointError(DVLAError):

@@ -12,7 +12,6 @@ from torch import Tensor
 from dvla_fast.ops import schemas
 
 
-@torch.library.impl("dvla_fast::dual_attention_forward", "CUDA", lib=schemas.LIBRARY)
 def _forward(*args: object) -> tuple[Tensor, ...]:
     from dvla_fast.kernels.dual_attention import forward  # Triton is imported on first use
 
@@ -20,7 +19,6 @@ def _forward(*args: object) -> tuple[Tensor, ...]:
     return results
 
 
-@torch.library.impl("dvla_fast::dual_attention_backward", "CUDA", lib=schemas.LIBRARY)
 def backward(
     grad_out: Tensor,
     query: Tensor,
@@ -107,3 +105,7 @@ def _path_backward(
 def _stored_by_token(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """(outer, H, L, D) stored as (outer, L, H, D), as projections want it."""
     return grad.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+for _name, _kernel in (("dual_attention_forward", _forward), ("dual_attention_backward", backward)):
+    torch.library.impl(f"dvla_fast::{_name}", "CUDA", _kernel, lib=schemas.LIBRARY)

@@ -45,15 +45,15 @@ class MeanConcentrationBeta(Distribution):
         concentration: Tensor | float = 10.0,
         validate_args: bool | None = None,
     ) -> None:
-        if (logits is None) == (mean is None):
-            raise ValueError("give exactly one of logits and mean")
-        if mean is not None:
+        if mean is not None and logits is None:
             given, self.concentration = broadcast_all(mean, concentration)
             if validate_args is not False and not bool(((given > 0) & (given < 1)).all()):
                 raise ValueError("mean: expected values strictly between 0 and 1")
             self.logits = torch.logit(given)
-        else:
+        elif logits is not None and mean is None:
             self.logits, self.concentration = broadcast_all(logits, concentration)
+        else:
+            raise ValueError("give exactly one of logits and mean")
         super().__init__(self.logits.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> MeanConcentrationBeta:

@@ -50,37 +50,9 @@ DVLA_HD Remainders remainders(double z, double log_z) {
   const double per_product = shared * y;
   const double z2 = r * r;
 
-  double d = -3617.0 / 122400;
-  d = fma_(d, z2, 1.0 / 156);
-  d = fma_(d, z2, -691.0 / 360360);
-  d = fma_(d, z2, 1.0 / 1188);
-  d = fma_(d, z2, -1.0 / 1680);
-  d = fma_(d, z2, 1.0 / 1260);
-  d = fma_(d, z2, -1.0 / 360);
-  d = fma_(d, z2, 1.0 / 12);
-  d *= r;
-
-  // psi(y) - log y = -r/2 - r^2 (1/12 - r^2/120 + ...)
-  double e = -3617.0 / 8160;
-  e = fma_(e, z2, 1.0 / 12);
-  e = fma_(e, z2, -691.0 / 32760);
-  e = fma_(e, z2, 1.0 / 132);
-  e = fma_(e, z2, -1.0 / 240);
-  e = fma_(e, z2, 1.0 / 252);
-  e = fma_(e, z2, -1.0 / 120);
-  e = fma_(e, z2, 1.0 / 12);
-  e = -fma_(e, z2, 0.5 * r);
-
-  // y psi'(y) - 1 = r/2 + r^2 (1/6 - r^2/30 + ...)
-  double t = -3617.0 / 510;
-  t = fma_(t, z2, 7.0 / 6);
-  t = fma_(t, z2, -691.0 / 2730);
-  t = fma_(t, z2, 5.0 / 66);
-  t = fma_(t, z2, -1.0 / 30);
-  t = fma_(t, z2, 1.0 / 42);
-  t = fma_(t, z2, -1.0 / 30);
-  t = fma_(t, z2, 1.0 / 6);
-  t = fma_(t, z2, 0.5 * r);
+  const double d = r * delta_series(z2);
+  const double e = -fma_(epsilon_series(z2), z2, 0.5 * r);
+  const double t = fma_(trigamma_series(z2), z2, 0.5 * r);  // y psi'(y) - 1
   const double tau_large = t - r - t * r;
 
   const double log_y = log_(y);
@@ -114,8 +86,8 @@ struct Policy {
 DVLA_HD Policy make_policy(double raw_logit, double kappa, double log_kappa) {
   const double logit = min_(max_(raw_logit, -300.0), 300.0);
   const double e = exp_(-abs_(logit));
-  const double larger = 1.0 / (1.0 + e), smaller = e * larger;
-  const double soft = log1p_(e);
+  const auto [soft, larger] = softplus_parts(e);
+  const double smaller = e * larger;
   const bool up = logit >= 0.0;
   return {logit,
           kappa,
@@ -160,7 +132,7 @@ DVLA_HD Step policy_step(const Policy& policy, const Whole& whole, double action
 
   const double d = action - policy.logit;
   const double magnitude = abs_(action), tail = exp_(-magnitude);
-  const double soft = log1p_(tail), larger = 1.0 / (1.0 + tail);
+  const auto [soft, larger] = softplus_parts(tail);
   double match;
   if constexpr (kExact) {
     match = match_exact(policy, d);
@@ -210,17 +182,9 @@ struct Proposal {
 
 template <class T>
 DVLA_HD T acceptance_margin(T t, T log1p_t, T d, T log_u) {
-  // Below 0.3 by the series -t^4 (1/4 - t/5 + t^2/6 - ...), above it as it stands.
-  T sum = T(1.0 / 11) - t * T(1.0 / 12);
-  sum = T(1.0 / 10) - t * sum;
-  sum = T(1.0 / 9) - t * sum;
-  sum = T(1.0 / 8) - t * sum;
-  sum = T(1.0 / 7) - t * sum;
-  sum = T(1.0 / 6) - t * sum;
-  sum = T(1.0 / 5) - t * sum;
-  sum = T(1.0 / 4) - t * sum;
+  // Below 0.3 by a series, above it as it stands.
   const T t2 = t * t;
-  const T series = -t2 * t2 * sum;
+  const T series = -t2 * t2 * acceptance_series<T>(t);
   const T direct = log1p_t - t + t2 * (T(0.5) - t * T(1.0 / 3));
   return T(3) * d * (abs_(t) < T(0.3) ? series : direct) - log_u;
 }

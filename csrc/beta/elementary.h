@@ -5,46 +5,9 @@
 // Accuracy is within about 2 units in the last place on the stated domains.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#define DVLA_HD __host__ __device__ __forceinline__
-#else
-#define DVLA_HD inline __attribute__((always_inline))
-#endif
+#include "beta/series.h"
 
 namespace dvla_fast {
-
-DVLA_HD double fma_(double a, double b, double c) { return __builtin_fma(a, b, c); }
-DVLA_HD float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-
-template <class T>
-DVLA_HD T max_(T a, T b) {
-  return a > b ? a : b;
-}
-
-template <class T>
-DVLA_HD T min_(T a, T b) {
-  return a < b ? a : b;
-}
-
-template <class T>
-DVLA_HD T abs_(T a) {
-  return a < T(0) ? -a : a;
-}
-
-template <class To, class From>
-DVLA_HD To bits_(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-#if defined(__CUDA_ARCH__)
-  To to;
-  memcpy(&to, &from, sizeof(To));
-  return to;
-#else
-  return __builtin_bit_cast(To, from);
-#endif
-}
 
 // The layout of each type, and how many series terms its precision needs.
 template <class T>
@@ -75,29 +38,11 @@ struct Format<float> {
   static constexpr float largest = 0x1.fffffep127f;
 };
 
-// 2 atanh(s) - 2s for |s| <= 3 - 2 sqrt 2, by the Taylor series: s z (2/3 + 2z/5 + ...), z = s^2.
-DVLA_HD double atanh_tail(double s) {
-  const double z = s * s;
-  double sum = 2.0 / 21;
-  sum = fma_(sum, z, 2.0 / 19);
-  sum = fma_(sum, z, 2.0 / 17);
-  sum = fma_(sum, z, 2.0 / 15);
-  sum = fma_(sum, z, 2.0 / 13);
-  sum = fma_(sum, z, 2.0 / 11);
-  sum = fma_(sum, z, 2.0 / 9);
-  sum = fma_(sum, z, 2.0 / 7);
-  sum = fma_(sum, z, 2.0 / 5);
-  sum = fma_(sum, z, 2.0 / 3);
-  return s * z * sum;
-}
-
-DVLA_HD float atanh_tail(float s) {
-  const float z = s * s;
-  float sum = 2.0f / 9;
-  sum = fma_(sum, z, 2.0f / 7);
-  sum = fma_(sum, z, 2.0f / 5);
-  sum = fma_(sum, z, 2.0f / 3);
-  return s * z * sum;
+// 2 atanh(s) for |s| <= 3 - 2 sqrt 2.
+template <class T>
+DVLA_HD T twice_atanh(T s) {
+  const T z = s * s;
+  return fma_(s * z, atanh_series(z), s + s);
 }
 
 // log(u) where u = 1 + offset is known beside the offset, which is exact where u is near 1:
@@ -111,9 +56,8 @@ DVLA_HD T log_of(T u, T offset) {
   const T m = bits_<T>(bits - (exponent << F::mantissa));
   const T k = bits_<T>(bits_<Int>(F::rounder) + exponent) - F::rounder;
   const T top = exponent == 0 ? offset : m - T(1);
-  const T s = top / (top + T(2));
-  const T tail = fma_(k, F::ln2_low, atanh_tail(s));
-  return fma_(k, F::ln2_high, T(2) * s + tail);
+  const T small = fma_(k, F::ln2_low, twice_atanh(top / (top + T(2))));
+  return fma_(k, F::ln2_high, small);
 }
 
 // log x for positive finite x; values below the smallest normal number count as that number.
@@ -142,25 +86,30 @@ DVLA_HD ExpParts exp_parts(double x) {
   const double shifted = fma_(bounded, 0x1.71547652b82fep0, F::rounder);
   const double k = shifted - F::rounder;
   const double r = fma_(k, -F::ln2_low, fma_(k, -F::ln2_high, bounded));
-  double sum = 1.0 / 6227020800.0;  // 1/13!
-  sum = fma_(sum, r, 1.0 / 479001600.0);
-  sum = fma_(sum, r, 1.0 / 39916800.0);
-  sum = fma_(sum, r, 1.0 / 3628800.0);
-  sum = fma_(sum, r, 1.0 / 362880.0);
-  sum = fma_(sum, r, 1.0 / 40320.0);
-  sum = fma_(sum, r, 1.0 / 5040.0);
-  sum = fma_(sum, r, 1.0 / 720.0);
-  sum = fma_(sum, r, 1.0 / 120.0);
-  sum = fma_(sum, r, 1.0 / 24.0);
-  sum = fma_(sum, r, 1.0 / 6.0);
-  sum = fma_(sum, r, 0.5);
   const double scale = bits_<double>((bits_<std::int64_t>(shifted) + 1023) << F::mantissa);
-  return {scale, fma_(r * r, sum, r)};
+  return {scale, fma_(r * r, exp_series(r), r)};
 }
 
 DVLA_HD double exp_(double x) {
   const ExpParts e = exp_parts(x);
   return fma_(e.scale, e.less_one, e.scale);
+}
+
+// For e in [0, 1]: log(1 + e) and 1 / (1 + e), with one division for both.
+struct Softplus {
+  double log1p, reciprocal;
+};
+
+DVLA_HD Softplus softplus_parts(double e) {
+  // Above sqrt 2 - 1, 1 + e is halved for the series: (m - 1)/(m + 1) = (e - 1)/(e + 3).
+  const bool halved = e > 0.41421356237309503;
+  const double u = 1.0 + e;
+  const double top = halved ? e - 1.0 : e, bottom = halved ? e + 3.0 : e + 2.0;
+  const double shared = 1.0 / (u * bottom);
+  const double series = twice_atanh(top * (shared * u));
+  using F = Format<double>;
+  const double doubled = (series + F::ln2_low) + F::ln2_high;
+  return {halved ? doubled : series, shared * bottom};
 }
 
 // Cosine and sine of a uniform angle made of 32 random bits: the top two choose the quadrant, the
@@ -174,17 +123,8 @@ template <class T>
 DVLA_HD CosSin<T> uniform_angle(std::uint32_t word) {
   const T theta = T(static_cast<std::int32_t>(word << 2)) * T(3.14159265358979323846 / 0x1p33);
   const T z = theta * theta;
-  T c = T(-1.0 / 3628800);
-  c = fma_(c, z, T(1.0 / 40320));
-  c = fma_(c, z, T(-1.0 / 720));
-  c = fma_(c, z, T(1.0 / 24));
-  c = fma_(c, z, T(-0.5));
-  c = fma_(c, z, T(1));
-  T s = T(1.0 / 362880);
-  s = fma_(s, z, T(-1.0 / 5040));
-  s = fma_(s, z, T(1.0 / 120));
-  s = fma_(s, z, T(-1.0 / 6));
-  s = fma_(s * z, theta, theta);
+  const T c = fma_(cos_series<T>(z), z, T(1));
+  const T s = fma_(sin_series<T>(z) * z, theta, theta);
   const std::uint32_t quadrant = word >> 30;
   const T x = (quadrant & 1) ? s : c;
   const T y = (quadrant & 1) ? c : s;

@@ -127,9 +127,9 @@ class _DualAttention(torch.autograd.Function):
 
 
 @torch.library.register_fake("dvla_fast::dual_attention_forward", lib=schemas.LIBRARY)
-def _forward_fake(
+def _forward_fake(  # type: ignore[no-untyped-def]
     query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask, scale, save
-):  # type: ignore[no-untyped-def]
+):
     groups, heads, rows, width = query.shape
     batch = image_key.shape[0]
 
@@ -153,10 +153,10 @@ def _forward_fake(
 
 
 @torch.library.register_fake("dvla_fast::dual_attention_backward", lib=schemas.LIBRARY)
-def _backward_fake(
+def _backward_fake(  # type: ignore[no-untyped-def]
     grad_out, query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask,
     image_out, text_out, image_lse, text_lse, scale,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     def stored_by_token(x: Tensor) -> Tensor:
         """A gradient is stored (B, L, H, D), as projections want it."""
         outer, heads, rows, width = x.shape

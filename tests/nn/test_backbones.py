@@ -125,6 +125,17 @@ def test_extra_tokens_inform_the_block_and_leave(backbone: GatedBackbone) -> Non
     torch.testing.assert_close(backbone(x, shuffled), with_extra, rtol=1e-4, atol=1e-4)
 
 
+def test_riding_tokens_are_as_if_they_were_image_tokens(backbone: GatedBackbone) -> None:
+    location = backbone.locations[1]
+    torch.manual_seed(4)
+    width = backbone.widths[location]
+    x, extra = torch.randn(2, width, 2, 3), torch.randn(2, 4, width)
+    got = backbone.run_block(location, x, extra, None)
+    column = torch.cat((x.flatten(2).transpose(1, 2), extra), 1).transpose(1, 2).unsqueeze(-1)
+    whole = backbone.run_block(location, column, None, None)[:, :, :6, 0].unflatten(2, (2, 3))
+    torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_masked_extra_tokens_are_not_seen(backbone: GatedBackbone) -> None:
     x = images_for(backbone)
 

@@ -48,7 +48,7 @@ class SmallConvAttention(GatedBackbone):
         image_size: int = 16,
         width: int = 32,
         depths: Sequence[int] = (1, 2, 2),
-        num_heads: int = 4,
+        num_heads: int = 2,
         mlp_ratio: float = 2.0,
         drop_path_rate: float = 0.0,
         locations: Sequence[Sequence[int]] | None = None,
@@ -111,14 +111,8 @@ class SmallConvAttention(GatedBackbone):
         if stage == 1:
             conv: Tensor = self.stage1[index](x)
             return conv
-        tokens = to_tokens(x)
-        count = tokens.shape[1]
-        mask = None
-        if extra is not None:
-            tokens = torch.cat((tokens, extra.to(tokens.dtype)), dim=1)
-            mask = key_mask(count, extra_mask)
         block = (self.stage2 if stage == 2 else self.stage3)[index]
-        return to_map(block(tokens, mask)[:, :count], x.shape[2], x.shape[3])
+        return to_map(block(to_tokens(x), extra, extra_mask), x.shape[2], x.shape[3])
 
     def pool(self, x: Tensor) -> Tensor:
         """See :class:`GatedBackbone`."""
@@ -166,7 +160,10 @@ class _ConvBlock(nn.Module):
 
 
 class _AttentionBlock(nn.Module):
-    """Pre-norm transformer block on tokens (B, L, dim)."""
+    """Pre-norm transformer block on tokens (B, N, dim), with extra ones (B, P, dim) to look at.
+
+    Extra tokens are dropped after the block, so they are asked as keys and values only.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, rate: float) -> None:
         super().__init__()
@@ -178,13 +175,25 @@ class _AttentionBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + drop_path(self._attend(self.norm1(x), mask), self.rate, self.training)
+    def forward(
+        self, x: Tensor, extra: Tensor | None = None, extra_mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + drop_path(self._attend(x, extra, extra_mask), self.rate, self.training)
         return x + drop_path(self.mlp(self.norm2(x)), self.rate, self.training)
 
-    def _attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)  # [B, heads, L, head_dim]
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    def _attend(self, x: Tensor, extra: Tensor | None, extra_mask: Tensor | None) -> Tensor:
+        count, dim = x.shape[1:]
+        seen = x if extra is None else torch.cat((x, extra.to(x.dtype)), dim=1)
+        normed = self.norm1(seen)
+        to_query, to_others = self.qkv.weight.split((dim, 2 * dim))
+        query_bias, others_bias = self.qkv.bias.split((dim, 2 * dim))
+        query = F.linear(normed[:, :count], to_query, query_bias)
+        others = F.linear(normed, to_others, others_bias).unflatten(-1, (2, self.num_heads, -1))
+        out = F.scaled_dot_product_attention(
+            query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2),  # [B, heads, N, head_dim]
+            others[:, :, 0].transpose(1, 2),  # [B, heads, N + P, head_dim]
+            others[:, :, 1].transpose(1, 2),
+            attn_mask=key_mask(count, extra_mask),
+        )
         result: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return result

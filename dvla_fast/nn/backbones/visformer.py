@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dvla_fast.errors import MissingDependencyError
-from dvla_fast.nn.backbones.base import GatedBackbone, Location, key_mask, to_tokens
+from dvla_fast.nn.backbones.base import (
+    GatedBackbone,
+    Location,
+    key_mask,
+    to_map,
+    to_tokens,
+)
 
 
 class Visformer(GatedBackbone):
@@ -58,18 +64,18 @@ class Visformer(GatedBackbone):
     ) -> Tensor:
         """See :class:`GatedBackbone`.
 
-        Every operation of an attention block acts on positions alike, so image and extra tokens go
-        through it as one column: a map (B, C, N + P, 1).
+        Extra tokens ride along as further positions of the attention. They are dropped after this
+        block, so they are asked as keys and values only, and nothing more is computed for them.
         """
         block = self._block(location)
+        result: Tensor
         if extra is None:
-            plain: Tensor = block(x)
-            return plain
-        count = x.shape[2] * x.shape[3]
-        column = torch.cat((to_tokens(x), extra.to(x.dtype)), dim=1).transpose(1, 2).unsqueeze(-1)
-        mask = key_mask(count, extra_mask)
-        column = block(column) if mask is None else _masked_block(block, column, mask)
-        return column[:, :, :count, 0].unflatten(2, tuple(x.shape[2:]))
+            result = block(x)
+            return result
+        attended = block.attn.proj_drop(block.attn.proj(_attend(block, x, extra, extra_mask)))
+        x = x + block.drop_path(attended)
+        result = x + block.drop_path(block.mlp(block.norm2(x)))
+        return result
 
     def pool(self, x: Tensor) -> Tensor:
         """See :class:`GatedBackbone`."""
@@ -86,19 +92,24 @@ class Visformer(GatedBackbone):
         return getattr(self.net, f"stage{location[0]}")[location[1]]
 
 
-def _masked_block(block: Any, x: Tensor, mask: Tensor) -> Tensor:
-    """A timm attention block with a key mask, which its own forward does not take."""
+def _attend(block: Any, x: Tensor, extra: Tensor, extra_mask: Tensor | None) -> Tensor:
+    """Attention of a timm block before its projection: map (B, C, H, W) asks itself and extras."""
     attn = block.attn
-    normed = block.norm1(x)
-    batch, _, length, _ = x.shape
-    qkv = attn.qkv(normed).reshape(batch, 3, attn.num_heads, attn.head_dim, length)
-    query, key, value = qkv.permute(1, 0, 2, 4, 3).unbind(0)  # [B, heads, L, head_dim]
-    rate = attn.attn_drop.p if attn.training else 0.0
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
-    out = out.transpose(2, 3).reshape(batch, -1, length, 1)
-    x = x + block.drop_path(attn.proj_drop(attn.proj(out)))
-    result: Tensor = x + block.drop_path(block.mlp(block.norm2(x)))
-    return result
+    count = x.shape[2] * x.shape[3]
+    tokens = torch.cat((to_tokens(x), extra.to(x.dtype)), dim=1)  # [B, N + P, C]
+    normed = block.norm1(tokens.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+    width = attn.num_heads * attn.head_dim
+    to_query, to_others = attn.qkv.weight.flatten(1).split((width, 2 * width))  # 1 × 1 convolution
+    query = F.linear(normed[:, :count], to_query).unflatten(-1, (attn.num_heads, -1))
+    others = F.linear(normed, to_others).unflatten(-1, (2, attn.num_heads, -1))
+    out = F.scaled_dot_product_attention(
+        query.transpose(1, 2),  # [B, heads, N, head_dim]
+        others[:, :, 0].transpose(1, 2),  # [B, heads, N + P, head_dim]
+        others[:, :, 1].transpose(1, 2),
+        attn_mask=key_mask(count, extra_mask),
+        dropout_p=attn.attn_drop.p if attn.training else 0.0,
+    )
+    return to_map(out.transpose(1, 2).flatten(2), x.shape[2], x.shape[3])
 
 
 def visformer_tiny(

@@ -1,0 +1,72 @@
+"""beta_policy beside torch.distributions.Beta: sample + log_prob + entropy, and the gradient.
+
+Both sides get the same logits and κ = 10. The peer runs at its best setting, without argument
+validation. Correctness is checked before anything is timed. Groups put the two side by side;
+``python -m benchmarks.ratios`` prints the ratio of medians.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from dvla_fast.functional import beta_policy
+from torch import Tensor
+from torch.distributions import Beta
+
+KAPPA = 10.0
+SIZES = (5, 25, 100, 1_000_000)
+
+Densities = tuple[Tensor, Tensor]
+
+
+def ours(logits: Tensor) -> Densities:
+    out = beta_policy(logits, KAPPA)
+    return out.log_prob, out.entropy
+
+
+def peer(logits: Tensor) -> Densities:
+    mean = torch.sigmoid(logits)
+    policy = Beta(KAPPA * mean, KAPPA * (1 - mean), validate_args=False)
+    return policy.log_prob(policy.sample()), policy.entropy()
+
+
+PROVIDERS = {"dvla_fast": ours, "torch.distributions": peer}
+
+
+def check() -> None:
+    """The two agree on what does not depend on the draw, and on the density of a given draw."""
+    logits = torch.randn(1000, dtype=torch.float64)
+    mean = torch.sigmoid(logits)
+    policy = Beta(KAPPA * mean, KAPPA * (1 - mean))
+    alpha = policy.sample().clamp(1e-12, 1 - 1e-12)
+    out = beta_policy(logits, KAPPA, action_logit=torch.logit(alpha))
+    torch.testing.assert_close(out.entropy, policy.entropy())
+    torch.testing.assert_close(out.log_prob, policy.log_prob(alpha))
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("n", SIZES)
+def test_forward(benchmark: Callable, n: int, provider: str) -> None:
+    check()
+    benchmark.group = f"beta_policy forward n={n}"
+    logits = torch.randn(n)
+    run = PROVIDERS[provider]
+    benchmark.pedantic(run, (logits,), rounds=5 if n > 10_000 else 300, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("n", SIZES)
+def test_forward_backward(benchmark: Callable, n: int, provider: str) -> None:
+    check()
+    benchmark.group = f"beta_policy forward+backward n={n}"
+    logits = torch.randn(n, requires_grad=True)
+    ones = torch.ones(n)
+    run = PROVIDERS[provider]
+
+    def step() -> None:
+        logits.grad = None
+        torch.autograd.backward(run(logits), (ones, ones))
+
+    benchmark.pedantic(step, rounds=5 if n > 10_000 else 300, warmup_rounds=2)

@@ -118,16 +118,16 @@ def test_dual_attention(benchmark, shape: Shape, dtype: torch.dtype, mode: str, 
         pytest.skip("compiling takes long: DVLA_FAST_BENCH_COMPILE=all")
     backward = mode == "forward+backward"
     *leaves, alpha, grad_out = inputs(shape)
-    leaves = [x.to(dtype).requires_grad_(backward) for x in leaves]
+    leaves = [x.to(dtype).detach().requires_grad_(backward) for x in leaves]
     # alpha stays float32, as a policy gives it.
     tensors = [*leaves, alpha.clone().requires_grad_(backward), grad_out.to(dtype)]
     attention = implementation(name)
     check(run(attention, tensors, backward), shape, dtype)
 
     begin = time.perf_counter()
-    run(attention, tensors, backward)
+    run(attention, tensors, backward)  # warms up, too
     rounds = int(min(100, max(3, SECONDS_A_ROW / (time.perf_counter() - begin))))
     benchmark.group = f"dual_attention {shape} {str(dtype)[6:]} {mode}"
     benchmark.name = name
     benchmark.extra_info["threads"] = torch.get_num_threads()
-    benchmark.pedantic(run, (attention, tensors, backward), rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(run, (attention, tensors, backward), rounds=rounds)

@@ -74,7 +74,7 @@ class StateNetwork(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         """(A, 2·dim + 1) -> (A, out_features), float32 or, for float64 weights, float64."""
-        if True:
+        with torch.autocast(device_type=state.device.type, enabled=False):
             state = state.to(torch.promote_types(self.hidden.weight.dtype, torch.float32))
             image, text, cosine = state.split([self.dim, self.dim, 1], dim=-1)
             parts = (F.layer_norm(image, (self.dim,)), F.layer_norm(text, (self.dim,)), cosine)

@@ -135,10 +135,13 @@ class CategoricalPolicy(GatePolicy):
 
     stochastic = True
     choices = (1.0, 0.0, 0.5)
+    values: Tensor
 
     def __init__(self, dim: int, hidden_dim: int = 128) -> None:
         super().__init__()
         self.network = StateNetwork(dim, hidden_dim, len(self.choices))
+        # A buffer, for a tensor made in forward would be copied to the GPU at every call.
+        self.register_buffer("values", torch.tensor(self.choices), persistent=False)
 
     def forward(
         self,
@@ -162,7 +165,7 @@ class CategoricalPolicy(GatePolicy):
             index = below.sum(-1)
         else:
             index = probs.argmax(-1)
-        alpha = probs.new_tensor(self.choices)[index]
+        alpha = self.values.to(probs.dtype)[index]
         log_prob = log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1)
         entropy = -(probs * log_probs).sum(-1)
         return PolicyStep(alpha, index.to(probs.dtype), log_prob, entropy)

@@ -43,7 +43,7 @@ class EMABaseline(nn.Module):
             raise ValueError(
                 f"rewards: shape {tuple(rewards.shape)}, expected ({self.value.shape[0]}, E)"
             )
-        current = self.value.unsqueeze(1)
+        current = self.value.clone().unsqueeze(1)
         if self.training:
             mean = rewards.mean(1).to(self.value.dtype)
             kept = torch.where(self.steps == 0, mean, self.value)

@@ -107,9 +107,6 @@ def test_supports_decide_and_queries_replay(make_model: MakeModel) -> None:
 def test_class_scope_hides_text_from_queries(make_model: MakeModel) -> None:
     model = make_model(text_scope="class").eval()
     support, labels, query, _ = make_episodes(2, 3, 2, 1)
-    output = model(support, labels, query, make_text(2, 3), way=3)
-    plain = model.features(query.flatten(0, 1)).unflatten(0, (2, -1))
-    supports = []
     text = make_text(2, 3)
     changed = TextTokens(text.tokens.clone(), text.levels, text.class_embedding)
     changed.tokens[:, :3] += 1.0  # the first class's texts
@@ -120,11 +117,22 @@ def test_class_scope_hides_text_from_queries(make_model: MakeModel) -> None:
         torch.testing.assert_close(trace_a.query_after, trace_b.query_after)
         moved = (trace_a.support_after - trace_b.support_after).abs().sum(-1) > 1e-5
         assert torch.equal(moved, labels == 0)
-        supports.append(trace_a.support_after)
-    assert output.aligned_labels is labels
-    # The logits are those of plain queries against the supports' own features.
+    assert before.aligned_labels is labels
     assert not torch.allclose(before.logits, after.logits)
-    assert plain.shape == (2, 3, 24)
+
+
+def test_class_scope_compares_gated_supports_with_plain_queries(make_model: MakeModel) -> None:
+    model = make_model(text_scope="class").eval()
+    support, labels, query, _ = make_episodes(2, 3, 2, 1)
+    features: list[torch.Tensor] = []
+    model.backbone.register_forward_hook(
+        lambda _m, _args, out: features.append(out.unflatten(0, (2, -1)))
+    )
+    logits = model(support, labels, query, make_text(2, 3), way=3).logits
+    gated, plain = features
+    torch.testing.assert_close(plain.flatten(0, 1), model.features(query.flatten(0, 1)))
+    assert not torch.allclose(gated.flatten(0, 1), model.features(support.flatten(0, 1)), atol=1e-3)
+    torch.testing.assert_close(logits, prototype_logits(gated, labels, plain, 3, 0.2))
 
 
 @pytest.mark.parametrize("alpha_scope", ["episode", "image"])
@@ -203,6 +211,7 @@ def test_pooled_traces_are_the_tokens_around_the_gate(make_model: MakeModel) -> 
     torch.testing.assert_close(trace.query_before, before[:, 3:])
     torch.testing.assert_close(trace.query_after, after[:, 3:])
     torch.testing.assert_close(trace.fused, trace.query_after - trace.query_before)
+    torch.testing.assert_close(trace.aligned, model.alignments[0](trace.fused))
 
 
 def test_alignment_trains_u_alone(make_model: MakeModel) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dvla_fast.nn import DVLA, RLAGate
 from dvla_fast.nn.policy import POLICIES
+from dvla_fast.rl import ReinforceLoss, total_loss
 
 from .conftest import TEXT_DIM, make_episodes, make_text
 
@@ -32,7 +34,7 @@ def same(mine: tuple, theirs: tuple, **tolerance: float) -> None:
 
 
 @pytest.fixture
-def fresh_compiler():
+def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -184,6 +186,34 @@ def test_export_with_a_free_batch(make_gate: MakeGate) -> None:
     )
     other = (torch.randn(9, 5, 16), torch.randn(9, 4, TEXT_DIM))
     same(tuple(program.module()(*other)), gate(*other))
+
+
+@pytest.fixture
+def one_process_group(tmp_path: Path) -> Iterator[None]:
+    if not torch.distributed.is_available():
+        pytest.skip("this torch was built without torch.distributed")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process_group")
+@pytest.mark.parametrize("text_scope", ["episode", "class"])
+def test_distributed_data_parallel(make_model: MakeModel, text_scope: str) -> None:
+    model = make_model(text_scope=text_scope)
+    twin = copy.deepcopy(model)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    support, labels, query, query_labels = make_episodes(2, 3, 1, 2)
+    text = make_text(2, 3)
+    for module in (wrapped, twin):
+        for _ in range(2):  # a second step fails if a parameter went unused in the first
+            module.zero_grad()
+            torch.manual_seed(4)
+            output = module(support, labels, query, text, way=3)
+            loss, _ = total_loss(output, query_labels, text, ReinforceLoss())
+            loss.backward()
+    same(tuple(p.grad for p in model.parameters()), tuple(p.grad for p in twin.parameters()))
 
 
 def test_inside_somebody_elses_sequential(make_gate: MakeGate, inputs: tuple) -> None:

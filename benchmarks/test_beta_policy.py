@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dvla_fast.functional import beta_policy
 from torch import Tensor
 from torch.distributions import Beta
+
+from dvla_fast.functional import beta_policy
 
 KAPPA = 10.0
 SIZES = (5, 25, 100, 1_000_000)

@@ -147,7 +147,9 @@ def code(series: Series) -> str:
 
 
 def main() -> None:
-    print("// Polynomials of this library's elementary functions. Written by build_tools/series.py.")
+    print(
+        "// Polynomials of this library's elementary functions. Written by build_tools/series.py."
+    )
     print("#pragma once\n")
     print('#include "beta/portable.h"\n')
     print("namespace dvla_fast {\n")

@@ -84,6 +84,7 @@ class PretrainConfig:
     rotate: float = option(15.0, "largest random rotation in degrees")
     scale: float = option(0.1, "largest random change of size")
     flip: bool = option(False, "mirror half of the images (not for digits)")
+    quarter_turns: bool = option(True, "learn each class turned by 90 and 270 degrees as two more")
     validate_every: int = option(5, "epochs between validations", 1)
     validation_episodes: int = option(200, "monitor episodes of a validation", 1)
 
@@ -93,7 +94,7 @@ class MetatuneConfig:
     """Meta-tuning of gates and backbone on episodes of the base classes."""
 
     epochs: int = option(20, "epochs", 1)
-    steps_per_epoch: int = option(20, "optimiser steps of an epoch", 1)
+    steps_per_epoch: int = option(12, "optimiser steps of an epoch", 1)
     episodes_per_step: int = option(4, "episodes of a step", 1)
     way: int = option(5, "classes of an episode", 1)
     shots: list[int] = field(
@@ -190,11 +191,11 @@ def demo_config(quick: bool = False) -> DemoRun:
     if quick:
         return DemoRun(
             quick=True,
-            pretrain=PretrainConfig(epochs=12, warmup_epochs=2, validate_every=4),
+            pretrain=PretrainConfig(epochs=16, warmup_epochs=2, validate_every=4),
             metatune=MetatuneConfig(
-                epochs=8, steps_per_epoch=8, validate_every=4, validation_episodes=50
+                epochs=6, steps_per_epoch=6, validate_every=3, validation_episodes=30
             ),
-            evaluate=EvaluateConfig(episodes=200),
+            evaluate=EvaluateConfig(episodes=100),
         )
     return DemoRun()
 

@@ -1,0 +1,86 @@
+"""Every command and every example in the documentation is run here, or by a test named here."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# Commands too long for this test, with the test (or build step) that runs them instead.
+ELSEWHERE = {
+    "make demo": "tests/test_docs.py::test_make_targets_do_their_own_setup",
+    "make test": "Makefile::test",
+    "make bench": "Makefile::bench",
+    "pip install -e .": "tests/test_build.py::test_installs_without_a_compiler",
+    "pip install --no-build-isolation -e .": "tests/test_build.py::--no-build-isolation",
+    "pip install -e '.[train,vision]'": "Makefile::test",
+    "uv venv": "docs/install.md::uv",
+    "uv pip install torch numpy setuptools cmake ninja": "docs/install.md::uv",
+    "uv pip install --no-build-isolation -e .": "docs/install.md::uv",
+    "dvla-fast demo --quick": "tests/engine/test_demo.py::demo",
+    "pytest benchmarks/ --benchmark-only": "tests/test_benchmarks.py::test_every_benchmark_runs",
+    "pytest benchmarks/ --benchmark-only --benchmark-json=run.json": (
+        "tests/test_benchmarks.py::test_every_benchmark_runs"
+    ),
+    "python -m benchmarks.ratios run.json": "tests/test_benchmarks.py::test_ratio_table",
+    "dvla-fast pretrain --output runs/backbone": "tests/engine/test_demo.py::demo",
+    "dvla-fast metatune --output runs/tuned --checkpoint"
+    " runs/backbone/checkpoints/pretrain-best.safetensors": "tests/test_cli.py::metatune",
+    "dvla-fast evaluate --output runs/result --checkpoint"
+    " runs/tuned/checkpoints/metatune-best.safetensors": "tests/test_cli.py::evaluate",
+    "dvla-fast metatune --resume --output runs/tuned": "tests/engine/test_resume.py::resume",
+}
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    pattern = re.compile(rf"```{language}\n(.*?)```", re.DOTALL)
+    return [(page.name, text) for page in PAGES for text in pattern.findall(page.read_text())]
+
+
+def commands() -> list[tuple[str, str]]:
+    lines = [(page, line) for page, text in blocks("bash") for line in text.splitlines()]
+    return sorted({(page, line.split("  #")[0].strip()) for page, line in lines if line.strip()})
+
+
+@pytest.mark.parametrize(("page", "command"), commands(), ids=lambda value: value)
+def test_documented_command(page: str, command: str) -> None:
+    if command in ELSEWHERE:
+        where, name = ELSEWHERE[command].split("::")
+        assert name in (ROOT / where).read_text(), f"{where} no longer covers {command!r}"
+        return
+    program, *arguments = shlex.split(command)
+    known = {"dvla-fast": ["-m", "dvla_fast"], "python": []}
+    assert program in known, f"{page}: no test runs {command!r}"
+    done = subprocess.run(
+        [sys.executable, *known[program], *arguments],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda value: value[:20])
+def test_documented_example(page: str, code: str) -> None:
+    exec(compile(code, page, "exec"), {})
+
+
+def test_make_targets_do_their_own_setup() -> None:
+    done = subprocess.run(
+        ["make", "-n", "demo", "VENV=.no-such-venv"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    steps = ["-m venv", "pip install", "-e '.[train]'", "dvla-fast demo"]
+    positions = [done.stdout.index(step) for step in steps]
+    assert positions == sorted(positions)
+
+
+def test_links_between_pages_exist() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} -> {target}"

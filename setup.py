@@ -31,7 +31,7 @@ def find_torch():
 
 
 def tool(name: str) -> str:
-    """A build tool from its PyPI package where installed (pip installs it for the build), or PATH."""
+    """A build tool: from its PyPI package where installed, as pip does for a build, or PATH."""
     try:
         return str(Path(importlib.import_module(name).BIN_DIR) / name)
     except (ImportError, AttributeError):

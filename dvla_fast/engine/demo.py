@@ -49,6 +49,8 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     settings = config.evaluate
     for shot in settings.shots:  # too few images must not show up after the training
         EpisodeSampler(data.split(settings.split), settings.way, shot, settings.query, 0)
+    for shot in config.metatune.shots:
+        EpisodeSampler(data.base, config.metatune.way, shot, config.metatune.query, 0)
     folder = RunFolder(config.output, to_dict(config), resume=config.resume)
     with Progress(_SHARES, enabled=not quiet) as progress:
         rng = seed_everything(config.seed)

@@ -25,9 +25,15 @@ from dvla_fast.engine.build import (
     split_classes,
 )
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
-from dvla_fast.engine.config import EvaluateConfig, EvaluateRun, SemanticsConfig, to_dict
+from dvla_fast.engine.config import (
+    EvaluateConfig,
+    EvaluateRun,
+    SemanticsConfig,
+    UsageError,
+    to_dict,
+)
 from dvla_fast.engine.logging import Progress, RunFolder
-from dvla_fast.errors import CheckpointError, DVLAError, TrainingError
+from dvla_fast.errors import CheckpointError, TrainingError
 from dvla_fast.nn import DVLA, prototype_logits
 from dvla_fast.semantics import EncodedTexts
 
@@ -291,7 +297,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     from dvla_fast import __version__
 
     if not config.checkpoint:
-        raise DVLAError("evaluate needs --checkpoint, a .safetensors file of a run's checkpoints/")
+        raise UsageError("evaluate needs --checkpoint, a .safetensors file of a run's checkpoints/")
     device = pick_device(config.device)
     data = build_data(config.data, device)
     model, backbone, info = load_model(config.checkpoint, data)

@@ -34,13 +34,13 @@ from dvla_fast.engine.config import (
     MetatuneConfig,
     MetatuneRun,
     PretrainConfig,
+    UsageError,
     to_dict,
 )
 from dvla_fast.engine.evaluate import LEARNED, gated_accuracies
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.pretrain import augment, monitor_sampler
 from dvla_fast.engine.state import TrainingState
-from dvla_fast.errors import DVLAError
 from dvla_fast.nn import DVLA
 from dvla_fast.rl import EMABaseline, ReinforceLoss, total_loss
 from dvla_fast.semantics import EncodedTexts
@@ -232,7 +232,7 @@ def _describe(row: dict[str, Any], epoch: int, epochs: int) -> str:
 def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast metatune`` does; returns the summary that it writes."""
     if not config.checkpoint:
-        raise DVLAError(
+        raise UsageError(
             "metatune needs --checkpoint, the pretrain-best.safetensors of a `dvla-fast pretrain` "
             "run"
         )
@@ -248,6 +248,9 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     model = build_model(spec)
     load_backbone(model, spec["backbone"], config.checkpoint)
     model.to(device)
+    tuning = config.metatune
+    for shot in tuning.shots:  # fail before the folder is made
+        EpisodeSampler(data.base, tuning.way, shot, tuning.query, 0)
     folder = RunFolder(config.output, to_dict(config), resume=config.resume)
     with Progress({"meta-tune": 1.0}, enabled=not quiet) as progress:
         best = metatune(

@@ -1,0 +1,57 @@
+"""Configuration: nested mappings in and out, unknown keys and impossible values refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dvla_fast.engine.config import (
+    DemoRun,
+    UsageError,
+    demo_config,
+    differences,
+    from_mapping,
+    to_dict,
+)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_round_trip(quick: bool) -> None:
+    config = demo_config(quick)
+    assert from_mapping(DemoRun, to_dict(config)) == config
+
+
+def test_shipped_yaml_is_the_demo() -> None:
+    path = Path(__file__).parents[2] / "configs" / "demo.yaml"
+    assert from_mapping(DemoRun, yaml.safe_load(path.read_text())) == demo_config()
+
+
+def test_partial_mapping_keeps_the_other_defaults() -> None:
+    config = from_mapping(DemoRun, {"seed": 4, "pretrain": {"epochs": 7}})
+    assert (config.seed, config.pretrain.epochs) == (4, 7)
+    assert config.pretrain.batch_size == DemoRun().pretrain.batch_size
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sed": 4}, "unknown key.* sed"),
+        ({"pretrain": {"epoch": 4}}, "unknown key.* epoch in PretrainConfig"),
+        ({"pretrain": 4}, "expected settings of PretrainConfig"),
+        ({"pretrain": {"epochs": 0}}, "epochs must be at least 1"),
+        ({"evaluate": {"shots": []}}, "shots must be at least 1"),
+        ({"evaluate": {"shots": [1, 0]}}, "shots must be at least 1"),
+        ({"seed": -1}, "seed must be at least 0"),
+    ],
+)
+def test_wrong_values(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        from_mapping(DemoRun, values)
+
+
+def test_differences_are_named() -> None:
+    assert differences({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}}) == [
+        "b.c: 2 -> 4"
+    ]

@@ -1,0 +1,50 @@
+"""The quick demo as a newcomer runs it: it learns, and leaves everything that it promises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dvla_fast.cli import main
+from dvla_fast.engine.logging import read_metrics
+
+PROMISED = (
+    "dataset split way shot query episodes seed accuracy ci95 interval checkpoint semantics "
+    "device dvla_fast torch"
+).split()
+
+
+@pytest.mark.slow
+def test_quick_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    assert main(["demo", "--quick", "--device", "cpu", "--output", str(folder)]) == 0
+    table = capsys.readouterr().out
+    assert "learned gate" in table
+    assert "fixed gate (alpha = 0.5)" in table
+    assert str(folder) in table
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [result["shot"] for result in summary["results"]] == [1, 5]
+    for result in summary["results"]:
+        assert not [key for key in PROMISED if key not in result]
+        assert (result["split"], result["way"], result["query"]) == ("novel", 5, 15)
+        # It learns: far above the 20 % of guessing, on digits never seen in training.
+        assert result["accuracy"] - result["ci95"] > 0.3
+    assert summary["results"][1]["accuracy"] > summary["results"][0]["accuracy"]
+
+    pretrain = read_metrics(folder, "pretrain")
+    assert pretrain[-1]["loss"] < pretrain[0]["loss"]
+    rewards = [sum(row["reward"]) for row in read_metrics(folder, "metatune")]
+    assert rewards[-1] > rewards[0]
+
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["quick"] is True
+    assert sorted(path.name for path in (folder / "checkpoints").glob("*.safetensors")) == [
+        "metatune-best.safetensors",
+        "metatune-last.safetensors",
+        "pretrain-best.safetensors",
+        "pretrain-last.safetensors",
+    ]

@@ -1,0 +1,82 @@
+"""The run folder: it starts empty, belongs to one run, and reads as one after a resume."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dvla_fast.engine.logging import Progress, RunFolder
+from dvla_fast.errors import OutputError
+
+CONFIG = {"output": "x", "resume": False, "seed": 1, "pretrain": {"epochs": 3}}
+
+
+def test_new_folder_holds_the_resolved_configuration(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "deep" / "run", CONFIG)
+    assert folder.checkpoints.is_dir()
+    assert "epochs: 3" in (folder.path / "config.yaml").read_text()
+
+
+def test_another_run_is_never_overwritten(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run", CONFIG)
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(OutputError, match="already holds a run.*--resume"):
+        RunFolder(tmp_path / "run", {**CONFIG, "seed": 2})
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_foreign_folder_and_file(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="not empty"):
+        RunFolder(tmp_path, CONFIG)
+    with pytest.raises(OutputError, match="is a file"):
+        RunFolder(tmp_path / "notes.txt", CONFIG)
+    with pytest.raises(OutputError, match="cannot write the run here"):
+        RunFolder(tmp_path / "notes.txt" / "run", CONFIG)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_folder(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="cannot write the run here"):
+        RunFolder(tmp_path / "run", CONFIG)
+    tmp_path.chmod(0o700)
+
+
+def test_resume_needs_a_run_with_the_same_settings(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="no run to resume"):
+        RunFolder(tmp_path / "run", CONFIG, resume=True)
+    RunFolder(tmp_path / "run", CONFIG)
+    RunFolder(tmp_path / "run", {**CONFIG, "resume": True}, resume=True)
+    with pytest.raises(OutputError, match=r"pretrain\.epochs: 3 -> 9"):
+        RunFolder(tmp_path / "run", {**CONFIG, "pretrain": {"epochs": 9}}, resume=True)
+
+
+def test_metrics_are_cut_to_the_checkpoint(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", CONFIG)
+    for step in (1, 2, 3):
+        folder.log("pretrain", step, loss=1.0 / step, parts=[1.0, 2.0])
+    folder.log("metatune", 5, loss=0.5)
+    with (folder.path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"stage": "metat')  # what a kill in mid-write leaves
+    folder.trim("pretrain", 2)
+    assert [row["step"] for row in folder.rows("pretrain")] == [1, 2]
+    assert [row["step"] for row in folder.rows("metatune")] == [5]
+    folder.close()
+    assert list((folder.path / "tensorboard").glob("events*"))
+
+
+def test_progress_counts_the_whole_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress({"first": 0.25, "second": 0.75}) as progress:
+        progress.begin("first", 10, done=4)
+        assert progress.fraction() == pytest.approx(0.1)
+        progress.advance(6)
+        progress.begin("second", 4)
+        assert progress.fraction() == pytest.approx(0.25)
+        progress.advance(2)
+        progress.note("half way")
+        assert progress.fraction() == pytest.approx(0.625)
+    assert "second: half way" in capsys.readouterr().err

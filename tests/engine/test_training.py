@@ -1,0 +1,169 @@
+"""Pre-training and meta-tuning learn, select on monitor images, and stop on NaN with nothing lost."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dvla_fast.data import FewShotData
+from dvla_fast.engine import metatune as metatune_module
+from dvla_fast.engine.build import (
+    backbone_spec,
+    build_model,
+    build_texts,
+    load_backbone,
+    model_spec,
+    seed_everything,
+)
+from dvla_fast.engine.checkpoint import load_checkpoint
+from dvla_fast.engine.config import DemoRun, ModelConfig, PretrainConfig
+from dvla_fast.engine.logging import Progress, RunFolder
+from dvla_fast.engine.pretrain import learning_rate, pretrain, turn_classes
+from dvla_fast.errors import CheckpointError, TrainingError
+
+SILENT = Progress({}, enabled=False)
+
+
+def run_pretrain(folder: RunFolder, data: FewShotData, config: DemoRun) -> Path:
+    spec = backbone_spec(config.model, 1, 16)
+    return pretrain(config.pretrain, data, spec, folder, seed_everything(0), 0, SILENT)
+
+
+def run_metatune(folder: RunFolder, data: FewShotData, config: DemoRun, start: Path) -> Path:
+    texts, _ = build_texts(config.semantics, data, torch.device("cpu"))
+    rng = seed_everything(1)
+    spec = model_spec(config.model, backbone_spec(config.model, 1, 16), 512)
+    model = build_model(spec)
+    load_backbone(model, spec["backbone"], start)
+    return metatune_module.metatune(
+        config.metatune, model, spec, data, texts, folder, rng, 0, SILENT, config.pretrain
+    )
+
+
+def test_schedule_warms_up_then_falls_to_zero() -> None:
+    config = PretrainConfig(epochs=10, warmup_epochs=2, lr=1.0, warmup_lr=0.1)
+    rates = [learning_rate(config, step, 5) for step in range(50)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.01
+
+
+def test_quarter_turns_are_classes_of_their_own() -> None:
+    images = torch.rand(60, 1, 4, 4)
+    labels = torch.arange(60) % 5
+    turned, new = turn_classes(images, labels, 5)
+    assert set((new // 5).tolist()) == {0, 1, 2}
+    assert torch.equal(new % 5, labels)
+    for image, before, label in zip(turned, images, new, strict=True):
+        assert torch.equal(image, before.rot90((0, 1, 3)[int(label) // 5], (1, 2)))
+
+
+def test_pretraining_learns(tmp_path: Path, few_digits: FewShotData, tiny: DemoRun) -> None:
+    tiny.pretrain.epochs = 5
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    best = run_pretrain(folder, few_digits, tiny)
+    rows = folder.rows("pretrain")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.2
+    _, info = load_checkpoint(best, ("pretrain",))
+    assert info["best"] == max(row["monitor_episode_accuracy"] for row in rows)
+
+
+def test_metatuning_updates_gates_and_policy(
+    tmp_path: Path, few_digits: FewShotData, tiny: DemoRun
+) -> None:
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    start = run_pretrain(folder, few_digits, tiny)
+    seed_everything(1)
+    spec = model_spec(tiny.model, backbone_spec(tiny.model, 1, 16), 512)
+    fresh = build_model(spec).state_dict()
+    best = run_metatune(folder, few_digits, tiny, start)
+    tensors, _ = load_checkpoint(best, ("metatune",))
+    changed = {name for name in fresh if not torch.equal(fresh[name], tensors[f"model.{name}"])}
+    assert any(".policy." in name for name in changed)
+    assert any(".out_projection." in name for name in changed)
+    assert any(name.startswith("alignments.") for name in changed)
+    row = folder.rows("metatune")[-1]
+    for key in ("reward", "baseline", "alpha_mean", "alpha_std", "entropy"):
+        assert len(row[key]) == 2
+    assert all(0 < alpha < 1 for alpha in row["alpha_mean"])
+
+
+def test_backbone_of_another_model_is_refused(
+    tmp_path: Path, few_digits: FewShotData, tiny: DemoRun
+) -> None:
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    start = run_pretrain(folder, few_digits, tiny)
+    spec = backbone_spec(ModelConfig(width=16), 1, 16)
+    model = build_model(model_spec(ModelConfig(width=16), spec, 512))
+    with pytest.raises(CheckpointError, match="of another model .width: 8 -> 16"):
+        load_backbone(model, spec, start)
+
+
+def test_nan_images_stop_pretraining_before_anything_is_saved(
+    tmp_path: Path, few_digits: FewShotData, tiny: DemoRun
+) -> None:
+    images = few_digits.base.images.clone()
+    images[3, 0, 0, 0] = float("nan")
+    base = dataclasses.replace(few_digits.base, images=images)
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    with pytest.raises(TrainingError, match="NaN or infinite"):
+        run_pretrain(folder, dataclasses.replace(few_digits, base=base), tiny)
+    assert not list(folder.checkpoints.iterdir())
+    assert folder.rows() == []
+
+
+def test_nan_loss_keeps_the_last_good_checkpoint(
+    tmp_path: Path, few_digits: FewShotData, tiny: DemoRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    start = run_pretrain(folder, few_digits, tiny)
+    real, calls = metatune_module.total_loss, []
+
+    def breaks_in_the_second_epoch(*args: Any, **kwargs: Any) -> Any:
+        loss, figures = real(*args, **kwargs)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) > 3 else loss), figures
+
+    monkeypatch.setattr(metatune_module, "total_loss", breaks_in_the_second_epoch)
+    with pytest.raises(TrainingError):
+        run_metatune(folder, few_digits, tiny, start)
+    _, info = load_checkpoint(folder.checkpoints / "metatune-last.safetensors")
+    assert info["epoch"] == 1
+
+
+def test_interrupted_training_continues_to_the_same_weights(
+    tmp_path: Path, few_digits: FewShotData, tiny: DemoRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = RunFolder(tmp_path / "whole", {"seed": 0})
+    expected = load_checkpoint(
+        run_metatune(whole, few_digits, tiny, run_pretrain(whole, few_digits, tiny))
+    )
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    start = run_pretrain(folder, few_digits, tiny)
+    real, calls = metatune_module.total_loss, []
+
+    def stops_in_the_second_epoch(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(metatune_module, "total_loss", stops_in_the_second_epoch)
+        run_metatune(folder, few_digits, tiny, start)
+    torch.manual_seed(999)
+    np.random.default_rng(999)
+    again = RunFolder(tmp_path / "run", {"seed": 0}, resume=True)
+    tensors, info = load_checkpoint(run_metatune(again, few_digits, tiny, start))
+    assert info["best_epoch"] == expected[1]["best_epoch"]
+    for name, tensor in expected[0].items():
+        assert torch.equal(tensors[name], tensor), name
+    assert again.rows() == whole.rows()

@@ -1,0 +1,273 @@
+"""The command line: exit status 0, 1 or 2, one-line errors with a remedy, and help with examples."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dvla_fast.cli import main
+from dvla_fast.engine.checkpoint import save_checkpoint
+
+COMMANDS = ["demo", "pretrain", "metatune", "evaluate", "doctor"]
+TINY_MODEL = ["--model.width=8", "--model.num_heads=4", "--model.hidden_dim=8"]
+TINY_PRETRAIN = [
+    "--device=cpu",
+    "--pretrain.epochs=1",
+    "--pretrain.batch_size=16",
+    "--pretrain.validation_episodes=4",
+    *TINY_MODEL,
+]
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], status: int = 1) -> str:
+    """Run the command line; check its status and that it printed one error line; return that."""
+    assert main(arguments) == status
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, error
+    assert "Traceback" not in error
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image-folder data set of five base and five novel classes, with a bank."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    names = {"train": "abcde", "test": "fghij"}
+    for split, classes in names.items():
+        for index, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(6):
+                pixels = rng.integers(0, 80, (20, 20, 3)) + 30 * index
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    texts = {
+        name: {"attributes": [f"mark {name}", "a frame"], "description": f"The sign {name}."}
+        for name in "abcdefghij"
+    }
+    (root / "bank.json").write_text(json.dumps({"classes": texts}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def pretrained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pre") / "run"
+    arguments = [f"--data.dataset={photos}", "--data.image_size=16", f"--output={folder}"]
+    assert main(["pretrain", *arguments, *TINY_PRETRAIN]) == 0
+    return folder / "checkpoints" / "pretrain-best.safetensors"
+
+
+def metatune(photos: Path, checkpoint: Path, *more: str) -> list[str]:
+    return [
+        "metatune",
+        f"--checkpoint={checkpoint}",
+        f"--data.dataset={photos}",
+        "--data.image_size=16",
+        f"--semantics.bank={photos / 'bank.json'}",
+        "--device=cpu",
+        *TINY_MODEL,
+        "--metatune.epochs=1",
+        "--metatune.steps_per_epoch=1",
+        "--metatune.query=2",
+        "--metatune.validation_episodes=2",
+        *more,
+    ]
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for name in COMMANDS:
+        assert name in overview
+        assert main([name, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert f"  dvla-fast {name}" in text
+        if name != "doctor":
+            for option in ("--config", "--seed", "--resume", "--debug", "--output"):
+                assert option in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["dmeo"],
+        ["demo", "--no-such-option"],
+        ["demo", "--pretrain.epochs", "many"],
+        ["demo", "--config", "missing.yaml"],
+        ["demo", "--pretrain.epochs", "0"],
+        ["demo", "--resume"],
+        ["doctor", "--loud"],
+        ["pretrain", "--model.width", "7"],
+    ],
+)
+def test_wrong_usage_is_status_2(
+    arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert "error" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_no_command_shows_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "demo" in capsys.readouterr().out
+
+
+def test_doctor_reports(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert torch.__version__ in text
+    assert "extra 'train'" in text
+
+
+def test_folder_data_set_from_pretraining_to_evaluation(
+    photos: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = tmp_path / "tuned"
+    assert main(metatune(photos, pretrained, f"--output={tuned}")) == 0
+    assert "next        dvla-fast evaluate" in capsys.readouterr().out
+    arguments = [
+        "evaluate",
+        f"--checkpoint={tuned / 'checkpoints' / 'metatune-best.safetensors'}",
+        f"--data.dataset={photos}",
+        "--data.image_size=16",
+        f"--semantics.bank={photos / 'bank.json'}",
+        "--evaluate.episodes=4",
+        "--evaluate.query=2",
+        "--evaluate.shots=[1]",
+        f"--output={tmp_path / 'result'}",
+    ]
+    assert main(arguments) == 0
+    assert "learned gate" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "result" / "summary.json").read_text())
+    assert (summary["shot"], summary["query"], summary["episodes"]) == (1, 2, 4)
+    assert summary["semantics"]["bank_sha256"]
+    # the same output again: refused, and nothing touched
+    before = (tmp_path / "result" / "summary.json").read_bytes()
+    assert "already holds a run" in fails(arguments, capsys)
+    assert (tmp_path / "result" / "summary.json").read_bytes() == before
+
+
+def test_pretraining_checkpoint_evaluates_visually(
+    photos: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "evaluate",
+        f"--checkpoint={pretrained}",
+        f"--data.dataset={photos}",
+        "--data.image_size=16",
+        "--evaluate.episodes=4",
+        "--evaluate.query=2",
+        "--evaluate.shots=[1]",
+        f"--output={tmp_path / 'result'}",
+    ]
+    assert main(arguments) == 0
+    assert "visual prototypes" in capsys.readouterr().out
+
+
+def test_config_file_and_overrides(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        f"seed: 5\ndata: {{dataset: '{photos}', image_size: 16}}\npretrain: {{epochs: 7}}\n"
+    )
+    output = tmp_path / "run"
+    arguments = ["pretrain", "--config", str(config), *TINY_PRETRAIN, f"--output={output}"]
+    assert main(arguments) == 0
+    summary = json.loads((output / "summary.json").read_text())
+    assert (summary["seed"], summary["epochs"]) == (5, 1)
+
+
+def test_bad_data_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "run"
+    arguments = ["pretrain", f"--data.dataset={tmp_path / 'none'}", f"--output={output}"]
+    assert "none: no such folder" in fails(arguments, capsys)
+    (tmp_path / "empty").mkdir()
+    arguments = ["pretrain", f"--data.dataset={tmp_path / 'empty'}", f"--output={output}"]
+    assert "no data set here" in fails(arguments, capsys)
+    assert not output.exists()
+
+
+def test_bank_that_lacks_a_class(
+    photos: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = metatune(photos, pretrained, f"--output={tmp_path / 'run'}")
+    message = fails([*arguments, "--semantics.bank=digits"], capsys)
+    assert "the bank lacks 10 class(es)" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_text_longer_than_the_encoder_reads(
+    photos: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads((photos / "bank.json").read_text())
+    content["classes"]["a"]["description"] = "very " * 80 + "long"
+    bank = tmp_path / "long.json"
+    bank.write_text(json.dumps(content))
+    arguments = metatune(photos, pretrained, f"--output={tmp_path / 'run'}")
+    message = fails([*arguments, f"--semantics.bank={bank}"], capsys)
+    assert "1 of 30 texts are longer than the 77 words" in message
+
+
+def test_truncated_and_foreign_checkpoints(
+    photos: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(pretrained.read_bytes()[:-10])
+    output = f"--output={tmp_path / 'run'}"
+    assert "truncated" in fails(metatune(photos, cut, output), capsys)
+    other = tmp_path / "other.safetensors"
+    save_checkpoint(other, {"x": torch.zeros(2)}, {"kind": "something"})
+    assert "this command needs" in fails(metatune(photos, other, output), capsys)
+    wide = metatune(photos, pretrained, output, "--model.width=16")
+    assert "of another model (width: 8 -> 16)" in fails(wide, capsys)
+    assert "needs --checkpoint" in fails(["metatune", output], capsys, 2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unwritable_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    message = fails(["pretrain", f"--output={tmp_path / 'file' / 'run'}"], capsys)
+    assert "cannot write the run here" in message
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_too_few_images_for_the_episodes(
+    photos: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = metatune(photos, pretrained, "--metatune.query=9", f"--output={tmp_path / 'run'}")
+    assert "fewer than the 1 support + 9 query" in fails(arguments, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = builtins.__import__
+
+    def without_jsonargparse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("jsonargparse"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_jsonargparse)
+    assert "pip install 'dvla-fast[train]'" in fails(["demo"], capsys)
+    assert main(["doctor"]) == 0
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="no such folder"):
+        main(["pretrain", "--debug", f"--data.dataset={tmp_path / 'none'}"])

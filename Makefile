@@ -47,5 +47,5 @@ $(VENV)/.demo: $(SOURCES) | $(VENV)/.torch
 	touch $@
 
 $(VENV)/.dev: $(SOURCES) | $(VENV)/.torch
-	$(BIN)/pip install -q -e '.[dev]'
+	DVLA_FAST_WERROR=1 $(BIN)/pip install -q -e '.[dev]'
 	touch $@ $(VENV)/.demo

@@ -73,6 +73,10 @@ class CMakeBuild(build_ext):
             return "no C++ compiler found"
         if not tool("cmake"):
             return "no cmake found"
+        if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+            return "no Python headers found (Debian, Ubuntu: apt install python3-dev)"
+        if sys.platform != "linux":
+            return f"the native build knows Linux only, not {sys.platform}"
         return None
 
     def _cmake(self, target: Path) -> None:
@@ -89,6 +93,7 @@ class CMakeBuild(build_ext):
             "DVLA_TORCH_LIBRARIES": ";".join(cpp_extension.library_paths()),
             "DVLA_PYTHON_INCLUDE": sysconfig.get_paths()["include"],
             "DVLA_PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+            "DVLA_WERROR": "ON" if os.environ.get("DVLA_FAST_WERROR") == "1" else "OFF",
             "DVLA_CUDA": "ON" if self._wants_cuda(torch) else "OFF",
         }
         if shutil.which("ccache"):
@@ -129,7 +134,7 @@ class CMakeBuild(build_ext):
         except subprocess.CalledProcessError as error:
             raise SystemExit(
                 f"dvla-fast: building the extension failed (exit status {error.returncode}). Set"
-                " DVLA_FAST_EXTENSION=0 to install without it."
+                " DVLA_FAST_CUDA=0 to leave CUDA out, DVLA_FAST_EXTENSION=0 to install without it."
             ) from None
 
     def get_outputs(self) -> list[str]:

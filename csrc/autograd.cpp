@@ -17,6 +17,11 @@ using torch::autograd::variable_list;
 using OptionalTensor = std::optional<Tensor>;
 
 bool wants_grad(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* tensor : tensors) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!tensor->defined() || !tensor->_fw_grad(0).defined(),
+                                "forward-mode derivatives are not implemented; use"
+                                " backend='reference'");
+  }
   if (!at::GradMode::is_enabled()) return false;
   for (const Tensor* tensor : tensors) {
     if (tensor->defined() && tensor->requires_grad()) return true;

@@ -24,6 +24,10 @@ _LAZY = {
 __all__ = ["__version__", "get_backend", "set_backend", *_LAZY]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Resolves public names on first use: ``import dvla_fast`` costs little beside torch."""
     if name not in _LAZY:

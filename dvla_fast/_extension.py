@@ -51,7 +51,11 @@ def _load() -> None:
     global problem, capability, has_autograd, has_cuda
     info = _import_build_info()
     if info is None:
-        problem = "the C++ extension is not built (`dvla-fast doctor` tells how to get it)"
+        problem = (
+            "the C++ extension is not built; `dvla-fast doctor` checks for a compiler and headers"
+            " (Debian, Ubuntu: apt install g++ python3-dev), then: pip install"
+            " --no-build-isolation -e ."
+        )
         warnings.warn(
             f"dvla_fast: {problem}; using plain PyTorch, which is slower", RuntimeWarning, 2
         )
@@ -63,12 +67,17 @@ def _load() -> None:
             " DVLA_FAST_BACKEND=reference to run without the extension)"
         )
     capability = _choose_capability(info)
-    torch.ops.load_library(_LIBRARIES / f"libdvla_fast_{capability}.so")
-    torch.ops.load_library(_LIBRARIES / "libdvla_fast_autograd.so")
+    # The CUDA part loads without a GPU: asking for one would start the driver before a fork.
+    has_cuda = bool(info.cuda_architectures) and torch.version.cuda is not None
+    try:
+        for part in (capability, "autograd", *(["cuda"] if has_cuda else [])):
+            torch.ops.load_library(_LIBRARIES / f"libdvla_fast_{part}.so")
+    except OSError as error:
+        raise BackendError(
+            f"dvla_fast: the extension does not load ({error}); build it again:"
+            " pip install --no-build-isolation -e ."
+        ) from error
     has_autograd = True
-    if info.cuda_architectures and torch.version.cuda and torch.cuda.is_available():
-        torch.ops.load_library(_LIBRARIES / "libdvla_fast_cuda.so")
-        has_cuda = True
 
 
 def needs_python_autograd() -> bool:

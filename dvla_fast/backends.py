@@ -18,7 +18,7 @@ _forced: str | None = None
 
 
 def set_backend(name: str | None) -> None:
-    """Use one backend for every op of this process; ``None`` returns to the best for the inputs.
+    """Use one backend for every op that has it; ``None`` returns to the best for the inputs.
 
     Raises:
         ValueError: ``name`` is not one of ``"triton"``, ``"cpp"``, ``"reference"``.
@@ -44,7 +44,9 @@ def choose(op: str, candidates: Sequence[tuple[str, str | None]], requested: str
         ValueError: unknown backend name.
         BackendError: the backend asked for cannot run with these inputs.
     """
-    wanted = _checked(requested, op) or _forced
+    wanted = _checked(requested, op)
+    if wanted is None and _forced in {name for name, _ in candidates}:
+        wanted = _forced  # an op without that backend is not meant
     for name, reason in candidates:
         if wanted is None and reason is None:
             return name

@@ -104,7 +104,7 @@ def _dispatch(given: list[str]) -> int:
     name, rest = given[0], given[1:]
     if name not in _COMMANDS:
         near = difflib.get_close_matches(name, _COMMANDS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         return _fail(f"no command {name!r}{hint} Choose one of {', '.join(_COMMANDS)}", 2)
     if name == "doctor":
         return _doctor(rest)
@@ -194,11 +194,14 @@ def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
 
     parser = ArgumentParser(
         prog=f"dvla-fast {name}",
-        description=f"dvla-fast {name}: {command.summary}",
+        usage=f"dvla-fast {name} [options]",
+        description=f"{command.summary[0].upper()}{command.summary[1:]}.",
         epilog=f"examples:\n{command.examples}",
         formatter_class=Formatter,
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of these settings")
+    parser.add_argument(
+        "--config", action="config", metavar="FILE", help="YAML file with any of these settings"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     add_arguments(parser, cls, default)
     values = parser.parse_args(rest).as_dict()

@@ -80,8 +80,9 @@ class MeanConcentrationBeta(Distribution):
         return torch.sigmoid(self.logits) * torch.sigmoid(-self.logits) / (self.concentration + 1)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """α, shape ``sample_shape + batch_shape``; float32 rounds it: see ``sample_logit``."""
-        return torch.sigmoid(self.sample_logit(sample_shape))
+        """α inside (0, 1), shape ``sample_shape + batch_shape``; rounded: see ``sample_logit``."""
+        alpha = torch.sigmoid(self.sample_logit(sample_shape))
+        return _inside(alpha)
 
     def sample_logit(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """The exact sample log(α/(1 − α)), shape ``sample_shape + batch_shape``."""
@@ -90,10 +91,10 @@ class MeanConcentrationBeta(Distribution):
         return functional.beta_sample(logits.detach(), kappa.detach())[1]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density at α; a value rounded to 0 or 1 lost its tail: see ``log_prob_logit``."""
+        """Log-density at α, which gets no gradient; 0 and 1 count as their nearest neighbours."""
         if self._validate_args:
             self._validate_sample(value)
-        return self.log_prob_logit(torch.logit(value))
+        return self.log_prob_logit(torch.logit(_inside(value)))
 
     def log_prob_logit(self, logit: Tensor) -> Tensor:
         """Log-density (with respect to α) at the sample with this logit."""
@@ -112,6 +113,12 @@ class MeanConcentrationBeta(Distribution):
     def _shapes(self) -> tuple[Tensor, Tensor]:
         kappa = self.concentration
         return kappa * torch.sigmoid(self.logits), kappa * torch.sigmoid(-self.logits)
+
+
+def _inside(alpha: Tensor) -> Tensor:
+    """α moved off 0 and 1, where rounding may have put it, as torch's Beta does."""
+    info = torch.finfo(alpha.dtype)
+    return alpha.clamp(info.tiny, 1 - info.eps / 2)
 
 
 @register_kl(MeanConcentrationBeta, MeanConcentrationBeta)

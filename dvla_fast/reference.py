@@ -52,6 +52,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
     scores = q @ k.transpose(-2, -1) * scale
     if mask is None:
         return torch.softmax(scores, dim=-1) @ v
+    v = v.masked_fill(~mask[..., None, :, None], 0)  # whatever is there, NaN included
     keep = mask[..., None, None, :]  # [..., 1, 1, L]
     weights = torch.softmax(scores.masked_fill(~keep, torch.finfo(scores.dtype).min), dim=-1)
     return weights * keep @ v
@@ -69,7 +70,7 @@ def beta_policy(
     Everything is computed in float64 and returned in the dtype of ``logits``.
     """
     dtype = logits.dtype
-    wide_logits, kappa = logits.double(), concentration.double()
+    wide_logits, kappa = logits.double().clamp(-300, 300), concentration.double()  # as the kernels
     a = kappa * torch.sigmoid(wide_logits)
     b = kappa * torch.sigmoid(-wide_logits)
     if action_logit is None:

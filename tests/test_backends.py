@@ -32,6 +32,8 @@ def test_the_call_outranks_the_process() -> None:
     dvla_fast.set_backend("reference")
     assert backends.choose("op", candidates, None) == "reference"
     assert backends.choose("op", candidates, "cpp") == "cpp"
+    dvla_fast.set_backend("triton")  # which this op does not have
+    assert backends.choose("op", candidates, None) == "cpp"
 
 
 def test_a_forced_backend_that_cannot_run_says_why() -> None:

@@ -1,4 +1,4 @@
-"""The command line: exit status 0, 1 or 2, one-line errors with a remedy, and help with examples."""
+"""The command line: exit status 0, 1 or 2, one-line errors with a remedy, help with examples."""
 
 from __future__ import annotations
 

@@ -227,7 +227,8 @@ class Backward {
  private:
   // Depends on the shape alone.
   int64_t slots(int64_t blocks) const {
-    return std::max<int64_t>(1, std::min(blocks, ceil_div(kItems, z.T * z.H)));
+    return std::max<int64_t>(1,
+                             std::min(blocks, ceil_div(kItems, std::max<int64_t>(1, z.T * z.H))));
   }
 
   template <class F>

@@ -140,7 +140,7 @@ void sample(Block& block, const Stream& stream) {
   const auto start = static_cast<std::uint64_t>(block.start);
   const Element first{static_cast<std::uint32_t>(start), static_cast<std::uint32_t>(start >> 32)};
   std::uint32_t attempt = 0;
-  for (int waiting = block.count; waiting > 0; ++attempt) {
+  for (int waiting = block.count; waiting > 0 && attempt < kMaxAttempts; ++attempt) {
     for (int j = waiting; j < padded(waiting); ++j) lanes[j] = 0;
     propose_lanes(made, gammas, lanes, waiting, stream, first, attempt);
     waiting = accept(gammas, made, lanes, waiting);

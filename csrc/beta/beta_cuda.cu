@@ -14,8 +14,6 @@ namespace dvla_fast {
 namespace {
 
 constexpr int kThreads = 128;
-// A proposal is refused with probability below 0.05; this bound only stops NaN from looping.
-constexpr std::uint32_t kMaxAttempts = 64;
 
 template <class T>
 __device__ T draw(const Stream& stream, std::int64_t index, T a, T b) {

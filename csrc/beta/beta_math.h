@@ -174,6 +174,10 @@ DVLA_HD GammaShape<T> gamma_shape(T z) {
   return {d, T(1) / std::sqrt(T(9) * d)};
 }
 
+// A proposal is refused with probability below 0.05. The bound only ends loops over NaN: shapes so
+// large that the test overflows keep log(1 + t) = 0, which is right for them.
+constexpr std::uint32_t kMaxAttempts = 64;
+
 // A proposal for both Gammas of one element: accepted where the margin is positive.
 template <class T>
 struct Proposal {

@@ -169,3 +169,17 @@ def check_finite(values: dict[str, float], stage: str, where: str) -> None:
             f"{stage}, {where}: {', '.join(bad)} became NaN or infinite; nothing was saved after "
             "the last good checkpoint: check the images, lower the learning rate, and start again"
         )
+
+
+def check_weights(module: nn.Module, what: str) -> None:
+    """Stop on broken weights before they meet an operation that cannot say where they come from.
+
+    Raises:
+        TrainingError: a parameter or buffer holds NaN or infinity.
+    """
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise TrainingError(
+                f"{what}: the weights {name!r} hold NaN or infinity; use an earlier checkpoint, or "
+                "train with a lower rate"
+            )

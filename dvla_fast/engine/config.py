@@ -93,7 +93,7 @@ class PretrainConfig:
 class MetatuneConfig:
     """Meta-tuning of gates and backbone on episodes of the base classes."""
 
-    epochs: int = option(20, "epochs", 1)
+    epochs: int = option(10, "epochs", 1)
     steps_per_epoch: int = option(12, "optimiser steps of an epoch", 1)
     episodes_per_step: int = option(4, "episodes of a step", 1)
     way: int = option(5, "classes of an episode", 1)
@@ -107,6 +107,7 @@ class MetatuneConfig:
     weight_decay: float = option(1e-4, "weight decay")
     clip_norm: float = option(1.0, "largest gradient norm")
     augment: bool = option(False, "shift, rotate and scale images as pre-training does")
+    freeze_norm: bool = option(True, "keep the backbone's BatchNorm statistics of pre-training")
     reinforce_weight: float = option(0.1, "weight of the REINFORCE loss")
     entropy_weight: float = option(0.2, "weight of the policy's entropy bonus")
     lambda_sim: float = option(0.5, "weight of the similarity reward")
@@ -249,7 +250,9 @@ def add_arguments(parser: Any, cls: Any, default: Any, prefix: str = "") -> None
         prefix: dotted name of the group.
     """
     hints = get_type_hints(cls)
-    group = parser.add_argument_group(prefix or "run", (cls.__doc__ or "").split("\n")[0])
+    group = parser.add_argument_group(
+        prefix.rstrip(".") or "run", (cls.__doc__ or "").split("\n")[0]
+    )
     nested: list[tuple[Any, Any, str]] = []
     for item in fields(cls):
         name, value = prefix + item.name, getattr(default, item.name)
@@ -260,7 +263,8 @@ def add_arguments(parser: Any, cls: Any, default: Any, prefix: str = "") -> None
         elif kind is bool and not prefix:  # --resume, --quick: plain switches
             group.add_argument(f"--{name}", action="store_true", default=value, help=text)
         else:
-            group.add_argument(f"--{name}", type=kind, default=value, help=text)
+            metavar = item.name.upper()
+            group.add_argument(f"--{name}", type=kind, default=value, metavar=metavar, help=text)
     for kind, value, nested_prefix in nested:
         add_arguments(parser, kind, value, nested_prefix)
 

@@ -20,6 +20,7 @@ from dvla_fast.engine.build import (
     build_model,
     build_pretrain_model,
     build_texts,
+    check_weights,
     pick_device,
     seed_everything,
     split_classes,
@@ -123,8 +124,14 @@ def gated_accuracies(
     training = model.training
     model.eval()
     images = data.split(split)
+    check_weights(model, images.name)
     # What comes before the first gate depends on no episode: once per image, not per episode.
     maps = torch.cat([model.prefix(data.normalise(x)) for x in images.images.split(512)])
+    if not bool(maps.isfinite().all()):
+        raise TrainingError(
+            f"{images.name}: image features are NaN or infinite; check the images, or use an "
+            "earlier checkpoint"
+        )
     positions = split_classes(data, split)
     modes = {LEARNED: None, **({FIXED: config.fixed_alpha} if fixed else {})}
     scores: dict[str, list[Tensor]] = {name: [] for name in modes}

@@ -8,6 +8,7 @@ read once per epoch. Nothing here sees a novel class.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -127,23 +128,47 @@ def metatune(
     monitor = monitor_sampler(data, config.way, config.shots[0], config.query, seed + 1)
     progress.begin("meta-tune", config.epochs, state.epoch)
     while state.epoch < config.epochs:
-        model.train()
+        _training_mode(model, config.freeze_norm)
         totals = _Totals()
         for _ in range(config.steps_per_epoch):
-            totals.add(*step(state.step))
+            totals.add(*_guarded(step, state.step, state.epoch + 1))
             state.step += 1
         row = totals.row()
         state.epoch += 1
+        check_finite({"loss": row["loss"]}, "meta-tuning", f"epoch {state.epoch}")
         score = None
         if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
             score, alphas = _validate(model, data, texts, monitor, config.validation_episodes)
             row.update(monitor_accuracy=score, monitor_alpha=alphas)
-        check_finite({"loss": row["loss"]}, "meta-tuning", f"epoch {state.epoch}")
         folder.log("metatune", state.epoch, **row)
         state.save(score)
         progress.advance()
         progress.note(_describe(row, state.epoch, config.epochs))
     return state.best_path
+
+
+def _training_mode(model: DVLA, freeze_norm: bool) -> None:
+    """Switch to training, optionally all but the backbone's BatchNorm layers.
+
+    At a rate of 1e-6 the backbone's weights hardly move in meta-tuning, but running statistics
+    would still drift to those of few-class episodes within tens of steps.
+    """
+    model.train()
+    if freeze_norm:
+        for module in model.backbone.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def _guarded(step: _Step, number: int, epoch: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Take a step; the policy's own complaint about NaN becomes the run's."""
+    try:
+        return step(number)
+    except ValueError as error:
+        if "NaN" not in str(error):
+            raise
+        check_finite({"features": math.nan}, "meta-tuning", f"epoch {epoch}")
+        raise
 
 
 class _Step:

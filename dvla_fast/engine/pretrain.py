@@ -130,11 +130,11 @@ def pretrain(
     while state.epoch < config.epochs:
         row = _train_epoch(model, optimizer, data, config, state)
         state.epoch += 1
+        check_finite(row, "pre-training", f"epoch {state.epoch}")
         score = None
         if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
             score, held_out = _validate(model, data, sampler, config.validation_episodes)
             row.update(monitor_episode_accuracy=score, monitor_accuracy=held_out)
-        check_finite(row, "pre-training", f"epoch {state.epoch}")
         folder.log("pretrain", state.epoch, **row)
         state.save(score)
         progress.advance()
@@ -200,6 +200,7 @@ def run_pretrain(config: PretrainRun, *, quiet: bool = False) -> dict[str, Any]:
     device = pick_device(config.device)
     data = build_data(config.data, device)
     spec = backbone_spec(config.model, data.channels, data.image_size)
+    build_pretrain_model(spec, 1)  # settings that fit no model fail before the folder is made
     folder = RunFolder(config.output, to_dict(config), resume=config.resume)
     rng = seed_everything(config.seed)
     with Progress({"pre-train": 1.0}, enabled=not quiet) as progress:

@@ -30,9 +30,9 @@ class GateOutput(NamedTuple):
     action_logit: Tensor
     """(A,): the exact action, for ``action_logit=``."""
     log_prob: Tensor
-    """(A,): log-density of the action; 0 for a replayed or deterministic gate."""
+    """(A,): log-density of the action; 0 for a replayed gate or a policy without chance."""
     entropy: Tensor
-    """(A,): entropy of the policy; 0 for a replayed or deterministic gate."""
+    """(A,): entropy of the policy; 0 for a replayed gate or a policy without chance."""
     state: Tensor
     """(A, 2·dim + 1): [GAP(H_v) ‖ GAP(H_t) ‖ cos(GAP(H_v), GAP(H_t))]."""
 
@@ -185,7 +185,7 @@ class RLAGate(nn.Module):
             return fused
         keep = per_image(text_mask, fused.shape[0])
         assert keep is not None
-        return fused * keep.unsqueeze(-1)
+        return fused.masked_fill(~keep.unsqueeze(-1), 0)
 
     def _heads(self, stacked: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(X, L, parts·dim) -> parts views (X, H, L, D), no copy."""
@@ -253,6 +253,8 @@ class RLAGate(nn.Module):
                 raise ValueError(
                     f"{name}: shape {tuple(tensor.shape)}, expected (batch, tokens, {width})"
                 )
+            if tensor.shape[1] == 0:
+                raise ValueError(f"{name}: shape {tuple(tensor.shape)} has no token")
             if not tensor.is_floating_point() or (tensor.dtype != weight.dtype and not autocast):
                 raise TypeError(f"{name}: dtype {tensor.dtype}, the gate has {weight.dtype}")
             if tensor.device != weight.device:
@@ -296,6 +298,8 @@ def _replayed(alpha: Tensor | float, state: Tensor, images: int, groups: int) ->
     if not isinstance(alpha, Tensor):
         if not isinstance(alpha, (int, float)):
             raise TypeError(f"alpha: expected a tensor or a number, got {type(alpha).__name__}")
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
         alpha = torch.full((), float(alpha), dtype=state.dtype, device=state.device)
     if not alpha.is_floating_point():
         raise TypeError(f"alpha: expected a floating tensor, got {alpha.dtype}")

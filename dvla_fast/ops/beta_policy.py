@@ -48,8 +48,9 @@ def beta_policy(
         concentration: κ > 0, a number or a tensor that broadcasts to ``logits``.
         action_logit: evaluate this stored action, same shape as ``logits``, instead of drawing.
         deterministic: take the policy's mean p instead of drawing.
-        generator: source of the random key; default PyTorch's global one. The same generator state
-            gives the same draws whatever the number of threads.
+        generator: source of the random key; default PyTorch's global one, the only one that
+            ``torch.compile`` traces and that activation checkpointing rewinds. The same generator
+            state gives the same draws whatever the number of threads.
         backend: ``"cpp"`` or ``"reference"``; default the best for the inputs. The reference draws
             from another random stream.
 
@@ -59,7 +60,8 @@ def beta_policy(
 
     Raises:
         TypeError: ``logits`` is not a floating tensor.
-        ValueError: κ is not positive and finite, logits hold NaN, or shapes do not fit.
+        ValueError: shapes or devices do not fit; on the CPU, κ is not positive and finite or logits
+            hold NaN (on a GPU, where looking would stall, NaN comes out).
     """
     if not logits.is_floating_point():
         raise TypeError(f"logits: expected a floating tensor, got {logits.dtype}")
@@ -73,6 +75,8 @@ def beta_policy(
             raise ValueError(
                 f"action_logit: shape {tuple(action_logit.shape)}, expected {tuple(logits.shape)}"
             )
+        if action_logit.device != logits.device:
+            raise ValueError(f"action_logit: on {action_logit.device}, logits on {logits.device}")
         action_logit = action_logit.detach().to(logits.dtype)
     problem = _extension.beta_problem(logits.device)
     if backends.choose("beta_policy", (("cpp", problem), ("reference", None)), backend) == "cpp":
@@ -81,7 +85,7 @@ def beta_policy(
             key = draw_key(logits.device, generator)
         return _run(logits, kappa, value, action_logit, key)
     full = torch.full((), value, dtype=logits.dtype, device=logits.device)
-    _check_values(logits, full if kappa is None else kappa)
+    _check_values(logits, full if kappa is None else kappa, action_logit)
     return BetaPolicyOutput(
         *reference.beta_policy(
             logits, full if kappa is None else kappa, action_logit, deterministic, generator
@@ -111,7 +115,7 @@ def beta_entropy(logits: Tensor, concentration: float | Tensor) -> Tensor:
 def draw_key(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """(2,) int64: seed and offset of a counter-based stream, drawn by a torch op.
 
-    Being drawn by PyTorch's own generator, it is replayed by activation checkpointing and drawn
+    Drawn from PyTorch's global generator, it is replayed by activation checkpointing and drawn
     afresh by each replay of a CUDA graph, with no hidden state in the op that reads it.
     """
     return torch.randint(_LARGEST_INT64, (2,), device=device, generator=generator)
@@ -182,7 +186,7 @@ def _checked_concentration(
     """(tensor or None, number): the two forms the op takes."""
     if not isinstance(concentration, Tensor):
         value = float(concentration)
-        if not 0.0 < value < float("inf"):
+        if not 0.0 < value <= torch.finfo(logits.dtype).max:
             raise ValueError(f"concentration: expected a positive finite number, got {value}")
         return None, value
     if concentration.device != logits.device:
@@ -199,11 +203,16 @@ def _checked_concentration(
     return concentration.to(logits.dtype), 0.0
 
 
-def _check_values(logits: Tensor, kappa: Tensor) -> None:
-    """What the C++ op checks on its way, for the reference path; a traced graph cannot raise."""
-    if torch.compiler.is_compiling():
+def _check_values(logits: Tensor, kappa: Tensor, action_logit: Tensor | None) -> None:
+    """What the C++ op checks on its way, for the reference path.
+
+    Neither a traced graph nor a CUDA graph under capture can raise, and reading a GPU would stall.
+    """
+    if torch.compiler.is_compiling() or logits.device.type != "cpu":
         return
     if bool(torch.isnan(logits).any()):
         raise ValueError("logits: NaN found")
+    if action_logit is not None and bool(torch.isnan(action_logit).any()):
+        raise ValueError("action_logit: NaN found")
     if not bool(((kappa > 0) & torch.isfinite(kappa)).all()):
         raise ValueError("concentration: expected positive finite values")

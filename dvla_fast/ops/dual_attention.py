@@ -193,6 +193,8 @@ def _check(
         raise TypeError(f"query: dtype {query.dtype} is not one of {_DTYPES}")
     groups, heads, _, width = query.shape
     batch, _, keys, _ = image_key.shape
+    if heads == 0 or width == 0:
+        raise ValueError(f"query: shape {tuple(query.shape)} has no head or no dimension")
     if groups == 0 or batch % groups:
         raise ValueError(
             f"image_key: {batch} images do not fall into the query's {groups} text groups evenly"
@@ -201,6 +203,8 @@ def _check(
     _expect_shape("image_value", image_value, (batch, heads, keys, width))
     _expect_shape("text_key", text_key, (groups, heads, text_key.shape[2], width))
     _expect_shape("text_value", text_value, (groups, heads, text_key.shape[2], width))
+    if not isinstance(alpha, Tensor):
+        raise TypeError(f"alpha: expected a tensor, got {type(alpha).__name__}")
     if not alpha.is_floating_point():
         raise TypeError(f"alpha: expected a floating tensor, got {alpha.dtype}")
     if tuple(alpha.shape) not in ((), (batch,), (batch, heads)):

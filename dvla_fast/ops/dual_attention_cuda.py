@@ -89,10 +89,13 @@ def _path_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One attention path, (…, H, L, D): gradients of query, key and value from d(out) = grad."""
+    if mask is not None:  # masked keys may hold anything, NaN included: 0 * NaN is not 0
+        gone = ~mask[..., None, :, None]
+        key, value = key.masked_fill(gone, 0), value.masked_fill(gone, 0)
     scores = query @ key.transpose(-2, -1) * scale
-    weights = torch.exp(scores - lse.masked_fill(torch.isneginf(lse), 0)[..., None])
     if mask is not None:
-        weights = weights * mask[..., None, None, :]
+        scores = scores.masked_fill(~mask[..., None, None, :], -torch.inf)
+    weights = torch.exp(scores - lse.masked_fill(torch.isneginf(lse), 0)[..., None])
     grad_weights = grad @ value.transpose(-2, -1)
     grad_scores = weights * (grad_weights - (grad * out).sum(-1, keepdim=True)) * scale
     return (

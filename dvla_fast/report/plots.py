@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dvla_fast.data import FewShotData
 from dvla_fast.data.images import unit_range
 from dvla_fast.engine.evaluate import FIXED, LEARNED
@@ -203,7 +205,7 @@ def _results(axis: Any, results: Sequence[Mapping[str, Any]]) -> None:
             axis.errorbar(
                 x, y, xerr=100 * value["ci95"], fmt=marks[index % 4], color=colour,
                 markersize=6, capsize=3, linewidth=1.6,
-                label=f"{result['shot']}-shot" if row == len(names) - 1 else None,
+                label=f"{result['shot']}-shot" if row == 0 else None,
             )  # fmt: skip
             axis.annotate(
                 f"{x:.1f}", (x, y), xytext=(0, 7), textcoords="offset points", ha="center",
@@ -218,7 +220,17 @@ def _results(axis: Any, results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _wrap(label: str) -> str:
-    return label.replace("visual prototypes", "visual").replace(", ", ",\n")
+    return (
+        label.replace(" prototypes, before ", ",\nbefore\n")
+        .replace(", ", ",\n")
+        .replace("visual prototypes", "visual\nprototypes")
+    )
+
+
+def _typical(images: Tensor) -> Tensor:
+    """Return the image nearest to the mean of images (n, C, H, W), as (H, W, C)."""
+    distance = (images - images.mean(0)).square().sum((1, 2, 3))
+    return images[distance.argmin()].permute(1, 2, 0).cpu()
 
 
 def _samples(figure: Any, box: Any, data: FewShotData) -> None:
@@ -235,8 +247,7 @@ def _samples(figure: Any, box: Any, data: FewShotData) -> None:
         figure.text(box.x0, top + 0.006, caption, fontsize=9.5, color=colour, va="bottom")
         for column, name in enumerate(images.class_names[:5]):
             axis = figure.add_axes((box.x0 + column * (width + pad), top - height, width, height))
-            index = int((images.labels == column).nonzero()[1])
-            picture = unit_range(images.images[index]).permute(1, 2, 0).cpu()
+            picture = _typical(unit_range(images.images[images.labels == column]))
             axis.imshow(
                 picture.squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest"
             )

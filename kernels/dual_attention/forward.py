@@ -315,7 +315,8 @@ def _allocate(query: Tensor, batch: int, save: bool) -> Results:
     out = query.new_empty(batch, rows, heads, head_dim).transpose(1, 2)
     if not save:
         # Four tensors, not one: an op must not return the same tensor twice.
-        image_out, text_out, image_lse, text_lse = (query.new_empty(0) for _ in range(4))
+        image_out, text_out = query.new_empty(0), query.new_empty(0)
+        image_lse, text_lse = (query.new_empty(0, dtype=torch.float32) for _ in range(2))
         return out, image_out, text_out, image_lse, text_lse
     return (
         out,

@@ -12,9 +12,9 @@ from dvla_fast.cli import main
 from dvla_fast.engine.logging import read_metrics
 
 PROMISED = (
-    "dataset split way shot query episodes seed accuracy ci95 interval checkpoint semantics "
-    "device dvla_fast torch"
-).split()
+    *("dataset", "split", "way", "shot", "query", "episodes", "seed", "accuracy", "ci95"),
+    *("interval", "checkpoint", "semantics", "device", "dvla_fast", "torch"),
+)
 
 
 @pytest.mark.slow

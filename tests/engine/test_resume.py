@@ -1,4 +1,4 @@
-"""A real process is killed with SIGKILL at an epoch; resumed, it ends with bit-identical weights."""
+"""A real process is killed with SIGKILL; resumed, it ends with bit-identical weights."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def test_new_folder_holds_the_resolved_configuration(tmp_path: Path) -> None:
 def test_another_run_is_never_overwritten(tmp_path: Path) -> None:
     RunFolder(tmp_path / "run", CONFIG)
     before = (tmp_path / "run" / "config.yaml").read_bytes()
-    with pytest.raises(OutputError, match="already holds a run.*--resume"):
+    with pytest.raises(OutputError, match=r"already holds a run.*--resume"):
         RunFolder(tmp_path / "run", {**CONFIG, "seed": 2})
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 

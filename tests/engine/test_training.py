@@ -1,4 +1,4 @@
-"""Pre-training and meta-tuning learn, select on monitor images, and stop on NaN with nothing lost."""
+"""Pre-training and meta-tuning learn, select on monitor images, and stop safely on NaN."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -66,11 +65,11 @@ def test_quarter_turns_are_classes_of_their_own() -> None:
 
 
 def test_pretraining_learns(tmp_path: Path, few_digits: FewShotData, tiny: DemoRun) -> None:
-    tiny.pretrain.epochs = 5
+    tiny.pretrain.epochs, tiny.pretrain.lr, tiny.pretrain.batch_size = 8, 5e-3, 24
     folder = RunFolder(tmp_path / "run", {"seed": 0})
     best = run_pretrain(folder, few_digits, tiny)
     rows = folder.rows("pretrain")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows] == list(range(1, 9))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.2
     _, info = load_checkpoint(best, ("pretrain",))
     assert info["best"] == max(row["monitor_episode_accuracy"] for row in rows)
@@ -103,7 +102,7 @@ def test_backbone_of_another_model_is_refused(
     start = run_pretrain(folder, few_digits, tiny)
     spec = backbone_spec(ModelConfig(width=16), 1, 16)
     model = build_model(model_spec(ModelConfig(width=16), spec, 512))
-    with pytest.raises(CheckpointError, match="of another model .width: 8 -> 16"):
+    with pytest.raises(CheckpointError, match=r"of another model .width: 8 -> 16"):
         load_backbone(model, spec, start)
 
 
@@ -111,7 +110,7 @@ def test_nan_images_stop_pretraining_before_anything_is_saved(
     tmp_path: Path, few_digits: FewShotData, tiny: DemoRun
 ) -> None:
     images = few_digits.base.images.clone()
-    images[3, 0, 0, 0] = float("nan")
+    images[3, 0, 8, 8] = float("nan")  # in the centre: augmentation moves corners out
     base = dataclasses.replace(few_digits.base, images=images)
     folder = RunFolder(tmp_path / "run", {"seed": 0})
     with pytest.raises(TrainingError, match="NaN or infinite"):
@@ -156,11 +155,11 @@ def test_interrupted_training_continues_to_the_same_weights(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(metatune_module, "total_loss", stops_in_the_second_epoch)
+    monkeypatch.setattr(metatune_module, "total_loss", stops_in_the_second_epoch)
+    with pytest.raises(KeyboardInterrupt):
         run_metatune(folder, few_digits, tiny, start)
+    monkeypatch.setattr(metatune_module, "total_loss", real)
     torch.manual_seed(999)
-    np.random.default_rng(999)
     again = RunFolder(tmp_path / "run", {"seed": 0}, resume=True)
     tensors, info = load_checkpoint(run_metatune(again, few_digits, tiny, start))
     assert info["best_epoch"] == expected[1]["best_epoch"]

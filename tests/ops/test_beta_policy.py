@@ -309,3 +309,27 @@ def test_cuda_draws_the_same_numbers_as_the_cpu(kappa: float) -> None:
     gpu = op(logits.cuda(), None, kappa, None, key.cuda(), True)
     for want, got in zip(cpu, gpu, strict=True):
         torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-6)
+
+
+@needs_extension
+def test_a_concentration_beyond_the_test_of_proposals_ends() -> None:
+    """Above 2e38 the acceptance test overflows; the draw is then the mean to float32."""
+    logits = torch.tensor([-2.0, 0.0, 1.0])
+    torch.testing.assert_close(beta_sample(logits, 3e38)[1], logits)
+    with pytest.raises(ValueError, match="positive finite"):
+        beta_policy(logits, 1e39)
+
+
+def test_an_action_on_another_device_raises() -> None:
+    with pytest.raises(ValueError, match="action_logit: on meta, logits on cpu"):
+        beta_policy(torch.zeros(3), 1.0, action_logit=torch.zeros(3, device="meta"))
+
+
+@needs_extension
+def test_forward_mode_raises_instead_of_dropping_tangents() -> None:
+    import torch.autograd.forward_ad as forward_ad
+
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.zeros(3), torch.ones(3))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            beta_policy(dual, 1.0)

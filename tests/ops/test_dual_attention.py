@@ -459,6 +459,8 @@ WRONG = [
     ("text_mask", lambda x: x[:1], ValueError, "text_mask: shape"),
     ("image_value", lambda x: x.to("meta"), ValueError, "image_value: on meta"),
     ("text_mask", lambda x: x.to("meta"), ValueError, "text_mask: on meta"),
+    ("alpha", lambda x: 0.5, TypeError, "alpha: expected a tensor"),
+    ("query", lambda x: x[:, :0], ValueError, "no head or no dimension"),
 ]
 
 

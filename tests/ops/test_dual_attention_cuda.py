@@ -19,7 +19,9 @@ def test_backward_equals_autograd_of_the_reference(masked: bool, images_per_grou
         *[(batch, heads, pixels, width)] * 2,
         *[(groups, heads, keys, width)] * 2,
     ]
-    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    # Large scores: a masked one must not overflow on its way to being left out.
+    tensors = [torch.randn(shape, dtype=torch.float64) * 15 for shape in shapes]
+    tensors = [tensor.requires_grad_() for tensor in tensors]
     alpha = torch.rand(batch, heads, dtype=torch.float64)
     alpha[0] = 1.0  # no division by 1 - alpha anywhere
     alpha.requires_grad_()

@@ -72,7 +72,7 @@ def test_wrong_arguments_raise() -> None:
 
 
 def test_rounded_samples_keep_a_finite_density() -> None:
-    """A quarter of Beta(9.9, 0.1) rounds to 1 in float32; torch's Beta moves it inside, so do we."""
+    """A quarter of Beta(9.9, 0.1) rounds to 1 in float32; it is moved inside, as torch does."""
     policy = MeanConcentrationBeta(mean=torch.tensor(0.99), concentration=10.0)
     samples = policy.sample((5000,))
     assert bool(((samples > 0) & (samples < 1)).all())

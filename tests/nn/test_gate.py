@@ -295,9 +295,9 @@ def test_image_scope_has_no_supports(make_gate: MakeGate) -> None:
 def test_empty_tokens_and_impossible_gates_raise() -> None:
     gate = RLAGate(8, 8, 2)
     image, text = torch.randn(2, 3, 8), torch.randn(1, 4, 8)
-    with pytest.raises(ValueError, match="text_tokens.*has no token"):
+    with pytest.raises(ValueError, match=r"text_tokens.*has no token"):
         gate(image, text[:, :0], alpha=0.5)
-    with pytest.raises(ValueError, match="image_tokens.*has no token"):
+    with pytest.raises(ValueError, match=r"image_tokens.*has no token"):
         gate(image[:, :0], text)
     with pytest.raises(ValueError, match=r"alpha: expected a number in \[0, 1\]"):
         gate(image, text, alpha=1.5)

@@ -2,6 +2,7 @@
 
     pytest benchmarks/ --benchmark-only --benchmark-json=run.json
     python -m benchmarks.ratios run.json
+    python -m benchmarks.ratios run.json --save benchmarks/results/machine.json
 
 Ratios are of medians within that one run; above 1 means dvla_fast is faster.
 """
@@ -49,10 +50,40 @@ def markdown(table: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def compact(record: dict) -> dict:
+    """What is worth keeping of a run: the machine, the commit, and every provider's median."""
+    machine, commit = record["machine_info"], record["commit_info"]
+    cpu = machine["cpu"]
+    medians = [
+        {
+            "group": bench["group"],
+            "provider": bench["params"]["provider"],
+            "median_us": round(bench["stats"]["median"] * 1e6, 2),
+            "rounds": bench["stats"]["rounds"],
+        }
+        for bench in record["benchmarks"]
+    ]
+    return {
+        "date": record["datetime"][:10],
+        "commit": commit.get("id"),
+        "uncommitted_changes": commit.get("dirty"),
+        "cpu": cpu.get("brand_raw"),
+        "cores": cpu.get("count"),
+        **{key: machine["dvla_fast"][key] for key in ("dvla_fast", "torch", "threads")},
+        "cpu_capability": machine["dvla_fast"]["cpu_capability"],
+        "medians": medians,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("record", type=Path, help="JSON written by --benchmark-json")
-    print(markdown(rows(json.loads(parser.parse_args().record.read_text()))))
+    parser.add_argument("--save", type=Path, help="keep the medians in this file")
+    arguments = parser.parse_args()
+    record = json.loads(arguments.record.read_text())
+    print(markdown(rows(record)))
+    if arguments.save:
+        arguments.save.write_text(json.dumps(compact(record), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ class PretrainConfig:
 class MetatuneConfig:
     """Meta-tuning of gates and backbone on episodes of the base classes."""
 
-    epochs: int = option(10, "epochs", 1)
+    epochs: int = option(20, "epochs", 1)
     steps_per_epoch: int = option(12, "optimiser steps of an epoch", 1)
     episodes_per_step: int = option(4, "episodes of a step", 1)
     way: int = option(5, "classes of an episode", 1)

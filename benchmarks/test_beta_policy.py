@@ -54,7 +54,7 @@ def test_forward(benchmark: Callable, n: int, provider: str) -> None:
     benchmark.group = f"beta_policy forward n={n}"
     logits = torch.randn(n)
     run = PROVIDERS[provider]
-    benchmark.pedantic(run, (logits,), rounds=5 if n > 10_000 else 300, warmup_rounds=2)
+    benchmark.pedantic(run, (logits,), rounds=20 if n > 10_000 else 500, warmup_rounds=5)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -70,4 +70,4 @@ def test_forward_backward(benchmark: Callable, n: int, provider: str) -> None:
         logits.grad = None
         torch.autograd.backward(run(logits), (ones, ones))
 
-    benchmark.pedantic(step, rounds=5 if n > 10_000 else 300, warmup_rounds=2)
+    benchmark.pedantic(step, rounds=20 if n > 10_000 else 500, warmup_rounds=5)

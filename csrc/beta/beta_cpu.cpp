@@ -84,12 +84,13 @@ struct Proposals {
   alignas(64) T log1p_a[kBlock], log1p_b[kBlock], margin_a[kBlock], margin_b[kBlock];
 };
 
-template <class T>
+// Proposals for the listed lanes; kEvery: all lanes in order, which spares the gathers.
+template <bool kEvery, class T>
 void propose_lanes(Proposals<T>& out, const Gammas<T>& gammas, const int* lanes, int count,
                    const Stream& stream, Element first, std::uint32_t attempt) {
 #pragma omp simd
   for (int j = 0; j < padded(count); ++j) {
-    const int lane = lanes[j];
+    const int lane = kEvery ? j : lanes[j];
     const Proposal<T> made =
         propose<T>(stream, {first.low + static_cast<std::uint32_t>(lane), first.high}, attempt,
                    {gammas.d_a[lane], gammas.c_a[lane]}, {gammas.d_b[lane], gammas.c_b[lane]});
@@ -139,10 +140,11 @@ void sample(Block& block, const Stream& stream) {
   // A block starts at a multiple of its size: adding a lane never carries into the high half.
   const auto start = static_cast<std::uint64_t>(block.start);
   const Element first{static_cast<std::uint32_t>(start), static_cast<std::uint32_t>(start >> 32)};
-  std::uint32_t attempt = 0;
-  for (int waiting = block.count; waiting > 0 && attempt < kMaxAttempts; ++attempt) {
+  propose_lanes<true>(made, gammas, lanes, block.count, stream, first, 0);
+  int waiting = accept(gammas, made, lanes, block.count);
+  for (std::uint32_t attempt = 1; waiting > 0 && attempt < kMaxAttempts; ++attempt) {
     for (int j = waiting; j < padded(waiting); ++j) lanes[j] = 0;
-    propose_lanes(made, gammas, lanes, waiting, stream, first, attempt);
+    propose_lanes<false>(made, gammas, lanes, waiting, stream, first, attempt);
     waiting = accept(gammas, made, lanes, waiting);
   }
   T action[kBlock];

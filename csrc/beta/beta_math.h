@@ -28,22 +28,30 @@ struct Remainders {
   double trigamma;          // psi'(z)
 };
 
+// A product of factors u + constant, with its first and half its second derivative by u.
+struct Product {
+  double value, first, half_second;
+
+  DVLA_HD void multiply(double factor) {
+    half_second = fma_(half_second, factor, first);
+    first = fma_(first, factor, value);
+    value *= factor;
+  }
+};
+
 // z > 0 with its logarithm: recurrence up to y >= 8, then asymptotic series in 1/y^2.
 DVLA_HD Remainders remainders(double z, double log_z) {
   const bool small = z < 8.0;
   const double x = small ? z : 1.0;  // keeps the product finite where it is not used
-  double product = x, first = 1.0, half_second = 0.0;  // P, P', P''/2
-#if defined(__CUDACC__)
-#pragma unroll
-#else
-#pragma GCC unroll 7
-#endif
-  for (int i = 1; i < 8; ++i) {
-    const double factor = x + i;
-    half_second = fma_(half_second, factor, first);
-    first = fma_(first, factor, product);
-    product *= factor;
-  }
+  // The factors pair up: with u = x (x + 7), P = u (u + 6) (u + 10) (u + 12).
+  const double u = x * (x + 7.0), slope = fma_(x, 2.0, 7.0);  // slope = du/dx
+  Product of_u{u, 1.0, 0.0};
+  of_u.multiply(u + 6.0);
+  of_u.multiply(u + 10.0);
+  of_u.multiply(u + 12.0);
+  const double product = of_u.value;
+  const double first = of_u.first * slope;                                       // P'
+  const double half_second = fma_(of_u.half_second * slope, slope, of_u.first);  // P''/2
   const double y = small ? z + 8.0 : z;
   const double shared = 1.0 / (y * product);
   const double r = shared * product;  // 1/y

@@ -26,10 +26,8 @@ DVLA_HD T min_(T a, T b) {
   return a < b ? a : b;
 }
 
-template <class T>
-DVLA_HD T abs_(T a) {
-  return a < T(0) ? -a : a;
-}
+DVLA_HD double abs_(double a) { return __builtin_fabs(a); }
+DVLA_HD float abs_(float a) { return __builtin_fabsf(a); }
 
 template <class To, class From>
 DVLA_HD To bits_(From from) {

@@ -1,8 +1,9 @@
-"""Turns a pytest-benchmark JSON file into a table of ratios: the best peer over dvla_fast.
+"""Turns a benchmark record into a table of ratios: the best peer over dvla_fast.
 
     pytest benchmarks/ --benchmark-only --benchmark-json=run.json
     python -m benchmarks.ratios run.json
     python -m benchmarks.ratios run.json --save benchmarks/results/machine.json
+    python -m benchmarks.ratios benchmarks/results/amd-epyc-2-cores.json
 
 Ratios are of medians within that one run; above 1 means dvla_fast is faster.
 """
@@ -17,24 +18,38 @@ from pathlib import Path
 OURS = "dvla_fast"
 
 
+def medians(record: dict) -> list[dict]:
+    """Every provider's median, from pytest-benchmark's JSON or from a file kept with --save."""
+    if "medians" in record:
+        return record["medians"]
+    return [
+        {
+            "group": bench["group"],
+            "provider": bench["params"]["provider"],
+            "median_us": round(bench["stats"]["median"] * 1e6, 2),
+        }
+        for bench in record["benchmarks"]
+    ]
+
+
 def rows(record: dict) -> list[dict]:
     """One row a group: our median, the fastest peer's, and their ratio."""
     groups: dict[str, dict[str, float]] = defaultdict(dict)
-    for bench in record["benchmarks"]:
-        groups[bench["group"]][bench["params"]["provider"]] = bench["stats"]["median"]
+    for row in medians(record):
+        groups[row["group"]][row["provider"]] = row["median_us"]
     table = []
-    for group, medians in groups.items():
-        peers = {name: time for name, time in medians.items() if name != OURS}
-        if OURS not in medians or not peers:
+    for group, times in groups.items():
+        peers = {name: time for name, time in times.items() if name != OURS}
+        if OURS not in times or not peers:
             continue
         best = min(peers, key=lambda name: peers[name])
         table.append(
             {
                 "group": group,
-                "ours_us": medians[OURS] * 1e6,
+                "ours_us": times[OURS],
                 "peer": best,
-                "peer_us": peers[best] * 1e6,
-                "ratio": peers[best] / medians[OURS],
+                "peer_us": peers[best],
+                "ratio": peers[best] / times[OURS],
             }
         )
     return table
@@ -54,15 +69,6 @@ def compact(record: dict) -> dict:
     """What is worth keeping of a run: the machine, the commit, and every provider's median."""
     machine, commit = record["machine_info"], record["commit_info"]
     cpu = machine["cpu"]
-    medians = [
-        {
-            "group": bench["group"],
-            "provider": bench["params"]["provider"],
-            "median_us": round(bench["stats"]["median"] * 1e6, 2),
-            "rounds": bench["stats"]["rounds"],
-        }
-        for bench in record["benchmarks"]
-    ]
     return {
         "date": record["datetime"][:10],
         "commit": commit.get("id"),
@@ -71,13 +77,13 @@ def compact(record: dict) -> dict:
         "cores": cpu.get("count"),
         **{key: machine["dvla_fast"][key] for key in ("dvla_fast", "torch", "threads")},
         "cpu_capability": machine["dvla_fast"]["cpu_capability"],
-        "medians": medians,
+        "medians": medians(record),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("record", type=Path, help="JSON written by --benchmark-json")
+    parser.add_argument("record", type=Path, help="JSON written by --benchmark-json or --save")
     parser.add_argument("--save", type=Path, help="keep the medians in this file")
     arguments = parser.parse_args()
     record = json.loads(arguments.record.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,11 @@ def test_ratio_table() -> None:
     (row,) = rows(record)
     assert (row["peer"], row["ratio"]) == ("fast peer", pytest.approx(3.0))
     assert "| op n=5 | 2.0 µs | fast peer | 6.0 µs | 3.0× |" in markdown([row])
+
+
+def test_documented_table_is_the_kept_record() -> None:
+    kept = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores.json"
+    assert markdown(rows(json.loads(kept.read_text()))) in (ROOT / "docs/benchmarks.md").read_text()
 
 
 @pytest.mark.slow

@@ -4,9 +4,10 @@ Pre-trains on the even digits, meta-tunes the gates with REINFORCE, and evaluate
 digits, which training never sees. The settings of ``engine.config.demo_config`` follow images of
 the even digits alone: held-out images, and cross-validation that leaves two even digits out of
 training and tells them apart (epochs of meta-tuning, ways, frozen BatchNorm statistics,
-augmentation, quarter turns). Where the odd digits would have preferred another setting, as they
-do for the epochs of meta-tuning, the even ones decided. ``pretrain`` and ``metatune`` select
-their best epoch by held-out images too.
+augmentation, quarter turns). Quarter turns and frozen BatchNorm were first tried after a look at
+results on the odd digits; where those would have preferred another setting, as for the epochs of
+meta-tuning, the even ones decided. ``pretrain`` and ``metatune`` select their best epoch by
+held-out images too.
 """
 
 from __future__ import annotations

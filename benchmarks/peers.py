@@ -7,7 +7,6 @@ copy an image, as these operators need it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -47,7 +46,7 @@ def sdpa_lerp(q: Tensor, ik: Tensor, iv: Tensor, tk: Tensor, tv: Tensor, alpha: 
     return torch.lerp(text, image, gate)
 
 
-@functools.cache
 def compiled() -> Attention:
-    """torch.compile of :func:`matmul_softmax`, one graph a shape."""
+    """torch.compile of :func:`matmul_softmax`, a graph for the shape at hand alone."""
+    torch.compiler.reset()  # Dynamo refuses more than a few graphs of one function
     return torch.compile(matmul_softmax, fullgraph=True, dynamic=False)

@@ -1,14 +1,12 @@
 """dual_attention beside its PyTorch peers, on few-shot shapes and a long one.
 
 One group a (shape, dtype, mode); a row is timed only after its result, and in `forward+backward`
-its gradients, were compared with float64. `DVLA_FAST_BENCH_COMPILE=all` times torch.compile on
-every shape rather than on two: compiling takes longer than everything else here.
+its gradients, were compared with float64.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -45,7 +43,6 @@ SHAPES = [
     Shape(25, 1, 6, 64, 196, 77),
     Shape(2, 1, 8, 64, 4096, 1024),
 ]
-COMPILED_SHAPES = SHAPES if os.environ.get("DVLA_FAST_BENCH_COMPILE") == "all" else SHAPES[:2]
 PROVIDERS = ["dvla_fast", "matmul+softmax", "2xSDPA+lerp", "torch.compile"]
 # Largest error allowed, as a share of the largest exact value. The bfloat16 peers mix in bfloat16.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
@@ -116,8 +113,6 @@ def check(results: list[Tensor], shape: Shape, dtype: torch.dtype) -> None:
 def test_dual_attention(
     benchmark, shape: Shape, dtype: torch.dtype, mode: str, provider: str
 ) -> None:
-    if provider == "torch.compile" and shape not in COMPILED_SHAPES:
-        pytest.skip("compiling takes long: DVLA_FAST_BENCH_COMPILE=all")
     backward = mode == "forward+backward"
     *leaves, alpha, grad_out = inputs(shape)
     leaves = [x.to(dtype).detach().requires_grad_(backward) for x in leaves]

@@ -23,7 +23,7 @@ def dual_attention(
     text_mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """α·softmax(q Kᵢᵀ·scale) Vᵢ + (1 − α)·softmax(q Kₜᵀ·scale) Vₜ (METHOD: DVLA-RL's gated mix).
+    """α·softmax(q Kᵢᵀ·scale) Vᵢ + (1 − α)·softmax(q Kₜᵀ·scale) Vₜ (DVLA-RL's gated mix).
 
     Shapes as in :func:`dvla_fast.functional.dual_attention`; ``alpha`` is already (B, H).
     Returns (B, H, P, D) in the query's dtype.

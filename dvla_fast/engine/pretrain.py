@@ -1,6 +1,6 @@
 """Pre-training: the backbone and a linear classifier learn the base classes by cross-entropy.
 
-Recipe of METHOD section 6 at a small scale: AdamW, linear warm-up then a cosine schedule, label
+Recipe of method §6 at a small scale: AdamW, linear warm-up then a cosine schedule, label
 smoothing, light augmentation in batches on the device. Selection uses only monitor images
 (validation classes, or held-out images of the base classes), never the novel classes.
 """

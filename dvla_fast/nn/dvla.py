@@ -1,7 +1,7 @@
 """DVLA: a gated backbone, one RL gate per gated layer, and the prototype classifier on top.
 
 Episodes are batched. Supports and queries go through the network in one pass; the gates decide from
-the supports alone, and queries replay their decision (METHOD.md §3 and §4).
+the supports alone, and queries replay their decision (method §3 and §4).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class EpisodeOutput(NamedTuple):
 
 
 class DVLA(nn.Module):
-    """Few-shot classifier of METHOD.md §1: backbone, gates, prototypes.
+    """Few-shot classifier of method §1: backbone, gates, prototypes.
 
     Args:
         backbone: the image network.

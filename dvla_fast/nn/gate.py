@@ -1,7 +1,7 @@
 """RLAGate: the RL-gated attention of DVLA-RL as a drop-in module for any token-based backbone.
 
 Text asks the image (cross-attention) and itself (self-attention) with one shared query; a policy
-mixes the two answers by α; the mix goes back into the image stream (METHOD.md §3, one gated layer).
+mixes the two answers by α; the mix goes back into the image stream (method §3, one gated layer).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class RLAGate(nn.Module):
         hidden_dim: hidden width of the policy's network.
         alpha_scope: "episode": one decision per text group, its state pooled over the group's
             images; "image": one per image.
-        policy: "beta" (paper), "categorical", "fixed", "static" or "mlp" (METHOD.md §4).
+        policy: "beta" (paper), "categorical", "fixed", "static" or "mlp" (method §4).
         fixed_alpha: the gate of policy "fixed".
 
     Raises:

@@ -1,6 +1,6 @@
 """Gate policies: from the gate's state to a mixing weight α, with its log-density and entropy.
 
-The Beta policy is DVLA-RL's; the others are the alternatives of METHOD.md §4, behind one interface,
+The Beta policy is DVLA-RL's; the others are the alternatives of method §4, behind one interface,
 so that an ablation is a change of one word. Policies compute in at least float32 whatever the
 autocast, since a log-density in half precision is noise.
 """
@@ -88,7 +88,7 @@ def _wide_linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 class BetaPolicy(GatePolicy):
-    """α ~ Beta(κp, κ(1 − p)), p = sigmoid(MLP(s)); the mean p when not sampling (METHOD.md §3).
+    """α ~ Beta(κp, κ(1 − p)), p = sigmoid(MLP(s)); the mean p when not sampling (method §3).
 
     No gradient flows through α: the network learns from log_prob and entropy alone.
     """

@@ -1,4 +1,4 @@
-"""The cosine prototype classifier of METHOD.md §3: a query goes to the nearest class mean."""
+"""The cosine prototype classifier of method §3: a query goes to the nearest class mean."""
 
 from __future__ import annotations
 

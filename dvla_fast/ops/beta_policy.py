@@ -1,6 +1,6 @@
 """The gate's policy: draw α ~ Beta(κp, κ(1 − p)), its log-density and the entropy, in one call.
 
-p = sigmoid(logits); κ is the concentration (DVLA-RL, policy of METHOD.md §3). The action is
+p = sigmoid(logits); κ is the concentration (DVLA-RL, policy of method §3). The action is
 carried as its logit l = log(α/(1 − α)): α itself saturates near 0 and 1 in float32.
 """
 

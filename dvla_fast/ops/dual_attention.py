@@ -2,7 +2,7 @@
 
     out = α · softmax(Q Kᵢᵀ · scale) Vᵢ + (1 − α) · softmax(Q Kₜᵀ · scale) Vₜ
 
-(DVLA-RL, the gated attention of METHOD.md §3.) The images of a text group share Q, Kₜ and Vₜ.
+(DVLA-RL, the gated attention of method §3.) The images of a text group share Q, Kₜ and Vₜ.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class EMABaseline(nn.Module):
-    """Exponential moving average of each gated layer's reward (METHOD.md §3, the default).
+    """Exponential moving average of each gated layer's reward (method §3, the default).
 
     Its first call has seen no reward: it returns 0, and the average starts at that call's mean.
 

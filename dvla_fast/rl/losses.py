@@ -1,6 +1,6 @@
 """The objective of DVLA-RL: cross-entropy of the prototypes plus REINFORCE for the gates.
 
-L = L_sup + λ L_RL with ∇L_RL = −E[(R − b) ∇ log π] − τ ∇H(π) (METHOD.md §3). Diagnostics stay on
+L = L_sup + λ L_RL with ∇L_RL = −E[(R − b) ∇ log π] − τ ∇H(π) (method §3). Diagnostics stay on
 the device: nothing here waits for a GPU.
 """
 

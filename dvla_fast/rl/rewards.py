@@ -1,4 +1,4 @@
-"""Rewards of the gates (METHOD.md §3): how well the fused tokens mean the right class, and how much
+"""Rewards of the gates (method §3): how well the fused tokens mean the right class, and how much
 the gate improved the classification. Plain functions of tensors; no gradient flows through them.
 """
 
@@ -106,7 +106,7 @@ def layer_rewards(
         lambda_sim: weight of the similarity.
         lambda_imp: weight of the improvement.
         previous_accuracy: () or (E,): read t as consecutive episodes instead of consecutive gates,
-            the improvement being this episode's final accuracy minus this one (METHOD.md §4).
+            the improvement being this episode's final accuracy minus this one (method §4).
 
     Raises:
         ValueError: the output has no gated layer.

@@ -1,4 +1,4 @@
-"""RLAGate against METHOD.md §3 written out, its options, and its errors."""
+"""RLAGate against method §3 written out, its options, and its errors."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A backbone is stages of blocks over feature maps (B, C, H, W). Before a gated block a callback sees
 the image tokens, may replace them, and may append extra tokens that ride along through that one
-block (METHOD.md §3, "back into the image stream").
+block (method §3, "back into the image stream").
 """
 
 from __future__ import annotations

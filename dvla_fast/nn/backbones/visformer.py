@@ -1,7 +1,7 @@
 """Visformer-Tiny, the paper's backbone, over timm's implementation, with gates before any block.
 
 timm's modules and parameter names are kept (under ``net.``), so its checkpoints load. Stage 1 is
-convolutional; gates with extra tokens go to stages 2 and 3 (METHOD.md §5). The ImageNet weights
+convolutional; gates with extra tokens go to stages 2 and 3 (method §5). The ImageNet weights
 that timm offers have seen the novel classes of every benchmark here, and are never fetched.
 """
 

@@ -52,9 +52,8 @@ def _load() -> None:
     info = _import_build_info()
     if info is None:
         problem = (
-            "the C++ extension is not built; `dvla-fast doctor` checks for a compiler and headers"
-            " (Debian, Ubuntu: apt install g++ python3-dev), then: pip install"
-            " --no-build-isolation -e ."
+            "the C++ extension is not built (`dvla-fast doctor` says what it needs; then: pip"
+            " install --no-build-isolation -e .)"
         )
         warnings.warn(
             f"dvla_fast: {problem}; using plain PyTorch, which is slower", RuntimeWarning, 2

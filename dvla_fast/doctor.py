@@ -7,8 +7,12 @@ it is asked about.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+import shutil
+import sysconfig
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 _EXTRAS = {
@@ -46,6 +50,7 @@ def report() -> tuple[str, bool]:
         "extension",
     ]
     lines += _extension_lines()
+    lines += ["", "build tools", *_build_lines()]
     healthy = True
     for extra, packages in _EXTRAS.items():
         missing = [name for name in packages if _version(name) is None]
@@ -68,6 +73,27 @@ def _extension_lines() -> list[str]:
     if isinstance(info, Mapping):
         return [f"  {key}: {value}" for key, value in info.items()]
     return [f"  {line}" for line in str(info).splitlines()]
+
+
+def _build_lines() -> list[str]:
+    """What compiling the extension needs, found or with its remedy."""
+    compilers = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    tools = {
+        "C++ compiler": (_which(*compilers), "Debian, Ubuntu: apt install g++"),
+        "Python headers": (str(headers) if headers.exists() else None, "apt install python3-dev"),
+        "cmake": (_version("cmake") or _which("cmake"), "pip install cmake ninja"),
+        "nvcc": (_which(os.environ.get("CUDACXX", ""), "nvcc"), "only for the CUDA kernels"),
+    }
+    lines = [
+        f"  {name}: {found or f'missing ({remedy})'}" for name, (found, remedy) in tools.items()
+    ]
+    lines.append("  to build: pip install --no-build-isolation -e .  (in the source folder)")
+    return lines
+
+
+def _which(*names: str) -> str | None:
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def _gpu(torch: Any) -> str:

@@ -57,17 +57,41 @@ def test_forward(benchmark: Callable, n: int, provider: str) -> None:
     benchmark.pedantic(run, (logits,), rounds=20 if n > 10_000 else 500, warmup_rounds=5)
 
 
+def direct(densities: Densities, weights: Tensor) -> None:
+    torch.autograd.backward(densities, (weights, weights))
+
+
+def sums(densities: Densities, weights: Tensor) -> None:
+    log_prob, entropy = densities
+    (log_prob.sum() + entropy.sum()).backward()
+
+
+def reinforce(densities: Densities, weights: Tensor) -> None:
+    log_prob, entropy = densities
+    (-(weights * log_prob) - 0.2 * entropy).mean().backward()
+
+
+# How the gradient is driven. "forward+backward" hands gradients to the two results, which leaves
+# little but the op and PyTorch's engine; the others add PyTorch ops that cost both sides the same.
+DRIVES = {
+    "forward+backward": direct,
+    "forward+backward of sums": sums,
+    "REINFORCE loss forward+backward": reinforce,
+}
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("n", SIZES)
-def test_forward_backward(benchmark: Callable, n: int, provider: str) -> None:
+@pytest.mark.parametrize("drive", DRIVES)
+def test_forward_backward(benchmark: Callable, drive: str, n: int, provider: str) -> None:
     check()
-    benchmark.group = f"beta_policy forward+backward n={n}"
+    benchmark.group = f"beta_policy {drive} n={n}"
     logits = torch.randn(n, requires_grad=True)
-    ones = torch.ones(n)
-    run = PROVIDERS[provider]
+    weights = torch.ones(n)
+    run, back = PROVIDERS[provider], DRIVES[drive]
 
     def step() -> None:
         logits.grad = None
-        torch.autograd.backward(run(logits), (ones, ones))
+        back(run(logits), weights)
 
     benchmark.pedantic(step, rounds=20 if n > 10_000 else 500, warmup_rounds=5)

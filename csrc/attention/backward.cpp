@@ -64,6 +64,7 @@ class Backward {
            const at::Tensor& grad_alpha)
       : z(sizes),
         panels(z.P),
+        grad_q_size(panels.lanes * E::out_rows(z.D)),
         image_blocks(z.N),
         text_blocks(z.S),
         image_cut(z.T, z.G, z.H, image_blocks.count),
@@ -98,8 +99,8 @@ class Backward {
     const auto sums = [&](const Cut& cut, int64_t width) {
       return at::empty({z.T * cut.runs * cut.slots, width}, alpha.options());
     };
-    image_query_sums = sums(image_cut, panels.lanes * z.D);
-    text_query_sums = sums(text_cut, panels.lanes * z.D);
+    image_query_sums = sums(image_cut, grad_q_size);
+    text_query_sums = sums(text_cut, grad_q_size);
     text_sums = sums(image_cut, z.P * padded<acc_t>(z.D));
   }
 
@@ -125,9 +126,9 @@ class Backward {
     Scratch(Arena& arena, int64_t tokens, int64_t width, const Panels<acc_t>& panels)
         : E::Differentiate(arena, tokens, width, panels),
           out_row(arena.take<acc_t>(this->ld)),
-          grad_q(arena.take<acc_t>(panels.lanes * width)) {}
+          grad_q(arena.take<acc_t>(panels.lanes * E::out_rows(width))) {}
     acc_t* out_row;  // (ld)
-    acc_t* grad_q;   // panels of D rows
+    acc_t* grad_q;   // panels of E::out_rows rows
   };
 
   template <class F>
@@ -143,7 +144,7 @@ class Backward {
   void head_item(int64_t t, int64_t h, const Scratch& s) const {
     E::load_query(query(t, h), panels, z.D, scale, s);
     load_gradient(t, h, s);
-    std::fill_n(s.grad_q, panels.lanes * z.D, acc_t(0));
+    std::fill_n(s.grad_q, grad_q_size, acc_t(0));
     const acc_t share = alpha(t, h);
     const double image_part = whole_path(image_path(t, h), image_lse, image_out, t, h, share, s);
     const double text_part =
@@ -177,7 +178,7 @@ class Backward {
       acc_t* grad_q = sum(image_query_sums, image_cut, t, run, slot);
       acc_t* grad_text = sum(text_sums, image_cut, t, run, slot);
       if (pair - first / blocks < z.H && (unit == first || part == 0)) {  // the head's first unit
-        std::fill_n(grad_q, panels.lanes * z.D, acc_t(0));
+        std::fill_n(grad_q, grad_q_size, acc_t(0));
         std::fill_n(grad_text, z.P * s.ld, acc_t(0));
       }
       const GradPath<scalar_t> path = image_path(b, h);
@@ -222,7 +223,7 @@ class Backward {
       acc_t* grad_q = sum(text_query_sums, text_cut, t, run, text_cut.slot(run, h));
       const GradPath<scalar_t> path = text_path(t, h);
       if (loaded != h) {
-        std::fill_n(grad_q, panels.lanes * z.D, acc_t(0));
+        std::fill_n(grad_q, grad_q_size, acc_t(0));
         E::load_query(query(t, h), panels, z.D, scale, s);
         std::fill_n(s.go, z.P * s.ld, acc_t(0));
         for (int64_t i = 0; i < image_cut.runs; ++i) {
@@ -231,7 +232,7 @@ class Backward {
             add_scaled(s.go, sum(text_sums, image_cut, t, i, slot), acc_t(1), z.P * s.ld);
           }
         }
-        E::pack_gradient(panels, z.D, scale, s);
+        E::pack_gradient(panels, z.D, s);
         load_lse(text_lse + (t * z.H + h) * z.P, s);
         if (path.count > text_blocks.size) load_delta(text_out(t, h), s);
         loaded = h;
@@ -245,13 +246,13 @@ class Backward {
 
   // Adds up the parts of grad_query.
   void query_item(int64_t t, int64_t h, const Scratch& s) const {
-    std::fill_n(s.grad_q, panels.lanes * z.D, acc_t(0));
+    std::fill_n(s.grad_q, grad_q_size, acc_t(0));
     for (const auto& [sums, cut] :
          {std::pair(&image_query_sums, &image_cut), std::pair(&text_query_sums, &text_cut)}) {
       for (int64_t run = 0; run < cut->runs; ++run) {
         const int64_t slot = cut->slot(run, h);
         if (slot < 0) continue;
-        add_scaled(s.grad_q, sum(*sums, *cut, t, run, slot), acc_t(1), panels.lanes * z.D);
+        add_scaled(s.grad_q, sum(*sums, *cut, t, run, slot), acc_t(1), grad_q_size);
       }
     }
     store_query(t, h, s);
@@ -260,19 +261,19 @@ class Backward {
   // s.grad_q, scaled, to its place.
   void store_query(int64_t t, int64_t h, const Scratch& s) const {
     const Vec<acc_t> factor(static_cast<acc_t>(scale));
-    for (int64_t i = 0; i < panels.lanes * z.D; i += kLanes<acc_t>) {
+    for (int64_t i = 0; i < grad_q_size; i += kLanes<acc_t>) {
       (factor * Vec<acc_t>::loadu(s.grad_q + i)).store(s.grad_q + i);
     }
     for (int64_t i = 0; i < panels.count; ++i) {
-      store_panel<scalar_t>(s.grad_q + panels[i].first * z.D, panels[i], z.D, s.go, s.ld,
-                            grad_query(t, h), grad_query.row());
+      store_panel<scalar_t>(s.grad_q + panels[i].first * E::out_rows(z.D), panels[i], z.D, s.go,
+                            s.ld, grad_query(t, h), grad_query.row());
     }
   }
 
   // The output's gradient of an image, for its engine.
   void load_gradient(int64_t b, int64_t h, const Scratch& s) const {
     load_rows<scalar_t>(grad_out(b, h), nullptr, 0, z.P, z.D, acc_t(1), s.go, s.ld);
-    E::pack_gradient(panels, z.D, scale, s);
+    E::pack_gradient(panels, z.D, s);
   }
 
   void load_lse(const acc_t* lse, const Scratch& s) const {
@@ -316,6 +317,7 @@ class Backward {
 
   const Sizes z;
   const Panels<acc_t> panels;
+  const int64_t grad_q_size;
   const Blocks image_blocks, text_blocks;
   const Cut image_cut, text_cut;
   const bool whole_heads;  // one item does everything of a head, without sums in memory

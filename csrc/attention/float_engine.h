@@ -25,6 +25,8 @@ struct FloatEngine {
 
   // Rows of a packed panel.
   static int64_t depth(int64_t width) { return width; }
+  // Rows that a panel of results takes, of which the first D count.
+  static int64_t out_rows(int64_t width) { return width; }
 
   // ---- Forward
 
@@ -107,8 +109,7 @@ struct FloatEngine {
   }
 
   // After s.go (P, ld) was filled.
-  static void pack_gradient(const Panels<acc_t>& panels, int64_t width, double /* scale */,
-                            const Differentiate& s) {
+  static void pack_gradient(const Panels<acc_t>& panels, int64_t width, const Differentiate& s) {
     to_panels(s.go, panels, width, s.ld, s.go_panels);
   }
 

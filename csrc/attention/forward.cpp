@@ -49,7 +49,7 @@ class Forward {
     const int64_t tokens = z.T * z.H * panels.lanes;
     const bool widened = std::is_same_v<operand_t, acc_t>;
     shared_q = at::empty({tokens * E::depth(z.D)}, (widened ? alpha : query).options());
-    shared_text = at::empty({tokens * z.D}, alpha.options());
+    shared_text = at::empty({tokens * E::out_rows(z.D)}, alpha.options());
   }
 
   void run() const {
@@ -72,11 +72,11 @@ class Forward {
     };
     each(z.T * z.H, text_cuts, [&](int64_t item, int64_t i, const Scratch& s) {
       const int64_t token = at(item, i);
-      text_panel(item, i, s, q + token * E::depth(z.D), text + token * z.D);
+      text_panel(item, i, s, q + token * E::depth(z.D), text + token * E::out_rows(z.D));
     });
     each(z.B * z.H, image_cuts, [&](int64_t item, int64_t i, const Scratch& s) {
       const int64_t token = at(item / z.H / z.G * z.H + item % z.H, i);
-      image_panel(item, i, s, q + token * E::depth(z.D), text + token * z.D);
+      image_panel(item, i, s, q + token * E::depth(z.D), text + token * E::out_rows(z.D));
     });
   }
 
@@ -85,11 +85,11 @@ class Forward {
     Scratch(Arena& arena, int64_t tokens, int64_t width, int64_t lanes)
         : E::Attend(arena, tokens, width, lanes),
           q(arena.take<operand_t>(lanes * E::depth(width))),
-          text(arena.take<acc_t>(lanes * width)),
-          image(arena.take<acc_t>(lanes * width)),
+          text(arena.take<acc_t>(lanes * E::out_rows(width))),
+          image(arena.take<acc_t>(lanes * E::out_rows(width))),
           lse(arena.take<acc_t>(lanes)) {}
     operand_t* q;         // (depth, lanes)
-    acc_t *text, *image;  // (D, lanes)
+    acc_t *text, *image;  // (out rows, lanes)
     acc_t* lse;           // (lanes)
   };
 

@@ -119,7 +119,7 @@ class Forward {
     const Path<scalar_t> path{text_key(t, h), text_value(t, h), text_kept.index(t),
                               text_kept.count(t)};
     E::attend(path, range, q, z.D, scale, s, text, s.lse);
-    if (text_out) write(text, range, text_out, text_lse, t, h, s);
+    write(text, range, text_out, text_lse, t, h, s);
   }
 
   // The image path, mixed with the text path of its group.
@@ -130,7 +130,7 @@ class Forward {
                               image_kept.count(b)};
     acc_t* mixed = s.image;
     E::attend(path, range, q, z.D, scale, s, mixed, s.lse);
-    if (image_out) write(mixed, range, image_out, image_lse, b, h, s);
+    write(mixed, range, image_out, image_lse, b, h, s);
     const Vec<acc_t> image_share(alpha(b, h)), text_share(acc_t(1) - alpha(b, h));
     for (int64_t j = 0; j < E::out_rows(z.D) * range.lanes(); j += kLanes<acc_t>) {
       const auto text_part = text_share * Vec<acc_t>::loadu(text + j);
@@ -141,7 +141,8 @@ class Forward {
 
   void write(const acc_t* values, const Range& range, const Writer<scalar_t>& to,
              const at::Tensor& lse, int64_t outer, int64_t head, const Scratch& s) const {
-    store(values, range, to(outer, head), to.row(), s);
+    if (to) store(values, range, to(outer, head), to.row(), s);
+    if (!lse.defined()) return;
     acc_t* lse_row = lse.mutable_data_ptr<acc_t>() + (outer * z.H + head) * z.P;
     std::copy_n(s.lse, std::min(range.lanes(), z.P - range.start()), lse_row + range.start());
   }
@@ -196,17 +197,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dual_atte
   const at::Tensor out = attention::empty_by_token(z.B, z.H, z.P, z.D, query);
   at::Tensor image_out, text_out, image_lse, text_lse;
   if (save) {
-    image_out = attention::empty_by_token(z.B, z.H, z.P, z.D, query);
-    text_out = attention::empty_by_token(z.T, z.H, z.P, z.D, query);
+    if (attention::needs_image_out(z)) {
+      image_out = attention::empty_by_token(z.B, z.H, z.P, z.D, query);
+    }
+    if (attention::needs_text_out(z)) {
+      text_out = attention::empty_by_token(z.T, z.H, z.P, z.D, query);
+    }
     image_lse = at::empty({z.B, z.H, z.P}, alpha.options());
     text_lse = at::empty({z.T, z.H, z.P}, alpha.options());
   }
   dual_attention_forward_into(query, image_key, image_value, text_key, text_value, alpha,
                               image_mask, text_mask, scale, out, image_out, text_out, image_lse,
                               text_lse);
-  if (save) return {out, image_out, text_out, image_lse, text_lse};
-  const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
-  return {out, none(query), none(query), none(alpha), none(alpha)};
+  const auto or_empty = [](const at::Tensor& x, const at::Tensor& like) {
+    return x.defined() ? x : at::empty({0}, like.options());
+  };
+  return {out, or_empty(image_out, query), or_empty(text_out, query), or_empty(image_lse, alpha),
+          or_empty(text_lse, alpha)};
 }
 
 }  // namespace dvla_fast

@@ -143,12 +143,12 @@ def forced(kernel: str, tile: Tile) -> Iterator[None]:
         return None if name == "backward" and streaming else find(name, *shape)
 
     launch.find_tile = chosen
-    launch.choose.cache_clear()
+    launch.forget()
     try:
         yield
     finally:
         launch.find_tile = find
-        launch.choose.cache_clear()
+        launch.forget()
 
 
 def measure_on_gpu(

@@ -26,33 +26,19 @@ block of keys and walks over the rows makes dK and dV. Nothing of size P × N ex
 
 from __future__ import annotations
 
-import math
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import (
-    by_token,
-    check_supported,
-    needs_wide_offsets,
-    on_device_of,
-    options_of,
-    problem_of,
-    strides_of,
-)
-from .launch import Launch, choose, device_of
+from .arguments import Step, by_token, layouts_of, on_device_of
+from .backward_plan import plan
+from .launch import device_of
 
 # of query, image_key, image_value, text_key, text_value, alpha
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-# Kernel, grid, arguments by name, launch options.
-Step: TypeAlias = tuple[Any, tuple[int], dict[str, Any], dict[str, int | bool]]
-
-_LOG2_E = math.log2(math.e)
-_RANKS = (4, 4, 4, 4, 4, 4, 2, 2, 2)  # of grad_out and the inputs
-_KEYS_RANKS = (4, 4, 4, 4, 2, 2)  # of the keys kernel: grad, query, key, value, alpha, mask
 
 
 @triton.jit
@@ -431,27 +417,23 @@ def backward(
     inputs = (
         grad_out, query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask,
     )  # fmt: skip
-    saved = (
-        *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (image_out, text_out)),
-        image_lse.contiguous(),
-        text_lse.contiguous(),
-    )
+    saved = (_stored_by_token(image_out), _stored_by_token(text_out), image_lse, text_lse)
     gradients = _allocate(inputs)
     if grad_out.numel() == 0:  # no rows or no images
         for gradient in gradients:
             gradient.zero_()
         return gradients
     with on_device_of(query):
-        steps, partial_alpha = plan(inputs, saved, gradients, scale, precision)
-        for kernel, grid, arguments, options in steps:
+        launches, partial_alpha = steps(inputs, saved, gradients, scale, precision)
+        for kernel, grid, arguments, constants in launches:
             if grid[0] > 0:
-                kernel[grid](**arguments, **options)
+                kernel[grid](*arguments, **constants)
         if partial_alpha is not None:
             torch.sum(partial_alpha, -1, out=gradients[5])
     return gradients
 
 
-def plan(
+def steps(
     inputs: tuple[Tensor | None, ...],
     saved: tuple[Tensor, ...],
     gradients: tuple[Tensor, ...],
@@ -459,124 +441,42 @@ def plan(
     precision: str = "ieee",
 ) -> tuple[list[Step], Tensor | None]:
     """The launches in order, and dα by row block where it needs a sum; touches no data."""
-    grad_out, query, image_key, _, text_key, _, alpha, image_mask, text_mask = inputs
-    assert grad_out is not None
+    grad_out, query, *_ = inputs
     assert query is not None
-    assert image_key is not None
-    assert text_key is not None
-    check_supported(query.dtype, query.shape[3], precision)
-    problem, device = problem_of(query, image_key, text_key), device_of(query.device)
-    launch = choose("backward", problem, device)
-    all_rows = launch is not None
-    launch = launch or choose("backward_rows", problem, device)
-    assert launch is not None
-    heads, rows = problem.heads, problem.rows
-    row_blocks = -(-rows // launch.block_p)
-    runs = -(-problem.group_size // launch.images)
-    shared = problem.group_size > 1
-    one_launch = runs == 1 and (all_rows or not shared)
-
-    def workspace(*shape: int) -> Tensor:
-        return query.new_empty(shape, dtype=torch.float32)
-
-    batch, groups = image_key.shape[0], problem.groups
-    query_sum = text_grad = image_delta = text_delta = partial_alpha = None
-    if not one_launch:
-        query_sum, text_grad = (
-            workspace(groups, runs, heads, rows, problem.head_dim) for _ in range(2)
-        )
-    if not all_rows:
-        image_delta, text_delta = workspace(batch, heads, rows), workspace(groups, heads, rows)
-        if row_blocks > 1:
-            partial_alpha = workspace(batch, heads, row_blocks)
-
-    unit, strides = strides_of(inputs, _RANKS)
-    scales = (float(scale) * _LOG2_E, float(scale))
-    grads = (*gradients[:5], gradients[5] if partial_alpha is None else partial_alpha)
-    sizes = (problem.group_size, heads, rows, problem.image_keys, problem.text_keys, launch.images)
-    values = (
-        *inputs, *saved, *grads, query_sum, text_grad, image_delta, text_delta,
-        *strides, *scales, *sizes,
-    )  # fmt: skip
-    arguments = dict(zip(dual_attention_backward_rows_kernel.arg_names, values, strict=False))
-    arguments.update(
-        HEAD_DIM=problem.head_dim,
-        BLOCK_P=launch.block_p,
-        BLOCK_N=launch.block_n,
-        BLOCK_S=launch.block_s,
-        BLOCK_D=launch.block_d,
-        HAS_IMAGE_MASK=image_mask is not None,
-        HAS_TEXT_MASK=text_mask is not None,
-        SHARED=shared,
-        ALL_ROWS=all_rows,
-        PRECISION=precision,
-        INDEX=tl.int64 if needs_wide_offsets(inputs[:6], launch) else tl.int32,
-        UNIT=unit,
-    )
-    programs, options = row_blocks * heads * groups, options_of(launch)
-    passes = [(True, True)] if one_launch else [(True, False), (False, True)]
-    steps: list[Step] = [
-        (
-            dual_attention_backward_rows_kernel,
-            (programs * runs if image_path else programs,),
-            {**arguments, "IMAGE_PATH": image_path, "TEXT_PATH": text_path},
-            options,
-        )
-        for image_path, text_path in passes
+    planned = plan(layouts_of(inputs), query.dtype, device_of(query.device), scale, precision)
+    work = [
+        None if shape is None else query.new_empty(shape, dtype=torch.float32)
+        for shape in planned.workspaces
     ]
-    if not all_rows:
-        launch = choose("backward_keys", problem, device)
-        assert launch is not None
-        common = (launch, scales, precision)
-        assert image_delta is not None
-        assert text_delta is not None
-        image = (grad_out, query, *inputs[2:4], alpha, image_mask)
-        steps.append(_keys_step(image, (saved[2], image_delta), gradients[1:3], "alpha", *common))
-        if text_grad is None:  # one image a group: its own gradient, times 1 - alpha
-            text = (grad_out, query, *inputs[4:6], alpha, text_mask)
-        else:
-            text = (text_grad[:, 0], query, *inputs[4:6], alpha, text_mask)
-        gate = "rest" if text_grad is None else "none"
-        steps.append(_keys_step(text, (saved[3], text_delta), gradients[3:5], gate, *common))
-    return steps, partial_alpha
-
-
-def _keys_step(
-    inputs: tuple[Tensor | None, ...],
-    rows: tuple[Tensor, Tensor],
-    gradients: tuple[Tensor, ...],
-    gate: str,
-    launch: Launch,
-    scales: tuple[float, float],
-    precision: str,
-) -> Step:
-    """One launch of the keys kernel: (grad, query, key, value, alpha, mask), (lse, delta)."""
-    grad, query, key, _, _, mask = inputs
-    assert grad is not None
-    assert query is not None
-    assert key is not None
-    batch, heads, keys, head_dim = key.shape
-    unit, strides = strides_of((query, grad, *inputs[2:]), _KEYS_RANKS)
-    strides = [*strides[4:8], *strides[:4], *strides[8:]]
-    group_size = batch // query.shape[0]
-    values = (
-        *inputs, *rows, *gradients, *strides, *scales, group_size, heads, query.shape[2], keys,
+    partial_alpha, _, text_grad, image_delta, text_delta = work
+    image_lse, text_lse = (lse.contiguous() for lse in saved[2:])
+    tensors = (
+        *inputs, *saved[:2], image_lse, text_lse, *gradients[:5],
+        gradients[5] if partial_alpha is None else partial_alpha, *work[1:],
     )  # fmt: skip
-    arguments = dict(zip(dual_attention_backward_keys_kernel.arg_names, values, strict=False))
-    # The longer of the two paths sets the block: the shorter one's programs are few.
-    arguments.update(
-        HEAD_DIM=head_dim,
-        BLOCK_P=launch.block_p,
-        BLOCK_L=max(launch.block_n, launch.block_s),
-        BLOCK_D=launch.block_d,
-        HAS_MASK=mask is not None,
-        GATE=gate,
-        PRECISION=precision,
-        INDEX=tl.int64 if needs_wide_offsets(inputs[:4], launch) else tl.int32,
-        UNIT=unit,
-    )
-    grid = (-(-keys // arguments["BLOCK_L"]) * heads * batch,)
-    return dual_attention_backward_keys_kernel, grid, arguments, options_of(launch)
+    launches: list[Step] = [
+        (dual_attention_backward_rows_kernel, grid, (*tensors, *planned.rows_numbers), constants)
+        for grid, constants in planned.rows
+    ]
+    if planned.keys:
+        _, _, *paths, alpha, image_mask, text_mask = inputs
+        own_grad = grad_out if text_grad is None else text_grad[:, 0]
+        image_grads, text_grads = gradients[1:3], gradients[3:5]
+        ends = (
+            (grad_out, query, *paths[:2], alpha, image_mask, image_lse, image_delta, *image_grads),
+            (own_grad, query, *paths[2:], alpha, text_mask, text_lse, text_delta, *text_grads),
+        )
+        launches += [
+            (dual_attention_backward_keys_kernel, grid, (*path, *numbers), constants)
+            for path, (grid, numbers, constants) in zip(ends, planned.keys, strict=True)
+        ]
+    return launches, partial_alpha
+
+
+def _stored_by_token(tensor: Tensor) -> Tensor:
+    """As the forward stores its results; a copy only of what went through other hands."""
+    by_tokens = tensor.transpose(1, 2)
+    return tensor if by_tokens.is_contiguous() else by_tokens.contiguous().transpose(1, 2)
 
 
 def _allocate(inputs: tuple[Tensor | None, ...]) -> Gradients:

@@ -37,20 +37,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import (
+    Layout,
+    Step,
     by_token,
     check_supported,
+    layouts_of,
     needs_wide_offsets,
     on_device_of,
     options_of,
     problem_of,
     strides_of,
 )
-from .launch import choose, device_of
+from .launch import Device, choose, device_of, remembered
 
 # out, image_out, text_out, image_lse, text_lse
 Results: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-_RANKS = (4, 4, 4, 4, 4, 2, 2, 2)  # of the inputs
 
 
 @triton.jit
@@ -236,58 +237,72 @@ def forward(
     """
     outputs = _allocate(query, image_key.shape[0], save)
     inputs = (query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask)
-    grid, arguments, options = plan(inputs, outputs, scale, save, precision)
+    kernel, grid, arguments, constants = step(inputs, outputs, scale, save, precision)
     if grid[0] > 0:
         with on_device_of(query):
-            dual_attention_forward_kernel[grid](**arguments, **options)
+            kernel[grid](*arguments, **constants)
     else:  # no rows, or no images to carry the text along: nothing may stay uninitialised
         for result in outputs:
             result.zero_()
     return outputs
 
 
-def plan(
+def step(
     inputs: tuple[Tensor | None, ...],
     outputs: tuple[Tensor, ...],
     scale: float,
     save: bool,
     precision: str = "ieee",
-) -> tuple[tuple[int], dict[str, Any], dict[str, int | bool]]:
-    """Grid, kernel arguments by name, and launch options; touches no data (meta tensors do)."""
-    query, image_key, _, text_key, _, _, image_mask, text_mask = inputs
+) -> Step:
+    """The launch, touching no data (meta tensors do)."""
+    query = inputs[0]
     assert query is not None
-    assert image_key is not None
-    assert text_key is not None
-    check_supported(query.dtype, query.shape[3], precision)
-    problem = problem_of(query, image_key, text_key)
-    launch = choose("forward", problem, device_of(query.device))
+    grid, numbers, constants = _plan(
+        layouts_of(inputs), query.dtype, device_of(query.device), scale, save, precision
+    )
+    return dual_attention_forward_kernel, grid, (*inputs, *outputs, *numbers), constants
+
+
+@remembered
+def _plan(
+    layouts: tuple[Layout | None, ...],
+    dtype: torch.dtype,
+    device: Device,
+    scale: float,
+    save: bool,
+    precision: str,
+) -> tuple[tuple[int], tuple[float, ...], dict[str, Any]]:
+    """Grid, the numbers that follow the tensors, and constants with options by name."""
+    element_size = dtype.itemsize
+    problem = problem_of(layouts, element_size)
+    check_supported(dtype, problem.head_dim, precision)
+    launch = choose("forward", problem, device)
     assert launch is not None
-    unit, strides = strides_of(inputs, _RANKS)
-    # Rounded to float32 once: every rounding here is an error of all scores in the same direction.
-    score_scale = float(scale) * math.log2(math.e)
-    sizes = (
+    unit, strides = strides_of(layouts, element_size)
+    numbers = (
+        *strides,
+        # Rounded to float32 once: each rounding here errs in all scores, in the same direction.
+        float(scale) * math.log2(math.e),
         problem.group_size, problem.heads, problem.rows, problem.image_keys, problem.text_keys,
         launch.images,
     )  # fmt: skip
-    values = (*inputs, *outputs, *strides, score_scale, *sizes)
-    arguments = dict(zip(dual_attention_forward_kernel.arg_names, values, strict=False))
-    arguments.update(
-        HEAD_DIM=problem.head_dim,
-        BLOCK_P=launch.block_p,
-        BLOCK_N=launch.block_n,
-        BLOCK_S=launch.block_s,
-        BLOCK_D=launch.block_d,
-        HAS_IMAGE_MASK=image_mask is not None,
-        HAS_TEXT_MASK=text_mask is not None,
-        SAVE=save,
-        PRECISION=precision,
-        INDEX=tl.int64 if needs_wide_offsets(inputs[:5], launch) else tl.int32,
-        UNIT=unit,
-    )
+    constants = {
+        "HEAD_DIM": problem.head_dim,
+        "BLOCK_P": launch.block_p,
+        "BLOCK_N": launch.block_n,
+        "BLOCK_S": launch.block_s,
+        "BLOCK_D": launch.block_d,
+        "HAS_IMAGE_MASK": layouts[6] is not None,
+        "HAS_TEXT_MASK": layouts[7] is not None,
+        "SAVE": save,
+        "PRECISION": precision,
+        "INDEX": tl.int64 if needs_wide_offsets(layouts, launch) else tl.int32,
+        "UNIT": unit,
+        **options_of(launch),
+    }
     runs = -(-problem.group_size // launch.images)
     row_blocks = -(-problem.rows // launch.block_p)
-    grid = (row_blocks * problem.heads * runs * problem.groups,)
-    return grid, arguments, options_of(launch)
+    return (row_blocks * problem.heads * runs * problem.groups,), numbers, constants
 
 
 def _allocate(query: Tensor, batch: int, save: bool) -> Results:

@@ -14,10 +14,11 @@ unless half of its tile would be padding. The first such row is taken, the devic
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -99,7 +100,23 @@ class Launch:
     stages: int
 
 
-@lru_cache(maxsize=4096)
+_memories: list[Any] = []
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def remembered(function: _Function) -> _Function:
+    """Keeps a function's results until :func:`forget`: planning a launch costs more than it."""
+    memory = lru_cache(maxsize=1024)(function)
+    _memories.append(memory)
+    return cast(_Function, memory)
+
+
+def forget() -> None:
+    """After a change of the table: plans and choices are made afresh."""
+    for memory in _memories:
+        memory.cache_clear()
+
+
 def choose(kernel: str, problem: Problem, device: Device) -> Launch | None:
     """The launch of ``kernel``, or None where the table has no row for such a problem."""
     keys = max(problem.image_keys, problem.text_keys)
@@ -138,7 +155,7 @@ def find_tile(
     return None
 
 
-@cache
+@remembered
 def table_rows(section: str) -> tuple[dict[str, Any], ...]:
     """The rows of one section; none if the table has no such section."""
     return tuple(json.loads(TABLE.read_text()).get(section, {}).get("rows", ()))
@@ -165,8 +182,7 @@ def write_section(
     temporary = path.with_suffix(".tmp")
     temporary.write_text(f"{{\n{text}\n}}\n")
     temporary.replace(path)
-    table_rows.cache_clear()
-    choose.cache_clear()
+    forget()
 
 
 def _section_text(name: str, content: dict[str, Any]) -> str:

@@ -56,8 +56,7 @@ def forward_step(
     tensors = inputs(dtype, **shape)
     batch = tensors[1].shape[0]  # type: ignore[union-attr]
     results = forward._allocate(tensors[0], batch, save)
-    _, values, options = forward.plan(tensors, results, 0.2, save, precision)
-    return forward.dual_attention_forward_kernel, values, options
+    return named(forward.step(tensors, results, 0.2, save, precision))
 
 
 def backward_steps(
@@ -68,8 +67,16 @@ def backward_steps(
     out, *saved = forward._allocate(tensors[0], tensors[1].shape[0], True)  # type: ignore[union-attr]
     arguments = (out, *tensors)
     gradients = backward._allocate(arguments)
-    steps, _ = backward.plan(arguments, tuple(saved), gradients, 0.2, precision)
-    return [(kernel, values, options) for kernel, _, values, options in steps]
+    steps, _ = backward.steps(arguments, tuple(saved), gradients, 0.2, precision)
+    return [named(step) for step in steps]
+
+
+def named(step: tuple[Any, ...]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """(kernel, arguments by name, options) of a launch."""
+    kernel, _, arguments, constants = step
+    values = dict(zip(kernel.arg_names, arguments, strict=False))
+    values |= {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return kernel, values, {k: v for k, v in constants.items() if k not in kernel.arg_names}
 
 
 def compile_for(arch: int, kernel: Any, values: dict[str, Any], options: dict[str, Any]) -> Any:
@@ -138,14 +145,14 @@ def steps_of(
     rows = row["rows"] if name == "backward" else 600
     shape = {"rows": rows, "head_dim": head_dim, "masks": masks, "images": images}
     launch.find_tile = only_this
-    launch.choose.cache_clear()
+    launch.forget()
     try:
         if name == "forward":
             return [forward_step(dtype, precision=precision, **shape)]
         steps = backward_steps(dtype, precision=precision, **shape)
     finally:
         launch.find_tile = find
-        launch.choose.cache_clear()
+        launch.forget()
     kernel = (
         backward.dual_attention_backward_keys_kernel
         if name == "backward_keys"

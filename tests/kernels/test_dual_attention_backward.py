@@ -30,6 +30,7 @@ from dual_attention_cases import (
 )
 
 backward = importlib.import_module("dvla_fast.kernels.dual_attention.backward")
+backward_plan = importlib.import_module("dvla_fast.kernels.dual_attention.backward_plan")
 launch = importlib.import_module("dvla_fast.kernels.dual_attention.launch")
 
 pytestmark = NEEDS_GPU_OR_INTERPRETER
@@ -52,7 +53,7 @@ NAMES = ("query", "image_key", "image_value", "text_key", "text_value", "alpha")
 @pytest.fixture(autouse=True)
 def poison_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernels leave unwritten shows as NaN, workspaces included."""
-    launch.choose.cache_clear()
+    launch.forget()
     allocate, empty = backward._allocate, Tensor.new_empty
 
     def poisoned_empty(tensor: Tensor, *size: Any, **options: Any) -> Tensor:
@@ -82,12 +83,13 @@ def stream_in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         return None if kernel == "backward" else launch.Tile(16, 32, 4, 1)
 
     monkeypatch.setattr(launch, "find_tile", small)
+    launch.forget()
 
 
 def images_a_program(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "PROGRAMS_PER_PROCESSOR", 0)
     monkeypatch.setattr(launch, "MOST_IMAGES_PER_PROGRAM", count)
-    launch.choose.cache_clear()
+    launch.forget()
 
 
 def assert_accurate(got: tuple[Tensor, ...], case: Case) -> None:
@@ -229,7 +231,7 @@ def test_number_of_launches(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
             case.text_value, case.alpha, None, None,
         )  # fmt: skip
         gradients = backward._allocate(arguments)
-        steps, _ = backward.plan(arguments, case.run()[1:], gradients, 1.0)
+        steps, _ = backward.steps(arguments, case.run()[1:], gradients, 1.0)
         counts[images] = len(steps)
     assert counts == ({1: 1, 4: 2} if path == "whole" else {1: 3, 4: 4})
 
@@ -248,7 +250,8 @@ def test_large_scores(path: str) -> None:
 def test_wide_offsets_give_the_same_bits(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make((2, 2, 2, 18, 19, 7, 24), torch.float32)
     expected = case.gradients()
-    monkeypatch.setattr(backward, "needs_wide_offsets", lambda *_: True)
+    monkeypatch.setattr(backward_plan, "needs_wide_offsets", lambda *_: True)
+    launch.forget()
     assert_same_bits(case.gradients(), expected)
 
 

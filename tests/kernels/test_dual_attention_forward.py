@@ -55,7 +55,7 @@ RESULTS = ("out", "image_out", "text_out", "image_lse", "text_lse")
 @pytest.fixture(autouse=True)
 def poison_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernel leaves unwritten shows as NaN; launches chosen by a test are forgotten."""
-    launch.choose.cache_clear()
+    launch.forget()
     allocate = forward._allocate
 
     def filled(*args: Any) -> tuple[Tensor, ...]:
@@ -151,7 +151,7 @@ def test_several_images_in_a_program(images: int, monkeypatch: pytest.MonkeyPatc
     expected = case.run()
     monkeypatch.setattr(launch, "PROGRAMS_PER_PROCESSOR", 0)
     monkeypatch.setattr(launch, "MOST_IMAGES_PER_PROGRAM", images)
-    launch.choose.cache_clear()
+    launch.forget()
     got = case.run()
     assert_accurate(got, case)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -167,6 +167,7 @@ def test_wide_offsets_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> Non
     case = make((2, 2, 3, 5, 19, 7, 24), torch.float32)
     expected = case.run()
     monkeypatch.setattr(forward, "needs_wide_offsets", lambda *_: True)
+    launch.forget()
     assert all(torch.equal(a, b) for a, b in zip(case.run(), expected, strict=True))
 
 

@@ -51,7 +51,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[dict[str, 
     sections: dict[str, list[dict[str, Any]]] = {}
     monkeypatch.setattr(launch, "table_rows", lambda section: sections.get(section, ()))
     yield sections
-    launch.choose.cache_clear()
+    launch.forget()
 
 
 def test_submodules_do_not_hide_the_functions() -> None:

@@ -30,8 +30,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.copy(launch.TABLE, path)
     monkeypatch.setattr(launch, "TABLE", path)
     yield path
-    launch.table_rows.cache_clear()
-    launch.choose.cache_clear()
+    launch.forget()
 
 
 def most_warps_fastest(kernel: str, shape: Shape, dtype: torch.dtype, tile: Any) -> Any:

@@ -68,16 +68,17 @@ def variants() -> Iterator[Any]:
     """Every row for sm_90, masked and with a shared text, in bfloat16 or float32.
 
     The few-shot head dimensions also for sm_80 and sm_100, without masks and one image a text, in
-    float16 or float32. What goes beyond the model's own sizes is marked slow.
+    float16 or float32. Outside the half types at the model's own sizes most are marked slow.
     """
     for index, row in enumerate(launch.table_rows("default")):
         half, few_shot = row["element_size"] == 2, row["head_dim"] in (32, 64)
         bfloat16, float16 = (
             (torch.bfloat16, torch.float16) if half else (torch.float32, torch.float32)
         )
-        chosen = [(Variant(90, bfloat16, index, True, 4), few_shot)]
+        typical = few_shot and row["rows"] == 64
+        chosen = [(Variant(90, bfloat16, index, True, 4), few_shot if half else typical)]
         if few_shot:
-            quick = half and row["rows"] == 64
+            quick = half and typical
             chosen += [(Variant(arch, float16, index, False, 1), quick) for arch in (80, 100)]
         for variant, quick in chosen:
             marks = () if quick else (pytest.mark.slow,)

@@ -1,7 +1,7 @@
 """Tunes the launch table of the dual-attention kernels on the GPU at hand.
 
-    python -m benchmarks.tune                                  # every default shape, all dtypes
-    python -m benchmarks.tune --dtypes bfloat16 --shapes 1,80,8,24,196,45 25,1,8,48,49,77
+    python -m benchmarks.tune                         # default shapes, bfloat16 and float32
+    python -m benchmarks.tune --dtypes float16 --shapes 1,80,8,24,196,45 25,1,8,48,49,77
 
 Each shape T,G,H,D,N,P (text groups, images a group, heads, head dimension, image tokens, query and
 text tokens) stands for a class of calls: its dtype's size, padded head dimension, and query rows
@@ -61,14 +61,14 @@ class Class(NamedTuple):
     max_keys: int | None
 
 
-def class_of(kernel: str, shape: Shape, dtype: torch.dtype) -> Class | None:
-    """The class of a shape, or None where the kernel has no part in it."""
+def class_of(kernel: str, shape: Shape, dtype: torch.dtype, device: launch.Device) -> Class | None:
+    """The class of a shape, or None where the kernel has no part in it on this device."""
     max_rows = next((limit for limit in ROW_LIMITS if shape.rows <= limit), None)
     max_keys = next((limit for limit in KEY_LIMITS if max(shape.keys, shape.rows) <= limit), None)
     element_size = torch.empty(0, dtype=dtype).element_size()
     head_dim = launch.padded(shape.width)
     whole = launch.find_tile(
-        "backward", element_size, head_dim, shape.rows, shape.keys, launch.Device()
+        "backward", element_size, head_dim, shape.rows, max(shape.keys, shape.rows), device
     )
     if kernel.startswith("backward") and (kernel == "backward") != (whole is not None):
         return None
@@ -76,25 +76,27 @@ def class_of(kernel: str, shape: Shape, dtype: torch.dtype) -> Class | None:
 
 
 def candidates(target: Class) -> Iterator[Tile]:
-    """Tiles worth compiling: blocks that fit registers, at least a row of work for each thread."""
+    """Tiles worth compiling: neither too much nor too little work for a thread's registers."""
     whole = target.kernel == "backward"
     most_rows = target.max_rows or ROW_LIMITS[-1]
     # float32 products run on tensor cores only where asked for: smaller tiles, see the budget file.
     most_elements = 128 * 128 if target.element_size == 2 else 64 * 64
-    for rows in (most_rows,) if whole else (16, 32, 64, 128):
+    fewest_rows = most_rows if whole else min(most_rows, 64) // 2
+    many_keys = target.max_keys is None or target.max_keys > 256
+    for rows in (limit for limit in ROW_LIMITS if fewest_rows <= limit <= most_rows):
         for keys in (16, 32, 64, 128):
-            for warps in (2, 4, 8):
-                threads = 32 * warps
-                fits = rows <= most_rows and (target.max_keys is None or keys <= target.max_keys)
-                work = max(rows, keys) * max(target.head_dim, min(rows, keys))
-                if not fits or rows * keys > most_elements or not 8 <= work / threads <= 128:
+            for warps in (4, 8):
+                work = max(rows, keys) * max(target.head_dim, min(rows, keys)) / (32 * warps)
+                if rows * keys > most_elements or not 8 <= work <= 64:
                     continue
-                yield from (Tile(rows, keys, warps, stages) for stages in (1, 2, 3))
+                for stages in (2, 3) if many_keys else (1, 2):
+                    yield Tile(rows, keys, warps, stages)
 
 
 def tune(
     shapes: Iterable[Shape],
     dtypes: Iterable[torch.dtype],
+    device: launch.Device,
     measure: Measure,
     report: Callable[[str], None],
 ) -> list[dict[str, Any]]:
@@ -103,7 +105,7 @@ def tune(
     for shape in shapes:
         for dtype in dtypes:
             for kernel in KERNELS:
-                target = class_of(kernel, shape, dtype)
+                target = class_of(kernel, shape, dtype, device)
                 if target is not None:
                     members.setdefault(target, []).append((shape, dtype))
     rows = []
@@ -111,9 +113,13 @@ def tune(
         tiles = list(candidates(target))
         best: tuple[float, Tile, int] | None = None
         for index, tile in enumerate(tiles, start=1):
-            found = [measure(target.kernel, shape, dtype, tile) for shape, dtype in calls]
-            done = [result for result in found if result is not None]
-            if len(done) < len(found):
+            done = []
+            for shape, dtype in calls:
+                result = measure(target.kernel, shape, dtype, tile)
+                if result is None:
+                    break
+                done.append(result)
+            if len(done) < len(calls):
                 continue
             # Every call of a class counts alike, however long it takes.
             time = math.exp(sum(math.log(seconds) for seconds, _ in done) / len(done))
@@ -250,21 +256,24 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="T,G,H,D,N,P")
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"]
+    )
     parser.add_argument("--output", type=Path, default=launch.TABLE, help="table to write into")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks.tune: no CUDA device here; tuning measures on one", file=sys.stderr)
         return 1
-    section = launch.device_of(torch.device("cuda", torch.cuda.current_device())).generation
+    device = launch.device_of(torch.device("cuda", torch.cuda.current_device()))
     rows = tune(
         options.shapes or DEFAULT_SHAPES,
         [DTYPES[name] for name in options.dtypes],
+        device,
         measure_on_gpu,
         lambda line: print(line, file=sys.stderr, flush=True),
     )
-    launch.write_section(options.output, section, facts(), rows)
-    print(f"{len(rows)} rows of {section} written to {options.output}")
+    launch.write_section(options.output, device.generation, facts(), rows)
+    print(f"{len(rows)} rows of {device.generation} written to {options.output}")
     return 0
 
 

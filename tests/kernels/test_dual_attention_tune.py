@@ -20,6 +20,7 @@ from benchmarks.test_dual_attention import Shape
 launch = importlib.import_module("dvla_fast.kernels.dual_attention.launch")
 
 EPISODE, LONG = Shape(1, 80, 8, 24, 196, 45), Shape(2, 1, 8, 64, 4096, 1024)
+DEVICE = launch.Device("sm_90", shared=232_448)
 FACTS = {"gpu": "Test GPU", "torch": "2", "triton": "3", "date": "2000-01-01"}
 
 
@@ -42,7 +43,7 @@ def most_warps_fastest(kernel: str, shape: Shape, dtype: torch.dtype, tile: Any)
 
 def test_candidates_cover_the_default_tile() -> None:
     for dtype in (torch.float16, torch.float32):
-        target = tune.class_of("forward", EPISODE, dtype)
+        target = tune.class_of("forward", EPISODE, dtype, DEVICE)
         tiles = list(tune.candidates(target))
         assert len(set(tiles)) == len(tiles) > 5
         assert launch.find_tile("forward", dtype.itemsize, 32, 45, 196, launch.Device()) in tiles
@@ -50,7 +51,7 @@ def test_candidates_cover_the_default_tile() -> None:
 
 
 def test_backward_candidates_hold_all_rows() -> None:
-    target = tune.class_of("backward", EPISODE, torch.float16)
+    target = tune.class_of("backward", EPISODE, torch.float16, DEVICE)
     assert {tile.rows for tile in tune.candidates(target)} == {64}
 
 
@@ -62,22 +63,21 @@ def test_backward_candidates_hold_all_rows() -> None:
     ],
 )
 def test_kernels_that_a_shape_runs(shape: Shape, kernels: list[str]) -> None:
-    found = [name for name in launch.KERNELS if tune.class_of(name, shape, torch.bfloat16)]
+    found = [name for name in launch.KERNELS if tune.class_of(name, shape, torch.bfloat16, DEVICE)]
     assert found == kernels
 
 
 def test_fastest_candidate_wins_and_serves(table: Path) -> None:
     lines: list[str] = []
-    rows = tune.tune([EPISODE], [torch.bfloat16], most_warps_fastest, lines.append)
+    rows = tune.tune([EPISODE], [torch.bfloat16], DEVICE, most_warps_fastest, lines.append)
     assert lines
     assert [row["kernel"] for row in rows] == ["forward", "backward"]
     assert all((row["warps"], row["stages"], row["shared"]) == (8, 1, 8000) for row in rows)
 
     launch.write_section(table, "sm_90", FACTS, rows)
-    device = launch.Device("sm_90", shared=232_448)
-    assert launch.find_tile("forward", 2, 32, 45, 196, device) == launch.Tile(64, 32, 8, 1)
+    assert launch.find_tile("forward", 2, 32, 45, 196, DEVICE) == launch.Tile(64, 32, 8, 1)
     default = launch.find_tile("forward", 2, 32, 9, 196, launch.Device())
-    assert launch.find_tile("forward", 2, 32, 9, 196, device) == default
+    assert launch.find_tile("forward", 2, 32, 9, 196, DEVICE) == default
 
 
 def test_a_candidate_must_run_every_shape_of_its_class() -> None:
@@ -88,19 +88,21 @@ def test_a_candidate_must_run_every_shape_of_its_class() -> None:
             return None  # as a tile with wrong numbers or too much shared memory
         return most_warps_fastest(kernel, shape, dtype, tile)
 
-    rows = tune.tune([EPISODE, larger], [torch.float16], measure, lambda line: None)
+    rows = tune.tune([EPISODE, larger], [torch.float16], DEVICE, measure, lambda line: None)
     assert {row["warps"] for row in rows} == {4}
 
 
 def test_class_without_a_working_candidate_is_left_alone() -> None:
     lines: list[str] = []
-    assert tune.tune([EPISODE], [torch.float16], lambda *_: None, lines.append) == []
+    assert tune.tune([EPISODE], [torch.float16], DEVICE, lambda *_: None, lines.append) == []
     assert "no candidate runs" in lines[-1]
 
 
 def test_writing_replaces_a_class_and_keeps_the_rest(table: Path) -> None:
     before = json.loads(table.read_text())
-    rows = tune.tune([EPISODE, LONG], [torch.float16], most_warps_fastest, lambda line: None)
+    rows = tune.tune(
+        [EPISODE, LONG], [torch.float16], DEVICE, most_warps_fastest, lambda line: None
+    )
     launch.write_section(table, "sm_90", FACTS, rows)
     again = [{**rows[0], "warps": 2}]
     launch.write_section(table, "sm_90", {**FACTS, "date": "2000-01-02"}, again)

@@ -46,7 +46,19 @@ def sdpa_lerp(q: Tensor, ik: Tensor, iv: Tensor, tk: Tensor, tv: Tensor, alpha: 
     return torch.lerp(text, image, gate)
 
 
-def compiled() -> Attention:
-    """torch.compile of :func:`matmul_softmax`, a graph for the shape at hand alone."""
+def compiled(attention: Attention) -> Attention:
+    """torch.compile of a peer, a graph for the shape at hand alone."""
     torch.compiler.reset()  # Dynamo refuses more than a few graphs of one function
-    return torch.compile(matmul_softmax, fullgraph=True, dynamic=False)
+    return torch.compile(attention, fullgraph=True, dynamic=False)
+
+
+def flex_attention_lerp(
+    q: Tensor, ik: Tensor, iv: Tensor, tk: Tensor, tv: Tensor, alpha: Tensor
+) -> Tensor:
+    """Two calls of FlexAttention and one lerp; to be compiled. It has no backward on CPUs."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    batch = ik.shape[0]
+    q, tk, tv = (_expand(x, batch) for x in (q, tk, tv))
+    gate = alpha[..., None, None].to(q.dtype)
+    return torch.lerp(flex_attention(q, tk, tv), flex_attention(q, ik, iv), gate)

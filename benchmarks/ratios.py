@@ -1,8 +1,9 @@
-"""Turns a benchmark record into a table of ratios: the best peer over dvla_fast.
+"""Turns a benchmark record into a table and a picture of ratios: the best peer over dvla_fast.
 
     pytest benchmarks/ --benchmark-only --benchmark-json=run.json
     python -m benchmarks.ratios run.json
     python -m benchmarks.ratios run.json --save benchmarks/results/machine.json
+    python -m benchmarks.ratios run.json --plot ratios.png
     python -m benchmarks.ratios benchmarks/results/amd-epyc-2-cores.json
 
 Ratios are of medians within that one run; above 1 means dvla_fast is faster.
@@ -22,47 +23,89 @@ def medians(record: dict) -> list[dict]:
     """Every provider's median, from pytest-benchmark's JSON or from a file kept with --save."""
     if "medians" in record:
         return record["medians"]
-    return [
-        {
+    table = []
+    for bench in record["benchmarks"]:
+        row = {
             "group": bench["group"],
             "provider": bench["params"]["provider"],
             "median_us": round(bench["stats"]["median"] * 1e6, 2),
         }
-        for bench in record["benchmarks"]
-    ]
+        peak = bench.get("extra_info", {}).get("peak_mib")
+        table.append(row if peak is None else {**row, "peak_mib": peak})
+    return table
 
 
 def rows(record: dict) -> list[dict]:
-    """One row a group: our median, the fastest peer's, and their ratio."""
-    groups: dict[str, dict[str, float]] = defaultdict(dict)
+    """One row a group: our median and peak memory, the fastest peer's, and the times' ratio."""
+    groups: dict[str, dict[str, dict]] = defaultdict(dict)
     for row in medians(record):
-        groups[row["group"]][row["provider"]] = row["median_us"]
+        groups[row["group"]][row["provider"]] = row
     table = []
-    for group, times in groups.items():
-        peers = {name: time for name, time in times.items() if name != OURS}
-        if OURS not in times or not peers:
+    for group, providers in groups.items():
+        peers = {name: row for name, row in providers.items() if name != OURS}
+        if OURS not in providers or not peers:
             continue
-        best = min(peers, key=lambda name: peers[name])
+        best = min(peers, key=lambda name: peers[name]["median_us"])
+        ours, peer = providers[OURS], peers[best]
         table.append(
             {
                 "group": group,
-                "ours_us": times[OURS],
+                "ours_us": ours["median_us"],
                 "peer": best,
-                "peer_us": peers[best],
-                "ratio": peers[best] / times[OURS],
+                "peer_us": peer["median_us"],
+                "ratio": peer["median_us"] / ours["median_us"],
+                "ours_mib": ours.get("peak_mib"),
+                "peer_mib": peer.get("peak_mib"),
             }
         )
     return table
 
 
 def markdown(table: list[dict]) -> str:
-    lines = ["| case | dvla_fast | best peer | peer | ratio |", "|---|---|---|---|---|"]
+    """The table; peak memory of one call, results included, where it was measured."""
+    lines = [
+        "| case | dvla_fast | best peer | peer | ratio | MiB | peer's MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     lines += [
         f"| {r['group']} | {r['ours_us']:,.1f} µs | {r['peer']} | {r['peer_us']:,.1f} µs"
-        f" | {r['ratio']:.1f}× |"
+        f" | {r['ratio']:.1f}× | {_mib(r['ours_mib'])} | {_mib(r['peer_mib'])} |"
         for r in table
     ]
     return "\n".join(lines)
+
+
+def _mib(value: float | None) -> str:
+    return "" if value is None else f"{value:,.1f}"
+
+
+def plot(table: list[dict], path: Path, title: str) -> None:
+    """A bar a row: how many times faster than the fastest peer; behind the line at 1 is slower."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    ratios = [row["ratio"] for row in table]
+    figure, axis = plt.subplots(figsize=(11, 1.2 + 0.26 * len(table)), layout="constrained")
+    colours = ["#2a7f62" if ratio >= 1 else "#b5443c" for ratio in ratios]
+    axis.barh([row["group"] for row in table], ratios, color=colours)
+    for place, row in enumerate(table):
+        axis.text(row["ratio"] * 1.02, place, f"{row['ratio']:.1f}× {row['peer']}",
+                  va="center", fontsize=8)  # fmt: skip
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set_xscale("log")
+    axis.set_xlim(min(0.5, *ratios) * 0.9, max(ratios) * 2.2)
+    ticks = [x for x in (0.5, 1, 2, 3, 5, 10, 20) if x < max(ratios) * 2]
+    axis.set_xticks(ticks, [f"{x:g}×" for x in ticks])
+    axis.set_xticks([], minor=True)
+    axis.invert_yaxis()
+    axis.margins(y=0.01)
+    axis.tick_params(axis="y", labelsize=8)
+    axis.set_xlabel("median time of the fastest peer / median time of dvla_fast")
+    axis.set_title(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def compact(record: dict) -> dict:
@@ -85,11 +128,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("record", type=Path, help="JSON written by --benchmark-json or --save")
     parser.add_argument("--save", type=Path, help="keep the medians in this file")
+    parser.add_argument("--plot", type=Path, help="draw the ratios into this PNG")
     arguments = parser.parse_args()
     record = json.loads(arguments.record.read_text())
-    print(markdown(rows(record)))
+    table = rows(record)
+    print(markdown(table))
     if arguments.save:
         arguments.save.write_text(json.dumps(compact(record), indent=1) + "\n")
+    if arguments.plot:
+        where = record.get("cpu") or record.get("gpu")
+        where = where or record.get("machine_info", {}).get("cpu", {}).get("brand_raw", "")
+        plot(table, arguments.plot, f"Speed beside the fastest peer, {where}")
 
 
 if __name__ == "__main__":

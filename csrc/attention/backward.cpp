@@ -69,7 +69,7 @@ class Backward {
         text_blocks(z.S),
         image_cut(z.T, z.G, z.H, image_blocks.count),
         text_cut(z.T, 1, z.H, text_blocks.count),
-        whole_heads(z.G == 1 && (z.T * z.H >= kMostItems ||
+        whole_heads(z.G == 1 && (z.T * z.H >= kFewestItems ||
                                  std::max(image_blocks.count, text_blocks.count) <= 1)),
         grad_out(grad_out),
         query(query),

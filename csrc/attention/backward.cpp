@@ -13,7 +13,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include "attention/dual_attention.h"
 #include "attention/micro_gemm.h"
@@ -160,7 +159,10 @@ class Backward {
            const at::Tensor& text_value, const at::Tensor& alpha,
            const std::optional<at::Tensor>& image_mask, const std::optional<at::Tensor>& text_mask,
            const at::Tensor& image_out, const at::Tensor& text_out, const at::Tensor& image_lse,
-           const at::Tensor& text_lse, double scale)
+           const at::Tensor& text_lse, double scale, const at::Tensor& grad_query,
+           const at::Tensor& grad_image_key, const at::Tensor& grad_image_value,
+           const at::Tensor& grad_text_key, const at::Tensor& grad_text_value,
+           const at::Tensor& grad_alpha)
       : z(sizes),
         panels(z.P),
         image_blocks(z.N),
@@ -181,18 +183,19 @@ class Backward {
         image_kept(image_mask, z.B, z.N),
         text_kept(text_mask, z.T, z.S),
         scale(scale),
-        grad_query(z.T, z.H, z.P, z.D, query),
-        grad_image_key(z.B, z.H, z.N, z.D, query),
-        grad_image_value(z.B, z.H, z.N, z.D, query),
-        grad_text_key(z.T, z.H, z.S, z.D, query),
-        grad_text_value(z.T, z.H, z.S, z.D, query),
-        grad_alpha(at::zeros({z.B, z.H}, alpha.options())),
+        grad_query(grad_query),
+        grad_image_key(grad_image_key),
+        grad_image_value(grad_image_value),
+        grad_text_key(grad_text_key),
+        grad_text_value(grad_text_value),
+        grad_alpha(grad_alpha),
         query_sums(at::empty({z.T * z.H * (image_slots + text_slots), panels.lanes * z.D},
                              alpha.options())),
         text_sums(at::empty({z.T * z.H * image_slots, z.P * padded<acc_t>(z.D)}, alpha.options())) {
     // Masked keys are not visited; without queries no key is.
-    if (!image_kept.all() || z.P == 0) grad_image_key.zero(), grad_image_value.zero();
-    if (!text_kept.all() || z.P == 0) grad_text_key.zero(), grad_text_value.zero();
+    if (!image_kept.all() || z.P == 0) grad_image_key.zero_(), grad_image_value.zero_();
+    if (!text_kept.all() || z.P == 0) grad_text_key.zero_(), grad_text_value.zero_();
+    if (z.P == 0) grad_alpha.zero_();
   }
 
   void run() const {
@@ -216,12 +219,6 @@ class Backward {
       text_item(item / text_slots, item % text_slots, s);
     });
     each(heads, [&](int64_t item, const Scratch<acc_t>& s) { query_item(item, s); });
-  }
-
-  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> results()
-      const {
-    return {grad_query.tensor(),    grad_image_key.tensor(),  grad_image_value.tensor(),
-            grad_text_key.tensor(), grad_text_value.tensor(), grad_alpha};
   }
 
  private:
@@ -376,14 +373,36 @@ class Backward {
   const acc_t *image_lse, *text_lse;  // (B, H, P), (T, H, P) contiguous
   const KeptKeys image_kept, text_kept;
   const double scale;
-  Writer<scalar_t> grad_query, grad_image_key, grad_image_value, grad_text_key, grad_text_value;
-  at::Tensor grad_alpha;
-  at::Tensor query_sums;  // (T, H, image slots + text slots) x panels of D rows
-  at::Tensor text_sums;   // (T, H, image slots, P, D padded): sum of (1 - alpha) grad_out
+  const Writer<scalar_t> grad_query, grad_image_key, grad_image_value, grad_text_key;
+  const Writer<scalar_t> grad_text_value;
+  const at::Tensor grad_alpha;  // (B, H) contiguous
+  at::Tensor query_sums;        // (T, H, image slots + text slots) x panels of D rows
+  at::Tensor text_sums;         // (T, H, image slots, P, D padded): sum of (1 - alpha) grad_out
 };
 
 }  // namespace
 }  // namespace attention
+
+void dual_attention_backward_into(
+    const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& image_key,
+    const at::Tensor& image_value, const at::Tensor& text_key, const at::Tensor& text_value,
+    const at::Tensor& alpha, const std::optional<at::Tensor>& image_mask,
+    const std::optional<at::Tensor>& text_mask, const at::Tensor& image_out,
+    const at::Tensor& text_out, const at::Tensor& image_lse, const at::Tensor& text_lse,
+    double scale, const at::Tensor& grad_query, const at::Tensor& grad_image_key,
+    const at::Tensor& grad_image_value, const at::Tensor& grad_text_key,
+    const at::Tensor& grad_text_value, const at::Tensor& grad_alpha) {
+  const attention::Sizes sizes(query, image_key, text_key);
+  const at::Tensor image_sums = image_lse.contiguous(), text_sums = text_lse.contiguous();
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, query.scalar_type(), "dual_attention_backward", [&] {
+        const attention::Backward<scalar_t> backward(
+            sizes, grad_out, query, image_key, image_value, text_key, text_value, alpha, image_mask,
+            text_mask, image_out, text_out, image_sums, text_sums, scale, grad_query,
+            grad_image_key, grad_image_value, grad_text_key, grad_text_value, grad_alpha);
+        backward.run();
+      });
+}
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 dual_attention_backward(const at::Tensor& grad_out, const at::Tensor& query,
@@ -393,18 +412,19 @@ dual_attention_backward(const at::Tensor& grad_out, const at::Tensor& query,
                         const std::optional<at::Tensor>& text_mask, const at::Tensor& image_out,
                         const at::Tensor& text_out, const at::Tensor& image_lse,
                         const at::Tensor& text_lse, double scale) {
-  const attention::Sizes sizes(query, image_key, text_key);
-  const at::Tensor image_sums = image_lse.contiguous(), text_sums = text_lse.contiguous();
-  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> results;
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, query.scalar_type(), "dual_attention_backward", [&] {
-        const attention::Backward<scalar_t> backward(
-            sizes, grad_out, query, image_key, image_value, text_key, text_value, alpha, image_mask,
-            text_mask, image_out, text_out, image_sums, text_sums, scale);
-        backward.run();
-        results = backward.results();
-      });
-  return results;
+  const attention::Sizes z(query, image_key, text_key);
+  const auto result = [&](int64_t outer, int64_t tokens) {
+    return attention::empty_by_token(outer, z.H, tokens, z.D, query);
+  };
+  const at::Tensor grad_query = result(z.T, z.P);
+  const at::Tensor grad_image_key = result(z.B, z.N), grad_image_value = result(z.B, z.N);
+  const at::Tensor grad_text_key = result(z.T, z.S), grad_text_value = result(z.T, z.S);
+  const at::Tensor grad_alpha = at::empty({z.B, z.H}, alpha.options());
+  dual_attention_backward_into(grad_out, query, image_key, image_value, text_key, text_value, alpha,
+                               image_mask, text_mask, image_out, text_out, image_lse, text_lse,
+                               scale, grad_query, grad_image_key, grad_image_value, grad_text_key,
+                               grad_text_value, grad_alpha);
+  return {grad_query, grad_image_key, grad_image_value, grad_text_key, grad_text_value, grad_alpha};
 }
 
 }  // namespace dvla_fast

@@ -20,6 +20,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dual_atte
     const std::optional<at::Tensor>& image_mask, const std::optional<at::Tensor>& text_mask,
     double scale, bool save);
 
+// The same, written into given tensors of unit column stride and otherwise any strides (the
+// log-sum-exps contiguous); undefined ones but `out` are left out, all four or none.
+void dual_attention_forward_into(const at::Tensor& query, const at::Tensor& image_key,
+                                 const at::Tensor& image_value, const at::Tensor& text_key,
+                                 const at::Tensor& text_value, const at::Tensor& alpha,
+                                 const std::optional<at::Tensor>& image_mask,
+                                 const std::optional<at::Tensor>& text_mask, double scale,
+                                 const at::Tensor& out, const at::Tensor& image_out,
+                                 const at::Tensor& text_out, const at::Tensor& image_lse,
+                                 const at::Tensor& text_lse);
+
 // Gradients of query, image_key, image_value, text_key, text_value and alpha, in this order, from
 // the results that the forward saved.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
@@ -30,5 +41,17 @@ dual_attention_backward(const at::Tensor& grad_out, const at::Tensor& query,
                         const std::optional<at::Tensor>& text_mask, const at::Tensor& image_out,
                         const at::Tensor& text_out, const at::Tensor& image_lse,
                         const at::Tensor& text_lse, double scale);
+
+// The same, written into given tensors of unit column stride and otherwise any strides (grad_alpha
+// contiguous).
+void dual_attention_backward_into(
+    const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& image_key,
+    const at::Tensor& image_value, const at::Tensor& text_key, const at::Tensor& text_value,
+    const at::Tensor& alpha, const std::optional<at::Tensor>& image_mask,
+    const std::optional<at::Tensor>& text_mask, const at::Tensor& image_out,
+    const at::Tensor& text_out, const at::Tensor& image_lse, const at::Tensor& text_lse,
+    double scale, const at::Tensor& grad_query, const at::Tensor& grad_image_key,
+    const at::Tensor& grad_image_value, const at::Tensor& grad_text_key,
+    const at::Tensor& grad_text_value, const at::Tensor& grad_alpha);
 
 }  // namespace dvla_fast

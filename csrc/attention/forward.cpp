@@ -132,7 +132,9 @@ class Forward {
   Forward(const Sizes& sizes, const at::Tensor& query, const at::Tensor& image_key,
           const at::Tensor& image_value, const at::Tensor& text_key, const at::Tensor& text_value,
           const at::Tensor& alpha, const std::optional<at::Tensor>& image_mask,
-          const std::optional<at::Tensor>& text_mask, double scale, bool save)
+          const std::optional<at::Tensor>& text_mask, double scale, const at::Tensor& out,
+          const at::Tensor& image_out, const at::Tensor& text_out, const at::Tensor& image_lse,
+          const at::Tensor& text_lse)
       : z(sizes),
         panels(z.P),
         query(query),
@@ -144,16 +146,13 @@ class Forward {
         image_kept(image_mask, z.B, z.N),
         text_kept(text_mask, z.T, z.S),
         scale(scale),
-        save(save),
-        out(z.B, z.H, z.P, z.D, query),
+        out(out),
+        image_out(image_out),
+        text_out(text_out),
+        image_lse(image_lse),
+        text_lse(text_lse),
         q_panels(at::empty({z.T * z.H * panels.lanes * z.D}, alpha.options())),
-        text_panels(at::empty(q_panels.sizes(), alpha.options())) {
-    if (!save) return;
-    image_out = Writer<scalar_t>(z.B, z.H, z.P, z.D, query);
-    text_out = Writer<scalar_t>(z.T, z.H, z.P, z.D, query);
-    image_lse = at::empty({z.B, z.H, z.P}, alpha.options());
-    text_lse = at::empty({z.T, z.H, z.P}, alpha.options());
-  }
+        text_panels(at::empty(q_panels.sizes(), alpha.options())) {}
 
   void run() const {
     // Items of one panel where there are few heads, so that every thread has work; the results do
@@ -172,13 +171,6 @@ class Forward {
          [&](int64_t item, int64_t i, const Scratch<acc_t>& s) { text_panel(item, i, s); });
     each(z.B * z.H, image_cuts,
          [&](int64_t item, int64_t i, const Scratch<acc_t>& s) { image_panel(item, i, s); });
-  }
-
-  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> results(
-      const at::Tensor& query, const at::Tensor& alpha) const {
-    if (save) return {out.tensor(), image_out.tensor(), text_out.tensor(), image_lse, text_lse};
-    const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
-    return {out.tensor(), none(query), none(query), none(alpha), none(alpha)};
   }
 
  private:
@@ -213,7 +205,7 @@ class Forward {
                               text_kept.count(t)};
     acc_t* mixed = panel_at(text_panels, item, panel);
     with_vecs(panel.vecs, [&](auto V) { attend<V()>(path, q, z.D, s, mixed, s.lse.get()); });
-    if (save) write(mixed, panel, text_out, text_lse, t, h, s);
+    if (text_out) write(mixed, panel, text_out, text_lse, t, h, s);
   }
 
   // The image path of a panel, mixed with the text path of its group.
@@ -227,7 +219,7 @@ class Forward {
                               image_kept.count(b)};
     acc_t* mixed = s.out.get();
     with_vecs(panel.vecs, [&](auto V) { attend<V()>(path, q, z.D, s, mixed, s.lse.get()); });
-    if (save) write(mixed, panel, image_out, image_lse, b, h, s);
+    if (image_out) write(mixed, panel, image_out, image_lse, b, h, s);
     const Vec<acc_t> image_share(alpha(b, h)), text_share(acc_t(1) - alpha(b, h));
     for (int64_t j = 0; j < z.D * panel.vecs * kLanes<acc_t>; j += kLanes<acc_t>) {
       const auto text_part = text_share * Vec<acc_t>::loadu(text + j);
@@ -251,30 +243,52 @@ class Forward {
   const Gate<acc_t> alpha;
   const KeptKeys image_kept, text_kept;
   const double scale;
-  const bool save;
-  Writer<scalar_t> out, image_out, text_out;
-  at::Tensor image_lse, text_lse;
-  at::Tensor q_panels, text_panels;  // (T, H) x panels of D rows
+  const Writer<scalar_t> out, image_out, text_out;
+  const at::Tensor image_lse, text_lse;  // (B, H, P), (T, H, P) contiguous
+  at::Tensor q_panels, text_panels;      // (T, H) x panels of D rows
 };
 
 }  // namespace
 }  // namespace attention
+
+void dual_attention_forward_into(const at::Tensor& query, const at::Tensor& image_key,
+                                 const at::Tensor& image_value, const at::Tensor& text_key,
+                                 const at::Tensor& text_value, const at::Tensor& alpha,
+                                 const std::optional<at::Tensor>& image_mask,
+                                 const std::optional<at::Tensor>& text_mask, double scale,
+                                 const at::Tensor& out, const at::Tensor& image_out,
+                                 const at::Tensor& text_out, const at::Tensor& image_lse,
+                                 const at::Tensor& text_lse) {
+  const attention::Sizes sizes(query, image_key, text_key);
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, query.scalar_type(), "dual_attention_forward", [&] {
+        const attention::Forward<scalar_t> forward(sizes, query, image_key, image_value, text_key,
+                                                   text_value, alpha, image_mask, text_mask, scale,
+                                                   out, image_out, text_out, image_lse, text_lse);
+        forward.run();
+      });
+}
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dual_attention_forward(
     const at::Tensor& query, const at::Tensor& image_key, const at::Tensor& image_value,
     const at::Tensor& text_key, const at::Tensor& text_value, const at::Tensor& alpha,
     const std::optional<at::Tensor>& image_mask, const std::optional<at::Tensor>& text_mask,
     double scale, bool save) {
-  const attention::Sizes sizes(query, image_key, text_key);
-  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> results;
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, query.scalar_type(), "dual_attention_forward", [&] {
-        attention::Forward<scalar_t> forward(sizes, query, image_key, image_value, text_key,
-                                             text_value, alpha, image_mask, text_mask, scale, save);
-        forward.run();
-        results = forward.results(query, alpha);
-      });
-  return results;
+  const attention::Sizes z(query, image_key, text_key);
+  const at::Tensor out = attention::empty_by_token(z.B, z.H, z.P, z.D, query);
+  at::Tensor image_out, text_out, image_lse, text_lse;
+  if (save) {
+    image_out = attention::empty_by_token(z.B, z.H, z.P, z.D, query);
+    text_out = attention::empty_by_token(z.T, z.H, z.P, z.D, query);
+    image_lse = at::empty({z.B, z.H, z.P}, alpha.options());
+    text_lse = at::empty({z.T, z.H, z.P}, alpha.options());
+  }
+  dual_attention_forward_into(query, image_key, image_value, text_key, text_value, alpha,
+                              image_mask, text_mask, scale, out, image_out, text_out, image_lse,
+                              text_lse);
+  if (save) return {out, image_out, text_out, image_lse, text_lse};
+  const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
+  return {out, none(query), none(query), none(alpha), none(alpha)};
 }
 
 }  // namespace dvla_fast

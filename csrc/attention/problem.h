@@ -60,33 +60,32 @@ class Gate {
   int64_t outer_, head_;
 };
 
-// A result (outer, heads, tokens, width) stored as (outer, tokens, heads, width), so that joining
-// the heads afterwards copies nothing.
+// An uninitialised result (outer, heads, tokens, width) stored as (outer, tokens, heads, width), so
+// that joining the heads afterwards copies nothing.
+inline at::Tensor empty_by_token(int64_t outer, int64_t heads, int64_t tokens, int64_t width,
+                                 const at::Tensor& like) {
+  return at::empty({outer, tokens, heads, width}, like.options()).transpose(1, 2);
+}
+
+// A result (outer, heads, tokens, width) of unit column stride, written by (outer, head).
 template <class scalar_t>
 class Writer {
  public:
-  Writer(int64_t outer, int64_t heads, int64_t tokens, int64_t width, const at::Tensor& like)
-      : stored_(at::empty({outer, tokens, heads, width}, like.options())), view_(attach()) {}
-  // Undefined: nothing is written.
-  Writer() = default;
-
+  // An undefined tensor: nothing is to be written.
+  explicit Writer(const at::Tensor& x) {
+    if (!x.defined()) return;
+    data_ = x.mutable_data_ptr<scalar_t>();
+    outer_ = x.stride(0), head_ = x.stride(1), row_ = x.stride(2);
+  }
+  explicit operator bool() const { return data_ != nullptr; }
   scalar_t* operator()(int64_t outer, int64_t head) const {
     return data_ + outer * outer_ + head * head_;
   }
   int64_t row() const { return row_; }
-  const at::Tensor& tensor() const { return view_; }
-  void zero() { stored_.zero_(); }
 
  private:
-  at::Tensor attach() {
-    data_ = stored_.mutable_data_ptr<scalar_t>();
-    outer_ = stored_.stride(0), row_ = stored_.stride(1), head_ = stored_.stride(2);
-    return stored_.transpose(1, 2);
-  }
-  // Before view_, whose initialiser fills them.
   scalar_t* data_ = nullptr;
-  int64_t outer_ = 0, row_ = 0, head_ = 0;
-  at::Tensor stored_, view_;
+  int64_t outer_ = 0, head_ = 0, row_ = 0;
 };
 
 // The keys that a mask (outer, tokens) keeps. Masked keys are left out of every loop rather than

@@ -111,7 +111,9 @@ BetaResult beta_policy_autograd(const Tensor& logits, const OptionalTensor& conc
   return {out[0], out[1], out[2], out[3], out[4]};
 }
 
-// ---- dual_attention_forward
+// ---- dual_attention_forward, and projected_dual_attention_forward, which differ in what the
+// second and third argument are: image keys and values, or image tokens and the weight that makes
+// them
 
 using AttentionResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using AttentionSignature = AttentionResult(const Tensor&, const Tensor&, const Tensor&,
@@ -126,20 +128,34 @@ using AttentionBackwardSignature = AttentionGrads(const Tensor&, const Tensor&, 
                                                   const Tensor&, const Tensor&, const Tensor&,
                                                   double);
 
+struct DualAttentionOp {
+  static constexpr const char* name = "dual_attention";
+  static constexpr const char* forward = "dvla_fast::dual_attention_forward";
+  static constexpr const char* backward = "dvla_fast::dual_attention_backward";
+};
+
+struct ProjectedDualAttentionOp {
+  static constexpr const char* name = "projected_dual_attention";
+  static constexpr const char* forward = "dvla_fast::projected_dual_attention_forward";
+  static constexpr const char* backward = "dvla_fast::projected_dual_attention_backward";
+};
+
+template <class Op>
 AttentionResult call_attention(const Tensor& query, const Tensor& image_key,
                                const Tensor& image_value, const Tensor& text_key,
                                const Tensor& text_value, const Tensor& alpha,
                                const OptionalTensor& image_mask, const OptionalTensor& text_mask,
                                double scale, bool save) {
   static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("dvla_fast::dual_attention_forward", "")
-                             .typed<AttentionSignature>();
+                             .findSchemaOrThrow(Op::forward, "")
+                             .template typed<AttentionSignature>();
   at::AutoDispatchBelowADInplaceOrView below;
   return op.call(query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask,
                  scale, save);
 }
 
-class DualAttention : public torch::autograd::Function<DualAttention> {
+template <class Op>
+class DualAttention : public torch::autograd::Function<DualAttention<Op>> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& query, const Tensor& image_key,
                                const Tensor& image_value, const Tensor& text_key,
@@ -147,8 +163,8 @@ class DualAttention : public torch::autograd::Function<DualAttention> {
                                const OptionalTensor& image_mask, const OptionalTensor& text_mask,
                                double scale) {
     auto [out, image_out, text_out, image_lse, text_lse] =
-        call_attention(query, image_key, image_value, text_key, text_value, alpha, image_mask,
-                       text_mask, scale, true);
+        call_attention<Op>(query, image_key, image_value, text_key, text_value, alpha, image_mask,
+                           text_mask, scale, true);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({query, image_key, image_value, text_key, text_value, alpha,
                             or_undefined(image_mask), or_undefined(text_mask), image_out, text_out,
@@ -159,15 +175,15 @@ class DualAttention : public torch::autograd::Function<DualAttention> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return first_order_only(call_backward(ctx, grads[0]), "dual_attention");
+    return first_order_only(call_backward(ctx, grads[0]), Op::name);
   }
 
  private:
   static variable_list call_backward(AutogradContext* ctx, const Tensor& grad_out) {
     if (!grad_out.defined()) return variable_list(9);
     static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("dvla_fast::dual_attention_backward", "")
-                               .typed<AttentionBackwardSignature>();
+                               .findSchemaOrThrow(Op::backward, "")
+                               .template typed<AttentionBackwardSignature>();
     const auto s = ctx->get_saved_variables();  // before the guard, see BetaPolicy
     at::AutoDispatchBelowADInplaceOrView below;
     auto [query, image_key, image_value, text_key, text_value, alpha] =
@@ -178,17 +194,18 @@ class DualAttention : public torch::autograd::Function<DualAttention> {
   }
 };
 
+template <class Op>
 AttentionResult dual_attention_autograd(const Tensor& query, const Tensor& image_key,
                                         const Tensor& image_value, const Tensor& text_key,
                                         const Tensor& text_value, const Tensor& alpha,
                                         const OptionalTensor& image_mask,
                                         const OptionalTensor& text_mask, double scale, bool save) {
   if (save || !wants_grad({&query, &image_key, &image_value, &text_key, &text_value, &alpha})) {
-    return call_attention(query, image_key, image_value, text_key, text_value, alpha, image_mask,
-                          text_mask, scale, save);
+    return call_attention<Op>(query, image_key, image_value, text_key, text_value, alpha,
+                              image_mask, text_mask, scale, save);
   }
-  const auto out = DualAttention::apply(query, image_key, image_value, text_key, text_value, alpha,
-                                        image_mask, text_mask, scale);
+  const auto out = DualAttention<Op>::apply(query, image_key, image_value, text_key, text_value,
+                                            alpha, image_mask, text_mask, scale);
   return {out[0], out[1], out[2], out[3], out[4]};
 }
 
@@ -196,5 +213,6 @@ AttentionResult dual_attention_autograd(const Tensor& query, const Tensor& image
 
 TORCH_LIBRARY_IMPL(dvla_fast, Autograd, m) {
   m.impl("beta_policy_forward", &beta_policy_autograd);
-  m.impl("dual_attention_forward", &dual_attention_autograd);
+  m.impl("dual_attention_forward", &dual_attention_autograd<DualAttentionOp>);
+  m.impl("projected_dual_attention_forward", &dual_attention_autograd<ProjectedDualAttentionOp>);
 }

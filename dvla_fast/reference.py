@@ -47,6 +47,30 @@ def dual_attention(
     return mixed.flatten(0, 1).to(query.dtype)
 
 
+def projected_dual_attention(
+    query: Tensor,
+    image_tokens: Tensor,
+    kv_weight: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    alpha: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """:func:`dual_attention` of keys and values ``image_tokens @ kv_weight.T``.
+
+    Shapes as in :func:`dvla_fast.functional.projected_dual_attention`; ``alpha`` is (B, H).
+    """
+    compute = torch.promote_types(query.dtype, torch.float32)
+    projected = image_tokens.to(compute) @ kv_weight.to(compute).T
+    projected = projected.unflatten(-1, (2, query.shape[1], -1))  # [B, N, 2, H, D]
+    key, value = (part.transpose(1, 2) for part in projected.unbind(2))
+    texts = (text_key.to(compute), text_value.to(compute))
+    out = dual_attention(query.to(compute), key, value, *texts, alpha, image_mask, text_mask, scale)
+    return out.to(query.dtype)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Softmax attention over (…, H, L, D); rows whose every key is masked give exactly 0."""
     scores = q @ k.transpose(-2, -1) * scale

@@ -169,11 +169,10 @@ class RLAGate(nn.Module):
     ) -> Tensor:
         """H (B, P, dim) of gates alpha (), (A,) or (B,)."""
         query, text_key, text_value = self._heads(self.text_qkv(texts), 3)
-        image_key, image_value = self._heads(self.image_kv(image_tokens), 2)
-        mixed = functional.dual_attention(
+        mixed = functional.projected_dual_attention(
             query,
-            image_key,
-            image_value,
+            image_tokens,
+            self.image_kv.weight,
             text_key,
             text_value,
             _spread(alpha, image_tokens.shape[0]),

@@ -28,6 +28,21 @@ LIBRARY.define(
     " Tensor grad_text_key, Tensor grad_text_value, Tensor grad_alpha)"
 )
 LIBRARY.define(
+    # As dual_attention_forward, with image keys and values = the halves of image_tokens (B,N,C)
+    # times kv_weight (2HD,C) transposed.
+    "projected_dual_attention_forward(Tensor query, Tensor image_tokens, Tensor kv_weight,"
+    " Tensor text_key, Tensor text_value, Tensor alpha, Tensor? image_mask, Tensor? text_mask,"
+    " float scale, bool save) -> (Tensor out, Tensor image_out, Tensor text_out, Tensor image_lse,"
+    " Tensor text_lse)"
+)
+LIBRARY.define(
+    "projected_dual_attention_backward(Tensor grad_out, Tensor query, Tensor image_tokens,"
+    " Tensor kv_weight, Tensor text_key, Tensor text_value, Tensor alpha, Tensor? image_mask,"
+    " Tensor? text_mask, Tensor image_out, Tensor text_out, Tensor image_lse, Tensor text_lse,"
+    " float scale) -> (Tensor grad_query, Tensor grad_image_tokens, Tensor grad_kv_weight,"
+    " Tensor grad_text_key, Tensor grad_text_value, Tensor grad_alpha)"
+)
+LIBRARY.define(
     # The concentration is a tensor that broadcasts to logits, or (None) the number beside it.
     # Action: `action_logit` evaluates it, else `key` (2,) int64 samples, else the mean.
     # derivatives: (0,) unless asked for, else stacked d(log_prob), d(entropy) by the logit, then,

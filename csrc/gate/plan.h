@@ -11,14 +11,12 @@ namespace dvla_fast::gate {
 
 using attention::ceil_div;
 
-// Token rows of a chunk that one thread works on: its keys and values stay in that core's
-// second-level cache, and the matrix products are long enough to run at full speed.
-constexpr int64_t kChunkRows = 256;
+// Keys and values of a chunk that one thread works on, in bytes: with its tokens they stay in that
+// core's second-level cache, and the matrix products are long enough to run at full speed.
+constexpr int64_t kChunkBytes = 768 * 1024;
 // Fewer chunks than this leave threads idle: they are then made this many times longer, taken one
 // after another, and the threads share the work inside each.
 constexpr int64_t kFewChunks = 16;
-// Rows of one thread's part of a product that threads share.
-constexpr int64_t kProductRows = 96;
 
 // Images [image, image + images), of text groups [group, group + groups).
 struct Chunk {
@@ -27,11 +25,12 @@ struct Chunk {
 
 class Plan {
  public:
-  // B images of N tokens in T text groups.
-  Plan(int64_t B, int64_t N, int64_t T) : T_(T), G_(B / T) {
-    cut(std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, N)));
-    parallel_ = count_ >= kFewChunks && N <= kChunkRows * kFewChunks / 4;
-    if (!parallel_) cut(std::max<int64_t>(1, kFewChunks * kChunkRows / std::max<int64_t>(1, N)));
+  // B images in T text groups, the keys and values of one image taking `bytes`.
+  Plan(int64_t B, int64_t T, int64_t bytes) : T_(T), G_(B / T) {
+    const int64_t image = std::max<int64_t>(1, bytes);
+    cut(std::max<int64_t>(1, kChunkBytes / image));
+    parallel_ = count_ >= kFewChunks && image <= kChunkBytes * kFewChunks / 4;
+    if (!parallel_) cut(std::max<int64_t>(1, kFewChunks * kChunkBytes / image));
   }
 
   int64_t count() const { return count_; }
@@ -92,12 +91,5 @@ class Slots {
   const Plan& plan_;
   int64_t T_, count_ = 1, per_group_ = 1;
 };
-
-// Threads' parts of a product of that many rows.
-inline int64_t product_parts(int64_t rows) {
-  int64_t parts = 1;
-  while (parts < 64 && 2 * parts * kProductRows <= rows) parts *= 2;
-  return parts;
-}
 
 }  // namespace dvla_fast::gate

@@ -35,6 +35,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // The slots' sums of the weight's gradient take this many times the weight at most.
 constexpr int64_t kMostSlots = 16;
+// Rows of one thread's part of a product that threads share.
+constexpr int64_t kPartRows = 96;
 
 // Tensor operations inside a kernel, on the caller's thread and on workers alike: no autograd, and
 // no cast by the autocast of the caller.
@@ -47,9 +49,11 @@ OptionalTensor narrow(const OptionalTensor& x, int64_t first, int64_t count) {
   return x ? OptionalTensor(x->narrow(0, first, count)) : std::nullopt;
 }
 
-// out (M, N) = a (M, K) b (K, N), in equal parts of rows that depend on M alone.
-void shared_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
-  const int64_t rows = out.size(0), parts = product_parts(rows);
+// out (M, N) = a (M, K) b (K, N) for a long K, over which threads may share a product and so make
+// the result depend on their number: here they share the rows of `out`, in parts that depend on M
+// alone. (Products over a short K are never cut along it.)
+at::Tensor& long_product(at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
+  const int64_t rows = out.size(0), parts = std::clamp<int64_t>(rows / kPartRows, 1, 64);
   attention::parallel_items(parts, [&](int64_t begin, int64_t end) {
     const PlainTensors plain;
     for (int64_t i = begin; i < end; ++i) {
@@ -58,6 +62,7 @@ void shared_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor
       at::mm_out(part, a.narrow(0, first, count), b);
     }
   });
+  return out;
 }
 
 // out (n) = the sum of rows [first, first + count) of `slots` (…, n), in order; out may be the
@@ -96,7 +101,7 @@ struct Problem {
         image_mask(image_mask),
         text_mask(text_mask),
         scale(scale),
-        plan(B, N, T) {}
+        plan(B, T, N * 2 * H * D * query.element_size()) {}
 
   // Tokens of a chunk (images * N, C).
   at::Tensor rows_of(const Chunk& c) const {
@@ -116,11 +121,7 @@ struct Problem {
   }
   void project(const at::Tensor& rows, const Chunk& c, const at::Tensor& buffer) const {
     at::Tensor kv = kv_rows(buffer, c);
-    if (plan.parallel()) {
-      at::mm_out(kv, rows, weight.t());
-    } else {
-      shared_product(kv, rows, weight.t());
-    }
+    at::mm_out(kv, rows, weight.t());
   }
   // No keys: the text of a chunk whose text path runs apart, or the images of that text path.
   at::Tensor no_keys(int64_t outer) const { return at::empty({outer, H, 0, D}, query.options()); }
@@ -283,9 +284,8 @@ class Backward {
     z.project(rows, c, buffers.kv);
     attention_chunk(c, slot, buffers);
     const at::Tensor grad_kv = z.kv_rows(buffers.grad_kv, c);
-    const at::Tensor grad_rows =
-        grads.tokens.narrow(0, c.image, c.images).view({c.images * z.N, z.C});
-    multiply(grad_rows, grad_kv, z.weight);
+    at::Tensor grad_rows = grads.tokens.narrow(0, c.image, c.images).view({c.images * z.N, z.C});
+    at::mm_out(grad_rows, grad_kv, z.weight);
     add_weight(grad_kv.t(), rows, first, weight_sums[slot]);
   }
 
@@ -349,24 +349,15 @@ class Backward {
     grads.query.copy_(query.view({z.T, z.P, z.H, z.D}).transpose(1, 2).add_(grads.query));
   }
 
-  void multiply(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) const {
-    at::Tensor to = out;
-    if (z.plan.parallel()) {
-      at::mm_out(to, a, b);
-    } else {
-      shared_product(to, a, b);
-    }
-  }
-
   // sum (2HD, C) = or, but for the first, += a (2HD, rows) b (rows, C).
   void add_weight(const at::Tensor& a, const at::Tensor& b, bool first, at::Tensor sum) const {
     if (kSame && z.plan.parallel()) {
       sum.addmm_(a, b, first ? 0 : 1);
     } else if (kSame && first) {
-      multiply(sum, a, b);
+      long_product(sum, a, b);
     } else {
-      const at::Tensor product = at::empty({2 * width, z.C}, a.options());
-      multiply(product, a, b);
+      at::Tensor product = at::empty({2 * width, z.C}, a.options());
+      z.plan.parallel() ? at::mm_out(product, a, b) : long_product(product, a, b);
       first ? sum.copy_(product) : sum.add_(product);
     }
   }

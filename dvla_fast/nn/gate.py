@@ -209,9 +209,8 @@ class RLAGate(nn.Module):
             image_tokens = image_tokens.unflatten(0, (groups, -1))[:, :state_images].flatten(0, 1)
             if image_mask is not None:
                 image_mask = image_mask.unflatten(0, (groups, -1))[:, :state_images].flatten(0, 1)
-        wide = torch.promote_types(image_tokens.dtype, torch.float32)
-        image = masked_mean(image_tokens, image_mask, wide)  # [B', dim]
-        text = masked_mean(texts, text_mask, wide)  # [T, dim]
+        image = masked_mean(image_tokens, image_mask)  # [B', dim]
+        text = masked_mean(texts, text_mask)  # [T, dim]
         if self.alpha_scope == "image":
             text = text.repeat_interleave(image.shape[0] // groups, dim=0)
         else:
@@ -328,10 +327,15 @@ def per_image(text_mask: Tensor | None, images: int) -> Tensor | None:
     return text_mask.unsqueeze(1).expand(groups, images // groups, tokens).flatten(0, 1)
 
 
-def masked_mean(x: Tensor, mask: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """Mean of (X, L, d) over the unmasked tokens, (X, d); 0 where none is left."""
+def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of (X, L, d) over the unmasked tokens, (X, d); 0 where none is left.
+
+    In at least float32: long sums in bfloat16 would drift. Written as a sum, whose gradient is a
+    view of one row, where that of a mean fills a tensor of the size of ``x``.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
     if mask is None:
-        return x.mean(1, dtype=dtype)
+        return x.sum(1, dtype=wide) / x.shape[1]
     keep = mask.unsqueeze(-1)
-    total = x.masked_fill(~keep, 0).sum(1, dtype=dtype)
+    total = x.masked_fill(~keep, 0).sum(1, dtype=wide)
     return total / keep.sum(1).clamp_min(1)

@@ -9,7 +9,7 @@ from dvla_fast.ops.beta_policy import (
     beta_sample,
 )
 from dvla_fast.ops.dual_attention import dual_attention
-from dvla_fast.ops.projected_attention import projected_dual_attention
+from dvla_fast.ops.gated_attention import gated_attention
 
 __all__ = [
     "BetaPolicyOutput",
@@ -18,5 +18,5 @@ __all__ = [
     "beta_policy",
     "beta_sample",
     "dual_attention",
-    "projected_dual_attention",
+    "gated_attention",
 ]

@@ -152,39 +152,21 @@ class RLAGate(nn.Module):
             raise ValueError("alpha and action_logit exclude each other")
         else:
             step = _replayed(alpha, state, image_tokens.shape[0], text_tokens.shape[0])
-        fused = self._attend(image_tokens, texts, image_mask, text_mask, step.alpha)
-        added = masked_mean(fused, per_image(text_mask, fused.shape[0]))
-        updated = image_tokens + added.to(image_tokens.dtype).unsqueeze(1)
-        return GateOutput(
-            updated, fused, step.alpha, step.action_logit, step.log_prob, step.entropy, state
-        )
-
-    def _attend(
-        self,
-        image_tokens: Tensor,
-        texts: Tensor,
-        image_mask: Tensor | None,
-        text_mask: Tensor | None,
-        alpha: Tensor,
-    ) -> Tensor:
-        """H (B, P, dim) of gates alpha (), (A,) or (B,)."""
         query, text_key, text_value = self._heads(self.text_qkv(texts), 3)
-        mixed = functional.projected_dual_attention(
+        updated, fused = functional.gated_attention(
             query,
             image_tokens,
             self.image_kv.weight,
             text_key,
             text_value,
-            _spread(alpha, image_tokens.shape[0]),
+            _spread(step.alpha, image_tokens.shape[0]),
+            self.out_projection.weight,
             image_mask=image_mask,
             text_mask=text_mask,
-        )  # [B, H, P, D], stored [B, P, H, D]
-        fused: Tensor = self.out_projection(mixed.transpose(1, 2).flatten(2))
-        if text_mask is None:
-            return fused
-        keep = per_image(text_mask, fused.shape[0])
-        assert keep is not None
-        return fused.masked_fill(~keep.unsqueeze(-1), 0)
+        )
+        return GateOutput(
+            updated, fused, step.alpha, step.action_logit, step.log_prob, step.entropy, state
+        )
 
     def _heads(self, stacked: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(X, L, parts·dim) -> parts views (X, H, L, D), no copy."""

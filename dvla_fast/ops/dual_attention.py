@@ -127,12 +127,11 @@ class _DualAttention(torch.autograd.Function):
 
 
 @torch.library.register_fake("dvla_fast::dual_attention_forward", lib=schemas.LIBRARY)
-def forward_fake(  # type: ignore[no-untyped-def]
-    query, image, _second, text_key, text_value, alpha, image_mask, text_mask, scale, save
+def _forward_fake(  # type: ignore[no-untyped-def]
+    query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask, scale, save
 ):
-    """Also of the op that projects ``image`` (B, …), the tokens, by the second tensor."""
     groups, heads, rows, width = query.shape
-    batch = image.shape[0]
+    batch = image_key.shape[0]
 
     def out_like() -> Tensor:
         return query.new_empty(batch, rows, heads, width).transpose(1, 2)

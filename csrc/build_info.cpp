@@ -3,6 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <sstream>
 #include <string>
 #include <vector>
@@ -18,6 +24,27 @@ std::vector<std::string> split(const std::string& list) {
   return parts;
 }
 
+#if defined(__x86_64__) && defined(__linux__)
+// Whether this CPU has the tile instructions for bfloat16 and the system lets this process use them
+// (the tile registers are large: Linux hands them out on request).
+bool amx_permitted() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kTiles = 1U << 24, kBf16 = 1U << 22;
+  if (!(d & kTiles) || !(d & kBf16)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+bool avx512_bf16() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1U << 5));
+}
+#else
+bool amx_permitted() { return false; }
+bool avx512_bf16() { return false; }
+#endif
+
 // The best instruction set of this machine among those the library is built for.
 std::string cpu_capability() {
 #if defined(__x86_64__)
@@ -25,7 +52,8 @@ std::string cpu_capability() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return "avx512";
+    if (!avx512_bf16()) return "avx512";
+    return amx_permitted() ? "amx" : "avx512_bf16";
   }
   if (avx2) return "avx2";
 #endif

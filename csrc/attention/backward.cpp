@@ -1,10 +1,9 @@
 // Backward of dual attention, from the outputs and log-sum-exps that the forward saved. With
-// E = exp(scores - lse), go the output's gradient weighted by the path's share of the gate and
+// E = exp(scores - lse), go the output's gradient, share the path's share of the gate and
 // delta = rowsum(go O):
-//     dV = E' go,   dS = E (go V' - delta),   dK = dS' q scale,   dQ = scale dS K.
+//     dV = share E' go,   dS = share E (go V' - delta),   dK = dS' q scale,   dQ = scale dS K.
 // The text path is linear in go, so the images of a group first add up (1 - alpha) go and the text
-// runs backward once. Sums over images go through a number of slots that depends on the shape
-// alone, and are added in order: the result does not depend on the threads.
+// runs backward once; the gate's gradient is the difference of the paths' deltas, summed.
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
 // GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for a mistake (bug 105593);
 // it goes by where the headers are read, so this comes before all of them.
@@ -15,144 +14,44 @@
 #include <ATen/ops/empty.h>
 
 #include "attention/dual_attention.h"
-#include "attention/micro_gemm.h"
-#include "attention/problem.h"
+#include "attention/engine.h"
 
 namespace dvla_fast {
 namespace attention {
 namespace {
 
-// Work items that a backward pass is cut into at least, where it has that many blocks.
-constexpr int64_t kItems = 64;
+// Work items that a phase is cut into, at most and (where it has as many units) at least, and how
+// many images an item takes where there are plenty: each item carries sums for every head it meets.
+constexpr int64_t kMostItems = 64, kFewestItems = 16, kImagesPerItem = 4;
 
-// Scratch of one thread for one group's query and one image's (or the text's) gradient.
-template <class acc_t>
-struct Scratch {
-  Scratch(int64_t tokens, int64_t width, const Panels<acc_t>& panels)
-      : ld(padded<acc_t>(width)),
-        q(panels.tokens * ld),
-        q_panels(panels.lanes * width),
-        text(panels.tokens * ld),
-        go(panels.tokens * ld),
-        go_panels(panels.lanes * width),
-        out_row(ld),
-        lse(panels.lanes),
-        delta(panels.lanes),
-        key(block(tokens) * width),
-        value(block(tokens) * width),
-        weights(block(tokens) * wide(panels)),
-        slopes(block(tokens) * wide(panels)),
-        grad_key(block(tokens) * ld),
-        grad_value(block(tokens) * ld) {}
-
-  static int64_t block(int64_t tokens) { return std::min(tokens, kBlockKeys); }
-  static int64_t wide(const Panels<acc_t>& panels) {
-    return std::min(panels.vecs, kMaxVecs) * kLanes<acc_t>;
+// The units (images x heads x blocks of keys) of one group, cut into runs; a run adds up its part
+// of what belongs to the group in slots of its own, one a head. All from the shape alone, so that
+// results do not depend on the threads.
+struct Cut {
+  Cut(int64_t groups, int64_t images, int64_t heads, int64_t key_blocks)
+      : heads(heads), blocks(std::max<int64_t>(1, key_blocks)), units(images * heads * blocks) {
+    const int64_t most = ceil_div(kMostItems, groups), fewest = ceil_div(kFewestItems, groups);
+    const int64_t by_image = images / kImagesPerItem;
+    runs = std::max<int64_t>(1, std::min(most, by_image >= fewest ? by_image : units));
+    slots =
+        std::max<int64_t>(1, std::min(heads, (ceil_div(units, runs) + 2 * (blocks - 1)) / blocks));
   }
-
-  int64_t ld;                          // width, padded to whole vectors
-  Buffer<acc_t> q, q_panels;           // the scaled query: (P, ld), and in panels of D rows
-  Buffer<acc_t> text;                  // the text path's output (P, ld)
-  Buffer<acc_t> go, go_panels;         // the output's gradient: (P, ld), and in panels of D rows
-  Buffer<acc_t> out_row;               // (ld)
-  Buffer<acc_t> lse, delta;            // (lanes of all panels)
-  Buffer<acc_t> key, value;            // (block, D)
-  Buffer<acc_t> weights, slopes;       // E' and dS' (block, lanes of a panel)
-  Buffer<acc_t> grad_key, grad_value;  // (block, ld)
+  int64_t begin(int64_t run) const { return units * run / runs; }
+  // Slot of a head in a run, -1 where the run does not meet it.
+  int64_t slot(int64_t run, int64_t head) const {
+    if (begin(run) == begin(run + 1)) return -1;
+    const int64_t first = begin(run) / blocks, last = (begin(run + 1) - 1) / blocks;
+    const int64_t offset = (head - first % heads + heads) % heads;
+    return offset <= last - first ? offset : -1;
+  }
+  int64_t heads, blocks, units, runs, slots;
 };
-
-// One path of one head: keys, values and where their gradients go.
-template <class scalar_t>
-struct Path {
-  Matrix<scalar_t> key, value;
-  const int64_t* index;
-  int64_t count;
-  scalar_t *grad_key, *grad_value;
-  int64_t grad_row;
-};
-
-// weights = exp(weights - lse), slopes = weights (slopes - delta), over (count, V * lanes).
-// `whole`: the block holds every key. Then the weights are normalised again, which undoes the
-// rounding of lse, and delta is summed from them rather than from the rounded output: what cancels
-// in exact arithmetic (the slopes of a row add up to 0) cancels here.
-template <int V, class acc_t>
-void score_slopes(acc_t* weights, acc_t* slopes, int64_t count, const acc_t* lse,
-                  const acc_t* delta, bool whole) {
-  constexpr int64_t lanes = kLanes<acc_t>;
-  Vec<acc_t> shift[V], share[V], mean[V], total[V], sum[V];
-  for (int v = 0; v < V; ++v) {
-    shift[v] = Vec<acc_t>::loadu(lse + v * lanes);
-    total[v] = sum[v] = Vec<acc_t>(acc_t(0));
-  }
-  for (int64_t begin = 0; begin < count; begin += kSumRows) {
-    Vec<acc_t> part[V];
-    for (int v = 0; v < V; ++v) part[v] = Vec<acc_t>(acc_t(0));
-    for (int64_t n = begin; n < std::min(begin + kSumRows, count); ++n) {
-      for (int v = 0; v < V; ++v) {
-        const int64_t at = (n * V + v) * lanes;
-        const auto weight = exp_shifted(Vec<acc_t>::loadu(weights + at) - shift[v]);
-        weight.store(weights + at);
-        part[v] = part[v] + weight;
-        sum[v] = at::vec::fmadd(weight, Vec<acc_t>::loadu(slopes + at), sum[v]);
-      }
-    }
-    for (int v = 0; v < V; ++v) total[v] = total[v] + part[v];
-  }
-  for (int v = 0; v < V; ++v) {
-    share[v] = Vec<acc_t>(acc_t(1));
-    if (whole) share[v] = share[v] / total[v];
-    mean[v] = whole ? sum[v] * share[v] : Vec<acc_t>::loadu(delta + v * lanes);
-  }
-  for (int64_t n = 0; n < count; ++n) {
-    for (int v = 0; v < V; ++v) {
-      const int64_t at = (n * V + v) * lanes;
-      const auto weight = Vec<acc_t>::loadu(weights + at) * share[v];
-      weight.store(weights + at);
-      (weight * (Vec<acc_t>::loadu(slopes + at) - mean[v])).store(slopes + at);
-    }
-  }
-}
-
-// Keys [begin, begin + count) of a path against every query: their gradients, and their part of
-// grad_query, added to `grad_q` (in panels of D rows, not yet scaled).
-template <class scalar_t>
-void block_backward(const Path<scalar_t>& path, int64_t begin, int64_t count,
-                    const Panels<Acc<scalar_t>>& panels, int64_t width,
-                    const Scratch<Acc<scalar_t>>& s, Acc<scalar_t>* grad_q) {
-  using acc_t = Acc<scalar_t>;
-  const auto key = key_tile(path.key, path.index, begin, count, width, s.key.get());
-  const auto value = key_tile(path.value, path.index, begin, count, width, s.value.get());
-  const int64_t ld = s.ld, ld_vecs = ld / kLanes<acc_t>;
-  acc_t *weights = s.weights.get(), *slopes = s.slopes.get();
-  acc_t *grad_key = s.grad_key.get(), *grad_value = s.grad_value.get();
-  for (int64_t i = 0; i < panels.count; ++i) {
-    const Panel panel = panels[i];
-    const int64_t wide = panel.vecs * kLanes<acc_t>, at = panel.first * width;
-    const acc_t* q_rows = s.q.get() + panel.first * ld;
-    const acc_t* go_rows = s.go.get() + panel.first * ld;
-    gemm<false>(count, panel.vecs, width, key.data, key.ld, s.q_panels.get() + at, wide, weights,
-                wide, false);
-    gemm<false>(count, panel.vecs, width, value.data, value.ld, s.go_panels.get() + at, wide,
-                slopes, wide, false);
-    with_vecs(panel.vecs, [&](auto V) {
-      score_slopes<V()>(weights, slopes, count, s.lse.get() + panel.first,
-                        s.delta.get() + panel.first, count == path.count);
-    });
-    gemm<false>(count, ld_vecs, panel.count, weights, wide, go_rows, ld, grad_value, ld, i > 0);
-    gemm<false>(count, ld_vecs, panel.count, slopes, wide, q_rows, ld, grad_key, ld, i > 0);
-    gemm<true>(width, panel.vecs, count, key.data, key.ld, slopes, wide, grad_q + at, wide, true);
-  }
-  for (int64_t j = 0; j < count; ++j) {
-    const int64_t n = path.index ? path.index[begin + j] : begin + j;
-    store_row(grad_value + j * ld, width, path.grad_value + n * path.grad_row);
-    store_row(grad_key + j * ld, width, path.grad_key + n * path.grad_row);
-  }
-}
 
 template <class scalar_t>
 class Backward {
  public:
-  using acc_t = Acc<scalar_t>;
+  using E = Engine<scalar_t>;
+  using acc_t = typename E::acc_t;
 
   Backward(const Sizes& sizes, const at::Tensor& grad_out, const at::Tensor& query,
            const at::Tensor& image_key, const at::Tensor& image_value, const at::Tensor& text_key,
@@ -165,10 +64,13 @@ class Backward {
            const at::Tensor& grad_alpha)
       : z(sizes),
         panels(z.P),
+        grad_q_size(panels.lanes * E::out_rows(z.D)),
         image_blocks(z.N),
         text_blocks(z.S),
-        image_slots(slots(z.G * image_blocks.count)),
-        text_slots(slots(text_blocks.count)),
+        image_cut(z.T, z.G, z.H, image_blocks.count),
+        text_cut(z.T, 1, z.H, text_blocks.count),
+        whole_heads(z.G == 1 && (z.T * z.H >= kMostItems ||
+                                 std::max(image_blocks.count, text_blocks.count) <= 1)),
         grad_out(grad_out),
         query(query),
         image_key(image_key),
@@ -188,185 +90,237 @@ class Backward {
         grad_image_value(grad_image_value),
         grad_text_key(grad_text_key),
         grad_text_value(grad_text_value),
-        grad_alpha(grad_alpha),
-        query_sums(at::empty({z.T * z.H * (image_slots + text_slots), panels.lanes * z.D},
-                             alpha.options())),
-        text_sums(at::empty({z.T * z.H * image_slots, z.P * padded<acc_t>(z.D)}, alpha.options())) {
+        grad_alpha(grad_alpha.mutable_data_ptr<acc_t>()) {
     // Masked keys are not visited; without queries no key is.
     if (!image_kept.all() || z.P == 0) grad_image_key.zero_(), grad_image_value.zero_();
     if (!text_kept.all() || z.P == 0) grad_text_key.zero_(), grad_text_value.zero_();
     if (z.P == 0) grad_alpha.zero_();
+    if (whole_heads) return;
+    const auto sums = [&](const Cut& cut, int64_t width) {
+      return at::empty({z.T * cut.runs * cut.slots, width}, alpha.options());
+    };
+    image_query_sums = sums(image_cut, grad_q_size);
+    text_query_sums = sums(text_cut, grad_q_size);
+    text_sums = sums(image_cut, z.P * padded<acc_t>(z.D));
   }
 
   void run() const {
     if (z.P == 0) return;
-    const int64_t heads = z.T * z.H;
-    if (image_slots == 1 && text_slots == 1) {
-      parallel_items(heads, [&](int64_t begin, int64_t end) {
-        const Scratch<acc_t> scratch(std::max(z.N, z.S), z.D, panels);
-        for (int64_t item = begin; item < end; ++item) {
-          image_item(item, 0, scratch);
-          text_item(item, 0, scratch);
-          query_item(item, scratch);
-        }
-      });
+    if (whole_heads) {
+      each(z.T * z.H,
+           [&](int64_t item, const Scratch& s) { head_item(item / z.H, item % z.H, s); });
       return;
     }
-    each(heads * image_slots, [&](int64_t item, const Scratch<acc_t>& s) {
-      image_item(item / image_slots, item % image_slots, s);
+    each(z.T * image_cut.runs, [&](int64_t item, const Scratch& s) {
+      image_item(item / image_cut.runs, item % image_cut.runs, s);
     });
-    each(heads * text_slots, [&](int64_t item, const Scratch<acc_t>& s) {
-      text_item(item / text_slots, item % text_slots, s);
+    each(z.T * text_cut.runs, [&](int64_t item, const Scratch& s) {
+      text_item(item / text_cut.runs, item % text_cut.runs, s);
     });
-    each(heads, [&](int64_t item, const Scratch<acc_t>& s) { query_item(item, s); });
+    if (text_cut.blocks == 1) return;  // the text's items have done the rest
+    each(z.T * z.H, [&](int64_t item, const Scratch& s) { query_item(item / z.H, item % z.H, s); });
   }
 
  private:
-  // Depends on the shape alone.
-  int64_t slots(int64_t blocks) const {
-    return std::max<int64_t>(1,
-                             std::min(blocks, ceil_div(kItems, std::max<int64_t>(1, z.T * z.H))));
-  }
+  struct Scratch : E::Differentiate {
+    Scratch(Arena& arena, int64_t tokens, int64_t width, const Panels<acc_t>& panels)
+        : E::Differentiate(arena, tokens, width, panels),
+          out_row(arena.take<acc_t>(this->ld)),
+          grad_q(arena.take<acc_t>(panels.lanes * E::out_rows(width))) {}
+    acc_t* out_row;  // (ld)
+    acc_t* grad_q;   // panels of E::out_rows rows
+  };
 
   template <class F>
   void each(int64_t items, const F& f) const {
     parallel_items(items, [&](int64_t begin, int64_t end) {
-      const Scratch<acc_t> scratch(std::max(z.N, z.S), z.D, panels);
+      const auto scratch = on_arena<Scratch>(std::max(z.N, z.S), z.D, panels);
+      [[maybe_unused]] const typename E::Session session;
       for (int64_t item = begin; item < end; ++item) f(item, scratch);
     });
   }
 
-  acc_t* query_sum(int64_t group_head, int64_t slot) const {
-    return query_sums.mutable_data_ptr<acc_t>() +
-           (group_head * (image_slots + text_slots) + slot) * panels.lanes * z.D;
-  }
-  acc_t* text_sum(int64_t group_head, int64_t slot) const {
-    return text_sums.mutable_data_ptr<acc_t>() +
-           (group_head * image_slots + slot) * z.P * padded<acc_t>(z.D);
+  // Both paths of one head of one image that has its text to itself.
+  void head_item(int64_t t, int64_t h, const Scratch& s) const {
+    E::load_query(query(t, h), panels, z.D, scale, s);
+    load_gradient(t, h, s);
+    std::fill_n(s.grad_q, grad_q_size, acc_t(0));
+    const acc_t share = alpha(t, h);
+    const double image_part = whole_path(image_path(t, h), image_lse, image_out, t, h, share, s);
+    const double text_part =
+        whole_path(text_path(t, h), text_lse, text_out, t, h, acc_t(1) - share, s);
+    grad_alpha[t * z.H + h] = acc_t(image_part - text_part);
+    store_query(t, h, s);
   }
 
-  // The slot-th part of the images of a group: blocks of keys, image by image.
-  void image_item(int64_t group_head, int64_t slot, const Scratch<acc_t>& s) const {
-    const int64_t t = group_head / z.H, h = group_head % z.H, blocks = z.G * image_blocks.count;
-    load_query(t, h, s);
-    acc_t *grad_q = query_sum(group_head, slot), *grad_text = text_sum(group_head, slot);
-    std::fill_n(grad_q, panels.lanes * z.D, acc_t(0));
-    std::fill_n(grad_text, z.P * s.ld, acc_t(0));
+  // All blocks of a path; the sum over queries of delta.
+  double whole_path(const GradPath<scalar_t>& path, const acc_t* lse, const Reader<scalar_t>& out,
+                    int64_t outer, int64_t h, acc_t share, const Scratch& s) const {
+    if (path.count == 0) return 0;
+    load_lse(lse + (outer * z.H + h) * z.P, s);
+    const Blocks blocks(path.count);
+    if (blocks.count > 1) load_delta(out(outer, h), s);
+    for (int64_t begin = 0; begin < path.count; begin += blocks.size) {
+      E::block(path, begin, std::min(blocks.size, path.count - begin), share, panels, z.D, scale, s,
+               s.grad_q);
+    }
+    return sum_delta(s);
+  }
+
+  // A run of the images' units of a group: image by image, head by head, block by block, so that
+  // what is read and written of an image is near in time.
+  void image_item(int64_t t, int64_t run, const Scratch& s) const {
     int64_t loaded = -1;
-    const int64_t last = blocks * (slot + 1) / image_slots;
-    for (int64_t block = blocks * slot / image_slots; block < last; ++block) {
-      const int64_t g = block / image_blocks.count, part = block % image_blocks.count;
-      const int64_t b = t * z.G + g;
-      if (loaded != b) load_image_gradient(b, h, part == 0 ? grad_text : nullptr, s);
-      loaded = b;
-      const Path<scalar_t> path{image_key(b, h),     image_value(b, h),    image_kept.index(b),
-                                image_kept.count(b), grad_image_key(b, h), grad_image_value(b, h),
-                                grad_image_key.row()};
-      run_block(path, part * image_blocks.size, image_blocks.size, s, grad_q);
+    const int64_t first = image_cut.begin(run), blocks = image_cut.blocks;
+    for (int64_t unit = first; unit < image_cut.begin(run + 1); ++unit) {
+      const int64_t pair = unit / blocks, part = unit % blocks;
+      const int64_t b = t * z.G + pair / z.H, h = pair % z.H, slot = image_cut.slot(run, h);
+      acc_t* grad_q = sum(image_query_sums, image_cut, t, run, slot);
+      acc_t* grad_text = sum(text_sums, image_cut, t, run, slot);
+      if (pair - first / blocks < z.H && (unit == first || part == 0)) {  // the head's first unit
+        std::fill_n(grad_q, grad_q_size, acc_t(0));
+        std::fill_n(grad_text, z.P * s.ld, acc_t(0));
+      }
+      const GradPath<scalar_t> path = image_path(b, h);
+      const bool one_block = path.count <= image_blocks.size;
+      if (loaded != pair) {
+        E::load_query(query(t, h), panels, z.D, scale, s);
+        load_gradient(b, h, s);
+        load_lse(image_lse + (b * z.H + h) * z.P, s);
+        if (!one_block) load_delta(image_out(b, h), s);
+        loaded = pair;
+      }
+      const acc_t share = alpha(b, h);
+      const int64_t begin = part * image_blocks.size;
+      const int64_t count = std::min(image_blocks.size, path.count - begin);
+      if (count > 0) E::block(path, begin, count, share, panels, z.D, scale, s, grad_q);
+      if (part > 0) continue;
+      double image_part = path.count > 0 ? sum_delta(s) : 0.0;
+      grad_alpha[b * z.H + h] = acc_t(image_part - share_with_text(t, h, share, grad_text, s));
     }
-    // An image without keys has no block: its gradient still belongs to the text.
-    if (image_blocks.count > 0 || slot > 0) return;
-    for (int64_t g = 0; g < z.G; ++g) load_image_gradient(t * z.G + g, h, grad_text, s);
   }
 
-  // The slot-th part of the text keys.
-  void text_item(int64_t group_head, int64_t slot, const Scratch<acc_t>& s) const {
-    const int64_t t = group_head / z.H, h = group_head % z.H;
-    load_query(t, h, s);
-    acc_t* grad_q = query_sum(group_head, image_slots + slot);
-    std::fill_n(grad_q, panels.lanes * z.D, acc_t(0));
-    std::copy_n(text_sum(group_head, 0), z.P * s.ld, s.go.get());
-    for (int64_t i = 1; i < image_slots; ++i) {
-      add_scaled(s.go.get(), text_sum(group_head, i), acc_t(1), z.P * s.ld);
-    }
+  // Adds the text's share of the image's gradient in s.go to its sum; sum of go * text output.
+  double share_with_text(int64_t t, int64_t h, acc_t image_share, acc_t* grad_text,
+                         const Scratch& s) const {
+    const Matrix<scalar_t> out = text_out(t, h);
+    double sum = 0;
+    std::fill(s.out_row + z.D, s.out_row + s.ld, acc_t(0));
     for (int64_t p = 0; p < z.P; ++p) {
-      s.delta.get()[p] = dot(s.go.get() + p * s.ld, s.text.get() + p * s.ld, s.ld);
+      const acc_t* go = s.go + p * s.ld;
+      load_row(out.data + p * out.row, out.column, z.D, acc_t(1), s.out_row);
+      sum += dot(go, s.out_row, s.ld);
+      add_scaled(grad_text + p * s.ld, go, acc_t(1) - image_share, s.ld);
     }
-    load_panels(text_lse + group_head * z.P, s);
-    const Path<scalar_t> path{text_key(t, h),     text_value(t, h),    text_kept.index(t),
-                              text_kept.count(t), grad_text_key(t, h), grad_text_value(t, h),
-                              grad_text_key.row()};
-    const int64_t last = text_blocks.count * (slot + 1) / text_slots;
-    for (int64_t i = text_blocks.count * slot / text_slots; i < last; ++i) {
-      run_block(path, i * text_blocks.size, text_blocks.size, s, grad_q);
+    return sum;
+  }
+
+  // A run of the text's units of a group: head by head, block by block.
+  void text_item(int64_t t, int64_t run, const Scratch& s) const {
+    int64_t loaded = -1;
+    for (int64_t unit = text_cut.begin(run); unit < text_cut.begin(run + 1); ++unit) {
+      const int64_t h = unit / text_cut.blocks, part = unit % text_cut.blocks;
+      acc_t* grad_q = sum(text_query_sums, text_cut, t, run, text_cut.slot(run, h));
+      const GradPath<scalar_t> path = text_path(t, h);
+      if (loaded != h) {
+        std::fill_n(grad_q, grad_q_size, acc_t(0));
+        E::load_query(query(t, h), panels, z.D, scale, s);
+        std::fill_n(s.go, z.P * s.ld, acc_t(0));
+        for (int64_t i = 0; i < image_cut.runs; ++i) {
+          const int64_t slot = image_cut.slot(i, h);
+          if (slot >= 0) {
+            add_scaled(s.go, sum(text_sums, image_cut, t, i, slot), acc_t(1), z.P * s.ld);
+          }
+        }
+        E::pack_gradient(panels, z.D, s);
+        load_lse(text_lse + (t * z.H + h) * z.P, s);
+        if (path.count > text_blocks.size) load_delta(text_out(t, h), s);
+        loaded = h;
+      }
+      const int64_t begin = part * text_blocks.size;
+      const int64_t count = std::min(text_blocks.size, path.count - begin);
+      if (count > 0) E::block(path, begin, count, acc_t(1), panels, z.D, scale, s, grad_q);
+      if (text_cut.blocks == 1) query_item(t, h, s);
     }
   }
 
   // Adds up the parts of grad_query.
-  void query_item(int64_t group_head, const Scratch<acc_t>& s) const {
-    const int64_t t = group_head / z.H, h = group_head % z.H, n = panels.lanes * z.D;
-    acc_t* sum = query_sum(group_head, 0);
-    for (int64_t i = 1; i < image_slots + text_slots; ++i) {
-      add_scaled(sum, query_sum(group_head, i), acc_t(1), n);
+  void query_item(int64_t t, int64_t h, const Scratch& s) const {
+    std::fill_n(s.grad_q, grad_q_size, acc_t(0));
+    for (const auto& [sums, cut] :
+         {std::pair(&image_query_sums, &image_cut), std::pair(&text_query_sums, &text_cut)}) {
+      for (int64_t run = 0; run < cut->runs; ++run) {
+        const int64_t slot = cut->slot(run, h);
+        if (slot < 0) continue;
+        add_scaled(s.grad_q, sum(*sums, *cut, t, run, slot), acc_t(1), grad_q_size);
+      }
     }
+    store_query(t, h, s);
+  }
+
+  // s.grad_q, scaled, to its place.
+  void store_query(int64_t t, int64_t h, const Scratch& s) const {
     const Vec<acc_t> factor(static_cast<acc_t>(scale));
-    for (int64_t i = 0; i < n; i += kLanes<acc_t>) {
-      (factor * Vec<acc_t>::loadu(sum + i)).store(sum + i);
+    for (int64_t i = 0; i < grad_q_size; i += kLanes<acc_t>) {
+      (factor * Vec<acc_t>::loadu(s.grad_q + i)).store(s.grad_q + i);
     }
     for (int64_t i = 0; i < panels.count; ++i) {
-      store_panel<scalar_t>(sum + panels[i].first * z.D, panels[i], z.D, s.go.get(), s.ld,
-                            grad_query(t, h), grad_query.row());
+      store_panel<scalar_t>(s.grad_q + panels[i].first * E::out_rows(z.D), panels[i], z.D, s.go,
+                            s.ld, grad_query(t, h), grad_query.row());
     }
   }
 
-  void run_block(const Path<scalar_t>& path, int64_t begin, int64_t size, const Scratch<acc_t>& s,
-                 acc_t* grad_q) const {
-    const int64_t count = std::min(size, path.count - begin);  // < 1 where a mask leaves few keys
-    if (count > 0) block_backward(path, begin, count, panels, z.D, s, grad_q);
+  // The output's gradient of an image, for its engine.
+  void load_gradient(int64_t b, int64_t h, const Scratch& s) const {
+    load_rows<scalar_t>(grad_out(b, h), nullptr, 0, z.P, z.D, acc_t(1), s.go, s.ld);
+    E::pack_gradient(panels, z.D, s);
   }
 
-  // The query, scaled, and the text path's output of one group.
-  void load_query(int64_t t, int64_t h, const Scratch<acc_t>& s) const {
-    load_rows<scalar_t>(query(t, h), nullptr, 0, z.P, z.D, acc_t(scale), s.q.get(), s.ld);
-    load_rows<scalar_t>(text_out(t, h), nullptr, 0, z.P, z.D, acc_t(1), s.text.get(), s.ld);
-    for (int64_t i = 0; i < panels.count; ++i) {
-      const Panel panel = panels[i];
-      rows_to_panel(s.q.get() + panel.first * s.ld, s.ld, z.D, panel,
-                    s.q_panels.get() + panel.first * z.D);
-    }
+  void load_lse(const acc_t* lse, const Scratch& s) const {
+    std::copy_n(lse, z.P, s.lse);
+    std::fill(s.lse + z.P, s.lse + panels.lanes, acc_t(0));
+    std::fill(s.delta + z.P, s.delta + panels.lanes, acc_t(0));
   }
 
-  // An image's share of the output's gradient, and delta. The owner of the image's first block
-  // passes `grad_text`, where the text's share is added, and writes the gradient of alpha.
-  void load_image_gradient(int64_t b, int64_t h, acc_t* grad_text, const Scratch<acc_t>& s) const {
-    const acc_t share = alpha(b, h);
-    const Matrix<scalar_t> from = grad_out(b, h), out = image_out(b, h);
-    std::fill(s.out_row.get() + z.D, s.out_row.get() + s.ld, acc_t(0));
-    double grad_share = 0;
-    load_rows<scalar_t>(from, nullptr, 0, z.P, z.D, acc_t(1), s.go.get(), s.ld);
+  // delta = rowsum(go out), where no single block holds all keys.
+  void load_delta(const Matrix<scalar_t>& out, const Scratch& s) const {
+    std::fill(s.out_row + z.D, s.out_row + s.ld, acc_t(0));
     for (int64_t p = 0; p < z.P; ++p) {
-      acc_t* go = s.go.get() + p * s.ld;
-      load_row(out.data + p * out.row, out.column, z.D, acc_t(1), s.out_row.get());
-      const acc_t image_part = dot(go, s.out_row.get(), s.ld);
-      s.delta.get()[p] = share * image_part;
-      if (grad_text) {
-        grad_share += image_part - dot(go, s.text.get() + p * s.ld, s.ld);
-        add_scaled(grad_text + p * s.ld, go, acc_t(1) - share, s.ld);
-      }
-      for (int64_t d = 0; d < s.ld; d += kLanes<acc_t>) {
-        (Vec<acc_t>(share) * Vec<acc_t>::loadu(go + d)).store(go + d);
-      }
+      load_row(out.data + p * out.row, out.column, z.D, acc_t(1), s.out_row);
+      s.delta[p] = dot(s.go + p * s.ld, s.out_row, s.ld);
     }
-    if (grad_text) grad_alpha.mutable_data_ptr<acc_t>()[b * z.H + h] = acc_t(grad_share);
-    load_panels(image_lse + (b * z.H + h) * z.P, s);
   }
 
-  // s.go to panels, and lse and delta padded to whole vectors.
-  void load_panels(const acc_t* lse, const Scratch<acc_t>& s) const {
-    std::copy_n(lse, z.P, s.lse.get());
-    std::fill(s.lse.get() + z.P, s.lse.get() + panels.lanes, acc_t(0));
-    std::fill(s.delta.get() + z.P, s.delta.get() + panels.lanes, acc_t(0));
-    for (int64_t i = 0; i < panels.count; ++i) {
-      const Panel panel = panels[i];
-      rows_to_panel(s.go.get() + panel.first * s.ld, s.ld, z.D, panel,
-                    s.go_panels.get() + panel.first * z.D);
-    }
+  double sum_delta(const Scratch& s) const {
+    double sum = 0;
+    for (int64_t p = 0; p < z.P; ++p) sum += s.delta[p];
+    return sum;
+  }
+
+  GradPath<scalar_t> image_path(int64_t b, int64_t h) const {
+    return {{image_key(b, h), image_value(b, h), image_kept.index(b), image_kept.count(b)},
+            grad_image_key(b, h),
+            grad_image_value(b, h),
+            grad_image_key.row()};
+  }
+  GradPath<scalar_t> text_path(int64_t t, int64_t h) const {
+    return {{text_key(t, h), text_value(t, h), text_kept.index(t), text_kept.count(t)},
+            grad_text_key(t, h),
+            grad_text_value(t, h),
+            grad_text_key.row()};
+  }
+
+  acc_t* sum(const at::Tensor& sums, const Cut& cut, int64_t t, int64_t run, int64_t slot) const {
+    return sums.mutable_data_ptr<acc_t>() +
+           ((t * cut.runs + run) * cut.slots + slot) * sums.size(1);
   }
 
   const Sizes z;
   const Panels<acc_t> panels;
+  const int64_t grad_q_size;
   const Blocks image_blocks, text_blocks;
-  const int64_t image_slots, text_slots;
+  const Cut image_cut, text_cut;
+  const bool whole_heads;  // one item does everything of a head, without sums in memory
   const Reader<scalar_t> grad_out, query, image_key, image_value, text_key, text_value;
   const Reader<scalar_t> image_out, text_out;
   const Gate<acc_t> alpha;
@@ -375,9 +329,10 @@ class Backward {
   const double scale;
   const Writer<scalar_t> grad_query, grad_image_key, grad_image_value, grad_text_key;
   const Writer<scalar_t> grad_text_value;
-  const at::Tensor grad_alpha;  // (B, H) contiguous
-  at::Tensor query_sums;        // (T, H, image slots + text slots) x panels of D rows
-  at::Tensor text_sums;         // (T, H, image slots, P, D padded): sum of (1 - alpha) grad_out
+  acc_t* const grad_alpha;  // (B, H) contiguous
+  // One row a (group, run, slot): parts of grad_query in panels of D rows, by the images and by the
+  // text, and of the text's gradient, (1 - alpha) grad_out, (P, D padded).
+  at::Tensor image_query_sums, text_query_sums, text_sums;
 };
 
 }  // namespace

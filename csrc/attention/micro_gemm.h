@@ -7,19 +7,39 @@
 
 namespace dvla_fast::attention {
 
+// A row of C that is not whole vectors: `tail` values in the last one, 0 for all.
+template <bool partial, int V, class acc_t>
+inline __attribute__((always_inline)) Vec<acc_t> load_part(const acc_t* from, int v, int64_t tail) {
+  if constexpr (partial) {
+    if (v == V - 1) return Vec<acc_t>::loadu(from, tail);
+  }
+  return Vec<acc_t>::loadu(from);
+}
+
+template <bool partial, int V, class acc_t>
+inline __attribute__((always_inline)) void store_part(const Vec<acc_t>& value, acc_t* to, int v,
+                                                      int64_t tail) {
+  if constexpr (partial) {
+    if (v == V - 1) return value.store(to, static_cast<int>(tail));
+  }
+  value.store(to);
+}
+
 // One tile of R rows and V vectors. A (R, K): element (r, k) at a[r * lda + k], or at
-// a[k * lda + r] when transposed. B (K, V * lanes) with row stride ldb, C likewise with ldc.
-template <bool transposed, int R, int V, class acc_t>
+// a[k * lda + r] when transposed. B (K, V * lanes) with row stride ldb, C likewise with ldc, of
+// which only the first `tail` lanes of the last vector exist when `partial`.
+template <bool transposed, bool partial, int R, int V, class acc_t>
 inline __attribute__((always_inline)) void gemm_tile(int64_t K, const acc_t* a, int64_t lda,
                                                      const acc_t* b, int64_t ldb, acc_t* c,
-                                                     int64_t ldc, bool add) {
+                                                     int64_t ldc, int64_t tail, bool add) {
   constexpr int64_t lanes = kLanes<acc_t>;
   Vec<acc_t> sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
-      sum[r][v] = add ? Vec<acc_t>::loadu(c + r * ldc + v * lanes) : Vec<acc_t>(acc_t(0));
+      sum[r][v] = add ? load_part<partial, V, acc_t>(c + r * ldc + v * lanes, v, tail)
+                      : Vec<acc_t>(acc_t(0));
     }
   }
   for (int64_t k = 0; k < K; ++k) {
@@ -36,38 +56,47 @@ inline __attribute__((always_inline)) void gemm_tile(int64_t K, const acc_t* a, 
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) sum[r][v].store(c + r * ldc + v * lanes);
-  }
-}
-
-// All M rows of a column of tiles V vectors wide; the rows left over take tiles of half the height.
-template <bool transposed, int R, int V, class acc_t>
-inline void gemm_rows(int64_t M, int64_t K, const acc_t* a, int64_t lda, const acc_t* b,
-                      int64_t ldb, acc_t* c, int64_t ldc, bool add) {
-  int64_t m = 0;
-  for (; m + R <= M; m += R) {
-    gemm_tile<transposed, R, V>(K, a + (transposed ? m : m * lda), lda, b, ldb, c + m * ldc, ldc,
-                                add);
-  }
-  if constexpr (R > 1) {
-    if (m < M) {
-      gemm_rows<transposed, R / 2, V>(M - m, K, a + (transposed ? m : m * lda), lda, b, ldb,
-                                      c + m * ldc, ldc, add);
+    for (int v = 0; v < V; ++v) {
+      store_part<partial, V, acc_t>(sum[r][v], c + r * ldc + v * lanes, v, tail);
     }
   }
 }
 
-// C (M, vecs * lanes) = A B, or C += A B when `add`.
+// All M rows of a column of tiles V vectors wide; the rows left over take tiles of half the height.
+template <bool transposed, bool partial, int R, int V, class acc_t>
+inline void gemm_rows(int64_t M, int64_t K, const acc_t* a, int64_t lda, const acc_t* b,
+                      int64_t ldb, acc_t* c, int64_t ldc, int64_t tail, bool add) {
+  int64_t m = 0;
+  for (; m + R <= M; m += R) {
+    gemm_tile<transposed, partial, R, V>(K, a + (transposed ? m : m * lda), lda, b, ldb,
+                                         c + m * ldc, ldc, tail, add);
+  }
+  if constexpr (R > 1) {
+    if (m < M) {
+      gemm_rows<transposed, partial, R / 2, V>(M - m, K, a + (transposed ? m : m * lda), lda, b,
+                                               ldb, c + m * ldc, ldc, tail, add);
+    }
+  }
+}
+
+// C (M, columns) = A B, or C += A B when `add`. B has whole vectors, C need not.
 template <bool transposed, class acc_t>
-void gemm(int64_t M, int64_t vecs, int64_t K, const acc_t* a, int64_t lda, const acc_t* b,
+void gemm(int64_t M, int64_t columns, int64_t K, const acc_t* a, int64_t lda, const acc_t* b,
           int64_t ldb, acc_t* c, int64_t ldc, bool add) {
-  const int64_t columns = ceil_div(vecs, kMaxVecs);
-  for (int64_t i = 0; i < columns; ++i) {
-    const int64_t first = vecs * i / columns, last = vecs * (i + 1) / columns;
-    const int64_t offset = first * kLanes<acc_t>;
+  constexpr int64_t lanes = kLanes<acc_t>;
+  const int64_t vecs = ceil_div(columns, lanes), tail = columns % lanes;
+  const int64_t strips = ceil_div(vecs, kMaxVecs);
+  for (int64_t i = 0; i < strips; ++i) {
+    const int64_t first = vecs * i / strips, last = vecs * (i + 1) / strips;
+    const int64_t offset = first * lanes;
     with_vecs(last - first, [&](auto width) {
-      gemm_rows<transposed, kTileRows, width()>(M, K, a, lda, b + offset, ldb, c + offset, ldc,
-                                                add);
+      if (tail && i == strips - 1) {
+        gemm_rows<transposed, true, kTileRows, width()>(M, K, a, lda, b + offset, ldb, c + offset,
+                                                        ldc, tail, add);
+      } else {
+        gemm_rows<transposed, false, kTileRows, width()>(M, K, a, lda, b + offset, ldb, c + offset,
+                                                         ldc, 0, add);
+      }
     });
   }
 }

@@ -154,6 +154,21 @@ inline Tile<Acc<scalar_t>> key_tile(const Matrix<scalar_t>& from, const int64_t*
   return {scratch, width};
 }
 
+// One path of one head: which keys and values, and which of them count.
+template <class scalar_t>
+struct Path {
+  Matrix<scalar_t> key, value;
+  const int64_t* index;
+  int64_t count;
+};
+
+// The same, and where their gradients go.
+template <class scalar_t>
+struct GradPath : Path<scalar_t> {
+  scalar_t *grad_key, *grad_value;
+  int64_t grad_row;
+};
+
 // Runs f(i) for i in [0, n), split over threads; what f computes must not depend on the split.
 template <class F>
 inline void parallel_items(int64_t n, const F& f) {

@@ -108,6 +108,10 @@ struct Panel {
   int64_t vecs;
 };
 
+// Panels whose scores the backward holds side by side, so that the products that sum over queries
+// run over all of them at once.
+constexpr int64_t kStripPanels = 2;
+
 // The panels that P tokens fall into. A buffer "in panels" of X values a token holds, panel after
 // panel, X rows of vecs * lanes values: panel i starts at panel.first * X.
 template <class acc_t>
@@ -117,6 +121,9 @@ struct Panels {
         vecs(ceil_div(tokens, kLanes<acc_t>)),
         count(ceil_div(vecs, kMaxVecs)),
         lanes(vecs * kLanes<acc_t>) {}
+
+  // Lanes of the widest strip.
+  int64_t strip_lanes() const { return std::min(vecs, kStripPanels * kMaxVecs) * kLanes<acc_t>; }
 
   Panel operator[](int64_t i) const {
     const int64_t begin = vecs * i / count, end = vecs * (i + 1) / count;
@@ -145,9 +152,23 @@ template <class scalar_t>
 inline void store_panel(const Acc<scalar_t>* from, const Panel& panel, int64_t width,
                         Acc<scalar_t>* rows, int64_t ld, scalar_t* to, int64_t to_row) {
   using acc_t = Acc<scalar_t>;
-  transpose(from, panel.vecs * kLanes<acc_t>, width, panel.count, rows, ld);
-  for (int64_t p = 0; p < panel.count; ++p) {
-    store_row(rows + p * ld, width, to + (panel.first + p) * to_row);
+  const int64_t wide = panel.vecs * kLanes<acc_t>;
+  to += panel.first * to_row;
+  if constexpr (std::is_same_v<scalar_t, acc_t>) {
+    transpose(from, wide, width, panel.count, to, to_row);
+  } else {
+    transpose(from, wide, width, panel.count, rows, ld);
+    for (int64_t p = 0; p < panel.count; ++p) store_row(rows + p * ld, width, to + p * to_row);
+  }
+}
+
+// rows (count, width) to rows [first, first + count) of a tensor, those that `index` chooses.
+template <class scalar_t>
+inline void store_rows(const Acc<scalar_t>* from, int64_t ld, const int64_t* index, int64_t first,
+                       int64_t count, int64_t width, scalar_t* to, int64_t to_row) {
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t n = index ? index[first + j] : first + j;
+    store_row(from + j * ld, width, to + n * to_row);
   }
 }
 

@@ -5,8 +5,6 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <cstdint>
-#include <memory>
-#include <new>
 #include <type_traits>
 
 namespace dvla_fast::attention {
@@ -120,21 +118,5 @@ inline void add_scaled(acc_t* to, const acc_t* from, acc_t factor, int64_t n) {
     at::vec::fmadd(Vec<acc_t>::loadu(from + i), f, Vec<acc_t>::loadu(to + i)).store(to + i);
   }
 }
-
-// Uninitialised scratch of one thread, aligned to a cache line.
-template <class acc_t>
-class Buffer {
- public:
-  explicit Buffer(int64_t n)
-      : data_(static_cast<acc_t*>(::operator new(n * sizeof(acc_t), kAlign))) {}
-  acc_t* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  struct Free {
-    void operator()(acc_t* p) const { ::operator delete(p, kAlign); }
-  };
-  std::unique_ptr<acc_t, Free> data_;
-};
 
 }  // namespace dvla_fast::attention

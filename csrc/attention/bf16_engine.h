@@ -1,0 +1,355 @@
+// The work on one head in bfloat16 products with float32 sums. As in the float engine, queries lie
+// in the columns of scores and keys in the rows; every operand is packed once in the order that the
+// products want (bf16_gemm.h).
+#pragma once
+
+#include "attention/bf16_gemm.h"
+
+#if defined(__AVX512BF16__)
+
+#include <cmath>
+
+#include "attention/problem.h"
+#include "attention/scratch.h"
+#include "attention/softmax.h"
+
+namespace dvla_fast::attention {
+
+// 2^x within 3e-6 of itself, 0 below 2^-149: for weights that are rounded to bfloat16.
+inline __m512 exp2_coarse(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // in this order NaN stays
+  const __m512 k = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 r = _mm512_sub_ps(x, k);
+  __m512 sum = _mm512_set1_ps(0x1.5d87fep-10f);  // ln(2)^n / n!, n = 5 to 0
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0x1.3b2ab6p-7f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0x1.c6b08ep-5f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0x1.ebfbe0p-3f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0x1.62e430p-1f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(sum, k);
+}
+
+// A pair of rounded rows of 16 values to two rows of a row-major operand.
+inline void store_halves(__m512i halves, bf16* low, bf16* high) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), _mm512_castsi512_si256(halves));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), _mm512_extracti64x4_epi64(halves, 1));
+}
+
+// scores (count, 16 V) to weights 2^(factor score - peak) in pairs of rows, (keys, 16 V), 0 from
+// `count` on; running peaks and totals as in softmax_block.
+template <int V>
+inline void softmax_pairs(const float* scores, int64_t count, int64_t keys, float factor,
+                          bool first, float* peak, float* total, float* out, int64_t width,
+                          bf16* weights) {
+  constexpr int64_t wide = 16 * V;
+  const __m512 scale = _mm512_set1_ps(factor);
+  __m512 top[V], sum[V];
+  for (int v = 0; v < V; ++v) {
+    top[v] = first ? _mm512_mul_ps(scale, _mm512_loadu_ps(scores + 16 * v))
+                   : _mm512_loadu_ps(peak + 16 * v);
+    sum[v] = _mm512_setzero_ps();
+  }
+  for (int64_t n = 0; n < count; ++n) {
+    for (int v = 0; v < V; ++v) {
+      const __m512 score = _mm512_mul_ps(scale, _mm512_loadu_ps(scores + n * wide + 16 * v));
+      top[v] = _mm512_max_ps(top[v], score);
+    }
+  }
+  const auto weight = [&](int64_t n, int v) {
+    const __m512 score = _mm512_loadu_ps(scores + n * wide + 16 * v);
+    const __m512 w = exp2_coarse(_mm512_fmsub_ps(scale, score, top[v]));
+    sum[v] = _mm512_add_ps(sum[v], w);
+    return w;
+  };
+  int64_t n = 0;
+  for (; n + 2 <= count; n += 2) {
+    for (int v = 0; v < V; ++v) {
+      const __m512 low = weight(n, v), high = weight(n + 1, v);
+      _mm512_storeu_si512(weights + n * wide + 32 * v, interleave(round_pair(low, high)));
+    }
+  }
+  for (; n < keys; n += 2) {
+    for (int v = 0; v < V; ++v) {
+      const __m512 low = n < count ? weight(n, v) : _mm512_setzero_ps();
+      _mm512_storeu_si512(weights + n * wide + 32 * v,
+                          interleave(round_pair(low, _mm512_setzero_ps())));
+    }
+  }
+  for (int v = 0; v < V; ++v) {
+    if (!first) {
+      const __m512 shrink = exp2_coarse(_mm512_sub_ps(_mm512_loadu_ps(peak + 16 * v), top[v]));
+      sum[v] = _mm512_fmadd_ps(_mm512_loadu_ps(total + 16 * v), shrink, sum[v]);
+      for (int64_t d = 0; d < width; ++d) {
+        float* at = out + d * wide + 16 * v;
+        _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), shrink));
+      }
+    }
+    _mm512_storeu_ps(peak + 16 * v, top[v]);
+    _mm512_storeu_ps(total + 16 * v, sum[v]);
+  }
+}
+
+// Where the derivatives of a block's scores go: the weights and slopes row by row with row stride
+// ld, and the slopes of a panel also in pairs of rows.
+struct Slopes {
+  bf16 *weights, *slopes;
+  int64_t ld;
+  bf16* pairs;
+};
+
+// As score_slopes, from scores and products go V' (count, 16 V) with row stride ld, rounded: rows
+// from `count` to `keys`, a multiple of 2, become 0.
+template <int V>
+inline void slope_pairs(float* scores, const float* products, int64_t ld, int64_t count,
+                        int64_t keys, float factor, const float* lse, float* delta, float share,
+                        bool whole, const Slopes& to) {
+  constexpr float kLog2e = 0x1.715476p0f;
+  const __m512 scale = _mm512_set1_ps(factor);
+  __m512 shift[V], part[V], mean[V], total[V], sum[V];
+  for (int v = 0; v < V; ++v) {
+    shift[v] = _mm512_mul_ps(_mm512_set1_ps(kLog2e), _mm512_loadu_ps(lse + 16 * v));
+    total[v] = sum[v] = _mm512_setzero_ps();
+  }
+  for (int64_t n = 0; n < count; ++n) {
+    for (int v = 0; v < V; ++v) {
+      float* at = scores + n * ld + 16 * v;
+      const __m512 w = exp2_coarse(_mm512_fmsub_ps(scale, _mm512_loadu_ps(at), shift[v]));
+      _mm512_storeu_ps(at, w);
+      total[v] = _mm512_add_ps(total[v], w);
+      sum[v] = _mm512_fmadd_ps(w, _mm512_loadu_ps(products + n * ld + 16 * v), sum[v]);
+    }
+  }
+  for (int v = 0; v < V; ++v) {
+    part[v] = _mm512_set1_ps(share);
+    mean[v] = _mm512_loadu_ps(delta + 16 * v);
+    if (!whole) continue;
+    mean[v] = _mm512_div_ps(sum[v], total[v]);
+    part[v] = _mm512_div_ps(part[v], total[v]);
+    _mm512_storeu_ps(delta + 16 * v, mean[v]);
+  }
+  const __m512 zero = _mm512_setzero_ps();
+  for (int64_t n = 0; n < keys; n += 2) {
+    for (int v = 0; v < V; ++v) {
+      __m512 w[2] = {zero, zero}, slope[2] = {zero, zero};
+      for (int i = 0; i < 2; ++i) {
+        if (n + i >= count) continue;
+        const int64_t at = (n + i) * ld + 16 * v;
+        w[i] = _mm512_mul_ps(_mm512_loadu_ps(scores + at), part[v]);
+        slope[i] = _mm512_mul_ps(w[i], _mm512_sub_ps(_mm512_loadu_ps(products + at), mean[v]));
+      }
+      const __m512i weight_halves = round_pair(w[0], w[1]);
+      const __m512i slope_halves = round_pair(slope[0], slope[1]);
+      const int64_t at = n * to.ld + 16 * v;
+      store_halves(weight_halves, to.weights + at, to.weights + at + to.ld);
+      store_halves(slope_halves, to.slopes + at, to.slopes + at + to.ld);
+      _mm512_storeu_si512(to.pairs + n * 16 * V + 32 * v, interleave(slope_halves));
+    }
+  }
+}
+
+struct Bf16Engine {
+  using scalar_t = bf16;
+  using acc_t = float;
+  using operand_t = bf16;
+  using Session = TileSession;
+
+  static int64_t depth(int64_t width) { return round_up(width, kTileDepth); }
+  static int64_t out_rows(int64_t width) { return round_up(width, kTile); }
+  static int64_t block_keys(int64_t tokens) {
+    return round_up(std::min(tokens, kBlockKeys), kTileDepth);
+  }
+
+  // ---- Forward
+
+  struct Attend {
+    Attend(Arena& arena, int64_t tokens, int64_t width, int64_t lanes)
+        : key(arena.take<bf16>(std::max(block_keys(tokens), lanes) * depth(width))),
+          pairs(arena.take<bf16>(block_keys(tokens) * out_rows(width))),
+          value(arena.take<bf16>(block_keys(tokens) * out_rows(width))),
+          scores(arena.take<float>(block_keys(tokens) * lanes)),
+          weights(arena.take<bf16>(block_keys(tokens) * lanes)),
+          rows(arena.take<float>(lanes * padded<float>(width))),
+          peak(arena.take<float>(lanes)),
+          total(arena.take<float>(lanes)) {}
+    bf16* key;            // (block, depth)
+    bf16 *pairs, *value;  // values in pairs of rows, and (D, block)
+    float* scores;        // (block, lanes)
+    bf16* weights;        // (block, lanes) in pairs of rows
+    float* rows;          // (lanes, D padded)
+    float *peak, *total;  // (lanes)
+  };
+
+  static void pack_query(const Matrix<bf16>& query, const Panel& panel, int64_t width,
+                         double /* scores are scaled */, const Attend& s, bf16* to) {
+    const int64_t lanes = panel.vecs * kTile, deep = depth(width);
+    pack_rows(query, nullptr, panel.first, panel.count, lanes, width, deep, s.key);
+    transpose_pairs(s.key, deep / 2, lanes, deep / 2, to, lanes);
+  }
+
+  template <int V>
+  static void attend(const Path<bf16>& path, const bf16* q, int64_t width, double scale,
+                     const Attend& s, float* out, float* lse) {
+    constexpr int64_t wide = 16 * V;
+    constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+    if (path.count == 0) return no_keys<float>(width * wide, wide, out, lse);
+    const int64_t deep = depth(width), rows = out_rows(width);
+    const Blocks blocks(path.count);
+    for (int64_t begin = 0; begin < path.count; begin += blocks.size) {
+      const int64_t count = std::min(blocks.size, path.count - begin);
+      const int64_t keys = round_up(count, kTileDepth), tiles = round_up(count, kTile);
+      pack_rows(path.value, path.index, begin, count, keys, width, deep, s.key);
+      pack_pairs(s.key, deep, keys, width, keys, rows, s.pairs);
+      transpose_pairs(s.pairs, rows, keys / 2, rows, s.value, keys / 2);
+      pack_rows(path.key, path.index, begin, count, tiles, width, deep, s.key);
+      bf16_gemm_columns<V>(tiles, deep, s.key, deep, q, wide, s.scores, wide, false);
+      softmax_pairs<V>(s.scores, count, keys, static_cast<float>(scale * kLog2e), begin == 0,
+                       s.peak, s.total, out, width, s.weights);
+      bf16_gemm_columns<V>(rows, keys, s.value, keys, s.weights, wide, out, wide, begin > 0);
+    }
+    normalise<V>(s.peak, s.total, static_cast<float>(kLn2), width, out, lse);
+  }
+
+  // ---- Backward
+
+  struct Differentiate {
+    Differentiate(Arena& arena, int64_t tokens, int64_t width, const Panels<float>& panels)
+        : ld(padded<float>(width)),
+          strip(round_up(panels.strip_lanes(), kTileDepth)),
+          // A strip's last product over queries may run 16 lanes past the last panel.
+          queries(panels.lanes + kTile),
+          block(block_keys(tokens)),
+          q_pairs(arena.take<bf16>(queries * out_rows(width))),
+          q_panels(arena.take<bf16>(panels.lanes * depth(width))),
+          go(arena.take<float>(panels.tokens * ld)),
+          go_rows(arena.take<bf16>(panels.lanes * depth(width))),
+          go_pairs(arena.take<bf16>(queries * out_rows(width))),
+          go_panels(arena.take<bf16>(panels.lanes * depth(width))),
+          lse(arena.take<float>(panels.lanes)),
+          delta(arena.take<float>(panels.lanes)),
+          key(arena.take<bf16>(block * depth(width))),
+          value(arena.take<bf16>(block * depth(width))),
+          key_pairs(arena.take<bf16>(block * out_rows(width))),
+          key_columns(arena.take<bf16>(block * out_rows(width))),
+          scores(arena.take<float>(block * strip)),
+          products(arena.take<float>(block * strip)),
+          weights(arena.take<bf16>(block * strip)),
+          slopes(arena.take<bf16>(block * strip)),
+          slope_pairs(arena.take<bf16>(block * kMaxVecs * kTile)),
+          grad_key(arena.take<float>(block * out_rows(width))),
+          grad_value(arena.take<float>(block * out_rows(width))) {}
+
+    int64_t ld, strip, queries, block;
+    bf16 *q_pairs, *q_panels;  // the query: in pairs of rows, and in panels of depth rows
+    float* go;                 // the output's gradient (P, ld)
+    bf16 *go_rows, *go_pairs, *go_panels;  // the same, rounded: (lanes, depth), as the query
+    float *lse, *delta;                    // (lanes of all panels)
+    bf16 *key, *value;                     // (block, depth)
+    bf16 *key_pairs, *key_columns;         // in pairs of rows, and (D, block)
+    float *scores, *products;              // (block, strip)
+    bf16 *weights, *slopes;                // (block, strip)
+    bf16* slope_pairs;                     // (block, lanes of a panel) in pairs of rows
+    float *grad_key, *grad_value;          // (block, D)
+  };
+
+  static void load_query(const Matrix<bf16>& query, const Panels<float>& panels, int64_t width,
+                         double /* scores are scaled */, const Differentiate& s) {
+    pack_rows(query, nullptr, 0, panels.tokens, panels.lanes, width, depth(width), s.go_rows);
+    pack_queries(s.go_rows, panels, width, s.queries, s.q_pairs, s.q_panels);
+  }
+
+  static void pack_gradient(const Panels<float>& panels, int64_t width, const Differentiate& s) {
+    const int64_t deep = depth(width);
+    for (int64_t p = 0; p < panels.lanes; ++p) {
+      bf16* row = s.go_rows + p * deep;
+      if (p < panels.tokens) store_row(s.go + p * s.ld, width, row);
+      std::fill(row + (p < panels.tokens ? width : 0), row + deep, bf16(0.0f));
+    }
+    pack_queries(s.go_rows, panels, width, s.queries, s.go_pairs, s.go_panels);
+  }
+
+  static void block(const GradPath<bf16>& path, int64_t begin, int64_t count, float share,
+                    const Panels<float>& panels, int64_t width, double scale,
+                    const Differentiate& s, float* grad_q) {
+    constexpr double kLog2e = 1.4426950408889634;
+    const int64_t deep = depth(width), columns = out_rows(width);
+    const int64_t keys = round_up(count, kTileDepth), tiles = round_up(count, kTile);
+    pack_rows(path.value, path.index, begin, count, tiles, width, deep, s.value);
+    pack_rows(path.key, path.index, begin, count, tiles, width, deep, s.key);
+    pack_pairs(s.key, deep, count, width, keys, columns, s.key_pairs);
+    transpose_pairs(s.key_pairs, columns, keys / 2, columns, s.key_columns, keys / 2);
+    for (int64_t first = 0; first < panels.count; first += kStripPanels) {
+      const int64_t last = std::min(panels.count, first + kStripPanels);
+      const int64_t token = panels[first].first;
+      const int64_t lanes = panels[last - 1].first + panels[last - 1].vecs * kTile - token;
+      const int64_t queries = round_up(lanes, kTileDepth);
+      if (queries > lanes) {  // what the sum over queries runs over, but no panel fills
+        for (int64_t n = 0; n < tiles; ++n) {
+          std::fill_n(s.weights + n * s.strip + lanes, kTile, bf16(0.0f));
+          std::fill_n(s.slopes + n * s.strip + lanes, kTile, bf16(0.0f));
+        }
+      }
+      for (int64_t i = first; i < last; ++i) {
+        const Panel panel = panels[i];
+        const int64_t wide = panel.vecs * kTile, at = panel.first - token;
+        bf16_gemm(tiles, wide, deep, s.key, deep, s.q_panels + panel.first * deep, wide,
+                  s.scores + at, s.strip, false);
+        bf16_gemm(tiles, wide, deep, s.value, deep, s.go_panels + panel.first * deep, wide,
+                  s.products + at, s.strip, false);
+        const Slopes to{s.weights + at, s.slopes + at, s.strip, s.slope_pairs};
+        with_vecs(panel.vecs, [&](auto V) {
+          attention::slope_pairs<V()>(s.scores + at, s.products + at, s.strip, count, keys,
+                                      static_cast<float>(scale * kLog2e), s.lse + panel.first,
+                                      s.delta + panel.first, share, count == path.count, to);
+        });
+        bf16_gemm(columns, wide, keys, s.key_columns, keys, s.slope_pairs, wide,
+                  grad_q + panel.first * columns, wide, true);
+      }
+      bf16_gemm(tiles, columns, queries, s.weights, s.strip, s.go_pairs + token * columns, columns,
+                s.grad_value, columns, first > 0);
+      bf16_gemm(tiles, columns, queries, s.slopes, s.strip, s.q_pairs + token * columns, columns,
+                s.grad_key, columns, first > 0);
+    }
+    const __m512 factor = _mm512_set1_ps(static_cast<float>(scale));
+    for (int64_t i = 0; i < count * columns; i += kTile) {
+      _mm512_storeu_ps(s.grad_key + i, _mm512_mul_ps(factor, _mm512_loadu_ps(s.grad_key + i)));
+    }
+    store_rows(s.grad_value, columns, path.index, begin, count, width, path.grad_value,
+               path.grad_row);
+    store_rows(s.grad_key, columns, path.index, begin, count, width, path.grad_key, path.grad_row);
+  }
+
+ private:
+  // to (rows, deep) = rows [first, first + count) of `from`; the rest is 0.
+  static void pack_rows(const Matrix<bf16>& from, const int64_t* index, int64_t first,
+                        int64_t count, int64_t rows, int64_t width, int64_t deep, bf16* to) {
+    for (int64_t i = 0; i < count; ++i, to += deep) {
+      const bf16* row = from.data + (index ? index[first + i] : first + i) * from.row;
+      if (from.column != 1) {
+        for (int64_t d = 0; d < width; ++d) to[d] = row[d * from.column];
+        std::fill(to + width, to + deep, bf16(0.0f));
+        continue;
+      }
+      for (int64_t d = 0; d < deep; d += 32) {
+        const int64_t left = std::min<int64_t>(32, std::max<int64_t>(0, width - d));
+        const __mmask32 keep = left == 32 ? 0xFFFFFFFFU : (1U << left) - 1;
+        _mm512_storeu_si512(to + d, _mm512_maskz_loadu_epi16(keep, row + d));
+      }
+    }
+    if (rows > count) std::fill_n(to, (rows - count) * deep, bf16(0.0f));
+  }
+
+  // Rows (lanes, depth) to pairs of rows (`queries` of them) and to panels.
+  static void pack_queries(const bf16* rows, const Panels<float>& panels, int64_t width,
+                           int64_t queries, bf16* pairs, bf16* to) {
+    const int64_t deep = depth(width);
+    pack_pairs(rows, deep, panels.lanes, width, queries, out_rows(width), pairs);
+    for (int64_t i = 0; i < panels.count; ++i) {
+      const int64_t wide = panels[i].vecs * kTile, first = panels[i].first;
+      transpose_pairs(rows + first * deep, deep / 2, wide, deep / 2, to + first * deep, wide);
+    }
+  }
+};
+
+}  // namespace dvla_fast::attention
+
+#endif

@@ -1,0 +1,174 @@
+// Matrix products of bfloat16 with float32 sums, on AMX tiles or, without them, AVX512-BF16.
+//
+// C (M, 16 V) (+)= A (M, K) B (K, 16 V): A lies row by row, B in pairs of rows: element (k, n) at
+// ((k / 2) * columns + n) * 2 + k % 2. M is a multiple of 16 and K of 32: operands are packed with
+// that padding, which must be 0 along K in one operand and no NaN in the other.
+#pragma once
+
+#if defined(__AVX512BF16__)
+
+#include <ATen/cpu/vec/vec.h>
+#include <c10/util/BFloat16.h>
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "attention/vec_math.h"
+
+namespace dvla_fast::attention {
+
+using bf16 = c10::BFloat16;
+
+constexpr int64_t kTile = 16;       // rows and columns of a tile of C
+constexpr int64_t kTileDepth = 32;  // of the sum a tile product runs over
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+#if defined(__AMX_BF16__)
+
+// While it lives, the thread's tile registers are 16 rows of 64 bytes.
+class TileSession {
+ public:
+  TileSession() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~TileSession() { _tile_release(); }
+  TileSession(const TileSession&) = delete;
+  TileSession& operator=(const TileSession&) = delete;
+};
+
+// Tiles 0 to 2 are C, 3 to 5 are B, 6 is A.
+template <int V>
+inline void bf16_gemm_columns(int64_t M, int64_t K, const bf16* a, int64_t lda, const bf16* b,
+                              int64_t ldb, float* c, int64_t ldc, bool add) {
+  const int64_t b_bytes = ldb * 4, a_bytes = lda * 2, c_bytes = ldc * 4;
+  for (int64_t m = 0; m < M; m += kTile, a += kTile * lda, c += kTile * ldc) {
+    if (add) {
+      _tile_loadd(0, c, c_bytes);
+      if constexpr (V > 1) _tile_loadd(1, c + 16, c_bytes);
+      if constexpr (V > 2) _tile_loadd(2, c + 32, c_bytes);
+    } else {
+      _tile_zero(0);
+      if constexpr (V > 1) _tile_zero(1);
+      if constexpr (V > 2) _tile_zero(2);
+    }
+    for (int64_t k = 0; k < K; k += kTileDepth) {
+      const bf16* rows = b + k * ldb;
+      _tile_loadd(6, a + k, a_bytes);
+      _tile_loadd(3, rows, b_bytes);
+      _tile_dpbf16ps(0, 6, 3);
+      if constexpr (V > 1) {
+        _tile_loadd(4, rows + 32, b_bytes);
+        _tile_dpbf16ps(1, 6, 4);
+      }
+      if constexpr (V > 2) {
+        _tile_loadd(5, rows + 64, b_bytes);
+        _tile_dpbf16ps(2, 6, 5);
+      }
+    }
+    _tile_stored(0, c, c_bytes);
+    if constexpr (V > 1) _tile_stored(1, c + 16, c_bytes);
+    if constexpr (V > 2) _tile_stored(2, c + 32, c_bytes);
+  }
+}
+
+#else
+
+struct TileSession {};
+
+template <int V>
+inline void bf16_gemm_columns(int64_t M, int64_t K, const bf16* a, int64_t lda, const bf16* b,
+                              int64_t ldb, float* c, int64_t ldc, bool add) {
+  constexpr int R = 8;
+  for (int64_t m = 0; m < M; m += R, a += R * lda, c += R * ldc) {
+    __m512 sum[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) {
+        sum[r][v] = add ? _mm512_loadu_ps(c + r * ldc + v * 16) : _mm512_setzero_ps();
+      }
+    }
+    for (int64_t k = 0; k < K; k += 2) {
+      __m512bh row[V];
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) row[v] = (__m512bh)_mm512_loadu_si512(b + k * ldb + v * 32);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, a + r * lda + k, sizeof(pair));
+        const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 3
+        for (int v = 0; v < V; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], value, row[v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) _mm512_storeu_ps(c + r * ldc + v * 16, sum[r][v]);
+    }
+  }
+}
+
+#endif
+
+// C (M, columns), columns a multiple of 16. lda and ldc count elements, ldb columns of B.
+inline void bf16_gemm(int64_t M, int64_t columns, int64_t K, const bf16* a, int64_t lda,
+                      const bf16* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+  const int64_t vecs = columns / kTile, strips = ceil_div(vecs, kMaxVecs);
+  for (int64_t i = 0; i < strips; ++i) {
+    const int64_t first = vecs * i / strips, last = vecs * (i + 1) / strips;
+    with_vecs(last - first, [&](auto V) {
+      bf16_gemm_columns<V()>(M, K, a, lda, b + first * kTile * 2, ldb, c + first * kTile, ldc, add);
+    });
+  }
+}
+
+// 16 values of two rows, rounded: `low` in the lower half of the result.
+inline __m512i round_pair(__m512 low, __m512 high) {
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+// The halves' values in turn: a pair of rows as B wants it.
+inline __m512i interleave(__m512i halves) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves);
+}
+
+// Rows (count, width) to B's layout (rows, columns): `rows` even and >= count, `columns` a multiple
+// of 16 and >= width; the rest is 0.
+inline void pack_pairs(const bf16* from, int64_t ld, int64_t count, int64_t width, int64_t rows,
+                       int64_t columns, bf16* to) {
+  const auto half = [&](int64_t n, int64_t d) {
+    if (n >= count || d >= width) return _mm256_setzero_si256();
+    const __mmask16 keep = width - d >= 16 ? 0xFFFF : (1U << (width - d)) - 1;
+    return _mm256_maskz_loadu_epi16(keep, from + n * ld + d);
+  };
+  for (int64_t n = 0; n < rows; n += 2, to += 2 * columns) {
+    for (int64_t d = 0; d < columns; d += 16) {
+      const __m512i halves =
+          _mm512_inserti64x4(_mm512_castsi256_si512(half(n, d)), half(n + 1, d), 1);
+      _mm512_storeu_si512(to + 2 * d, interleave(halves));
+    }
+  }
+}
+
+// to (columns, rows) pairs of values = from (rows, columns) pairs; strides in pairs.
+inline void transpose_pairs(const bf16* from, int64_t ld_from, int64_t rows, int64_t columns,
+                            bf16* to, int64_t ld_to) {
+  at::vec::transpose_mxn<float>(reinterpret_cast<const float*>(from), ld_from,
+                                reinterpret_cast<float*>(to), ld_to, static_cast<int>(rows),
+                                static_cast<int>(columns));
+}
+
+}  // namespace dvla_fast::attention
+
+#endif

@@ -1,0 +1,176 @@
+// The work on one head in float32 or float64 (half types are converted as they are read). The
+// queries lie in vector lanes: with Q' (D, lanes) packed, a block of scores is K Q' and the output
+// is V' exp(scores), so keys and values are read as they lie and every reduction over keys is
+// vertical.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "attention/micro_gemm.h"
+#include "attention/problem.h"
+#include "attention/scratch.h"
+#include "attention/softmax.h"
+
+namespace dvla_fast::attention {
+
+template <class scalar_type>
+struct FloatEngine {
+  using scalar_t = scalar_type;
+  using acc_t = Acc<scalar_t>;
+  using operand_t = acc_t;  // of packed queries
+
+  // What a thread sets up before, and takes down after, its share of the work.
+  struct Session {};
+
+  // Rows of a packed panel.
+  static int64_t depth(int64_t width) { return width; }
+  // Rows that a panel of results takes, of which the first D count.
+  static int64_t out_rows(int64_t width) { return width; }
+
+  // ---- Forward
+
+  struct Attend {
+    Attend(Arena& arena, int64_t tokens, int64_t width, int64_t lanes)
+        : key(arena.take<acc_t>(std::min(tokens, kBlockKeys) * width)),
+          value(arena.take<acc_t>(std::min(tokens, kBlockKeys) * width)),
+          scores(arena.take<acc_t>(std::min(tokens, kBlockKeys) * lanes)),
+          rows(arena.take<acc_t>(lanes * padded<acc_t>(width))),
+          peak(arena.take<acc_t>(lanes)),
+          total(arena.take<acc_t>(lanes)) {}
+    acc_t *key, *value;   // (block, D)
+    acc_t* scores;        // (block, lanes)
+    acc_t* rows;          // (lanes, D padded)
+    acc_t *peak, *total;  // (lanes)
+  };
+
+  // Queries [panel.first, + panel.count), scaled, to (width, lanes of the panel).
+  static void pack_query(const Matrix<scalar_t>& query, const Panel& panel, int64_t width,
+                         double scale, const Attend& s, operand_t* to) {
+    const int64_t ld = padded<acc_t>(width);
+    load_rows<scalar_t>(query, nullptr, panel.first, panel.count, width, acc_t(scale), s.rows, ld);
+    rows_to_panel(s.rows, ld, width, panel, to);
+  }
+
+  // out (width, V * lanes) and lse (V * lanes) of one panel of queries over all keys of a path.
+  template <int V>
+  static void attend(const Path<scalar_t>& path, const operand_t* q, int64_t width,
+                     double /* q is scaled */, const Attend& s, acc_t* out, acc_t* lse) {
+    constexpr int64_t wide = V * kLanes<acc_t>;
+    if (path.count == 0) return no_keys<acc_t>(width * wide, wide, out, lse);
+    const Blocks blocks(path.count);
+    for (int64_t begin = 0; begin < path.count; begin += blocks.size) {
+      const int64_t count = std::min(blocks.size, path.count - begin);
+      const bool first = begin == 0;
+      const auto key = key_tile(path.key, path.index, begin, count, width, s.key);
+      const auto value = key_tile(path.value, path.index, begin, count, width, s.value);
+      gemm_rows<false, false, kTileRows, V>(count, width, key.data, key.ld, q, wide, s.scores, wide,
+                                            0, false);
+      softmax_block<V>(s.scores, count, first, s.peak, s.total, out, width);
+      gemm_rows<true, false, kTileRows, V>(width, count, value.data, value.ld, s.scores, wide, out,
+                                           wide, 0, !first);
+    }
+    normalise<V>(s.peak, s.total, acc_t(1), width, out, lse);
+  }
+
+  // ---- Backward
+
+  // One group's query, one image's (or the text's) output gradient, and one block of keys.
+  struct Differentiate {
+    Differentiate(Arena& arena, int64_t tokens, int64_t width, const Panels<acc_t>& panels)
+        : ld(padded<acc_t>(width)),
+          strip(panels.strip_lanes()),
+          q(arena.take<acc_t>(panels.tokens * ld)),
+          q_panels(arena.take<acc_t>(panels.lanes * width)),
+          go(arena.take<acc_t>(panels.tokens * ld)),
+          go_panels(arena.take<acc_t>(panels.lanes * width)),
+          lse(arena.take<acc_t>(panels.lanes)),
+          delta(arena.take<acc_t>(panels.lanes)),
+          key(arena.take<acc_t>(std::min(tokens, kBlockKeys) * width)),
+          value(arena.take<acc_t>(std::min(tokens, kBlockKeys) * width)),
+          weights(arena.take<acc_t>(std::min(tokens, kBlockKeys) * strip)),
+          slopes(arena.take<acc_t>(std::min(tokens, kBlockKeys) * strip)),
+          grad_key(arena.take<acc_t>(std::min(tokens, kBlockKeys) * ld)),
+          grad_value(arena.take<acc_t>(std::min(tokens, kBlockKeys) * ld)) {}
+
+    int64_t ld, strip;             // width padded to whole vectors; lanes of a strip
+    acc_t *q, *q_panels;           // the scaled query: (P, ld), and in panels of D rows
+    acc_t *go, *go_panels;         // the output's gradient: (P, ld), and in panels of D rows
+    acc_t *lse, *delta;            // (lanes of all panels)
+    acc_t *key, *value;            // (block, D)
+    acc_t *weights, *slopes;       // E' and dS' (block, strip)
+    acc_t *grad_key, *grad_value;  // (block, ld)
+  };
+
+  static void load_query(const Matrix<scalar_t>& query, const Panels<acc_t>& panels, int64_t width,
+                         double scale, const Differentiate& s) {
+    load_rows<scalar_t>(query, nullptr, 0, panels.tokens, width, acc_t(scale), s.q, s.ld);
+    to_panels(s.q, panels, width, s.ld, s.q_panels);
+  }
+
+  // After s.go (P, ld) was filled.
+  static void pack_gradient(const Panels<acc_t>& panels, int64_t width, const Differentiate& s) {
+    to_panels(s.go, panels, width, s.ld, s.go_panels);
+  }
+
+  // Keys [begin, begin + count) of a path against every query: their gradients, and their part of
+  // grad_query, added to `grad_q` (in panels of D rows, not yet scaled). `share`: the path's share
+  // of the gate. Where the block holds every key of the path, delta comes out in s.delta, else it
+  // goes in.
+  static void block(const GradPath<scalar_t>& path, int64_t begin, int64_t count, acc_t share,
+                    const Panels<acc_t>& panels, int64_t width, double /* q is scaled */,
+                    const Differentiate& s, acc_t* grad_q) {
+    const auto key = key_tile(path.key, path.index, begin, count, width, s.key);
+    const auto value = key_tile(path.value, path.index, begin, count, width, s.value);
+    // Straight to its place where rows lie one after another in the accumulation type.
+    const bool direct = std::is_same_v<scalar_t, acc_t> && !path.index;
+    acc_t *grad_key = s.grad_key, *grad_value = s.grad_value;
+    int64_t ld = s.ld;
+    if constexpr (std::is_same_v<scalar_t, acc_t>) {
+      if (direct) {
+        grad_key = path.grad_key + begin * path.grad_row;
+        grad_value = path.grad_value + begin * path.grad_row;
+        ld = path.grad_row;
+      }
+    }
+    for (int64_t first = 0; first < panels.count; first += kStripPanels) {
+      const int64_t last = std::min(panels.count, first + kStripPanels);
+      const int64_t token = panels[first].first;
+      for (int64_t i = first; i < last; ++i) {
+        const Panel panel = panels[i];
+        const int64_t wide = panel.vecs * kLanes<acc_t>, at = panel.first * width;
+        acc_t* weights = s.weights + (panel.first - token);
+        acc_t* slopes = s.slopes + (panel.first - token);
+        gemm<false>(count, wide, width, key.data, key.ld, s.q_panels + at, wide, weights, s.strip,
+                    false);
+        gemm<false>(count, wide, width, value.data, value.ld, s.go_panels + at, wide, slopes,
+                    s.strip, false);
+        with_vecs(panel.vecs, [&](auto V) {
+          score_slopes<V()>(weights, slopes, s.strip, count, s.lse + panel.first,
+                            s.delta + panel.first, share, count == path.count);
+        });
+        gemm<true>(width, wide, count, key.data, key.ld, slopes, s.strip, grad_q + at, wide, true);
+      }
+      const int64_t end = panels[last - 1].first + panels[last - 1].count;
+      gemm<false>(count, width, end - token, s.weights, s.strip, s.go + token * s.ld, s.ld,
+                  grad_value, ld, first > 0);
+      gemm<false>(count, width, end - token, s.slopes, s.strip, s.q + token * s.ld, s.ld, grad_key,
+                  ld, first > 0);
+    }
+    if (!direct) {
+      store_rows(grad_value, ld, path.index, begin, count, width, path.grad_value, path.grad_row);
+      store_rows(grad_key, ld, path.index, begin, count, width, path.grad_key, path.grad_row);
+    }
+  }
+
+ private:
+  static void to_panels(const acc_t* rows, const Panels<acc_t>& panels, int64_t width, int64_t ld,
+                        acc_t* to) {
+    for (int64_t i = 0; i < panels.count; ++i) {
+      const Panel panel = panels[i];
+      rows_to_panel(rows + panel.first * ld, ld, width, panel, to + panel.first * width);
+    }
+  }
+};
+
+}  // namespace dvla_fast::attention

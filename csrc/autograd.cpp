@@ -194,17 +194,17 @@ AttentionResult dual_attention_autograd(const Tensor& query, const Tensor& image
 
 // ---- gated_attention_forward
 
-using GatedResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using GatedResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using GatedSignature = GatedResult(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                    const Tensor&, const Tensor&, const Tensor&,
                                    const OptionalTensor&, const OptionalTensor&, double, bool);
-using GatedGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using GatedGrads = GatedResult;
 using GatedBackwardSignature = GatedGrads(const OptionalTensor&, const OptionalTensor&,
                                           const Tensor&, const Tensor&, const Tensor&,
                                           const Tensor&, const Tensor&, const Tensor&,
                                           const Tensor&, const OptionalTensor&,
                                           const OptionalTensor&, const Tensor&, const Tensor&,
-                                          const Tensor&, const Tensor&, double);
+                                          const Tensor&, const Tensor&, const Tensor&, double);
 
 GatedResult call_gated(const Tensor& query, const Tensor& image_tokens, const Tensor& kv_weight,
                        const Tensor& text_key, const Tensor& text_value, const Tensor& alpha,
@@ -226,16 +226,16 @@ class GatedAttention : public torch::autograd::Function<GatedAttention> {
                                const Tensor& alpha, const Tensor& out_weight,
                                const OptionalTensor& image_mask, const OptionalTensor& text_mask,
                                double scale) {
-    auto [updated, fused, image_out, text_out, image_lse, text_lse] =
+    auto [updated, fused, image_out, text_out, image_lse, text_lse, kv] =
         call_gated(query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
                    image_mask, text_mask, scale, true);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
                             or_undefined(image_mask), or_undefined(text_mask), image_out, text_out,
-                            image_lse, text_lse});
+                            image_lse, text_lse, kv});
     ctx->saved_data["scale"] = scale;
-    ctx->mark_non_differentiable({image_out, text_out, image_lse, text_lse});
-    return {updated, fused, image_out, text_out, image_lse, text_lse};
+    ctx->mark_non_differentiable({image_out, text_out, image_lse, text_lse, kv});
+    return {updated, fused, image_out, text_out, image_lse, text_lse, kv};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -253,7 +253,7 @@ class GatedAttention : public torch::autograd::Function<GatedAttention> {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight] =
         op.call(or_none(grad_updated), or_none(grad_fused), s[0], s[1], s[2], s[3], s[4], s[5],
-                s[6], or_none(s[7]), or_none(s[8]), s[9], s[10], s[11], s[12],
+                s[6], or_none(s[7]), or_none(s[8]), s[9], s[10], s[11], s[12], s[13],
                 ctx->saved_data["scale"].toDouble());
     return {query, image_tokens, kv_weight, text_key, text_value,
             alpha, out_weight,   Tensor(),  Tensor(), Tensor()};
@@ -272,7 +272,7 @@ GatedResult gated_attention_autograd(const Tensor& query, const Tensor& image_to
   }
   const auto out = GatedAttention::apply(query, image_tokens, kv_weight, text_key, text_value,
                                          alpha, out_weight, image_mask, text_mask, scale);
-  return {out[0], out[1], out[2], out[3], out[4], out[5]};
+  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
 }
 
 }  // namespace

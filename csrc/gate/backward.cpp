@@ -20,23 +20,11 @@ namespace {
 
 // The slots' sums of the weights' gradients take this many times the weights at most.
 constexpr int64_t kMostSlots = 16;
-// Rows of one thread's part of a product that threads share.
+// Rows of one thread's part of a weight's gradient, where threads share it.
 constexpr int64_t kPartRows = 96;
-
-// out (M, N) = a (M, K) b (K, N) for a long K, along which a library may share a product among
-// threads and so make the result depend on their number: here they share the rows of `out`, in
-// parts that depend on M alone. (Products over a short K are not cut along it.)
-void long_product(at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
-  const int64_t rows = out.size(0), parts = std::clamp<int64_t>(rows / kPartRows, 1, 64);
-  attention::parallel_items(parts, [&](int64_t begin, int64_t end) {
-    const PlainTensors plain;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = rows * i / parts, count = rows * (i + 1) / parts - first;
-      at::Tensor to = out.narrow(0, first, count);
-      at::mm_out(to, a.narrow(0, first, count), b);
-    }
-  });
-}
+// A product over more rows than this a library may cut up along them, and differently so for other
+// numbers of threads: it is taken in runs, longer where each run's result is rounded to half.
+constexpr int64_t kRunRows = 128, kHalfRunRows = 1024;
 
 // out (n) = the sum of rows [first, first + count) of `slots` (…, n), in order; `out` may be the
 // first.
@@ -54,6 +42,7 @@ void add_slots(const at::Tensor& slots, int64_t first, int64_t count, int64_t n,
 
 struct Saved {
   at::Tensor image_out, text_out, image_lse, text_lse;  // the outputs stored by token
+  at::Tensor kv;                                        // undefined: to be projected again
 };
 
 struct Grads {
@@ -89,8 +78,9 @@ class Backward {
   void run() const {
     const auto runs = [&](int64_t begin, int64_t end) {
       const PlainTensors plain;
-      const Buffers buffers{z.buffer(z.N, 2 * z.width), z.buffer(z.N, 2 * z.width),
-                            z.buffer(z.P, z.width), z.buffer(z.P, z.width)};
+      const Buffers buffers{z.buffer(saved.kv.defined() ? 0 : z.N, 2 * z.width),
+                            z.buffer(z.N, 2 * z.width), z.buffer(z.P, z.width),
+                            z.buffer(z.P, z.width)};
       for (int64_t slot = begin; slot < end; ++slot) {
         for (int64_t i = slots.first(slot); i < slots.first(slot + 1); ++i) {
           chunk(z.plan[i], slot, i == slots.first(slot), buffers);
@@ -126,10 +116,10 @@ class Backward {
 
   void chunk(const Chunk& c, int64_t slot, bool first, const Buffers& b) const {
     const at::Tensor rows = z.rows_of(c);
-    at::Tensor kv = z.filled(b.kv, z.N, c);
-    at::mm_out(kv, rows, z.kv_weight.t());
+    at::Tensor kv = z.kv_rows(saved.kv, b.kv, c);
+    if (!saved.kv.defined()) at::mm_out(kv, rows, z.kv_weight.t());
     out_projection(c, slot, first, b);
-    attention_backward(c, slot, b);
+    attention_backward(c, slot, kv, b);
     const at::Tensor grad_kv = z.filled(b.grad_kv, z.N, c);
     grad_tokens(c, grad_kv);
     add_weight(grad_kv.t(), rows, first, kv_sums[slot]);
@@ -167,11 +157,12 @@ class Backward {
   }
 
   // Gradients of a chunk's keys and values, of its gates, and of what only its groups share.
-  void attention_backward(const Chunk& c, int64_t slot, const Buffers& b) const {
+  void attention_backward(const Chunk& c, int64_t slot, const at::Tensor& kv,
+                          const Buffers& b) const {
     const at::Tensor none = z.apart ? z.no_keys(1) : at::Tensor();
     const at::Tensor grad_query = z.apart ? z.by_token(1, z.P) : z.texts(grads.query, c);
     dual_attention_backward_into(
-        z.heads(b.grad_mixed, c), z.texts(z.query, c), z.keys(b.kv, 0, c), z.keys(b.kv, 1, c),
+        z.heads(b.grad_mixed, c), z.texts(z.query, c), z.keys(kv, 0, c), z.keys(kv, 1, c),
         z.apart ? none : z.texts(z.text_key, c), z.apart ? none : z.texts(z.text_value, c),
         z.images(z.alpha, c), part(z.image_mask, c.image, c.images),
         z.apart ? std::nullopt : part(z.text_mask, c.group, c.groups), z.images(saved.image_out, c),
@@ -227,15 +218,30 @@ class Backward {
   }
 
   // sum (M, K) = or, but for the first, += a (M, rows) b (rows, K).
-  void add_weight(const at::Tensor& a, const at::Tensor& b, bool first, at::Tensor sum) const {
-    if (kSame && z.plan.parallel()) {
-      sum.addmm_(a, b, first ? 0 : 1);
-    } else if (kSame && first) {
-      long_product(sum, a, b);
-    } else {
-      at::Tensor product = at::empty(sum.sizes(), a.options());
-      z.plan.parallel() ? void(at::mm_out(product, a, b)) : long_product(product, a, b);
-      first ? sum.copy_(product) : sum.add_(product);
+  void add_weight(const at::Tensor& a, const at::Tensor& b, bool first,
+                  const at::Tensor& sum) const {
+    const int64_t rows = sum.size(0);
+    const int64_t parts = z.plan.parallel() ? 1 : std::clamp<int64_t>(rows / kPartRows, 1, 64);
+    attention::parallel_items(parts, [&](int64_t begin, int64_t end) {
+      const PlainTensors plain;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t from = rows * i / parts, count = rows * (i + 1) / parts - from;
+        add_product(a.narrow(0, from, count), b, first, sum.narrow(0, from, count));
+      }
+    });
+  }
+
+  static void add_product(const at::Tensor& a, const at::Tensor& b, bool first, at::Tensor sum) {
+    const int64_t rows = b.size(0), run = kSame ? kRunRows : kHalfRunRows;
+    for (int64_t from = 0; from == 0 || from < rows; from += run, first = false) {
+      const int64_t count = std::min(run, rows - from);
+      const at::Tensor left = a.narrow(1, from, count), right = b.narrow(0, from, count);
+      if (kSame) {
+        sum.addmm_(left, right, first ? 0 : 1);
+      } else {
+        const at::Tensor product = at::mm(left, right);
+        first ? sum.copy_(product) : sum.add_(product);
+      }
     }
   }
 
@@ -278,7 +284,7 @@ gated_attention_backward(const std::optional<at::Tensor>& grad_updated,
                          const std::optional<at::Tensor>& image_mask,
                          const std::optional<at::Tensor>& text_mask, const at::Tensor& image_out,
                          const at::Tensor& text_out, const at::Tensor& image_lse,
-                         const at::Tensor& text_lse, double scale) {
+                         const at::Tensor& text_lse, const at::Tensor& kv, double scale) {
   const gate::PlainTensors plain;
   const gate::Problem z(query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
                         image_mask, text_mask, scale);
@@ -286,7 +292,8 @@ gated_attention_backward(const std::optional<at::Tensor>& grad_updated,
     return x.transpose(1, 2).contiguous().transpose(1, 2);
   };
   const gate::Saved saved{stored_by_token(image_out), stored_by_token(text_out),
-                          image_lse.contiguous(), text_lse.contiguous()};
+                          image_lse.contiguous(), text_lse.contiguous(),
+                          z.plan.kept() ? kv.contiguous() : at::Tensor()};
   const gate::Grads grads{z.by_token(z.T, z.P),
                           at::empty({z.B, z.N, z.C}, image_tokens.options()),
                           at::empty({2 * z.width, z.C}, query.options()),

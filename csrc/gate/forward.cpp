@@ -19,7 +19,7 @@ namespace gate {
 namespace {
 
 struct Results {
-  at::Tensor updated, fused, image_out, text_out, image_lse, text_lse;
+  at::Tensor updated, fused, image_out, text_out, image_lse, text_lse, kv;
   bool save() const { return image_out.defined(); }
 };
 
@@ -36,12 +36,12 @@ void text_path(const Problem& z, const Results& r) {
                               image_lse, r.text_lse);
 }
 
-// mixed (images * P, HD) of a chunk, by way of its keys and values in `kv`.
+// mixed (images * P, HD) of a chunk, by way of its keys and values, in `buffer` if not to be kept.
 template <class scalar_t>
-void attend(const Problem& z, const Results& r, const Chunk& c, const at::Tensor& kv,
+void attend(const Problem& z, const Results& r, const Chunk& c, const at::Tensor& buffer,
             const at::Tensor& mixed) {
-  at::Tensor rows = z.filled(kv, z.N, c);
-  at::mm_out(rows, z.rows_of(c), z.kv_weight.t());
+  at::Tensor kv = z.kv_rows(r.kv, buffer, c);
+  at::mm_out(kv, z.rows_of(c), z.kv_weight.t());
   const at::Tensor none = z.apart ? z.no_keys(1) : at::Tensor();
   at::Tensor text_out, text_lse;
   if (r.save()) {  // apart: the group's text results are there already, and these go nowhere
@@ -77,7 +77,8 @@ void forward(const Problem& z, const Results& r) {
   if (z.apart) text_path(z, r);
   const auto chunks = [&](int64_t begin, int64_t end) {
     const PlainTensors plain;
-    const at::Tensor kv = z.buffer(z.N, 2 * z.width), mixed = z.buffer(z.P, z.width);
+    const at::Tensor kv = z.buffer(r.kv.defined() ? 0 : z.N, 2 * z.width),
+                     mixed = z.buffer(z.P, z.width);
     for (int64_t i = begin; i < end; ++i) {
       const Chunk c = z.plan[i];
       attend<scalar_t>(z, r, c, kv, mixed);
@@ -94,7 +95,7 @@ void forward(const Problem& z, const Results& r) {
 }  // namespace
 }  // namespace gate
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 gated_attention_forward(const at::Tensor& query, const at::Tensor& image_tokens,
                         const at::Tensor& kv_weight, const at::Tensor& text_key,
                         const at::Tensor& text_value, const at::Tensor& alpha,
@@ -111,13 +112,22 @@ gated_attention_forward(const at::Tensor& query, const at::Tensor& image_tokens,
     r.image_out = z.by_token(z.B, z.P);
     r.image_lse = at::empty({z.B, z.H, z.P}, alpha.options());
     r.text_lse = at::empty({z.T, z.H, z.P}, alpha.options());
+    if (z.plan.kept()) r.kv = at::empty({z.B * z.N, 2 * z.width}, query.options());
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(),
                                   "gated_attention_forward",
                                   [&] { gate::forward<scalar_t>(z, r); });
-  if (save) return {r.updated, r.fused, r.image_out, r.text_out, r.image_lse, r.text_lse};
-  const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
-  return {r.updated, r.fused, none(query), none(query), none(alpha), none(alpha)};
+  const auto or_empty = [](const at::Tensor& x, const at::Tensor& like) {
+    return x.defined() ? x : at::empty({0}, like.options());
+  };
+  if (!save) r.text_out = at::Tensor();
+  return {r.updated,
+          r.fused,
+          or_empty(r.image_out, query),
+          or_empty(r.text_out, query),
+          or_empty(r.image_lse, alpha),
+          or_empty(r.text_lse, alpha),
+          or_empty(r.kv, query)};
 }
 
 }  // namespace dvla_fast

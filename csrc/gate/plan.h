@@ -14,6 +14,9 @@ using attention::ceil_div;
 // Keys and values of a chunk that one thread works on, in bytes: with its tokens they stay in that
 // core's second-level cache, and the matrix products are long enough to run at full speed.
 constexpr int64_t kChunkBytes = 768 * 1024;
+// Keys and values of all images that are kept for the backward pass where they take no more bytes
+// than this: they are then read again in less time than they are projected again.
+constexpr int64_t kKeptBytes = 32 * 1024 * 1024;
 // Fewer chunks than this leave threads idle: they are then made this many times longer, taken one
 // after another, and the threads share the work inside each.
 constexpr int64_t kFewChunks = 16;
@@ -26,7 +29,7 @@ struct Chunk {
 class Plan {
  public:
   // B images in T text groups, the keys and values of one image taking `bytes`.
-  Plan(int64_t B, int64_t T, int64_t bytes) : T_(T), G_(B / T) {
+  Plan(int64_t B, int64_t T, int64_t bytes) : T_(T), G_(B / T), kept_(B * bytes <= kKeptBytes) {
     const int64_t image = std::max<int64_t>(1, bytes);
     cut(std::max<int64_t>(1, kChunkBytes / image));
     parallel_ = count_ >= kFewChunks && image <= kChunkBytes * kFewChunks / 4;
@@ -34,6 +37,8 @@ class Plan {
   }
 
   int64_t count() const { return count_; }
+  // Whether the backward pass gets keys and values from the forward.
+  bool kept() const { return kept_; }
   // Whether threads take chunks each, or share the work inside each chunk.
   bool parallel() const { return parallel_; }
   // Whether a chunk is whole text groups, rather than a part of one.
@@ -59,6 +64,7 @@ class Plan {
   }
 
   int64_t T_, G_;
+  bool kept_;
   int64_t pieces_ = 1, count_ = 1;
   bool parallel_ = false;
 };

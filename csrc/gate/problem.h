@@ -84,10 +84,15 @@ struct Problem {
   at::Tensor filled(const at::Tensor& buffer, int64_t rows, const Chunk& c) const {
     return buffer.narrow(0, 0, c.images * rows);
   }
-  // Keys (which = 0) or values (1) of a buffer (images * N, 2HD) as (images, H, N, D).
-  at::Tensor keys(const at::Tensor& buffer, int64_t which, const Chunk& c) const {
+  // The rows of what is kept of all images, or of a buffer, that belong to a chunk.
+  at::Tensor kv_rows(const at::Tensor& kept, const at::Tensor& buffer, const Chunk& c) const {
+    return kept.defined() ? kept.narrow(0, c.image * N, c.images * N) : filled(buffer, N, c);
+  }
+  // Keys (which = 0) or values (1) of rows (images * N, 2HD) as (images, H, N, D).
+  at::Tensor keys(const at::Tensor& rows, int64_t which, const Chunk& c) const {
     const int64_t row = 2 * width;
-    return buffer.as_strided({c.images, H, N, D}, {N * row, D, row, 1}, which * width);
+    return rows.as_strided({c.images, H, N, D}, {N * row, D, row, 1},
+                           rows.storage_offset() + which * width);
   }
   // A buffer (images * P, HD) as (images, H, P, D).
   at::Tensor heads(const at::Tensor& buffer, const Chunk& c) const {

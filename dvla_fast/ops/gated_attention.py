@@ -4,9 +4,9 @@
     Z ← Z + mean of H over the text tokens
 
 (DVLA-RL, method §3.) On the CPU the images are taken a few at a time, so that what lies between the
-tokens and H stays in the cache and never exists for all images; the backward pass projects keys and
-values again rather than keep them. On CUDA it is two matrix products around
-:func:`dvla_fast.functional.dual_attention`.
+tokens and H stays in the cache and never exists for all images; the backward pass keeps keys and
+values where they are few (32 MiB) and projects them again where they are many. On CUDA it is two
+matrix products around :func:`dvla_fast.functional.dual_attention`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from dvla_fast.ops.dual_attention import (
     expand_alpha,
     expect_shape,
 )
+
+_KEPT_BYTES = 32 * 2**20  # kKeptBytes of csrc/gate/plan.h
 
 
 def gated_attention(
@@ -143,7 +145,7 @@ def _composed(
 
 
 class _GatedAttention(torch.autograd.Function):
-    """Forward and backward ops joined; the four saved results are outputs, as torch.func needs."""
+    """Forward and backward ops joined; the five saved results are outputs, as torch.func needs."""
 
     @staticmethod
     def forward(
@@ -187,7 +189,7 @@ def _forward_fake(  # type: ignore[no-untyped-def]
     scale, save,
 ):  # fmt: skip
     groups, heads, rows, width = query.shape
-    batch, _, channels = image_tokens.shape
+    batch, keys, channels = image_tokens.shape
     results = (
         image_tokens.new_empty(image_tokens.shape),
         query.new_empty(batch, rows, channels),
@@ -197,20 +199,24 @@ def _forward_fake(  # type: ignore[no-untyped-def]
             *results,
             *(query.new_empty(0) for _ in range(2)),
             *(alpha.new_empty(0) for _ in range(2)),
+            query.new_empty(0),
         )
+    columns = 2 * heads * width
+    kept = batch * keys * columns * query.element_size() <= _KEPT_BYTES
     return (
         *results,
         query.new_empty(batch, rows, heads, width).transpose(1, 2),
         query.new_empty(groups, rows, heads, width).transpose(1, 2),
         alpha.new_empty(batch, heads, rows),
         alpha.new_empty(groups, heads, rows),
+        query.new_empty(batch * keys, columns) if kept else query.new_empty(0),
     )
 
 
 @torch.library.register_fake("dvla_fast::gated_attention_backward", lib=schemas.LIBRARY)
 def _backward_fake(  # type: ignore[no-untyped-def]
     grad_updated, grad_fused, query, image_tokens, kv_weight, text_key, text_value, alpha,
-    out_weight, image_mask, text_mask, image_out, text_out, image_lse, text_lse, scale,
+    out_weight, image_mask, text_mask, image_out, text_out, image_lse, text_lse, kv, scale,
 ):  # fmt: skip
     def stored_by_token(x: Tensor) -> Tensor:
         """A gradient is stored (T, P, H, D), as projections want it."""

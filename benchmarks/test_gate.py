@@ -1,7 +1,7 @@
 """RLAGate beside the same equations in eager PyTorch, as users would write them.
 
-One group a (B, d, N, P, dtype, mode): one text of P tokens for all B images, 8 heads. A row is timed
-only after its results, and in `forward+backward` its gradients, were compared with float64.
+One group a (B, d, N, P, dtype, mode): one text of P tokens for all B images, 8 heads. A row is
+timed only after its results, and in `forward+backward` its gradients, were compared with float64.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ PROVIDERS = ["dvla_fast", "eager matmul", "eager SDPA", "torch.compile"]
 # Largest error allowed, as a share of the largest exact value.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 SECONDS_A_ROW = 0.7
-# Gradients are those of the image tokens and of the weights around the attention; the policy's small
-# ones are left to the tests.
+# Gradients are those of the image tokens and of the weights around the attention; the policy's
+# small ones are left to the tests.
 WEIGHTS = ["text_projection", "text_qkv", "image_kv", "out_projection"]
 
 

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc build_tools -type f)
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test install lint format bench clean
+.PHONY: demo test install lint format bench gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dvla-fast demo
@@ -23,6 +23,10 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/pytest benchmarks/ --benchmark-only
+
+# Needs a GPU: its tests, its benchmarks and the sanitizers, recorded in benchmarks/results.
+gpu-check: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.gpu_check
 
 install: $(VENV)/.dev
 

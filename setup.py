@@ -150,7 +150,10 @@ setup(
         *(f"dvla_fast.{name}" for name in find_packages(include=["kernels", "kernels.*"])),
     ],
     package_dir={"dvla_fast": "dvla_fast", "dvla_fast.kernels": "kernels"},
-    package_data={"dvla_fast": ["py.typed", "semantics/banks/*.json"]},
+    package_data={
+        "dvla_fast": ["py.typed", "semantics/banks/*.json"],
+        "dvla_fast.kernels.dual_attention": ["*.json"],
+    },
     ext_modules=[Extension("dvla_fast._build_info", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

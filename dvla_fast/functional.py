@@ -1,6 +1,5 @@
 """The ops a user calls. Each lives in ``dvla_fast.ops``; this module is the public door."""
 
-from dvla_fast.ops import dual_attention_cuda  # noqa: F401  (registers the CUDA implementations)
 from dvla_fast.ops.beta_policy import (
     BetaPolicyOutput,
     beta_entropy,
@@ -9,6 +8,7 @@ from dvla_fast.ops.beta_policy import (
     beta_sample,
 )
 from dvla_fast.ops.dual_attention import dual_attention
+from dvla_fast.ops.dual_attention_cuda import float32_precision, set_float32_precision
 from dvla_fast.ops.gated_attention import gated_attention
 
 __all__ = [
@@ -19,4 +19,6 @@ __all__ = [
     "beta_sample",
     "dual_attention",
     "gated_attention",
+    "float32_precision",
+    "set_float32_precision",
 ]

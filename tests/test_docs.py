@@ -18,6 +18,7 @@ ELSEWHERE = {
     "make demo": "tests/test_docs.py::test_make_targets_do_their_own_setup",
     "make test": "Makefile::test",
     "make bench": "Makefile::bench",
+    "make gpu-check": "tests/test_gpu_check.py::test_whole_record",
     "pip install -e .": "tests/test_build.py::test_installs_without_a_compiler",
     "pip install --no-build-isolation -e .": "tests/test_build.py::--no-build-isolation",
     "pip install -e '.[train,vision]'": "Makefile::test",

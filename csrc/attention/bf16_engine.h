@@ -162,15 +162,17 @@ struct Bf16Engine {
   // ---- Forward
 
   struct Attend {
-    Attend(Arena& arena, int64_t tokens, int64_t width, int64_t lanes)
-        : key(arena.take<bf16>(std::max(block_keys(tokens), lanes) * depth(width))),
-          pairs(arena.take<bf16>(block_keys(tokens) * out_rows(width))),
-          value(arena.take<bf16>(block_keys(tokens) * out_rows(width))),
-          scores(arena.take<float>(block_keys(tokens) * lanes)),
-          weights(arena.take<bf16>(block_keys(tokens) * lanes)),
+    Attend(Arena& arena, int64_t tokens, int64_t width, const Panels<float>& panels)
+        : Attend(arena, block_keys(tokens), width, panels.panel_lanes(), panels.lanes) {}
+    Attend(Arena& arena, int64_t block, int64_t width, int64_t lanes, int64_t all_lanes)
+        : key(arena.take<bf16>(std::max(block, lanes) * depth(width))),
+          pairs(arena.take<bf16>(block * out_rows(width))),
+          value(arena.take<bf16>(block * out_rows(width))),
+          scores(arena.take<float>(block * lanes)),
+          weights(arena.take<bf16>(block * lanes)),
           rows(arena.take<float>(lanes * padded<float>(width))),
-          peak(arena.take<float>(lanes)),
-          total(arena.take<float>(lanes)) {}
+          peak(arena.take<float>(all_lanes)),
+          total(arena.take<float>(all_lanes)) {}
     bf16* key;            // (block, depth)
     bf16 *pairs, *value;  // values in pairs of rows, and (D, block)
     float* scores;        // (block, lanes)
@@ -186,13 +188,11 @@ struct Bf16Engine {
     transpose_pairs(s.key, deep / 2, lanes, deep / 2, to, lanes);
   }
 
-  template <int V>
-  static void attend(const Path<bf16>& path, const bf16* q, int64_t width, double scale,
-                     const Attend& s, float* out, float* lse) {
-    constexpr int64_t wide = 16 * V;
+  static void attend(const Path<bf16>& path, const PanelRange<float>& range, const bf16* q,
+                     int64_t width, double scale, const Attend& s, float* out, float* lse) {
     constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
-    if (path.count == 0) return no_keys<float>(width * wide, wide, out, lse);
     const int64_t deep = depth(width), rows = out_rows(width);
+    if (path.count == 0) return no_keys<float>(range.lanes() * rows, range.lanes(), out, lse);
     const Blocks blocks(path.count);
     for (int64_t begin = 0; begin < path.count; begin += blocks.size) {
       const int64_t count = std::min(blocks.size, path.count - begin);
@@ -201,12 +201,20 @@ struct Bf16Engine {
       pack_pairs(s.key, deep, keys, width, keys, rows, s.pairs);
       transpose_pairs(s.pairs, rows, keys / 2, rows, s.value, keys / 2);
       pack_rows(path.key, path.index, begin, count, tiles, width, deep, s.key);
-      bf16_gemm_columns<V>(tiles, deep, s.key, deep, q, wide, s.scores, wide, false);
-      softmax_pairs<V>(s.scores, count, keys, static_cast<float>(scale * kLog2e), begin == 0,
-                       s.peak, s.total, out, width, s.weights);
-      bf16_gemm_columns<V>(rows, keys, s.value, keys, s.weights, wide, out, wide, begin > 0);
+      range.each([&](auto V, int64_t lane) {
+        constexpr int64_t wide = kTile * V();
+        float* sums = out + lane * rows;
+        bf16_gemm_columns<V()>(tiles, deep, s.key, deep, q + lane * deep, wide, s.scores, wide,
+                               false);
+        softmax_pairs<V()>(s.scores, count, keys, static_cast<float>(scale * kLog2e), begin == 0,
+                           s.peak + lane, s.total + lane, sums, width, s.weights);
+        bf16_gemm_columns<V()>(rows, keys, s.value, keys, s.weights, wide, sums, wide, begin > 0);
+      });
     }
-    normalise<V>(s.peak, s.total, static_cast<float>(kLn2), width, out, lse);
+    range.each([&](auto V, int64_t lane) {
+      normalise<V()>(s.peak + lane, s.total + lane, static_cast<float>(kLn2), width,
+                     out + lane * rows, lse + lane);
+    });
   }
 
   // ---- Backward

@@ -13,7 +13,7 @@ namespace dvla_fast {
 //   query (T,H,P,D); image_* (B,H,N,D); text_* (T,H,S,D), B a multiple of T; alpha (B,H) float32,
 //   float64 with float64 inputs; masks (B,N), (T,S) bool, true = attend; any strides.
 // Returns out, image_out (B,H,P,D), text_out (T,H,P,D), image_lse (B,H,P), text_lse (T,H,P); all
-// but `out` are empty unless `save`.
+// but `out` are empty unless `save`, and the path outputs too where the backward can do without.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dual_attention_forward(
     const at::Tensor& query, const at::Tensor& image_key, const at::Tensor& image_value,
     const at::Tensor& text_key, const at::Tensor& text_value, const at::Tensor& alpha,
@@ -21,7 +21,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dual_atte
     double scale, bool save);
 
 // The same, written into given tensors of unit column stride and otherwise any strides (the
-// log-sum-exps contiguous); undefined ones but `out` are left out, all four or none.
+// log-sum-exps contiguous); undefined ones are left out.
 void dual_attention_forward_into(const at::Tensor& query, const at::Tensor& image_key,
                                  const at::Tensor& image_value, const at::Tensor& text_key,
                                  const at::Tensor& text_value, const at::Tensor& alpha,

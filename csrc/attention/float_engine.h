@@ -31,13 +31,13 @@ struct FloatEngine {
   // ---- Forward
 
   struct Attend {
-    Attend(Arena& arena, int64_t tokens, int64_t width, int64_t lanes)
+    Attend(Arena& arena, int64_t tokens, int64_t width, const Panels<acc_t>& panels)
         : key(arena.take<acc_t>(std::min(tokens, kBlockKeys) * width)),
           value(arena.take<acc_t>(std::min(tokens, kBlockKeys) * width)),
-          scores(arena.take<acc_t>(std::min(tokens, kBlockKeys) * lanes)),
-          rows(arena.take<acc_t>(lanes * padded<acc_t>(width))),
-          peak(arena.take<acc_t>(lanes)),
-          total(arena.take<acc_t>(lanes)) {}
+          scores(arena.take<acc_t>(std::min(tokens, kBlockKeys) * panels.panel_lanes())),
+          rows(arena.take<acc_t>(panels.panel_lanes() * padded<acc_t>(width))),
+          peak(arena.take<acc_t>(panels.lanes)),
+          total(arena.take<acc_t>(panels.lanes)) {}
     acc_t *key, *value;   // (block, D)
     acc_t* scores;        // (block, lanes)
     acc_t* rows;          // (lanes, D padded)
@@ -52,25 +52,31 @@ struct FloatEngine {
     rows_to_panel(s.rows, ld, width, panel, to);
   }
 
-  // out (width, V * lanes) and lse (V * lanes) of one panel of queries over all keys of a path.
-  template <int V>
-  static void attend(const Path<scalar_t>& path, const operand_t* q, int64_t width,
-                     double /* q is scaled */, const Attend& s, acc_t* out, acc_t* lse) {
-    constexpr int64_t wide = V * kLanes<acc_t>;
-    if (path.count == 0) return no_keys<acc_t>(width * wide, wide, out, lse);
+  // out, in panels of out_rows, and lse of a run of panels of queries over all keys of a path.
+  static void attend(const Path<scalar_t>& path, const PanelRange<acc_t>& range, const operand_t* q,
+                     int64_t width, double /* q is scaled */, const Attend& s, acc_t* out,
+                     acc_t* lse) {
+    if (path.count == 0) return no_keys<acc_t>(range.lanes() * width, range.lanes(), out, lse);
     const Blocks blocks(path.count);
     for (int64_t begin = 0; begin < path.count; begin += blocks.size) {
       const int64_t count = std::min(blocks.size, path.count - begin);
       const bool first = begin == 0;
       const auto key = key_tile(path.key, path.index, begin, count, width, s.key);
       const auto value = key_tile(path.value, path.index, begin, count, width, s.value);
-      gemm_rows<false, false, kTileRows, V>(count, width, key.data, key.ld, q, wide, s.scores, wide,
-                                            0, false);
-      softmax_block<V>(s.scores, count, first, s.peak, s.total, out, width);
-      gemm_rows<true, false, kTileRows, V>(width, count, value.data, value.ld, s.scores, wide, out,
-                                           wide, 0, !first);
+      range.each([&](auto V, int64_t lane) {
+        constexpr int64_t wide = V() * kLanes<acc_t>;
+        acc_t* sums = out + lane * width;
+        gemm_rows<false, false, kTileRows, V()>(count, width, key.data, key.ld, q + lane * width,
+                                                wide, s.scores, wide, 0, false);
+        softmax_block<V()>(s.scores, count, first, s.peak + lane, s.total + lane, sums, width);
+        gemm_rows<true, false, kTileRows, V()>(width, count, value.data, value.ld, s.scores, wide,
+                                               sums, wide, 0, !first);
+      });
     }
-    normalise<V>(s.peak, s.total, acc_t(1), width, out, lse);
+    range.each([&](auto V, int64_t lane) {
+      normalise<V()>(s.peak + lane, s.total + lane, acc_t(1), width, out + lane * width,
+                     lse + lane);
+    });
   }
 
   // ---- Backward

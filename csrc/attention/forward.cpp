@@ -59,92 +59,101 @@ class Forward {
     const int64_t text_cuts = z.T * z.H < few ? panels.count : 1;
     const int64_t image_cuts = z.B * z.H < few ? panels.count : 1;
     if (z.G == 1) {
-      each(z.T * z.H, image_cuts, [&](int64_t item, int64_t i, const Scratch& s) {
-        text_panel(item, i, s, s.q, s.text);
-        image_panel(item, i, s, s.q, s.text);
+      each(z.T * z.H, image_cuts, [&](int64_t item, const Range& range, const Scratch& s) {
+        text_item(item, range, s, s.q, s.text);
+        image_item(item, range, s, s.q, s.text);
       });
       return;
     }
     operand_t* q = shared_q.mutable_data_ptr<operand_t>();
     acc_t* text = shared_text.mutable_data_ptr<acc_t>();
-    const auto at = [&](int64_t group_head, int64_t i) {
-      return group_head * panels.lanes + panels[i].first;
-    };
-    each(z.T * z.H, text_cuts, [&](int64_t item, int64_t i, const Scratch& s) {
-      const int64_t token = at(item, i);
-      text_panel(item, i, s, q + token * E::depth(z.D), text + token * E::out_rows(z.D));
+    each(z.T * z.H, text_cuts, [&](int64_t item, const Range& range, const Scratch& s) {
+      const int64_t token = item * panels.lanes + range.start();
+      text_item(item, range, s, q + token * E::depth(z.D), text + token * E::out_rows(z.D));
     });
-    each(z.B * z.H, image_cuts, [&](int64_t item, int64_t i, const Scratch& s) {
-      const int64_t token = at(item / z.H / z.G * z.H + item % z.H, i);
-      image_panel(item, i, s, q + token * E::depth(z.D), text + token * E::out_rows(z.D));
+    each(z.B * z.H, image_cuts, [&](int64_t item, const Range& range, const Scratch& s) {
+      const int64_t group_head = item / z.H / z.G * z.H + item % z.H;
+      const int64_t token = group_head * panels.lanes + range.start();
+      image_item(item, range, s, q + token * E::depth(z.D), text + token * E::out_rows(z.D));
     });
   }
 
  private:
+  using Range = PanelRange<acc_t>;
+
   struct Scratch : E::Attend {
-    Scratch(Arena& arena, int64_t tokens, int64_t width, int64_t lanes)
-        : E::Attend(arena, tokens, width, lanes),
-          q(arena.take<operand_t>(lanes * E::depth(width))),
-          text(arena.take<acc_t>(lanes * E::out_rows(width))),
-          image(arena.take<acc_t>(lanes * E::out_rows(width))),
-          lse(arena.take<acc_t>(lanes)) {}
-    operand_t* q;         // (depth, lanes)
-    acc_t *text, *image;  // (out rows, lanes)
+    Scratch(Arena& arena, int64_t tokens, int64_t width, const Panels<acc_t>& panels)
+        : E::Attend(arena, tokens, width, panels),
+          q(arena.take<operand_t>(panels.lanes * E::depth(width))),
+          text(arena.take<acc_t>(panels.lanes * E::out_rows(width))),
+          image(arena.take<acc_t>(panels.lanes * E::out_rows(width))),
+          lse(arena.take<acc_t>(panels.lanes)) {}
+    operand_t* q;         // panels of depth rows
+    acc_t *text, *image;  // panels of out_rows rows
     acc_t* lse;           // (lanes)
   };
 
-  // f(head, panel, scratch) for every (outer, head) and panel, each in `cuts` separate items.
+  // f(head, range of panels, scratch) for every (outer, head), each in `cuts` separate items.
   template <class F>
   void each(int64_t heads, int64_t cuts, const F& f) const {
+    if (z.P == 0) return;
     parallel_items(heads * cuts, [&](int64_t begin, int64_t end) {
-      const int64_t lanes = std::min(panels.vecs, kMaxVecs) * kLanes<acc_t>;
-      const auto scratch = on_arena<Scratch>(std::max(z.N, z.S), z.D, lanes);
+      const auto scratch = on_arena<Scratch>(std::max(z.N, z.S), z.D, panels);
       [[maybe_unused]] const typename E::Session session;
       for (int64_t item = begin; item < end; ++item) {
         const int64_t cut = item % cuts;
-        const int64_t first = panels.count * cut / cuts, last = panels.count * (cut + 1) / cuts;
-        for (int64_t i = first; i < last; ++i) f(item / cuts, i, scratch);
+        const Range range{panels, panels.count * cut / cuts, panels.count * (cut + 1) / cuts};
+        f(item / cuts, range, scratch);
       }
     });
   }
 
-  // Packs the queries of a panel, and attends from them to the text.
-  void text_panel(int64_t item, int64_t i, const Scratch& s, operand_t* q, acc_t* text) const {
+  // Packs the queries of some panels, and attends from them to the text.
+  void text_item(int64_t item, const Range& range, const Scratch& s, operand_t* q,
+                 acc_t* text) const {
     const int64_t t = item / z.H, h = item % z.H;
-    const Panel panel = panels[i];
-    E::pack_query(query(t, h), panel, z.D, scale, s, q);
+    for (int64_t i = range.first; i < range.last; ++i) {
+      const int64_t lane = panels[i].first - range.start();
+      E::pack_query(query(t, h), panels[i], z.D, scale, s, q + lane * E::depth(z.D));
+    }
     const Path<scalar_t> path{text_key(t, h), text_value(t, h), text_kept.index(t),
                               text_kept.count(t)};
-    with_vecs(panel.vecs,
-              [&](auto V) { E::template attend<V()>(path, q, z.D, scale, s, text, s.lse); });
-    if (text_out) write(text, panel, text_out, text_lse, t, h, s);
+    E::attend(path, range, q, z.D, scale, s, text, s.lse);
+    write(text, range, text_out, text_lse, t, h, s);
   }
 
-  // The image path of a panel, mixed with the text path of its group.
-  void image_panel(int64_t item, int64_t i, const Scratch& s, const operand_t* q,
-                   const acc_t* text) const {
+  // The image path, mixed with the text path of its group.
+  void image_item(int64_t item, const Range& range, const Scratch& s, const operand_t* q,
+                  const acc_t* text) const {
     const int64_t b = item / z.H, h = item % z.H;
-    const Panel panel = panels[i];
     const Path<scalar_t> path{image_key(b, h), image_value(b, h), image_kept.index(b),
                               image_kept.count(b)};
     acc_t* mixed = s.image;
-    with_vecs(panel.vecs,
-              [&](auto V) { E::template attend<V()>(path, q, z.D, scale, s, mixed, s.lse); });
-    if (image_out) write(mixed, panel, image_out, image_lse, b, h, s);
+    E::attend(path, range, q, z.D, scale, s, mixed, s.lse);
+    write(mixed, range, image_out, image_lse, b, h, s);
     const Vec<acc_t> image_share(alpha(b, h)), text_share(acc_t(1) - alpha(b, h));
-    for (int64_t j = 0; j < z.D * panel.vecs * kLanes<acc_t>; j += kLanes<acc_t>) {
+    for (int64_t j = 0; j < E::out_rows(z.D) * range.lanes(); j += kLanes<acc_t>) {
       const auto text_part = text_share * Vec<acc_t>::loadu(text + j);
       at::vec::fmadd(image_share, Vec<acc_t>::loadu(mixed + j), text_part).store(mixed + j);
     }
-    store_panel<scalar_t>(mixed, panel, z.D, s.rows, padded<acc_t>(z.D), out(b, h), out.row());
+    store(mixed, range, out(b, h), out.row(), s);
   }
 
-  void write(const acc_t* values, const Panel& panel, const Writer<scalar_t>& to,
+  void write(const acc_t* values, const Range& range, const Writer<scalar_t>& to,
              const at::Tensor& lse, int64_t outer, int64_t head, const Scratch& s) const {
-    store_panel<scalar_t>(values, panel, z.D, s.rows, padded<acc_t>(z.D), to(outer, head),
-                          to.row());
+    if (to) store(values, range, to(outer, head), to.row(), s);
+    if (!lse.defined()) return;
     acc_t* lse_row = lse.mutable_data_ptr<acc_t>() + (outer * z.H + head) * z.P;
-    std::copy_n(s.lse, panel.count, lse_row + panel.first);
+    std::copy_n(s.lse, std::min(range.lanes(), z.P - range.start()), lse_row + range.start());
+  }
+
+  void store(const acc_t* values, const Range& range, scalar_t* to, int64_t row,
+             const Scratch& s) const {
+    for (int64_t i = range.first; i < range.last; ++i) {
+      const int64_t lane = panels[i].first - range.start();
+      store_panel<scalar_t>(values + lane * E::out_rows(z.D), panels[i], z.D, s.rows,
+                            padded<acc_t>(z.D), to, row);
+    }
   }
 
   const Sizes z;
@@ -188,17 +197,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dual_atte
   const at::Tensor out = attention::empty_by_token(z.B, z.H, z.P, z.D, query);
   at::Tensor image_out, text_out, image_lse, text_lse;
   if (save) {
-    image_out = attention::empty_by_token(z.B, z.H, z.P, z.D, query);
-    text_out = attention::empty_by_token(z.T, z.H, z.P, z.D, query);
+    if (attention::needs_image_out(z)) {
+      image_out = attention::empty_by_token(z.B, z.H, z.P, z.D, query);
+    }
+    if (attention::needs_text_out(z)) {
+      text_out = attention::empty_by_token(z.T, z.H, z.P, z.D, query);
+    }
     image_lse = at::empty({z.B, z.H, z.P}, alpha.options());
     text_lse = at::empty({z.T, z.H, z.P}, alpha.options());
   }
   dual_attention_forward_into(query, image_key, image_value, text_key, text_value, alpha,
                               image_mask, text_mask, scale, out, image_out, text_out, image_lse,
                               text_lse);
-  if (save) return {out, image_out, text_out, image_lse, text_lse};
-  const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
-  return {out, none(query), none(query), none(alpha), none(alpha)};
+  const auto or_empty = [](const at::Tensor& x, const at::Tensor& like) {
+    return x.defined() ? x : at::empty({0}, like.options());
+  };
+  return {out, or_empty(image_out, query), or_empty(text_out, query), or_empty(image_lse, alpha),
+          or_empty(text_lse, alpha)};
 }
 
 }  // namespace dvla_fast

@@ -30,19 +30,19 @@ struct Sizes {
 template <class scalar_t>
 class Reader {
  public:
-  explicit Reader(const at::Tensor& x)
-      : data_(x.const_data_ptr<scalar_t>()),
-        outer_(x.stride(0)),
-        head_(x.stride(1)),
-        row_(x.stride(2)),
-        column_(x.stride(3)) {}
+  // An empty tensor of fewer dimensions: nothing is to be read.
+  explicit Reader(const at::Tensor& x) {
+    if (!x.defined() || x.dim() != 4) return;
+    data_ = x.const_data_ptr<scalar_t>();
+    outer_ = x.stride(0), head_ = x.stride(1), row_ = x.stride(2), column_ = x.stride(3);
+  }
   Matrix<scalar_t> operator()(int64_t outer, int64_t head) const {
     return {data_ + outer * outer_ + head * head_, row_, column_};
   }
 
  private:
-  const scalar_t* data_;
-  int64_t outer_, head_, row_, column_;
+  const scalar_t* data_ = nullptr;
+  int64_t outer_ = 0, head_ = 0, row_ = 0, column_ = 0;
 };
 
 // A (B, H) tensor of any strides.
@@ -124,6 +124,12 @@ class KeptKeys {
 // Scores of one block of keys and one panel of queries (48 KiB) stay in the second-level cache, and
 // the sequences that matter most are one block.
 constexpr int64_t kBlockKeys = 256;
+
+// Whether the backward wants a path's output from the forward: where one block holds all keys, it
+// sums delta from the weights instead; the images of a group each need the group's text output for
+// the gate's gradient. Also in dvla_fast/ops/dual_attention.py.
+inline bool needs_image_out(const Sizes& z) { return z.N > kBlockKeys; }
+inline bool needs_text_out(const Sizes& z) { return z.G != 1 || std::max(z.N, z.S) > kBlockKeys; }
 
 // `tokens` keys in equal blocks of at most kBlockKeys.
 struct Blocks {

@@ -122,6 +122,8 @@ struct Panels {
         count(ceil_div(vecs, kMaxVecs)),
         lanes(vecs * kLanes<acc_t>) {}
 
+  // Lanes of the widest panel.
+  int64_t panel_lanes() const { return std::min(vecs, kMaxVecs) * kLanes<acc_t>; }
   // Lanes of the widest strip.
   int64_t strip_lanes() const { return std::min(vecs, kStripPanels * kMaxVecs) * kLanes<acc_t>; }
 
@@ -132,6 +134,27 @@ struct Panels {
   }
 
   int64_t tokens, vecs, count, lanes;
+};
+
+// Panels [first, last); places in their buffers count from the first one's.
+template <class acc_t>
+struct PanelRange {
+  int64_t start() const { return panels[first].first; }
+  int64_t lanes() const {
+    const Panel end = panels[last - 1];
+    return end.first + end.vecs * kLanes<acc_t> - start();
+  }
+  // f(vectors as a constant, lane) for each panel.
+  template <class F>
+  void each(const F& f) const {
+    for (int64_t i = first; i < last; ++i) {
+      const Panel panel = panels[i];
+      with_vecs(panel.vecs, [&](auto V) { f(V, panel.first - start()); });
+    }
+  }
+
+  const Panels<acc_t>& panels;
+  int64_t first, last;
 };
 
 // rows (panel.count, width), row stride ld, to one panel (width, vecs * lanes); padding becomes 0.

@@ -25,15 +25,10 @@ struct Results {
 
 // The text path of every group alone.
 void text_path(const Problem& z, const Results& r) {
-  const at::Tensor none = z.no_keys(z.T);
-  at::Tensor image_out, text_out, image_lse;
-  if (r.save()) {  // of no images: they go nowhere
-    image_out = z.by_token(z.T, z.P), text_out = z.by_token(z.T, z.P);
-    image_lse = at::empty({z.T, z.H, z.P}, z.alpha.options());
-  }
+  const at::Tensor none = z.no_keys(z.T), left_out;
   dual_attention_forward_into(z.query, none, none, z.text_key, z.text_value, z.shut_gate(),
-                              std::nullopt, z.text_mask, z.scale, r.text_out, image_out, text_out,
-                              image_lse, r.text_lse);
+                              std::nullopt, z.text_mask, z.scale, r.text_out, left_out, left_out,
+                              left_out, r.text_lse);
 }
 
 // mixed (images * P, HD) of a chunk, by way of its keys and values, in `buffer` if not to be kept.
@@ -43,11 +38,9 @@ void attend(const Problem& z, const Results& r, const Chunk& c, const at::Tensor
   at::Tensor kv = z.kv_rows(r.kv, buffer, c);
   at::mm_out(kv, z.rows_of(c), z.kv_weight.t());
   const at::Tensor none = z.apart ? z.no_keys(1) : at::Tensor();
-  at::Tensor text_out, text_lse;
-  if (r.save()) {  // apart: the group's text results are there already, and these go nowhere
-    text_out = z.apart ? z.by_token(1, z.P) : z.texts(r.text_out, c);
-    text_lse = z.apart ? at::empty({1, z.H, z.P}, z.alpha.options()) : z.texts(r.text_lse, c);
-  }
+  // Apart, the text's results are there already.
+  const at::Tensor text_out = z.apart ? at::Tensor() : z.texts(r.text_out, c);
+  const at::Tensor text_lse = z.apart ? at::Tensor() : z.texts(r.text_lse, c);
   dual_attention_forward_into(
       z.texts(z.query, c), z.keys(kv, 0, c), z.keys(kv, 1, c),
       z.apart ? none : z.texts(z.text_key, c), z.apart ? none : z.texts(z.text_value, c),

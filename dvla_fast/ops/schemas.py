@@ -14,7 +14,8 @@ LIBRARY.define(
     # query (T,H,P,D); image_* (B,H,N,D); text_* (T,H,S,D); alpha (B,H) float32, or float64 with
     # float64 inputs. out, image_out (B,H,P,D); text_out (T,H,P,D); image_lse (B,H,P),
     # text_lse (T,H,P): log-sum-exp of the scaled scores, -inf for a row with no key.
-    # save=False: all but `out` are empty.
+    # save=False: all but `out` are empty; else image_out and text_out may be, where the backward of
+    # that device does without.
     "dual_attention_forward(Tensor query, Tensor image_key, Tensor image_value, Tensor text_key,"
     " Tensor text_value, Tensor alpha, Tensor? image_mask, Tensor? text_mask, float scale,"
     " bool save) -> (Tensor out, Tensor image_out, Tensor text_out, Tensor image_lse,"

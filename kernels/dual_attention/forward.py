@@ -24,39 +24,40 @@ or once a grid fills the device, that is once per group or per 16 images (`launc
 
 Keys stream through an online softmax in base 2 (scores are scaled by scale · log₂e), accumulated in
 float32. Nothing of size P × N exists.
+
+The head dimension is padded to a power of two. Two dots of 32 + 16 in place of one of 64 were tried
+for D = 48: on sm_90 with 64 rows a quarter less tensor-core work, 11 % fewer instructions and no
+more registers, but with 16 rows three times the HMMA instructions and spills. At D = 24 there is
+nothing to gain: a half-type product takes steps of 16. What the padding costs is arithmetic alone,
+as masked elements are never read, and few-shot sizes are not bound by arithmetic.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any, TypeAlias
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from .launch import LARGEST_HEAD_DIM, ForwardLaunch, choose_forward
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError(
-        "the Triton kernels of dvla_fast need the package 'triton' (Linux; `pip install triton`, "
-        "or any CUDA build of torch, which brings it); backend='reference' works without"
-    ) from error
+from .arguments import (
+    Layout,
+    Step,
+    by_token,
+    check_supported,
+    layouts_of,
+    needs_wide_offsets,
+    on_device_of,
+    options_of,
+    problem_of,
+    strides_of,
+)
+from .launch import Device, choose, device_of, remembered
 
 # out, image_out, text_out, image_lse, text_lse
 Results: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_PRECISIONS = ("ieee", "tf32x3", "tf32")
-_INT32_MAX = 2**31 - 1
-_VECTOR_BYTES = 16
-_RANKS = (4, 4, 4, 4, 4, 2, 2, 2)  # of the inputs
-# Multiprocessors assumed where there is no device to ask (interpreter, ahead-of-time builds).
-_DEFAULT_PROCESSORS = 132
 
 
 @triton.jit
@@ -242,77 +243,78 @@ def forward(
     """
     outputs = _allocate(query, image_key.shape[0], save)
     inputs = (query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask)
-    grid, arguments, options = plan(inputs, outputs, scale, save, precision)
+    kernel, grid, arguments, constants = step(inputs, outputs, scale, save, precision)
     if grid[0] > 0:
-        with _on_device_of(query):
-            dual_attention_forward_kernel[grid](**arguments, **options)
+        with on_device_of(query):
+            kernel[grid](*arguments, **constants)
     else:  # no rows, or no images to carry the text along: nothing may stay uninitialised
         for result in outputs:
             result.zero_()
     return outputs
 
 
-def plan(
+def step(
     inputs: tuple[Tensor | None, ...],
     outputs: tuple[Tensor, ...],
     scale: float,
     save: bool,
     precision: str = "ieee",
-) -> tuple[tuple[int], dict[str, Any], dict[str, int | bool]]:
-    """Grid, kernel arguments by name, and launch options; touches no data (meta tensors do)."""
-    query, image_key, _, text_key, _, _, image_mask, text_mask = inputs
+) -> Step:
+    """The launch, touching no data (meta tensors do)."""
+    query = inputs[0]
     assert query is not None
-    assert image_key is not None
-    assert text_key is not None
-    groups, heads, rows, head_dim = query.shape
-    batch, _, image_keys, _ = image_key.shape
-    text_keys = text_key.shape[2]
-    _check_supported(query.dtype, head_dim, precision)
-    group_size = batch // groups
-    launch = choose_forward(
-        element_size=query.element_size(),
-        groups=groups,
-        group_size=group_size,
-        heads=heads,
-        rows=rows,
-        image_keys=image_keys,
-        text_keys=text_keys,
-        head_dim=head_dim,
-        processors=_processors(query.device),
+    grid, numbers, constants = _plan(
+        layouts_of(inputs), query.dtype, device_of(query.device), scale, save, precision
     )
-    unit, strides = _strides(inputs)
-    # Rounded to float32 once: every rounding here is an error of all scores in the same direction.
-    score_scale = float(scale) * math.log2(math.e)
-    values = (*inputs, *outputs, *strides, score_scale, group_size, heads, rows, image_keys)
-    names = dual_attention_forward_kernel.arg_names
-    arguments = dict(zip(names, (*values, text_keys, launch.images), strict=False))
-    arguments.update(
-        HEAD_DIM=head_dim,
-        BLOCK_P=launch.block_p,
-        BLOCK_N=launch.block_n,
-        BLOCK_S=launch.block_s,
-        BLOCK_D=launch.block_d,
-        HAS_IMAGE_MASK=image_mask is not None,
-        HAS_TEXT_MASK=text_mask is not None,
-        SAVE=save,
-        PRECISION=precision,
-        INDEX=tl.int64 if _needs_wide_offsets(inputs[:5], launch) else tl.int32,
-        UNIT=unit,
-    )
-    runs = -(-group_size // launch.images)
-    grid = (-(-rows // launch.block_p) * heads * runs * groups,)
-    options: dict[str, int | bool] = {
-        "num_warps": launch.warps,
-        "num_stages": launch.stages,
-        "enable_fp_fusion": True,  # Triton 3.10 changes the default
+    return dual_attention_forward_kernel, grid, (*inputs, *outputs, *numbers), constants
+
+
+@remembered
+def _plan(
+    layouts: tuple[Layout | None, ...],
+    dtype: torch.dtype,
+    device: Device,
+    scale: float,
+    save: bool,
+    precision: str,
+) -> tuple[tuple[int], tuple[float, ...], dict[str, Any]]:
+    """Grid, the numbers that follow the tensors, and constants with options by name."""
+    element_size = dtype.itemsize
+    problem = problem_of(layouts, element_size)
+    check_supported(dtype, problem.head_dim, precision)
+    launch = choose("forward", problem, device)
+    assert launch is not None
+    unit, strides = strides_of(layouts, element_size)
+    numbers = (
+        *strides,
+        # Rounded to float32 once: each rounding here errs in all scores, in the same direction.
+        float(scale) * math.log2(math.e),
+        problem.group_size, problem.heads, problem.rows, problem.image_keys, problem.text_keys,
+        launch.images,
+    )  # fmt: skip
+    constants = {
+        "HEAD_DIM": problem.head_dim,
+        "BLOCK_P": launch.block_p,
+        "BLOCK_N": launch.block_n,
+        "BLOCK_S": launch.block_s,
+        "BLOCK_D": launch.block_d,
+        "HAS_IMAGE_MASK": layouts[6] is not None,
+        "HAS_TEXT_MASK": layouts[7] is not None,
+        "SAVE": save,
+        "PRECISION": precision,
+        "INDEX": tl.int64 if needs_wide_offsets(layouts, launch) else tl.int32,
+        "UNIT": unit,
+        **options_of(launch),
     }
-    return grid, arguments, options
+    runs = -(-problem.group_size // launch.images)
+    row_blocks = -(-problem.rows // launch.block_p)
+    return (row_blocks * problem.heads * runs * problem.groups,), numbers, constants
 
 
 def _allocate(query: Tensor, batch: int, save: bool) -> Results:
     """The five results, uninitialised; see the module docstring for how they are stored."""
-    groups, heads, rows, head_dim = query.shape
-    out = query.new_empty(batch, rows, heads, head_dim).transpose(1, 2)
+    groups, heads, rows, _ = query.shape
+    out = by_token(query, batch)
     if not save:
         # Four tensors, not one: an op must not return the same tensor twice.
         image_out, text_out = query.new_empty(0), query.new_empty(0)
@@ -320,70 +322,8 @@ def _allocate(query: Tensor, batch: int, save: bool) -> Results:
         return out, image_out, text_out, image_lse, text_lse
     return (
         out,
-        query.new_empty(batch, rows, heads, head_dim).transpose(1, 2),
-        query.new_empty(groups, rows, heads, head_dim).transpose(1, 2),
+        by_token(query, batch),
+        by_token(query, groups),
         query.new_empty(batch, heads, rows, dtype=torch.float32),
         query.new_empty(groups, heads, rows, dtype=torch.float32),
     )
-
-
-def _strides(inputs: tuple[Tensor | None, ...]) -> tuple[int, list[int]]:
-    """(unit, strides of all inputs), the outer strides of the five 4-d tensors in that unit.
-
-    A head stride of 24 elements, say, divides by 8 but not by 16, all that Triton tells apart in an
-    integer argument: it would load element by element. Counted in units of 16 bytes and multiplied
-    by a constant in the kernel, the stride shows that whole vectors may be loaded.
-    """
-    strides: list[int] = []
-    for tensor, rank in zip(inputs, _RANKS, strict=True):
-        if tensor is None:
-            strides += [0] * rank
-        else:  # the stride of a dimension of size 1 means nothing and may be anything
-            sizes = zip(tensor.shape, tensor.stride(), strict=True)
-            strides += [stride if size > 1 else 0 for size, stride in sizes]
-    query = inputs[0]
-    assert query is not None
-    unit = _VECTOR_BYTES // query.element_size()
-    count = 4 * 5
-    contiguous = query.shape[3] == 1 or all(stride == 1 for stride in strides[3:count:4])
-    if not contiguous or any(strides[i] % unit for i in range(count) if i % 4 != 3):
-        return 1, strides
-    return unit, [s // unit if i < count and i % 4 != 3 else s for i, s in enumerate(strides)]
-
-
-def _needs_wide_offsets(tensors: tuple[Tensor | None, ...], launch: ForwardLaunch) -> bool:
-    """Whether an offset between two elements of one tile can exceed 32 bits."""
-    tile_rows = max(launch.block_p, launch.block_n, launch.block_s)
-    return any(
-        tile_rows * tensor.stride(2) + launch.block_d * tensor.stride(3) > _INT32_MAX
-        for tensor in tensors
-        if tensor is not None
-    )
-
-
-def _check_supported(dtype: torch.dtype, head_dim: int, precision: str) -> None:
-    if dtype not in _DTYPES:
-        raise TypeError(f"query: dtype {dtype} has no Triton kernel; supported: {_DTYPES}")
-    if head_dim > LARGEST_HEAD_DIM:
-        raise ValueError(
-            f"query: head dimension {head_dim}; the Triton kernel takes up to {LARGEST_HEAD_DIM}"
-        )
-    if precision not in _PRECISIONS:
-        raise ValueError(f"precision: {precision!r} is not one of {_PRECISIONS}")
-
-
-def _processors(device: torch.device) -> int:
-    return _cuda_processors(device.index) if device.type == "cuda" else _DEFAULT_PROCESSORS
-
-
-@cache
-def _cuda_processors(index: int | None) -> int:
-    count: int = torch.cuda.get_device_properties(index).multi_processor_count
-    return count
-
-
-def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(tensor.device)

@@ -1,14 +1,32 @@
-"""Launch choice of the dual-attention kernels: shape and dtype in, tile sizes out.
+"""Launch choice of the dual-attention kernels: shape, dtype and device in, tile sizes out.
 
-One table, read by one function; nothing is tuned while a program runs, so a new shape costs no
-search and a launch is safe inside CUDA-graph capture. The rows were chosen by compiling candidates
-for sm_80 and sm_90 and keeping tiles that spill at most a few registers (none without masks) and
-fit the shared memory of every GPU from sm_80 on; they are not tuned on a GPU yet.
+One table (``launch_table.json``), read by one function; nothing is tuned while a program runs, so
+a new shape costs no search and a launch is safe inside CUDA-graph capture. The table has a section
+for each GPU generation that was tuned (``python -m benchmarks.tune`` writes it) and a default one,
+whose rows were chosen by compiling candidates ahead of time: tiles that spill at most a few
+registers and fit the shared memory of every GPU from sm_80 on.
+
+A row serves the calls of its kernel, element size and padded head dimension with at most
+``max_rows`` query rows and ``max_keys`` keys (null: any), on devices that have its shared memory,
+unless half of its tile would be padding. The first such row is taken, the device's section first.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+
+TABLE = Path(__file__).with_name("launch_table.json")
+
+# forward: a program walks over all keys. backward: likewise, and every query row fits in it, so it
+# makes each gradient. backward_rows and backward_keys: the gradients of queries and of keys apart.
+KERNELS = ("forward", "backward", "backward_rows", "backward_keys")
 
 # Dot operands are at least 16 wide.
 SMALLEST_BLOCK = 16
@@ -18,6 +36,21 @@ LARGEST_HEAD_DIM = 256
 # images of its group, and the text attention is computed once for all of them.
 PROGRAMS_PER_PROCESSOR = 2
 MOST_IMAGES_PER_PROGRAM = 16
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice depends on; the defaults stand in where there is no device to ask.
+
+    Attributes:
+        generation: name of the table's section, such as ``"sm_90"``.
+        processors: streaming multiprocessors.
+        shared: bytes of shared memory that one block may have.
+    """
+
+    generation: str = "default"
+    processors: int = 132
+    shared: int = 101_376  # of sm_86, sm_89 and sm_120, the smallest from sm_80 on
 
 
 @dataclass(frozen=True)
@@ -31,7 +64,21 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class ForwardLaunch:
+class Problem:
+    """Sizes of one call: T groups of G images, H heads, P rows, N and S keys, head dimension D."""
+
+    element_size: int
+    groups: int
+    group_size: int
+    heads: int
+    rows: int
+    image_keys: int
+    text_keys: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Launch:
     """Everything about a launch that is not a tensor.
 
     Attributes:
@@ -53,48 +100,114 @@ class ForwardLaunch:
     stages: int
 
 
-# (bytes per element, padded head dimension) -> tiles by rising number of rows. The first tile that
-# covers all query rows serves; longer queries take several of the last.
-FORWARD_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
-    (2, 16): (Tile(16, 128, 4, 2), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)),
-    (2, 32): (Tile(16, 128, 4, 2), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)),
-    (2, 64): (Tile(16, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
-    (2, 128): (Tile(16, 64, 4, 2), Tile(32, 32, 4, 2), Tile(64, 64, 8, 2)),
-    (2, 256): (Tile(16, 32, 4, 2), Tile(32, 32, 8, 2)),
-    (4, 16): (Tile(16, 64, 4, 2), Tile(32, 32, 4, 2), Tile(64, 32, 4, 2)),
-    (4, 32): (Tile(16, 64, 4, 2), Tile(32, 32, 4, 2), Tile(64, 32, 8, 2)),
-    (4, 64): (Tile(16, 32, 4, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2)),
-    (4, 128): (Tile(16, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (4, 256): (Tile(16, 16, 8, 2),),
-}
+_memories: list[Any] = []
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def choose_forward(
-    *,
-    element_size: int,
-    groups: int,
-    group_size: int,
-    heads: int,
-    rows: int,
-    image_keys: int,
-    text_keys: int,
-    head_dim: int,
-    processors: int,
-) -> ForwardLaunch:
-    """The launch for a forward over (T, G, H, P, N, S, D) on a device of ``processors`` SMs."""
-    block_d = padded(head_dim)
-    tiles = FORWARD_TILES[element_size, block_d]
-    tile = next((tile for tile in tiles if tile.rows >= rows), tiles[-1])
-    programs = groups * group_size * heads * -(-rows // tile.rows)
-    images = programs // max(1, PROGRAMS_PER_PROCESSOR * processors)
-    return ForwardLaunch(
+def remembered(function: _Function) -> _Function:
+    """Keeps a function's results until :func:`forget`: planning a launch costs more than it."""
+    memory = lru_cache(maxsize=1024)(function)
+    _memories.append(memory)
+    return cast(_Function, memory)
+
+
+def forget() -> None:
+    """After a change of the table: plans and choices are made afresh."""
+    for memory in _memories:
+        memory.cache_clear()
+
+
+def choose(kernel: str, problem: Problem, device: Device) -> Launch | None:
+    """The launch of ``kernel``, or None where the table has no row for such a problem."""
+    keys = max(problem.image_keys, problem.text_keys)
+    block_d = padded(problem.head_dim)
+    tile = find_tile(kernel, problem.element_size, block_d, problem.rows, keys, device)
+    if tile is None:
+        return None
+    programs = problem.groups * problem.group_size * problem.heads * -(-problem.rows // tile.rows)
+    images = programs // max(1, PROGRAMS_PER_PROCESSOR * device.processors)
+    return Launch(
         block_p=tile.rows,
-        block_n=min(tile.keys, padded(image_keys)),
-        block_s=min(tile.keys, padded(text_keys)),
+        block_n=min(tile.keys, padded(problem.image_keys)),
+        block_s=min(tile.keys, padded(problem.text_keys)),
         block_d=block_d,
-        images=max(1, min(images, group_size, MOST_IMAGES_PER_PROGRAM)),
+        images=max(1, min(images, problem.group_size, MOST_IMAGES_PER_PROGRAM)),
         warps=tile.warps,
         stages=tile.stages,
+    )
+
+
+def find_tile(
+    kernel: str, element_size: int, block_d: int, rows: int, keys: int, device: Device
+) -> Tile | None:
+    """The first row of the table that serves, in the device's section or else in the default."""
+    for section in (device.generation, "default"):
+        for row in table_rows(section):
+            if (
+                (row["kernel"], row["element_size"], row["head_dim"])
+                == (kernel, element_size, block_d)
+                and (row["max_rows"] is None or rows <= row["max_rows"])
+                and row["rows"] <= padded(rows)
+                and (row["max_keys"] is None or keys <= row["max_keys"])
+                and row["shared"] <= device.shared
+            ):
+                return Tile(row["rows"], row["keys"], row["warps"], row["stages"])
+    return None
+
+
+@remembered
+def table_rows(section: str) -> tuple[dict[str, Any], ...]:
+    """The rows of one section; none if the table has no such section."""
+    return tuple(json.loads(TABLE.read_text()).get(section, {}).get("rows", ()))
+
+
+def write_section(
+    path: Path, section: str, facts: dict[str, str], rows: list[dict[str, Any]]
+) -> None:
+    """Puts rows into a section of the table file in place of those of the same class.
+
+    Args:
+        facts: what the section says of its origin, such as GPU, date and versions.
+    """
+    table = json.loads(path.read_text())
+
+    def class_of(row: dict[str, Any]) -> tuple[Any, ...]:
+        limits = (row[key] if row[key] is not None else 2**31 for key in ("max_rows", "max_keys"))
+        return (row["kernel"], row["element_size"], row["head_dim"], *limits)
+
+    new = {class_of(row) for row in rows}
+    kept = [row for row in table.get(section, {}).get("rows", ()) if class_of(row) not in new]
+    table[section] = {**facts, "rows": sorted([*kept, *rows], key=class_of)}
+    text = ",\n".join(_section_text(name, content) for name, content in table.items())
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(f"{{\n{text}\n}}\n")
+    temporary.replace(path)
+    forget()
+
+
+def _section_text(name: str, content: dict[str, Any]) -> str:
+    """One section as JSON, a row a line."""
+    rows = ",\n".join(f"      {json.dumps(row)}" for row in content["rows"])
+    facts = "".join(
+        f"    {json.dumps(key)}: {json.dumps(fact)},\n"
+        for key, fact in content.items()
+        if key != "rows"
+    )
+    return f'  {json.dumps(name)}: {{\n{facts}    "rows": [\n{rows}\n    ]\n  }}'
+
+
+def device_of(device: torch.device) -> Device:
+    """What the table asks of a device, queried once; it neither stalls nor allocates."""
+    return _cuda_device(device.index) if device.type == "cuda" else Device()
+
+
+@cache
+def _cuda_device(index: int | None) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(
+        f"sm_{properties.major}{properties.minor}",
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
     )
 
 

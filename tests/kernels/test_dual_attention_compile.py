@@ -1,6 +1,6 @@
-"""Compiles the Triton forward ahead of time for GPUs that need not be there, against a budget.
+"""Compiles the Triton kernels ahead of time for GPUs that need not be there, against a budget.
 
-Each tile of the launch table becomes PTX and machine code for sm_90 and sm_80; the numbers that
+Each row of the launch table's default section becomes PTX and machine code; the numbers that
 decide whether a kernel is a disaster (registers spilled to the stack, shared memory) must stay
 within ``dual_attention_budget.json``. Rewrite that file, after looking at what changed, with
 ``python tests/kernels/test_dual_attention_compile.py``.
@@ -8,11 +8,9 @@ within ``dual_attention_budget.json``. Rewrite that file, after looking at what 
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import subprocess
-import tempfile
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,24 +20,13 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-compiler = pytest.importorskip("triton.compiler")
-target = pytest.importorskip("triton.backends.compiler")
 
-forward = importlib.import_module("dvla_fast.kernels.dual_attention.forward")
-launch = importlib.import_module("dvla_fast.kernels.dual_attention.launch")
+import ahead_of_time  # noqa: E402
+from ahead_of_time import TYPE_NAMES, backward, compile_for, forward, launch, resources  # noqa: E402
 
 BUDGET = Path(__file__).with_name("dual_attention_budget.json")
-TYPE_NAMES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.bool: "i1",
-}
 # The head dimension compiled for a padded one: the model's own where it has one (24, 48).
 HEAD_DIMS = {16: 16, 32: 24, 64: 48, 128: 128, 256: 256}
-# Shared memory a block may have: the H100 and A100 limits, and the smaller of sm_86 and sm_89.
-SHARED_LIMIT = {90: 232_448, 80: 166_912}
-SMALLEST_SHARED_LIMIT = 101_376
 REGISTERS_PER_PROCESSOR = 65_536
 # ptxas and Triton differ between releases; a disaster is larger than this.
 STACK_SLACK = 128
@@ -48,116 +35,54 @@ SHARED_SLACK = 1.25
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel to compile."""
+    """One kernel to compile: a row of the table, and what else specialises it."""
 
     arch: int
     dtype: torch.dtype
-    block_d: int
-    rows: int
+    row: int
     masks: bool
+    images: int
 
     @property
     def name(self) -> str:
+        row = launch.table_rows("default")[self.row]
+        tile = "x".join(str(row[key]) for key in ("rows", "keys", "warps", "stages"))
         masks = "masks" if self.masks else "plain"
-        return f"sm{self.arch}-{TYPE_NAMES[self.dtype]}-d{self.block_d}-rows{self.rows}-{masks}"
+        dtype = f"{TYPE_NAMES[self.dtype]}-d{row['head_dim']}"
+        return f"{row['kernel']}-sm{self.arch}-{dtype}-{tile}-G{self.images}-{masks}"
+
+    def compile(self) -> tuple[Any, dict[str, Any]]:
+        """(compiled kernel, launch options)."""
+        row = launch.table_rows("default")[self.row]
+        (kernel, values, options), *_ = ahead_of_time.steps_of(
+            row,
+            self.dtype,
+            head_dim=HEAD_DIMS[row["head_dim"]],
+            masks=self.masks,
+            images=self.images,
+        )
+        return compile_for(self.arch, kernel, values, options), options
 
 
 def variants() -> Iterator[Any]:
-    """Every tile: sm_90 with masks in bfloat16, sm_80 without in float16, and float32 in both.
+    """Every row for sm_90, masked and with a shared text, in bfloat16 or float32.
 
-    sm_80 beyond the model's head dimensions is marked slow, to keep the common run short.
+    The few-shot head dimensions also for sm_80 and sm_100, without masks and one image a text, in
+    float16 or float32. Outside the half types at the model's own sizes most are marked slow.
     """
-    for (element_size, block_d), tiles in launch.FORWARD_TILES.items():
-        for tile in tiles:
-            half = element_size == 2
-            for arch, dtype in ((90, torch.bfloat16), (80, torch.float16)):
-                chosen = dtype if half else torch.float32
-                variant = Variant(arch, chosen, block_d, tile.rows, masks=arch == 90)
-                quick = arch == 90 or (block_d in (32, 64) and tile.rows == 64)
-                marks = () if quick else (pytest.mark.slow,)
-                yield pytest.param(variant, id=variant.name, marks=marks)
-
-
-def arguments(
-    dtype: torch.dtype,
-    *,
-    rows: int,
-    head_dim: int,
-    masks: bool = False,
-    save: bool = True,
-    precision: str = "ieee",
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the launcher would pass for long keys and 4 images a group, on tensors without data."""
-
-    def by_token(outer: int, length: int) -> torch.Tensor:
-        return torch.empty(outer, length, 8, head_dim, dtype=dtype, device="meta").transpose(1, 2)
-
-    query, text_key, text_value = by_token(2, rows), by_token(2, 600), by_token(2, 600)
-    image_key, image_value = by_token(8, 600), by_token(8, 600)
-    alpha = torch.empty(8, 1, device="meta").expand(8, 8)
-    image_mask = torch.empty(8, 600, dtype=torch.bool, device="meta") if masks else None
-    text_mask = torch.empty(2, 600, dtype=torch.bool, device="meta") if masks else None
-    inputs = (query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask)
-    results = forward._allocate(query, 8, save)
-    _, values, options = forward.plan(inputs, results, 0.2, save, precision)
-    return values, options
-
-
-def compile_for(arch: int, values: dict[str, Any], options: dict[str, Any]) -> Any:
-    """The kernel specialised as Triton's launcher does: 1 and multiples of 16 are told apart."""
-    kernel = forward.dual_attention_forward_kernel
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
-    for index, parameter in enumerate(kernel.params):
-        name, value = parameter.name, values[parameter.name]
-        integer = isinstance(value, int) and not parameter.is_constexpr
-        specialised = integer and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialised and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPE_NAMES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif integer:
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if specialised and value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32"
-    source = compiler.ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target.GPUTarget("cuda", arch, 32), options=options)
-
-
-def resources(compiled: Any) -> dict[str, int]:
-    """Registers a thread, stack bytes a thread (spills), shared bytes a block."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        dump = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", dump)
-    assert found, dump
-    return {
-        "registers": int(found[1]),
-        "stack": int(found[2]),
-        "shared": int(compiled.metadata.shared),
-    }
-
-
-def compile_variant(variant: Variant) -> tuple[Any, dict[str, Any]]:
-    values, options = arguments(
-        variant.dtype,
-        rows=variant.rows,
-        head_dim=HEAD_DIMS[variant.block_d],
-        masks=variant.masks,
-    )
-    assert values["BLOCK_P"] == variant.rows
-    assert values["BLOCK_D"] == variant.block_d
-    return compile_for(variant.arch, values, options), options
+    for index, row in enumerate(launch.table_rows("default")):
+        half, few_shot = row["element_size"] == 2, row["head_dim"] in (32, 64)
+        bfloat16, float16 = (
+            (torch.bfloat16, torch.float16) if half else (torch.float32, torch.float32)
+        )
+        typical = few_shot and row["rows"] == 64
+        chosen = [(Variant(90, bfloat16, index, True, 4), few_shot if half else typical)]
+        if few_shot:
+            quick = half and typical
+            chosen += [(Variant(arch, float16, index, False, 1), quick) for arch in (80, 100)]
+        for variant, quick in chosen:
+            marks = () if quick else (pytest.mark.slow,)
+            yield pytest.param(variant, id=variant.name, marks=marks)
 
 
 @pytest.fixture(autouse=True)
@@ -168,15 +93,17 @@ def compiled_not_interpreted() -> None:
 
 @pytest.mark.parametrize("variant", variants())
 def test_within_budget(variant: Variant) -> None:
-    compiled, options = compile_variant(variant)
+    row = launch.table_rows("default")[variant.row]
+    compiled, options = variant.compile()
     used = resources(compiled)
     budget = json.loads(BUDGET.read_text())["variants"][variant.name]
     assert used["stack"] <= budget["stack"] + STACK_SLACK, (used, budget)
     assert used["shared"] <= budget["shared"] * SHARED_SLACK, (used, budget)
-    assert used["shared"] <= min(SHARED_LIMIT[variant.arch], SMALLEST_SHARED_LIMIT), used
     assert used["registers"] * options["num_warps"] * 32 <= REGISTERS_PER_PROCESSOR, used
-    wide_enough = variant.rows >= 64 and variant.dtype in (torch.float16, torch.bfloat16)
-    if variant.arch == 90 and wide_enough:
+    if triton.__version__ == json.loads(BUDGET.read_text())["triton"]:
+        assert used["shared"] <= row["shared"], "the table promises less shared memory"
+    long_side = row["rows"] if row["kernel"] == "forward" else row["keys"]
+    if variant.arch == 90 and row["element_size"] == 2 and long_side >= 64:
         assert "wgmma.mma_async" in compiled.asm["ptx"], "sm_90 runs without its tensor-core unit"
 
 
@@ -191,38 +118,73 @@ def test_rows_are_loaded_as_vectors(head_dim: int, vectors: bool) -> None:
 
     The odd head dimension shows that the check can fail.
     """
-    values, options = arguments(torch.float16, rows=64, head_dim=head_dim)
-    ptx = compile_for(80, values, options).asm["ptx"]
+    step = ahead_of_time.forward_step(
+        torch.float16, rows=64, head_dim=head_dim, masks=False, images=4
+    )
+    ptx = compile_for(80, *step).asm["ptx"]
     copies = re.findall(r"cp\.async\.cg\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10", ptx)
     element_loads = re.findall(r"ld\.global(?:\.\w+)*\.[bu]16", ptx)
     assert bool(copies) == vectors
     assert bool(element_loads) != vectors
 
 
+@pytest.mark.parametrize("head_dim", [24, 48])
+def test_backward_moves_vectors(head_dim: int) -> None:
+    """Neither a load nor a store of one half-type element in any launch of the backward."""
+    for images in (1, 4):
+        for step in ahead_of_time.backward_steps(
+            torch.float16, rows=45, head_dim=head_dim, masks=False, images=images
+        ):
+            ptx = compile_for(80, *step).asm["ptx"]
+            assert not re.findall(r"(?:ld|st)\.global(?:\.\w+)*\.[bu]16", ptx)
+
+
 @pytest.mark.parametrize(
-    ("precision", "instruction"), [("ieee", "fma.rn.f32"), ("tf32x3", ".tf32")]
+    ("precision", "instruction"), [("ieee", "fma.rn.f32"), ("tf32x3", ".tf32"), ("tf32", ".tf32")]
 )
 def test_float32_products(precision: str, instruction: str) -> None:
     """Real float32 arithmetic by default; tensor cores only where asked for."""
-    values, options = arguments(torch.float32, rows=16, head_dim=24, precision=precision)
-    ptx = compile_for(80, values, options).asm["ptx"]
-    assert instruction in ptx
-    assert (".tf32" in ptx) == (precision == "tf32x3")
+    shape = {"rows": 16, "head_dim": 24, "masks": False, "images": 1}
+    steps = [
+        ahead_of_time.forward_step(torch.float32, precision=precision, **shape),
+        *ahead_of_time.backward_steps(torch.float32, precision=precision, **shape),
+    ]
+    for step in steps:
+        ptx = compile_for(80, *step).asm["ptx"]
+        assert instruction in ptx
+        assert (".tf32" in ptx) == (precision != "ieee")
 
 
 def test_wide_offsets_and_no_save_compile() -> None:
-    values, options = arguments(torch.float16, rows=16, head_dim=24, save=False)
-    values["INDEX"] = forward.tl.int64
-    values["image_key_b"] = 2**33  # an outer stride that takes 64 bits by itself
-    assert compile_for(80, values, options).asm["cubin"]
+    shape = {"rows": 16, "head_dim": 24, "masks": False, "images": 4}
+    steps = [
+        ahead_of_time.forward_step(torch.float16, save=False, **shape),
+        *ahead_of_time.backward_steps(torch.float16, **shape),
+    ]
+    for kernel, values, options in steps:
+        values["INDEX"] = forward.tl.int64
+        values["image_key_b"] = 2**33  # an outer stride that takes 64 bits by itself
+        assert compile_for(80, kernel, values, options).asm["cubin"]
+
+
+def test_few_kernels_serve_all_batch_sizes() -> None:
+    """Nothing that a new batch size changes is a constant of a kernel."""
+    for kernel in (
+        forward.dual_attention_forward_kernel,
+        backward.dual_attention_backward_rows_kernel,
+        backward.dual_attention_backward_keys_kernel,
+    ):
+        fixed = {p.name for p in kernel.params if p.do_not_specialize or p.is_constexpr}
+        sizes = {"group_size", "heads", "rows", "image_keys", "text_keys", "images", "keys"}
+        assert sizes & {p.name for p in kernel.params} <= fixed
 
 
 def _write_budget() -> None:
     measured = {}
     for parameter in variants():
         variant = parameter.values[0]
-        measured[variant.name] = resources(compile_variant(variant)[0])
-        print(variant.name, measured[variant.name], flush=True)
+        measured[variant.name] = resources(variant.compile()[0])
+        print(variant.name, measured[variant.name], file=sys.stderr, flush=True)
     header = {"triton": triton.__version__, "unit": "a thread; shared: bytes a block"}
     lines = [f"    {json.dumps(name)}: {json.dumps(used)}" for name, used in measured.items()]
     text = ",\n".join(lines)

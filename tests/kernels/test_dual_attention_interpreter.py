@@ -1,4 +1,4 @@
-"""Runs ``test_dual_attention_forward.py`` in Triton's interpreter, on the CPU.
+"""Runs the kernels' accuracy tests in Triton's interpreter, on the CPU.
 
 Triton reads ``TRITON_INTERPRET`` when kernels are decorated, its own library functions included:
 a process of its own keeps the setting from leaking into other tests. To see single cases:
@@ -18,8 +18,6 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-CASES = Path(__file__).with_name("test_dual_attention_forward.py")
-
 
 def _release(version: str) -> tuple[int, int]:
     major, minor = version.split(".")[:2]
@@ -30,13 +28,22 @@ def _release(version: str) -> tuple[int, int]:
     _release(triton.__version__) < (3, 7) and _release(numpy.__version__) >= (2, 4),
     reason="the interpreter of Triton 3.6 cannot run a loop with NumPy 2.4 or later",
 )
-@pytest.mark.parametrize("selection", ["float16", "not float16"])
-def test_forward_in_the_interpreter(selection: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cases", "selection"),
+    [
+        ("forward", "float16"),
+        ("forward", "not float16"),
+        ("backward", "streamed"),
+        ("backward", "not streamed"),
+    ],
+)
+def test_in_the_interpreter(cases: str, selection: str, tmp_path: Path) -> None:
+    path = Path(__file__).with_name(f"test_dual_attention_{cases}.py")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     options = ["-q", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider", "-k", selection]
     finished = subprocess.run(
-        [sys.executable, "-m", "pytest", str(CASES), *options],
+        [sys.executable, "-m", "pytest", str(path), *options],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

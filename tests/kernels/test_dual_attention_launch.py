@@ -1,8 +1,9 @@
-"""The launch table and the launcher's own checks: plain Python, nothing compiled or run."""
+"""The launch table and the launchers' own checks: plain Python, nothing compiled or run."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,12 +25,19 @@ EPISODE = {
     "image_keys": 196,
     "text_keys": 45,
     "head_dim": 24,
-    "processors": 132,
 }
+ROW = {"kernel": "forward", "element_size": 2, "head_dim": 32, "max_rows": None, "max_keys": None,
+       "rows": 16, "keys": 64, "warps": 4, "stages": 2, "shared": 1}  # fmt: skip
 
 
-def choose(**changes: int) -> Any:
-    return launch.choose_forward(**{**EPISODE, **changes})
+def choose(kernel: str = "forward", **changes: int) -> Any:
+    return launch.choose(kernel, launch.Problem(**{**EPISODE, **changes}), launch.Device())
+
+
+def find(**changes: Any) -> Any:
+    device = launch.Device(changes.pop("generation", "default"), shared=changes.pop("shared", 200))
+    shape = {"kernel": "forward", "element_size": 2, "block_d": 32, "rows": 9, "keys": 196}
+    return launch.find_tile(**{**shape, **changes}, device=device)
 
 
 def call(dtype: torch.dtype = torch.float32, head_dim: int = 24, **options: Any) -> None:
@@ -37,9 +45,18 @@ def call(dtype: torch.dtype = torch.float32, head_dim: int = 24, **options: Any)
     dual_attention.forward(q, k, k, k, k, torch.ones(1, 1), None, None, 1.0, False, **options)
 
 
-def test_submodule_does_not_hide_the_function() -> None:
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """A table of the test's own, section by section."""
+    sections: dict[str, list[dict[str, Any]]] = {}
+    monkeypatch.setattr(launch, "table_rows", lambda section: sections.get(section, ()))
+    yield sections
+    launch.forget()
+
+
+def test_submodules_do_not_hide_the_functions() -> None:
     assert callable(dual_attention.forward)
-    assert dual_attention.forward is forward.forward
+    assert callable(dual_attention.backward)
 
 
 @pytest.mark.parametrize(
@@ -53,13 +70,25 @@ def test_padded(length: int, padded: int) -> None:
 @pytest.mark.parametrize("head_dim", [1, 16, 24, 48, 80, 200, 256])
 @pytest.mark.parametrize("rows", [1, 16, 45, 77, 1000])
 def test_every_shape_has_a_launch(element_size: int, head_dim: int, rows: int) -> None:
-    chosen = choose(element_size=element_size, head_dim=head_dim, rows=rows)
-    assert chosen.block_d >= head_dim
-    assert chosen.block_p >= 16
-    for block in (chosen.block_p, chosen.block_n, chosen.block_s, chosen.block_d):
-        assert block & (block - 1) == 0, "Triton wants powers of two"
-    tiles = launch.FORWARD_TILES[element_size, chosen.block_d]
-    assert chosen.block_p == tiles[-1].rows or chosen.block_p >= rows
+    """On the smallest device too; without one for all rows in a tile there is one for blocks."""
+    sizes = {"element_size": element_size, "head_dim": head_dim, "rows": rows}
+    streamed = choose("backward", **sizes) is None
+    for kernel in (
+        "forward",
+        *(("backward_rows", "backward_keys") if streamed else ("backward",)),
+    ):
+        chosen = choose(kernel, **sizes)
+        assert chosen.block_d >= head_dim
+        assert chosen.block_p >= 16
+        for block in (chosen.block_p, chosen.block_n, chosen.block_s, chosen.block_d):
+            assert block & (block - 1) == 0, "Triton wants powers of two"
+        assert kernel != "backward" or chosen.block_p >= rows
+
+
+@pytest.mark.parametrize("rows", [9, 45, 77])
+@pytest.mark.parametrize("head_dim", [24, 48])
+def test_few_shot_backward_keeps_all_rows_in_a_tile(head_dim: int, rows: int) -> None:
+    assert choose("backward", head_dim=head_dim, rows=rows) is not None
 
 
 def test_short_sequences_get_short_blocks() -> None:
@@ -79,6 +108,39 @@ def test_short_sequences_get_short_blocks() -> None:
 )
 def test_images_of_a_program(changes: dict[str, int], images: int) -> None:
     assert choose(**changes).images == images
+
+
+def test_rows_are_well_formed() -> None:
+    for row in launch.table_rows("default"):
+        assert row.keys() == ROW.keys()
+        assert row["kernel"] in launch.KERNELS
+        assert row["max_rows"] is None or row["max_rows"] <= row["rows"]
+        assert row["shared"] > 0
+
+
+def test_first_row_that_serves(table: dict[str, list[dict[str, Any]]]) -> None:
+    table["default"] = [
+        {**ROW, "max_rows": 16, "max_keys": 128, "warps": 1},
+        {**ROW, "max_rows": 16, "shared": 150, "warps": 2},
+        {**ROW, "max_rows": 16, "warps": 4},
+        {**ROW, "rows": 32, "warps": 8},
+    ]
+    assert find(keys=100).warps == 1
+    assert find().warps == 2
+    assert find(shared=120).warps == 4, "too little shared memory for the second row"
+    assert find(rows=17).warps == 8
+    assert find(rows=17).rows == 32
+    assert find(block_d=64) is None
+    assert find(kernel="backward") is None
+    assert find(element_size=4) is None
+
+
+def test_section_of_the_device_comes_first(table: dict[str, list[dict[str, Any]]]) -> None:
+    table["default"] = [{**ROW, "warps": 4}]
+    table["sm_90"] = [{**ROW, "max_rows": 16, "warps": 8}]
+    assert find(generation="sm_90").warps == 8
+    assert find(generation="sm_90", rows=50).warps == 4
+    assert find(generation="sm_80").warps == 4
 
 
 def test_dtype_without_a_kernel() -> None:

@@ -1,0 +1,162 @@
+"""dual_attention on a GPU beside its PyTorch peers: eager, as replayed graphs, long sequences.
+
+Groups and checks as in ``test_dual_attention.py``, whose shapes these are. Times are of whole
+calls, launches included: 20 in a row between two synchronisations. Peak memory is what one call
+allocates above its inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import peers
+from benchmarks.test_dual_attention import SHAPES, TOLERANCE, Shape, first_group, inputs, run
+from dvla_fast import reference
+from dvla_fast.functional import dual_attention
+
+FEW_SHOT = [shape for shape in SHAPES if shape.keys < 2048]
+LONG = [
+    Shape(2, 1, 8, 64, 4096, 1024),
+    Shape(2, 1, 16, 64, 2048, 2048),
+    Shape(2, 1, 8, 128, 2048, 2048),
+    Shape(1, 1, 8, 128, 8192, 8192),
+]
+# Autotuning one graph takes up to a minute: these stand for the others.
+GRAPHS = [Shape(5, 1, 8, 24, 196, 9), Shape(1, 80, 8, 24, 196, 45), Shape(1, 80, 8, 48, 49, 45)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+MODES = ["forward", "forward+backward"]
+SDPA = {
+    "2xSDPA+lerp flash": SDPBackend.FLASH_ATTENTION,
+    "2xSDPA+lerp cudnn": SDPBackend.CUDNN_ATTENTION,
+    "2xSDPA+lerp efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+EAGER = ["dvla_fast", "matmul+softmax", *SDPA]
+ITERATIONS = 20
+
+
+def synchronised_clock() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.benchmark(timer=synchronised_clock),
+]
+
+
+@functools.lru_cache(maxsize=1)
+def exact(shape: Shape) -> list[Tensor]:
+    """Result and gradients of the first group in float64, on the GPU."""
+    *leaves, grad_out = (x.cuda().double() for x in first_group(inputs(shape), shape))
+    leaves = [x.requires_grad_() for x in leaves]
+
+    def attention(*tensors: Tensor) -> Tensor:
+        return reference.dual_attention(*tensors, None, None, shape.width**-0.5)
+
+    return run(attention, [*leaves, grad_out], True)
+
+
+def tensors_for(shape: Shape, dtype: torch.dtype, backward: bool) -> list[Tensor]:
+    *five, alpha, grad_out = (x.cuda() for x in inputs(shape))
+    leaves = [x.to(dtype).detach().requires_grad_(backward) for x in five]
+    return [*leaves, alpha.requires_grad_(backward), grad_out.to(dtype)]
+
+
+def check(results: list[Tensor], shape: Shape, dtype: torch.dtype) -> None:
+    tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+    for got, want in zip(results, exact(shape)):
+        error = (got[: want.shape[0]].double() - want).abs().max() / want.abs().max()
+        assert error < tolerance, f"wrong by {error:.2g}: not timed"
+
+
+def attention_of(provider: str) -> Callable[..., Tensor]:
+    if provider == "dvla_fast":
+        return dual_attention
+    if provider == "matmul+softmax":
+        return peers.matmul_softmax
+    if provider == "torch.compile max-autotune":
+        torch.compiler.reset()
+        return torch.compile(
+            peers.matmul_softmax, fullgraph=True, dynamic=False, mode="max-autotune"
+        )
+
+    def with_backend(*tensors: Tensor) -> Tensor:
+        with sdpa_kernel(SDPA[provider]):
+            return peers.sdpa_lerp(*tensors)
+
+    return with_backend
+
+
+def peak_mib(call: Callable[[], object]) -> float:
+    """Memory that one call takes above what is allocated before, its results included."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
+
+
+def measure(
+    benchmark, shape: Shape, dtype: torch.dtype, mode: str, provider: str, graph: bool
+) -> None:
+    backward = mode == "forward+backward"
+    tensors = tensors_for(shape, dtype, backward)
+    attention = attention_of(provider)
+
+    def call() -> list[Tensor]:
+        return run(attention, tensors, backward)
+
+    try:
+        results = call()
+    except RuntimeError as error:
+        if provider in SDPA and "No available kernel" in str(error):
+            pytest.skip(f"{provider} has no kernel for this case")
+        raise
+    check(results, shape, dtype)
+    del results
+    benchmark.extra_info["peak_mib"] = peak_mib(call)
+    if graph and provider == "dvla_fast":  # the compiled peer replays its own
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            call()
+        stream.synchronize()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            kept = call()  # noqa: F841  (the graph writes to them)
+        call = captured.replay
+    how = "graph" if graph else "eager"
+    benchmark.group = f"dual_attention {shape} {str(dtype)[6:]} {mode} {how}"
+    benchmark.name = provider
+    benchmark.pedantic(call, rounds=15, warmup_rounds=2, iterations=ITERATIONS)
+
+
+@pytest.mark.parametrize("provider", EAGER)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", FEW_SHOT, ids=str)
+def test_eager(benchmark, shape: Shape, dtype: torch.dtype, mode: str, provider: str) -> None:
+    measure(benchmark, shape, dtype, mode, provider, graph=False)
+
+
+@pytest.mark.parametrize("provider", ["dvla_fast", "torch.compile max-autotune"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", GRAPHS, ids=str)
+def test_graph(benchmark, shape: Shape, mode: str, provider: str) -> None:
+    measure(benchmark, shape, torch.bfloat16, mode, provider, graph=True)
+
+
+@pytest.mark.parametrize("provider", ["dvla_fast", *SDPA])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", LONG, ids=str)
+def test_long(benchmark, shape: Shape, mode: str, provider: str) -> None:
+    measure(benchmark, shape, torch.bfloat16, mode, provider, graph=False)

@@ -1,0 +1,148 @@
+"""The offline tuner without a GPU: candidates, choice, the file it writes; the timer is made up."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import tune
+from benchmarks.test_dual_attention import Shape
+
+launch = importlib.import_module("dvla_fast.kernels.dual_attention.launch")
+
+EPISODE, LONG = Shape(1, 80, 8, 24, 196, 45), Shape(2, 1, 8, 64, 4096, 1024)
+DEVICE = launch.Device("sm_90", shared=232_448)
+FACTS = {"gpu": "Test GPU", "torch": "2", "triton": "3", "date": "2000-01-01"}
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the table that the launcher reads."""
+    path = tmp_path / "table.json"
+    shutil.copy(launch.TABLE, path)
+    monkeypatch.setattr(launch, "TABLE", path)
+    yield path
+    launch.forget()
+
+
+def most_warps_fastest(kernel: str, shape: Shape, dtype: torch.dtype, tile: Any) -> Any:
+    """64 x 32 tiles alone run; the more warps the faster."""
+    if (tile.rows, tile.keys) != (64, 32):
+        return None
+    return 1e-6 * tile.stages / tile.warps, 1000 * tile.warps
+
+
+def test_candidates_cover_the_default_tile() -> None:
+    for dtype in (torch.float16, torch.float32):
+        target = tune.class_of("forward", EPISODE, dtype, DEVICE)
+        tiles = list(tune.candidates(target))
+        assert len(set(tiles)) == len(tiles) > 5
+        assert launch.find_tile("forward", dtype.itemsize, 32, 45, 196, launch.Device()) in tiles
+        assert all(tile.rows <= 64 for tile in tiles)
+
+
+def test_backward_candidates_hold_all_rows() -> None:
+    target = tune.class_of("backward", EPISODE, torch.float16, DEVICE)
+    assert {tile.rows for tile in tune.candidates(target)} == {64}
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernels"),
+    [
+        (EPISODE, ["forward", "backward"]),
+        (LONG, ["forward", "backward_rows", "backward_keys"]),
+    ],
+)
+def test_kernels_that_a_shape_runs(shape: Shape, kernels: list[str]) -> None:
+    found = [name for name in launch.KERNELS if tune.class_of(name, shape, torch.bfloat16, DEVICE)]
+    assert found == kernels
+
+
+def test_fastest_candidate_wins_and_serves(table: Path) -> None:
+    lines: list[str] = []
+    rows = tune.tune([EPISODE], [torch.bfloat16], DEVICE, most_warps_fastest, lines.append)
+    assert lines
+    assert [row["kernel"] for row in rows] == ["forward", "backward"]
+    assert all((row["warps"], row["stages"], row["shared"]) == (8, 1, 8000) for row in rows)
+
+    launch.write_section(table, "sm_90", FACTS, rows)
+    assert launch.find_tile("forward", 2, 32, 45, 196, DEVICE) == launch.Tile(64, 32, 8, 1)
+    default = launch.find_tile("forward", 2, 32, 9, 196, launch.Device())
+    assert launch.find_tile("forward", 2, 32, 9, 196, DEVICE) == default
+
+
+def test_a_candidate_must_run_every_shape_of_its_class() -> None:
+    larger = Shape(1, 80, 8, 24, 250, 45)
+
+    def measure(kernel: str, shape: Shape, dtype: torch.dtype, tile: Any) -> Any:
+        if shape == larger and tile.warps == 8:
+            return None  # as a tile with wrong numbers or too much shared memory
+        return most_warps_fastest(kernel, shape, dtype, tile)
+
+    rows = tune.tune([EPISODE, larger], [torch.float16], DEVICE, measure, lambda line: None)
+    assert {row["warps"] for row in rows} == {4}
+
+
+def test_class_without_a_working_candidate_is_left_alone() -> None:
+    lines: list[str] = []
+    assert tune.tune([EPISODE], [torch.float16], DEVICE, lambda *_: None, lines.append) == []
+    assert "no candidate runs" in lines[-1]
+
+
+def test_writing_replaces_a_class_and_keeps_the_rest(table: Path) -> None:
+    before = json.loads(table.read_text())
+    rows = tune.tune(
+        [EPISODE, LONG], [torch.float16], DEVICE, most_warps_fastest, lambda line: None
+    )
+    launch.write_section(table, "sm_90", FACTS, rows)
+    again = [{**rows[0], "warps": 2}]
+    launch.write_section(table, "sm_90", {**FACTS, "date": "2000-01-02"}, again)
+    written = json.loads(table.read_text())
+    assert written["default"] == before["default"]
+    section = written["sm_90"]
+    assert section["gpu"] == "Test GPU"
+    assert section["date"] == "2000-01-02"
+    assert len(section["rows"]) == len(rows)
+    assert again[0] in section["rows"]
+    assert not list(table.parent.glob("*.tmp"))
+
+
+def test_rewriting_the_table_changes_no_byte(table: Path) -> None:
+    before = table.read_text()
+    default = json.loads(before)["default"]
+    launch.write_section(table, "sm_90", FACTS, [])
+    launch.write_section(table, "default", {k: v for k, v in default.items() if k != "rows"}, [])
+    written = json.loads(table.read_text())
+    assert written.pop("sm_90")["rows"] == []
+    assert json.dumps(written) == json.dumps(json.loads(before))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune on")
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main([]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "0,1,1,1,1,1"])
+def test_malformed_shape(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tune.main(["--shapes", text])
+    assert "six positive numbers" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_measures_on_a_gpu() -> None:
+    tile = launch.Tile(64, 64, 4, 2)
+    for kernel in ("forward", "backward"):
+        seconds, shared = tune.measure_on_gpu(kernel, EPISODE, torch.float16, tile)
+        assert seconds > 0
+        assert shared > 0

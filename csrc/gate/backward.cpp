@@ -11,6 +11,8 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/sum.h>
 
+#include <numeric>
+
 #include "gate/gated_attention.h"
 #include "gate/problem.h"
 
@@ -53,6 +55,7 @@ struct Grads {
 struct Buffers {
   at::Tensor kv, grad_kv;        // (images * N, 2HD)
   at::Tensor mixed, grad_mixed;  // (images * P, HD)
+  at::Tensor no_text;            // (1, H, P, D) zeros: output of a text path that runs apart
 };
 
 template <class scalar_t>
@@ -80,7 +83,7 @@ class Backward {
       const PlainTensors plain;
       const Buffers buffers{z.buffer(saved.kv.defined() ? 0 : z.N, 2 * z.width),
                             z.buffer(z.N, 2 * z.width), z.buffer(z.P, z.width),
-                            z.buffer(z.P, z.width)};
+                            z.buffer(z.P, z.width), z.by_token(1, z.P).zero_()};
       for (int64_t slot = begin; slot < end; ++slot) {
         for (int64_t i = slots.first(slot); i < slots.first(slot + 1); ++i) {
           chunk(z.plan[i], slot, i == slots.first(slot), buffers);
@@ -166,33 +169,44 @@ class Backward {
         z.apart ? none : z.texts(z.text_key, c), z.apart ? none : z.texts(z.text_value, c),
         z.images(z.alpha, c), part(z.image_mask, c.image, c.images),
         z.apart ? std::nullopt : part(z.text_mask, c.group, c.groups), z.images(saved.image_out, c),
-        z.texts(saved.text_out, c), z.images(saved.image_lse, c), z.texts(saved.text_lse, c),
-        z.scale, grad_query, z.keys(b.grad_kv, 0, c), z.keys(b.grad_kv, 1, c),
-        z.apart ? none : z.texts(grads.text_key, c), z.apart ? none : z.texts(grads.text_value, c),
-        z.images(grads.alpha, c));
+        z.apart ? b.no_text : z.texts(saved.text_out, c), z.images(saved.image_lse, c),
+        z.texts(saved.text_lse, c), z.scale, grad_query, z.keys(b.grad_kv, 0, c),
+        z.keys(b.grad_kv, 1, c), z.apart ? none : z.texts(grads.text_key, c),
+        z.apart ? none : z.texts(grads.text_value, c), z.images(grads.alpha, c));
     if (!z.apart) return;
     add_shared(c, c.group * slots.per_group() + slot % slots.per_group(),
                grad_query.const_data_ptr<scalar_t>(), b.grad_mixed.const_data_ptr<scalar_t>());
   }
 
   // Adds a chunk's gradient of its group's query, and its gradient of the text path's output, which
-  // is (1 - alpha) grad_mixed, to that row of the sums.
+  // is (1 - alpha) grad_mixed, to that row of the sums; and the text's part to those of its gates.
   void add_shared(const Chunk& c, int64_t row_of_sums, const scalar_t* grad_query,
                   const scalar_t* grad_mixed) const {
     const int64_t n = z.P * z.width;
     acc_t* query_sum = query_sums.mutable_data_ptr<acc_t>() + row_of_sums * n;
     acc_t* text_sum = text_sums.mutable_data_ptr<acc_t>() + row_of_sums * n;
-    std::vector<acc_t> row(z.width), share(z.width);
+    std::vector<acc_t> row(z.width), text(z.width), share(z.width), products(z.width);
     for (int64_t p = 0; p < z.P; ++p) {
       attention::load_row(grad_query + p * z.width, 1, z.width, acc_t(1), row.data());
       for (int64_t j = 0; j < z.width; ++j) query_sum[p * z.width + j] += row[j];
     }
     const attention::Gate<acc_t> alpha(z.alpha);
-    for (int64_t b = c.image; b < c.image + c.images; ++b) {
+    const scalar_t* text_out = saved.text_out.template const_data_ptr<scalar_t>() + c.group * n;
+    acc_t* grad_alpha = grads.alpha.template mutable_data_ptr<acc_t>() + c.image * z.H;
+    for (int64_t b = c.image; b < c.image + c.images; ++b, grad_alpha += z.H) {
       for (int64_t j = 0; j < z.width; ++j) share[j] = acc_t(1) - alpha(b, j / z.D);
+      std::fill(products.begin(), products.end(), acc_t(0));
       for (int64_t p = 0; p < z.P; ++p, grad_mixed += z.width) {
         attention::load_row(grad_mixed, 1, z.width, acc_t(1), row.data());
-        for (int64_t j = 0; j < z.width; ++j) text_sum[p * z.width + j] += share[j] * row[j];
+        attention::load_row(text_out + p * z.width, 1, z.width, acc_t(1), text.data());
+        for (int64_t j = 0; j < z.width; ++j) {
+          text_sum[p * z.width + j] += share[j] * row[j];
+          products[j] += row[j] * text[j];
+        }
+      }
+      for (int64_t h = 0; h < z.H; ++h) {
+        const acc_t* head = products.data() + h * z.D;
+        grad_alpha[h] -= acc_t(std::accumulate(head, head + z.D, 0.0));
       }
     }
   }

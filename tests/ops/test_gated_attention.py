@@ -50,6 +50,7 @@ SHAPES = [
     Shape(40, 1, 2, 3, 300, 48, 8),  # parallel chunks of whole groups, in uneven slots
     Shape(1, 37, 2, 4, 300, 48, 16),  # one group in parallel chunks
     Shape(3, 14, 2, 4, 300, 48, 5),  # several groups, each of several chunks
+    Shape(1, 17, 64, 2, 250, 4, 12),  # one group in chunks of one image of many heads
     Shape(1, 3, 2, 5, 9000, 40, 24),  # images so long that threads share each
 ]
 LONG = Shape(1, 37, 2, 4, 1000, 48, 16)  # too many keys and values to keep

@@ -192,9 +192,93 @@ AttentionResult dual_attention_autograd(const Tensor& query, const Tensor& image
   return {out[0], out[1], out[2], out[3], out[4]};
 }
 
+// ---- gated_attention_forward
+
+using GatedResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using GatedSignature = GatedResult(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                   const Tensor&, const Tensor&, const Tensor&,
+                                   const OptionalTensor&, const OptionalTensor&, double, bool);
+using GatedGrads = GatedResult;
+using GatedBackwardSignature = GatedGrads(const OptionalTensor&, const OptionalTensor&,
+                                          const Tensor&, const Tensor&, const Tensor&,
+                                          const Tensor&, const Tensor&, const Tensor&,
+                                          const Tensor&, const OptionalTensor&,
+                                          const OptionalTensor&, const Tensor&, const Tensor&,
+                                          const Tensor&, const Tensor&, const Tensor&, double);
+
+GatedResult call_gated(const Tensor& query, const Tensor& image_tokens, const Tensor& kv_weight,
+                       const Tensor& text_key, const Tensor& text_value, const Tensor& alpha,
+                       const Tensor& out_weight, const OptionalTensor& image_mask,
+                       const OptionalTensor& text_mask, double scale, bool save) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("dvla_fast::gated_attention_forward", "")
+                             .typed<GatedSignature>();
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
+                 image_mask, text_mask, scale, save);
+}
+
+class GatedAttention : public torch::autograd::Function<GatedAttention> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& query,
+                               const Tensor& image_tokens, const Tensor& kv_weight,
+                               const Tensor& text_key, const Tensor& text_value,
+                               const Tensor& alpha, const Tensor& out_weight,
+                               const OptionalTensor& image_mask, const OptionalTensor& text_mask,
+                               double scale) {
+    auto [updated, fused, image_out, text_out, image_lse, text_lse, kv] =
+        call_gated(query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
+                   image_mask, text_mask, scale, true);
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
+                            or_undefined(image_mask), or_undefined(text_mask), image_out, text_out,
+                            image_lse, text_lse, kv});
+    ctx->saved_data["scale"] = scale;
+    ctx->mark_non_differentiable({image_out, text_out, image_lse, text_lse, kv});
+    return {updated, fused, image_out, text_out, image_lse, text_lse, kv};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    return first_order_only(call_backward(ctx, grads[0], grads[1]), "gated_attention");
+  }
+
+ private:
+  static variable_list call_backward(AutogradContext* ctx, const Tensor& grad_updated,
+                                     const Tensor& grad_fused) {
+    if (!grad_updated.defined() && !grad_fused.defined()) return variable_list(10);
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("dvla_fast::gated_attention_backward", "")
+                               .typed<GatedBackwardSignature>();
+    const auto s = ctx->get_saved_variables();  // before the guard, see BetaPolicy
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight] =
+        op.call(or_none(grad_updated), or_none(grad_fused), s[0], s[1], s[2], s[3], s[4], s[5],
+                s[6], or_none(s[7]), or_none(s[8]), s[9], s[10], s[11], s[12], s[13],
+                ctx->saved_data["scale"].toDouble());
+    return {query, image_tokens, kv_weight, text_key, text_value,
+            alpha, out_weight,   Tensor(),  Tensor(), Tensor()};
+  }
+};
+
+GatedResult gated_attention_autograd(const Tensor& query, const Tensor& image_tokens,
+                                     const Tensor& kv_weight, const Tensor& text_key,
+                                     const Tensor& text_value, const Tensor& alpha,
+                                     const Tensor& out_weight, const OptionalTensor& image_mask,
+                                     const OptionalTensor& text_mask, double scale, bool save) {
+  if (save || !wants_grad({&query, &image_tokens, &kv_weight, &text_key, &text_value, &alpha,
+                           &out_weight})) {
+    return call_gated(query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
+                      image_mask, text_mask, scale, save);
+  }
+  const auto out = GatedAttention::apply(query, image_tokens, kv_weight, text_key, text_value,
+                                         alpha, out_weight, image_mask, text_mask, scale);
+  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dvla_fast, Autograd, m) {
+  m.impl("gated_attention_forward", &gated_attention_autograd);
   m.impl("beta_policy_forward", &beta_policy_autograd);
   m.impl("dual_attention_forward", &dual_attention_autograd);
 }

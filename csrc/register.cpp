@@ -3,10 +3,13 @@
 
 #include "attention/dual_attention.h"
 #include "beta/beta_policy.h"
+#include "gate/gated_attention.h"
 
 TORCH_LIBRARY_IMPL(dvla_fast, CPU, m) {
   m.impl("beta_policy_forward", &dvla_fast::beta_policy_forward_cpu);
   m.impl("beta_policy_backward", &dvla_fast::beta_policy_backward_cpu);
   m.impl("dual_attention_forward", &dvla_fast::dual_attention_forward);
   m.impl("dual_attention_backward", &dvla_fast::dual_attention_backward);
+  m.impl("gated_attention_forward", &dvla_fast::gated_attention_forward);
+  m.impl("gated_attention_backward", &dvla_fast::gated_attention_backward);
 }

@@ -9,6 +9,7 @@ from dvla_fast.ops.beta_policy import (
 )
 from dvla_fast.ops.dual_attention import dual_attention
 from dvla_fast.ops.dual_attention_cuda import float32_precision, set_float32_precision
+from dvla_fast.ops.gated_attention import gated_attention
 
 __all__ = [
     "BetaPolicyOutput",
@@ -17,6 +18,7 @@ __all__ = [
     "beta_policy",
     "beta_sample",
     "dual_attention",
+    "gated_attention",
     "float32_precision",
     "set_float32_precision",
 ]

@@ -47,6 +47,54 @@ def dual_attention(
     return mixed.flatten(0, 1).to(query.dtype)
 
 
+def gated_attention(
+    query: Tensor,
+    image_tokens: Tensor,
+    kv_weight: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    alpha: Tensor,
+    out_weight: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Projection of the image tokens, :func:`dual_attention`, projection out, and the addition.
+
+    Shapes as in :func:`dvla_fast.functional.gated_attention`; ``alpha`` is already (B, H).
+    Returns the new image tokens (B, N, C) and H (B, P, C).
+    """
+    compute = torch.promote_types(query.dtype, torch.float32)
+    tokens = image_tokens.to(compute)
+    projected = (tokens @ kv_weight.to(compute).T).unflatten(-1, (2, query.shape[1], -1))
+    key, value = (part.transpose(1, 2) for part in projected.unbind(2))  # [B, H, N, D]
+    text = (text_key.to(compute), text_value.to(compute))
+    mixed = dual_attention(
+        query.to(compute), key, value, *text, alpha, image_mask, text_mask, scale
+    )
+    fused = mixed.transpose(1, 2).flatten(2) @ out_weight.to(compute).T
+    updated, fused = add_to_tokens(tokens, fused, text_mask)
+    return updated.to(image_tokens.dtype), fused.to(query.dtype)
+
+
+def add_to_tokens(
+    image_tokens: Tensor, fused: Tensor, text_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """image_tokens (B, N, C) + mean of fused (B, P, C) over unmasked text tokens, and fused.
+
+    fused becomes 0 at masked text tokens; text_mask (T, P).
+    """
+    count: Tensor | int = fused.shape[1]
+    if text_mask is not None:
+        groups, rows = text_mask.shape
+        keep = text_mask.unsqueeze(1).expand(groups, fused.shape[0] // groups, rows).flatten(0, 1)
+        fused = fused.masked_fill(~keep.unsqueeze(-1), 0)
+        count = keep.sum(1).clamp_min(1).view(-1, 1, 1)
+    wide = torch.promote_types(fused.dtype, torch.float32)
+    added = fused.sum(1, keepdim=True, dtype=wide) / count
+    return image_tokens + added.to(image_tokens.dtype), fused
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Softmax attention over (…, H, L, D); rows whose every key is masked give exactly 0."""
     scores = q @ k.transpose(-2, -1) * scale

@@ -352,8 +352,7 @@ class _GatePass:
             **self.options,
         )
         keep = per_image(self.mask, tokens.shape[0])
-        wide = torch.promote_types(tokens.dtype, torch.float32)
-        fused = masked_mean(out.fused, keep, wide).unflatten(0, (self.episodes, -1))
+        fused = masked_mean(out.fused, keep).unflatten(0, (self.episodes, -1))
         alignment: Any = self.model.alignments[index]
         aligned = alignment(fused.detach().to(alignment.weight.dtype))
         return out, self._pooled(tokens), fused, aligned

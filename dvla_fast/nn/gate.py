@@ -152,40 +152,21 @@ class RLAGate(nn.Module):
             raise ValueError("alpha and action_logit exclude each other")
         else:
             step = _replayed(alpha, state, image_tokens.shape[0], text_tokens.shape[0])
-        fused = self._attend(image_tokens, texts, image_mask, text_mask, step.alpha)
-        added = masked_mean(fused, per_image(text_mask, fused.shape[0]))
-        updated = image_tokens + added.to(image_tokens.dtype).unsqueeze(1)
+        query, text_key, text_value = self._heads(self.text_qkv(texts), 3)
+        updated, fused = functional.gated_attention(
+            query,
+            image_tokens,
+            self.image_kv.weight,
+            text_key,
+            text_value,
+            _spread(step.alpha, image_tokens.shape[0]),
+            self.out_projection.weight,
+            image_mask=image_mask,
+            text_mask=text_mask,
+        )
         return GateOutput(
             updated, fused, step.alpha, step.action_logit, step.log_prob, step.entropy, state
         )
-
-    def _attend(
-        self,
-        image_tokens: Tensor,
-        texts: Tensor,
-        image_mask: Tensor | None,
-        text_mask: Tensor | None,
-        alpha: Tensor,
-    ) -> Tensor:
-        """H (B, P, dim) of gates alpha (), (A,) or (B,)."""
-        query, text_key, text_value = self._heads(self.text_qkv(texts), 3)
-        image_key, image_value = self._heads(self.image_kv(image_tokens), 2)
-        mixed = functional.dual_attention(
-            query,
-            image_key,
-            image_value,
-            text_key,
-            text_value,
-            _spread(alpha, image_tokens.shape[0]),
-            image_mask=image_mask,
-            text_mask=text_mask,
-        )  # [B, H, P, D], stored [B, P, H, D]
-        fused: Tensor = self.out_projection(mixed.transpose(1, 2).flatten(2))
-        if text_mask is None:
-            return fused
-        keep = per_image(text_mask, fused.shape[0])
-        assert keep is not None
-        return fused.masked_fill(~keep.unsqueeze(-1), 0)
 
     def _heads(self, stacked: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(X, L, parts·dim) -> parts views (X, H, L, D), no copy."""
@@ -210,9 +191,8 @@ class RLAGate(nn.Module):
             image_tokens = image_tokens.unflatten(0, (groups, -1))[:, :state_images].flatten(0, 1)
             if image_mask is not None:
                 image_mask = image_mask.unflatten(0, (groups, -1))[:, :state_images].flatten(0, 1)
-        wide = torch.promote_types(image_tokens.dtype, torch.float32)
-        image = masked_mean(image_tokens, image_mask, wide)  # [B', dim]
-        text = masked_mean(texts, text_mask, wide)  # [T, dim]
+        image = masked_mean(image_tokens, image_mask)  # [B', dim]
+        text = masked_mean(texts, text_mask)  # [T, dim]
         if self.alpha_scope == "image":
             text = text.repeat_interleave(image.shape[0] // groups, dim=0)
         else:
@@ -329,10 +309,15 @@ def per_image(text_mask: Tensor | None, images: int) -> Tensor | None:
     return text_mask.unsqueeze(1).expand(groups, images // groups, tokens).flatten(0, 1)
 
 
-def masked_mean(x: Tensor, mask: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """Mean of (X, L, d) over the unmasked tokens, (X, d); 0 where none is left."""
+def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of (X, L, d) over the unmasked tokens, (X, d); 0 where none is left.
+
+    In at least float32: long sums in bfloat16 would drift. Written as a sum, whose gradient is a
+    view of one row, where that of a mean fills a tensor of the size of ``x``.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
     if mask is None:
-        return x.mean(1, dtype=dtype)
+        return x.sum(1, dtype=wide) / x.shape[1]
     keep = mask.unsqueeze(-1)
-    total = x.masked_fill(~keep, 0).sum(1, dtype=dtype)
+    total = x.masked_fill(~keep, 0).sum(1, dtype=wide)
     return total / keep.sum(1).clamp_min(1)

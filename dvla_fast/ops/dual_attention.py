@@ -65,7 +65,7 @@ def dual_attention(
     _check(query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
-    gate = _expand_alpha(alpha, image_key.shape[0], image_key.shape[1], query.dtype)
+    gate = expand_alpha(alpha, image_key.shape[0], image_key.shape[1], query.dtype)
     tensors = (query, image_key, image_value, text_key, text_value, gate)
     chosen = backends.choose("dual_attention", _candidates(query), backend)
     if chosen == "reference":
@@ -85,7 +85,7 @@ def _candidates(query: Tensor) -> tuple[tuple[str, str | None], ...]:
     return (("triton", triton), ("cpp", cpp), ("reference", None))
 
 
-def _expand_alpha(alpha: Tensor, batch: int, heads: int, dtype: torch.dtype) -> Tensor:
+def expand_alpha(alpha: Tensor, batch: int, heads: int, dtype: torch.dtype) -> Tensor:
     """(), (B,) or (B, H) to (B, H) in the accumulation dtype, as a view where possible."""
     if alpha.dim() == 1:
         alpha = alpha.unsqueeze(1)
@@ -191,24 +191,51 @@ def _check(
         "text_value": text_value,
     }
     for name, tensor in named.items():
-        if tensor.dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions, got shape {tuple(tensor.shape)}")
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name}: dtype {tensor.dtype} differs from query's {query.dtype}")
+        check_tensor(name, tensor, 4, query.dtype)
+    _, heads, _, width = query.shape
+    batch, _, keys, _ = image_key.shape
+    check_groups(query, batch, "image_key")
+    expect_shape("image_key", image_key, (batch, heads, keys, width))
+    expect_shape("image_value", image_value, (batch, heads, keys, width))
+    check_text_and_gate(query, (batch, keys), text_key, text_value, alpha, image_mask, text_mask)
+    check_devices(query, named, alpha=alpha, image_mask=image_mask, text_mask=text_mask)
+
+
+def check_tensor(name: str, tensor: Tensor, dims: int, dtype: torch.dtype) -> None:
+    """Rank and dtype of an argument; ``dtype`` is the query's."""
+    if tensor.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions, got shape {tuple(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: dtype {tensor.dtype} differs from query's {dtype}")
+
+
+def check_groups(query: Tensor, batch: int, images: str) -> None:
+    """The query's dtype and sizes, and the images (the argument of that name) in its groups."""
     if query.dtype not in _DTYPES:
         raise TypeError(f"query: dtype {query.dtype} is not one of {_DTYPES}")
     groups, heads, _, width = query.shape
-    batch, _, keys, _ = image_key.shape
     if heads == 0 or width == 0:
         raise ValueError(f"query: shape {tuple(query.shape)} has no head or no dimension")
     if groups == 0 or batch % groups:
         raise ValueError(
-            f"image_key: {batch} images do not fall into the query's {groups} text groups evenly"
+            f"{images}: {batch} images do not fall into the query's {groups} text groups evenly"
         )
-    _expect_shape("image_key", image_key, (batch, heads, keys, width))
-    _expect_shape("image_value", image_value, (batch, heads, keys, width))
-    _expect_shape("text_key", text_key, (groups, heads, text_key.shape[2], width))
-    _expect_shape("text_value", text_value, (groups, heads, text_key.shape[2], width))
+
+
+def check_text_and_gate(
+    query: Tensor,
+    images: tuple[int, int],
+    text_key: Tensor,
+    text_value: Tensor,
+    alpha: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+) -> None:
+    """Shapes of the text, the gate and the masks for ``images`` = (B, N)."""
+    groups, heads, _, width = query.shape
+    batch = images[0]
+    expect_shape("text_key", text_key, (groups, heads, text_key.shape[2], width))
+    expect_shape("text_value", text_value, (groups, heads, text_key.shape[2], width))
     if not isinstance(alpha, Tensor):
         raise TypeError(f"alpha: expected a tensor, got {type(alpha).__name__}")
     if not alpha.is_floating_point():
@@ -218,22 +245,23 @@ def _check(
             f"alpha: shape {tuple(alpha.shape)}, expected (), ({batch},) or ({batch}, {heads})"
         )
     for name, mask, shape in (
-        ("image_mask", image_mask, (batch, keys)),
+        ("image_mask", image_mask, images),
         ("text_mask", text_mask, (groups, text_key.shape[2])),
     ):
         if mask is None:
             continue
         if mask.dtype != torch.bool:
             raise TypeError(f"{name}: expected bool (True = attend), got {mask.dtype}")
-        _expect_shape(name, mask, shape)
-    for name, other in (*named.items(), ("alpha", alpha)):
-        if other.device != query.device:
-            raise ValueError(f"{name}: on {other.device}, query on {query.device}")
-    for name, mask in (("image_mask", image_mask), ("text_mask", text_mask)):
-        if mask is not None and mask.device != query.device:
-            raise ValueError(f"{name}: on {mask.device}, query on {query.device}")
+        expect_shape(name, mask, shape)
 
 
-def _expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def check_devices(query: Tensor, named: dict[str, Tensor], **others: Tensor | None) -> None:
+    """Every tensor is where the query is."""
+    for name, tensor in (*named.items(), *others.items()):
+        if tensor is not None and tensor.device != query.device:
+            raise ValueError(f"{name}: on {tensor.device}, query on {query.device}")
+
+
+def expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {shape}")

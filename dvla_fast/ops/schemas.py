@@ -29,6 +29,24 @@ LIBRARY.define(
     " Tensor grad_text_key, Tensor grad_text_value, Tensor grad_alpha)"
 )
 LIBRARY.define(
+    # The gated layer around dual attention. As dual_attention_forward with S = P, image keys and
+    # values = the halves of image_tokens (B,N,C) kv_weight' (2HD,C), and out_weight (C,HD) behind.
+    # image_tokens may be float32 where the rest is half. updated (B,N,C), fused (B,P,C).
+    # kv (B*N,2HD): keys and values, empty where they are large and are better projected again.
+    "gated_attention_forward(Tensor query, Tensor image_tokens, Tensor kv_weight, Tensor text_key,"
+    " Tensor text_value, Tensor alpha, Tensor out_weight, Tensor? image_mask, Tensor? text_mask,"
+    " float scale, bool save) -> (Tensor updated, Tensor fused, Tensor image_out, Tensor text_out,"
+    " Tensor image_lse, Tensor text_lse, Tensor kv)"
+)
+LIBRARY.define(
+    "gated_attention_backward(Tensor? grad_updated, Tensor? grad_fused, Tensor query,"
+    " Tensor image_tokens, Tensor kv_weight, Tensor text_key, Tensor text_value, Tensor alpha,"
+    " Tensor out_weight, Tensor? image_mask, Tensor? text_mask, Tensor image_out, Tensor text_out,"
+    " Tensor image_lse, Tensor text_lse, Tensor kv, float scale) -> (Tensor grad_query,"
+    " Tensor grad_image_tokens, Tensor grad_kv_weight, Tensor grad_text_key,"
+    " Tensor grad_text_value, Tensor grad_alpha, Tensor grad_out_weight)"
+)
+LIBRARY.define(
     # The concentration is a tensor that broadcasts to logits, or (None) the number beside it.
     # Action: `action_logit` evaluates it, else `key` (2,) int64 samples, else the mean.
     # derivatives: (0,) unless asked for, else stacked d(log_prob), d(entropy) by the logit, then,

@@ -1,0 +1,135 @@
+"""RLAGate beside the same equations in eager PyTorch, as users would write them.
+
+One group a (B, d, N, P, dtype, mode): one text of P tokens for all B images, 8 heads. A row is
+timed only after its results, and in `forward+backward` its gradients, were compared with float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import gate_peers
+from dvla_fast import RLAGate
+
+
+class Case(NamedTuple):
+    """Images, model width, image tokens, text tokens."""
+
+    images: int
+    width: int
+    keys: int
+    rows: int
+
+    def __str__(self) -> str:
+        return "B{}-d{}-N{}-P{}".format(*self)
+
+
+CASES = [
+    Case(images, width, keys, rows)
+    for images, rows in ((5, 9), (5, 45), (25, 45), (80, 45), (1280, 45))
+    for width, keys in ((192, 196), (384, 49))
+]
+PROVIDERS = ["dvla_fast", "eager matmul", "eager SDPA", "torch.compile"]
+# Largest error allowed, as a share of the largest exact value.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+SECONDS_A_ROW = 0.7
+# Gradients are those of the image tokens and of the weights around the attention; the policy's
+# small ones are left to the tests.
+WEIGHTS = ["text_projection", "text_qkv", "image_kv", "out_projection"]
+
+
+def ours(gate: RLAGate, image_tokens: Tensor, text_tokens: Tensor) -> gate_peers.Result:
+    out = gate(image_tokens, text_tokens, sample=False)
+    return out.image_tokens, out.fused, out.log_prob, out.entropy
+
+
+def implementation(name: str) -> gate_peers.Layer:
+    if name == "torch.compile":
+        return gate_peers.compiled()
+    named = {"eager matmul": gate_peers.eager_matmul, "eager SDPA": gate_peers.eager_sdpa}
+    return named.get(name, ours)
+
+
+@functools.lru_cache(maxsize=1)
+def inputs(case: Case) -> tuple[RLAGate, Tensor, Tensor, list[Tensor]]:
+    """A gate whose policy has left its start, tokens, and gradients of image tokens and H."""
+    gen = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    gate = RLAGate(case.width)
+    torch.nn.init.normal_(gate.policy.network.out.weight, std=0.1)
+
+    def rand(tokens: int, width: int, images: int = case.images) -> Tensor:
+        return torch.randn(images, tokens, width, generator=gen).bfloat16().float()
+
+    gradients = [rand(case.keys, case.width), rand(case.rows, case.width)]
+    return gate.bfloat16().float(), rand(case.keys, case.width), rand(case.rows, 512, 1), gradients
+
+
+def run(
+    layer: gate_peers.Layer,
+    gate: RLAGate,
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    gradients: list[Tensor],
+    backward: bool,
+) -> list[Tensor]:
+    """New image tokens and H, and with `backward` the gradients of tokens and weights."""
+    if not backward:
+        with torch.no_grad():
+            return list(layer(gate, image_tokens, text_tokens)[:2])
+    updated, fused, log_prob, entropy = layer(gate, image_tokens, text_tokens)
+    leaves = [image_tokens, *(getattr(gate, name).weight for name in WEIGHTS)]
+    policy = (log_prob + entropy).sum()
+    gradients = [*(g.to(x.dtype) for g, x in zip(gradients, (updated, fused))), None]
+    return [updated, fused, *torch.autograd.grad([updated, fused, policy], leaves, gradients)]
+
+
+@functools.lru_cache(maxsize=1)
+def exact(case: Case) -> list[Tensor]:
+    """Results and gradients in float64, of 80 images at most: the others are computed alike."""
+    gate, image_tokens, text_tokens, gradients = inputs(case)
+    few = [x[:80].double() for x in (image_tokens, *gradients)]
+    gate = copy.deepcopy(gate).double()
+    leaf = few[0].requires_grad_()
+    return run(gate_peers.eager_matmul, gate, leaf, text_tokens.double(), few[1:], True)
+
+
+def check(layer: gate_peers.Layer, case: Case, dtype: torch.dtype, backward: bool) -> None:
+    gate, image_tokens, text_tokens, gradients = inputs(case)
+    leaf = image_tokens[:80].to(dtype).requires_grad_(backward)
+    gate = copy.deepcopy(gate).to(dtype)
+    few = [x[:80] for x in gradients]
+    results = run(layer, gate, leaf, text_tokens.to(dtype), few, backward)
+    for got, want in zip(results, exact(case)):
+        error = (got.double() - want).abs().max() / want.abs().max()
+        assert error < TOLERANCE[dtype], f"wrong by {error:.2g}: not timed"
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gate(benchmark, case: Case, dtype: torch.dtype, mode: str, provider: str) -> None:
+    backward = mode == "forward+backward"
+    layer = implementation(provider)
+    check(layer, case, dtype, backward)
+    gate, image_tokens, text_tokens, gradients = inputs(case)
+    gate = copy.deepcopy(gate).to(dtype)
+    leaf = image_tokens.to(dtype, copy=True).requires_grad_(backward)
+    arguments = (gate, leaf, text_tokens.to(dtype), [g.to(dtype) for g in gradients], backward)
+
+    run(layer, *arguments)
+    begin = time.perf_counter()
+    run(layer, *arguments)
+    rounds = int(min(100, max(3, SECONDS_A_ROW / (time.perf_counter() - begin))))
+    benchmark.group = f"RLAGate {case} {str(dtype)[6:]} {mode}"
+    benchmark.name = provider
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    benchmark.pedantic(run, (layer, *arguments), rounds=rounds)

@@ -1,0 +1,126 @@
+// Forward of the gated layer. The images are walked over in chunks (plan.h): a chunk's keys and
+// values are projected into a buffer that stays in the cache, attended, mixed with the text path,
+// projected out and added to the tokens while those are still in the cache. Where a text group is
+// longer than a chunk, its text path runs apart, once.
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
+// See attention/forward.cpp.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#include <ATen/Dispatch.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/sum.h>
+
+#include "gate/gated_attention.h"
+#include "gate/problem.h"
+
+namespace dvla_fast {
+namespace gate {
+namespace {
+
+struct Results {
+  at::Tensor updated, fused, image_out, text_out, image_lse, text_lse, kv;
+  bool save() const { return image_out.defined(); }
+};
+
+// The text path of every group alone.
+void text_path(const Problem& z, const Results& r) {
+  const at::Tensor none = z.no_keys(z.T), left_out;
+  dual_attention_forward_into(z.query, none, none, z.text_key, z.text_value, z.shut_gate(),
+                              std::nullopt, z.text_mask, z.scale, r.text_out, left_out, left_out,
+                              left_out, r.text_lse);
+}
+
+// mixed (images * P, HD) of a chunk, by way of its keys and values, in `buffer` if not to be kept.
+template <class scalar_t>
+void attend(const Problem& z, const Results& r, const Chunk& c, const at::Tensor& buffer,
+            const at::Tensor& mixed) {
+  at::Tensor kv = z.kv_rows(r.kv, buffer, c);
+  at::mm_out(kv, z.rows_of(c), z.kv_weight.t());
+  const at::Tensor none = z.apart ? z.no_keys(1) : at::Tensor();
+  // Apart, the text's results are there already.
+  const at::Tensor text_out = z.apart ? at::Tensor() : z.texts(r.text_out, c);
+  const at::Tensor text_lse = z.apart ? at::Tensor() : z.texts(r.text_lse, c);
+  dual_attention_forward_into(
+      z.texts(z.query, c), z.keys(kv, 0, c), z.keys(kv, 1, c),
+      z.apart ? none : z.texts(z.text_key, c), z.apart ? none : z.texts(z.text_value, c),
+      z.images(z.alpha, c), part(z.image_mask, c.image, c.images),
+      z.apart ? std::nullopt : part(z.text_mask, c.group, c.groups), z.scale, z.heads(mixed, c),
+      z.images(r.image_out, c), text_out, z.images(r.image_lse, c), text_lse);
+  if (!z.apart) return;
+  scalar_t* to = mixed.mutable_data_ptr<scalar_t>();
+  mix(z, c, r.text_out.const_data_ptr<scalar_t>(), to, true, to);
+}
+
+// From the mixture of a chunk to its part of the results.
+void finish(const Problem& z, const Results& r, const Chunk& c, const at::Tensor& mixed) {
+  const at::Tensor fused = z.images(r.fused, c);  // [images, P, C]
+  at::Tensor rows = fused.view({c.images * z.P, z.C});
+  at::mm_out(rows, z.filled(mixed, z.P, c), z.out_weight.t());
+  z.drop_masked(fused, c);
+  const at::Tensor added = at::sum(fused, 1, true, z.alpha.scalar_type())  // [images, 1, C]
+                               .mul_(z.images(z.mean_share, c).unsqueeze(1))
+                               .to(z.tokens.scalar_type());
+  at::Tensor updated = z.images(r.updated, c);
+  at::add_out(updated, z.images(z.tokens, c), added);
+}
+
+template <class scalar_t>
+void forward(const Problem& z, const Results& r) {
+  if (z.apart) text_path(z, r);
+  const auto chunks = [&](int64_t begin, int64_t end) {
+    const PlainTensors plain;
+    const at::Tensor kv = z.buffer(r.kv.defined() ? 0 : z.N, 2 * z.width),
+                     mixed = z.buffer(z.P, z.width);
+    for (int64_t i = begin; i < end; ++i) {
+      const Chunk c = z.plan[i];
+      attend<scalar_t>(z, r, c, kv, mixed);
+      finish(z, r, c, mixed);
+    }
+  };
+  if (z.plan.parallel()) {
+    attention::parallel_items(z.plan.count(), chunks);
+  } else {
+    chunks(0, z.plan.count());
+  }
+}
+
+}  // namespace
+}  // namespace gate
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+gated_attention_forward(const at::Tensor& query, const at::Tensor& image_tokens,
+                        const at::Tensor& kv_weight, const at::Tensor& text_key,
+                        const at::Tensor& text_value, const at::Tensor& alpha,
+                        const at::Tensor& out_weight, const std::optional<at::Tensor>& image_mask,
+                        const std::optional<at::Tensor>& text_mask, double scale, bool save) {
+  const gate::PlainTensors plain;
+  const gate::Problem z(query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
+                        image_mask, text_mask, scale);
+  gate::Results r;
+  r.updated = at::empty({z.B, z.N, z.C}, image_tokens.options());
+  r.fused = at::empty({z.B, z.P, z.C}, query.options());
+  if (save || z.apart) r.text_out = z.by_token(z.T, z.P);
+  if (save) {
+    r.image_out = z.by_token(z.B, z.P);
+    r.image_lse = at::empty({z.B, z.H, z.P}, alpha.options());
+    r.text_lse = at::empty({z.T, z.H, z.P}, alpha.options());
+    if (z.plan.kept()) r.kv = at::empty({z.B * z.N, 2 * z.width}, query.options());
+  }
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(),
+                                  "gated_attention_forward",
+                                  [&] { gate::forward<scalar_t>(z, r); });
+  const auto or_empty = [](const at::Tensor& x, const at::Tensor& like) {
+    return x.defined() ? x : at::empty({0}, like.options());
+  };
+  if (!save) r.text_out = at::Tensor();
+  return {r.updated,
+          r.fused,
+          or_empty(r.image_out, query),
+          or_empty(r.text_out, query),
+          or_empty(r.image_lse, alpha),
+          or_empty(r.text_lse, alpha),
+          or_empty(r.kv, query)};
+}
+
+}  // namespace dvla_fast

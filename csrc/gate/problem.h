@@ -1,0 +1,158 @@
+// What forward and backward of the gated layer share: the tensors, a chunk's share of them, and the
+// products and mixtures of a chunk.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <optional>
+#include <vector>
+
+#include "attention/dual_attention.h"
+#include "attention/problem.h"
+#include "gate/plan.h"
+
+namespace dvla_fast::gate {
+
+using attention::Acc;
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Tensor operations inside a kernel, on the caller's thread and on workers alike: no autograd, and
+// no cast by the autocast of the caller.
+struct PlainTensors {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
+
+// Rows [first, first + count) of what may be absent.
+inline at::Tensor part(const at::Tensor& x, int64_t first, int64_t count) {
+  return x.defined() ? x.narrow(0, first, count) : x;
+}
+
+inline OptionalTensor part(const OptionalTensor& x, int64_t first, int64_t count) {
+  return x ? OptionalTensor(x->narrow(0, first, count)) : std::nullopt;
+}
+
+struct Problem {
+  Problem(const at::Tensor& query, const at::Tensor& image_tokens, const at::Tensor& kv_weight,
+          const at::Tensor& text_key, const at::Tensor& text_value, const at::Tensor& alpha,
+          const at::Tensor& out_weight, const OptionalTensor& image_mask,
+          const OptionalTensor& text_mask, double scale)
+      : T(query.size(0)),
+        H(query.size(1)),
+        P(query.size(2)),
+        D(query.size(3)),
+        B(image_tokens.size(0)),
+        N(image_tokens.size(1)),
+        C(image_tokens.size(2)),
+        width(H * D),
+        query(query),
+        tokens(image_tokens),
+        kv_weight(kv_weight),
+        text_key(text_key),
+        text_value(text_value),
+        alpha(alpha),
+        out_weight(out_weight),
+        image_mask(image_mask),
+        text_mask(text_mask),
+        scale(scale),
+        plan(B, T, N * 2 * width * query.element_size()),
+        apart(!plan.whole_groups()),
+        mean_share(shares()) {
+    if (text_mask) dropped = text_mask->logical_not().view({T, 1, P, 1});
+  }
+
+  at::Tensor texts(const at::Tensor& x, const Chunk& c) const { return part(x, c.group, c.groups); }
+  at::Tensor images(const at::Tensor& x, const Chunk& c) const {
+    return part(x, c.image, c.images);
+  }
+  // Tokens of a chunk (images * N, C) in the dtype of the products.
+  at::Tensor rows_of(const Chunk& c) const {
+    return images(tokens, c).reshape({c.images * N, C}).to(query.scalar_type());
+  }
+
+  // A buffer for `rows` rows of an image, of all images of a chunk.
+  at::Tensor buffer(int64_t rows, int64_t columns) const {
+    return at::empty({plan.most_images() * rows, columns}, query.options());
+  }
+  // The rows of a buffer that a chunk fills.
+  at::Tensor filled(const at::Tensor& buffer, int64_t rows, const Chunk& c) const {
+    return buffer.narrow(0, 0, c.images * rows);
+  }
+  // The rows of what is kept of all images, or of a buffer, that belong to a chunk.
+  at::Tensor kv_rows(const at::Tensor& kept, const at::Tensor& buffer, const Chunk& c) const {
+    return kept.defined() ? kept.narrow(0, c.image * N, c.images * N) : filled(buffer, N, c);
+  }
+  // Keys (which = 0) or values (1) of rows (images * N, 2HD) as (images, H, N, D).
+  at::Tensor keys(const at::Tensor& rows, int64_t which, const Chunk& c) const {
+    const int64_t row = 2 * width;
+    return rows.as_strided({c.images, H, N, D}, {N * row, D, row, 1},
+                           rows.storage_offset() + which * width);
+  }
+  // A buffer (images * P, HD) as (images, H, P, D).
+  at::Tensor heads(const at::Tensor& buffer, const Chunk& c) const {
+    return buffer.as_strided({c.images, H, P, D}, {P * width, D, width, 1});
+  }
+
+  // An attention without keys: the text of a chunk whose text path runs apart, or the images of
+  // that text path, with its gate shut.
+  at::Tensor no_keys(int64_t outer) const { return at::empty({outer, H, 0, D}, query.options()); }
+  at::Tensor shut_gate() const { return at::zeros({T, H}, alpha.options()); }
+  at::Tensor by_token(int64_t outer, int64_t count) const {
+    return attention::empty_by_token(outer, H, count, D, query);
+  }
+
+  // Zeroes the masked text tokens of x (images, P, C), contiguous.
+  void drop_masked(const at::Tensor& x, const Chunk& c) const {
+    if (!dropped.defined()) return;
+    x.view({c.groups, c.images / c.groups, P, C}).masked_fill_(texts(dropped, c), 0);
+  }
+
+  const int64_t T, H, P, D, B, N, C, width;  // width = H * D
+  const at::Tensor &query, &tokens, &kv_weight, &text_key, &text_value, &alpha, &out_weight;
+  const OptionalTensor &image_mask, &text_mask;
+  const double scale;
+  const Plan plan;
+  const bool apart;             // the text path runs apart from the chunks
+  const at::Tensor mean_share;  // (B, 1) one over the number of text tokens
+  at::Tensor dropped;           // (T, 1, P, 1) text tokens masked out
+
+ private:
+  at::Tensor shares() const {
+    if (!text_mask) return at::full({B, 1}, 1.0 / std::max<int64_t>(1, P), alpha.options());
+    const at::Tensor kept = text_mask->sum(1, true).clamp_min(1).to(alpha.scalar_type());
+    return kept.reciprocal().expand({T, B / T}).reshape({B, 1});
+  }
+};
+
+// to = (weighted ? 1 : alpha) image + (1 - alpha) text for the images of a chunk.
+//   text (T, P, HD), image and to (images, P, HD) contiguous; image may be `to`.
+template <class scalar_t>
+void mix(const Problem& z, const Chunk& c, const scalar_t* text, const scalar_t* image,
+         bool weighted, scalar_t* to) {
+  using acc_t = Acc<scalar_t>;
+  const attention::Gate<acc_t> alpha(z.alpha);
+  const int64_t group = z.B / z.T;
+  std::vector<acc_t> image_share(z.width), text_share(z.width), a(z.width), b(z.width);
+  for (int64_t i = 0; i < c.images; ++i) {
+    for (int64_t j = 0; j < z.width; ++j) {
+      const acc_t share = alpha(c.image + i, j / z.D);
+      image_share[j] = weighted ? acc_t(1) : share;
+      text_share[j] = acc_t(1) - share;
+    }
+    const scalar_t* from = text + (c.image + i) / group * z.P * z.width;
+    for (int64_t p = 0; p < z.P; ++p, image += z.width, from += z.width, to += z.width) {
+      attention::load_row(image, 1, z.width, acc_t(1), a.data());
+      attention::load_row(from, 1, z.width, acc_t(1), b.data());
+      for (int64_t j = 0; j < z.width; ++j) a[j] = image_share[j] * a[j] + text_share[j] * b[j];
+      attention::store_row<scalar_t>(a.data(), z.width, to);
+    }
+  }
+}
+
+}  // namespace dvla_fast::gate

@@ -1,0 +1,270 @@
+"""The gated layer around dual attention, from image tokens to image tokens.
+
+    Kᵢ, Vᵢ = halves of Z Wₖᵥᵀ;  H = dual attention of (Q, Kᵢ, Vᵢ, Kₜ, Vₜ, α) Wₒᵀ, 0 at masked text;
+    Z ← Z + mean of H over the text tokens
+
+(DVLA-RL, method §3.) On the CPU the images are taken a few at a time, so that what lies between the
+tokens and H stays in the cache and never exists for all images; the backward pass keeps keys and
+values where they are few (32 MiB) and projects them again where they are many. On CUDA it is two
+matrix products around :func:`dvla_fast.functional.dual_attention`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from dvla_fast import _extension, backends, reference
+from dvla_fast.ops import schemas
+from dvla_fast.ops.dual_attention import (
+    check_devices,
+    check_groups,
+    check_tensor,
+    check_text_and_gate,
+    dual_attention,
+    expand_alpha,
+    expect_shape,
+)
+
+_KEPT_BYTES = 32 * 2**20  # kKeptBytes of csrc/gate/plan.h
+
+
+def gated_attention(
+    query: Tensor,
+    image_tokens: Tensor,
+    kv_weight: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    alpha: Tensor,
+    out_weight: Tensor,
+    *,
+    image_mask: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Lets text ask the image tokens and itself, and adds the answer to the image tokens.
+
+    B images of N tokens of width C; T text groups of P tokens, B a multiple of T; H heads of width
+    D. Like a linear layer, it computes in the autocast dtype where autocast is on.
+
+    Args:
+        query: (T, H, P, D), float32, float16, bfloat16 or (reference and C++) float64.
+        image_tokens: (B, N, C), dtype of ``query``, or float32 where that is a half type.
+        kv_weight: (2·H·D, C), dtype of ``query``: the rows of the keys, head after head, then those
+            of the values.
+        text_key: (T, H, P, D), dtype of ``query``.
+        text_value: (T, H, P, D), dtype of ``query``.
+        alpha: gate in [0, 1], a floating tensor of shape (), (B,) or (B, H).
+        out_weight: (C, H·D), dtype of ``query``.
+        image_mask: (B, N) bool, True = attend. A path with no key left contributes exactly 0.
+        text_mask: (T, P) bool, True = a token: masked ones are not attended, and have H = 0.
+        scale: factor of the scores; default D^-1/2.
+        backend: ``"cpp"``, ``"triton"`` (products around the Triton attention) or ``"reference"``;
+            default the best for the inputs.
+
+    Returns:
+        The new image tokens (B, N, C) in the dtype of ``image_tokens``, and H (B, P, C) in that of
+        ``query``. First-order gradients flow to all tensors but the masks.
+
+    Raises:
+        TypeError: a dtype is not supported or does not fit the query's; a mask is not bool.
+        ValueError: shapes or devices do not fit together.
+        BackendError: the backend asked for cannot run with these inputs.
+    """
+    query, kv_weight, text_key, text_value, out_weight = _autocast(
+        query, kv_weight, text_key, text_value, out_weight
+    )
+    _check(
+        query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
+        image_mask, text_mask,
+    )  # fmt: skip
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    gate = expand_alpha(alpha, image_tokens.shape[0], query.shape[1], query.dtype)
+    arguments = (
+        query, image_tokens, kv_weight, text_key, text_value, gate, out_weight,
+        image_mask, text_mask, scale,
+    )  # fmt: skip
+    chosen = backends.choose("gated_attention", _candidates(query), backend)
+    if chosen == "triton":
+        return _composed(*arguments)
+    if chosen == "reference":
+        return reference.gated_attention(*arguments)
+    if _extension.needs_python_autograd():
+        updated, fused, *_ = _GatedAttention.apply(*arguments)
+    else:
+        forward = torch.ops.dvla_fast.gated_attention_forward.default
+        updated, fused, *_ = forward(*arguments, False)
+    return updated, fused
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Casts as a linear layer does; image tokens keep their dtype, for they pass through."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _candidates(query: Tensor) -> tuple[tuple[str, str | None], ...]:
+    """The implementations for these inputs, best first, each with why it cannot run."""
+    on_cpu = query.device.type == "cpu"
+    cpp = "the inputs are not on the CPU" if not on_cpu else _extension.problem
+    triton = _extension.triton_problem(query.device, query.dtype, query.shape[-1])
+    return (("triton", triton), ("cpp", cpp), ("reference", None))
+
+
+def _composed(
+    query: Tensor,
+    image_tokens: Tensor,
+    kv_weight: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    gate: Tensor,
+    out_weight: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Products of all images around the attention of the device."""
+    tokens = image_tokens.to(query.dtype)
+    projected = F.linear(tokens, kv_weight).unflatten(-1, (2, query.shape[1], -1))
+    image_key, image_value = (part.transpose(1, 2) for part in projected.unbind(2))
+    mixed = dual_attention(
+        query, image_key, image_value, text_key, text_value, gate,
+        image_mask=image_mask, text_mask=text_mask, scale=scale,
+    )  # fmt: skip
+    fused = F.linear(mixed.transpose(1, 2).flatten(2), out_weight)
+    return reference.add_to_tokens(image_tokens, fused, text_mask)
+
+
+class _GatedAttention(torch.autograd.Function):
+    """Forward and backward ops joined; the five saved results are outputs, as torch.func needs."""
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        image_tokens: Tensor,
+        kv_weight: Tensor,
+        text_key: Tensor,
+        text_value: Tensor,
+        alpha: Tensor,
+        out_weight: Tensor,
+        image_mask: Tensor | None,
+        text_mask: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, ...]:
+        return torch.ops.dvla_fast.gated_attention_forward.default(
+            query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
+            image_mask, text_mask, scale, True,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, *output[2:])
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_updated, grad_fused, *_unused):  # type: ignore[no-untyped-def]
+        if grad_updated is None and grad_fused is None:
+            return (None,) * 10
+        grads = torch.ops.dvla_fast.gated_attention_backward.default(
+            grad_updated, grad_fused, *ctx.saved_tensors, ctx.scale
+        )
+        return *grads, None, None, None
+
+
+@torch.library.register_fake("dvla_fast::gated_attention_forward", lib=schemas.LIBRARY)
+def _forward_fake(  # type: ignore[no-untyped-def]
+    query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight, image_mask, text_mask,
+    scale, save,
+):  # fmt: skip
+    groups, heads, rows, width = query.shape
+    batch, keys, channels = image_tokens.shape
+    results = (
+        image_tokens.new_empty(image_tokens.shape),
+        query.new_empty(batch, rows, channels),
+    )
+    if not save:
+        return (
+            *results,
+            *(query.new_empty(0) for _ in range(2)),
+            *(alpha.new_empty(0) for _ in range(2)),
+            query.new_empty(0),
+        )
+    columns = 2 * heads * width
+    kept = batch * keys * columns * query.element_size() <= _KEPT_BYTES
+    return (
+        *results,
+        query.new_empty(batch, rows, heads, width).transpose(1, 2),
+        query.new_empty(groups, rows, heads, width).transpose(1, 2),
+        alpha.new_empty(batch, heads, rows),
+        alpha.new_empty(groups, heads, rows),
+        query.new_empty(batch * keys, columns) if kept else query.new_empty(0),
+    )
+
+
+@torch.library.register_fake("dvla_fast::gated_attention_backward", lib=schemas.LIBRARY)
+def _backward_fake(  # type: ignore[no-untyped-def]
+    grad_updated, grad_fused, query, image_tokens, kv_weight, text_key, text_value, alpha,
+    out_weight, image_mask, text_mask, image_out, text_out, image_lse, text_lse, kv, scale,
+):  # fmt: skip
+    def stored_by_token(x: Tensor) -> Tensor:
+        """A gradient is stored (T, P, H, D), as projections want it."""
+        outer, heads, rows, width = x.shape
+        return x.new_empty(outer, rows, heads, width).transpose(1, 2)
+
+    return (
+        stored_by_token(query),
+        image_tokens.new_empty(image_tokens.shape),
+        kv_weight.new_empty(kv_weight.shape),
+        stored_by_token(text_key),
+        stored_by_token(text_value),
+        alpha.new_empty(alpha.shape),
+        out_weight.new_empty(out_weight.shape),
+    )
+
+
+def _check(
+    query: Tensor,
+    image_tokens: Tensor,
+    kv_weight: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    alpha: Tensor,
+    out_weight: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+) -> None:
+    """Raises before any work when the arguments do not fit together."""
+    named = {
+        "query": query,
+        "kv_weight": kv_weight,
+        "text_key": text_key,
+        "text_value": text_value,
+        "out_weight": out_weight,
+    }
+    for (name, tensor), dims in zip(named.items(), (4, 2, 4, 4, 2)):
+        check_tensor(name, tensor, dims, query.dtype)
+    passed = image_tokens.dtype == torch.float32 and query.dtype != torch.float64
+    check_tensor("image_tokens", image_tokens, 3, torch.float32 if passed else query.dtype)
+    _, heads, _, width = query.shape
+    batch, keys, channels = image_tokens.shape
+    check_groups(query, batch, "image_tokens")
+    expect_shape("kv_weight", kv_weight, (2 * heads * width, channels))
+    expect_shape("out_weight", out_weight, (channels, heads * width))
+    expect_shape("text_key", text_key, tuple(query.shape))
+    check_text_and_gate(query, (batch, keys), text_key, text_value, alpha, image_mask, text_mask)
+    check_devices(
+        query, named, image_tokens=image_tokens, alpha=alpha,
+        image_mask=image_mask, text_mask=text_mask,
+    )  # fmt: skip

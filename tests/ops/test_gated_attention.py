@@ -1,0 +1,444 @@
+"""gated_attention against its definition in float64: values, gradients, chunks, promises."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from test_dual_attention import assert_near
+from torch import Tensor
+
+from dvla_fast import _extension
+from dvla_fast.errors import BackendError
+from dvla_fast.functional import gated_attention
+
+CPP = pytest.param(
+    "cpp",
+    marks=pytest.mark.skipif(_extension.problem is not None, reason=str(_extension.problem)),
+)
+BACKENDS = ["reference", CPP]
+NAMES = (
+    "query", "image_tokens", "kv_weight", "text_key", "text_value", "alpha", "out_weight",
+)  # fmt: skip
+
+
+class Shape(NamedTuple):
+    """Text groups, images a group, heads, query tokens, image tokens, head width, model width."""
+
+    groups: int
+    images: int
+    heads: int
+    rows: int
+    keys: int
+    width: int
+    model: int
+
+    def __str__(self) -> str:
+        return "T{}G{}H{}P{}N{}D{}C{}".format(*self)
+
+
+# A chunk holds 768 KiB of keys and values; fewer than 16 chunks are made longer and taken in turn.
+SHAPES = [
+    Shape(1, 1, 1, 1, 1, 1, 1),
+    Shape(3, 2, 2, 5, 7, 8, 24),  # everything in one chunk
+    Shape(2, 3, 3, 17, 33, 24, 40),
+    Shape(40, 1, 2, 3, 300, 48, 8),  # parallel chunks of whole groups, in uneven slots
+    Shape(1, 37, 2, 4, 300, 48, 16),  # one group in parallel chunks
+    Shape(3, 14, 2, 4, 300, 48, 5),  # several groups, each of several chunks
+    Shape(1, 17, 64, 2, 250, 4, 12),  # one group in chunks of one image of many heads
+    Shape(1, 3, 2, 5, 9000, 40, 24),  # images so long that threads share each
+]
+LONG = Shape(1, 37, 2, 4, 1000, 48, 16)  # too many keys and values to keep
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Results that were never written show as NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make(shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
+    """The seven tensors, in the order of NAMES."""
+    gen = torch.Generator().manual_seed(seed)
+    t, g, h, p, n, d, c = shape
+
+    def rand(*size: int) -> Tensor:
+        return torch.randn(*size, generator=gen, dtype=torch.float64).to(dtype)
+
+    def by_token() -> Tensor:
+        return rand(t, p, h, d).transpose(1, 2)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    alpha = torch.rand(t * g, h, generator=gen, dtype=wide)
+    weights = rand(2 * h * d, c) / c**0.5, rand(c, h * d) / (h * d) ** 0.5
+    return [by_token(), rand(t * g, n, c), weights[0], by_token(), by_token(), alpha, weights[1]]
+
+
+def make_masks(shape: Shape, seed: int = 1) -> dict[str, Tensor]:
+    """Random masks; the first image and the last text keep no token at all."""
+    gen = torch.Generator().manual_seed(seed)
+    image = torch.rand(shape.groups * shape.images, shape.keys, generator=gen) < 0.6
+    text = torch.rand(shape.groups, shape.rows, generator=gen) < 0.6
+    image[0], text[-1] = False, False
+    return {"image_mask": image, "text_mask": text}
+
+
+def make_grads(shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 2) -> list[Tensor]:
+    gen = torch.Generator().manual_seed(seed)
+    batch = shape.groups * shape.images
+    sizes = (batch, shape.keys, shape.model), (batch, shape.rows, shape.model)
+    return [torch.randn(size, generator=gen, dtype=torch.float64).to(dtype) for size in sizes]
+
+
+def layer(
+    query: Tensor, image_tokens: Tensor, kv_weight: Tensor, text_key: Tensor, text_value: Tensor,
+    alpha: Tensor, out_weight: Tensor, image_mask: Tensor | None = None,
+    text_mask: Tensor | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The formulas in the dtype of the inputs, every image with a text of its own."""
+    heads, width = query.shape[1], query.shape[3]
+    batch, group = image_tokens.shape[0], image_tokens.shape[0] // query.shape[0]
+    scale = width**-0.5 if scale is None else scale
+    query, text_key, text_value = (
+        x.repeat_interleave(group, 0) for x in (query, text_key, text_value)
+    )
+    if text_mask is not None:
+        text_mask = text_mask.repeat_interleave(group, 0)
+    tokens = image_tokens.to(query.dtype)
+    key, value = (
+        torch.einsum("bnc,hdc->bhnd", tokens, weight.unflatten(0, (heads, width)))
+        for weight in kv_weight.chunk(2)
+    )
+
+    def attend(k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        scores = torch.einsum("bhpd,bhnd->bhpn", query, k) * scale
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+        return torch.einsum("bhpn,bhnd->bhpd", scores.softmax(-1).nan_to_num(), v)
+
+    gate = alpha.reshape(*alpha.shape, *[1] * (4 - alpha.dim())).to(query.dtype)
+    mixed = gate * attend(key, value, image_mask)
+    mixed = mixed + (1 - gate) * attend(text_key, text_value, text_mask)
+    fused = torch.einsum("bhpd,chd->bpc", mixed, out_weight.unflatten(1, (heads, width)))
+    keep = torch.ones(batch, query.shape[2]).bool() if text_mask is None else text_mask
+    fused = fused.masked_fill(~keep.unsqueeze(-1), 0)
+    mean = fused.sum(1, keepdim=True) / keep.sum(1).clamp_min(1)[:, None, None]
+    return image_tokens + mean.to(image_tokens.dtype), fused
+
+
+def with_grads(
+    function: Callable[..., tuple[Tensor, Tensor]], tensors: list[Tensor], grads: list[Tensor],
+    **options: object,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Results and the seven gradients, by name."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    results = function(*leaves, **options)
+    flowing = [grad.to(out.dtype) for grad, out in zip(grads, results)]
+    found = torch.autograd.grad(results, leaves, flowing, allow_unused=True)
+    named = {f"grad_{name}": grad for name, grad in zip(NAMES, found)}
+    return {
+        "updated": results[0].detach(),
+        "fused": results[1].detach(),
+        **{name: grad for name, grad in named.items() if grad is not None},
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients_float64(shape: Shape, masked: bool, backend: str) -> None:
+    tensors, grads = make(shape), make_grads(shape)
+    masks = make_masks(shape) if masked else {}
+    got = with_grads(gated_attention, tensors, grads, backend=backend, **masks)
+    assert_near(got, with_grads(layer, tensors, grads, **masks), tolerance=1e-10)
+
+
+@pytest.mark.parametrize("backend", [CPP])
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+def test_keys_and_values_projected_again(masked: bool, backend: str) -> None:
+    """Beyond 32 MiB they are not kept for the backward pass."""
+    tensors, grads = make(LONG), make_grads(LONG)
+    forward = torch.ops.dvla_fast.gated_attention_forward.default
+    assert forward(*tensors, None, None, 0.3, True)[-1].numel() == 0
+    masks = make_masks(LONG) if masked else {}
+    got = with_grads(gated_attention, tensors, grads, backend=backend, **masks)
+    assert_near(got, with_grads(layer, tensors, grads, **masks), tolerance=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_error_at_most_twice_plain_pytorch(shape: Shape, dtype: torch.dtype, backend: str) -> None:
+    tensors, grads = make(shape, dtype), make_grads(shape, dtype)
+    exact = with_grads(layer, [x.double() for x in tensors], [x.double() for x in grads])
+    got = with_grads(gated_attention, tensors, grads, backend=backend)
+    plain = with_grads(layer, [x.to(dtype) for x in tensors], grads)
+    for name in exact:
+        expected_dtype = torch.float32 if name == "grad_alpha" else dtype
+        assert got[name].dtype == expected_dtype, name
+        error = (got[name].double() - exact[name]).abs().max()
+        peer = (plain[name].double() - exact[name]).abs().max()
+        # A few roundings of the largest value: over few numbers the peer may be right by luck.
+        roundings = 4 if dtype == torch.float32 else 1
+        floor = roundings * torch.finfo(dtype).eps * exact[name].abs().max()
+        assert error <= 2 * peer + floor, f"{name}: error {error}, plain PyTorch {peer}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[4]], ids=str)
+def test_float32_tokens_pass_through_a_half_layer(shape: Shape, backend: str) -> None:
+    """As under autocast: tokens and their gradient keep float32, and lose nothing on the way."""
+    tensors, grads = make(shape, torch.bfloat16), make_grads(shape, torch.float32)
+    tensors[1] = make(shape, torch.float32)[1]
+    got = with_grads(gated_attention, tensors, grads, backend=backend)
+    exact = with_grads(layer, [x.double() for x in tensors], [x.double() for x in grads])
+    for name in ("updated", "grad_image_tokens"):
+        assert got[name].dtype == torch.float32
+        error = (got[name].double() - exact[name]).abs().max()
+        assert error < 0.03 * exact[name].abs().max()
+    assert got["fused"].dtype == torch.bfloat16
+    none = torch.zeros_like(tensors[6])
+    updated, _ = gated_attention(*tensors[:6], none, backend=backend)
+    assert torch.equal(updated, tensors[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("alpha_shape", [(), (6,), (6, 3)], ids=str)
+def test_alpha_shapes(alpha_shape: tuple[int, ...], backend: str) -> None:
+    shape = SHAPES[2]
+    tensors = make(shape)
+    tensors[5] = torch.rand(alpha_shape, generator=torch.Generator().manual_seed(3)).double()
+    got = with_grads(gated_attention, tensors, make_grads(shape), backend=backend)
+    assert got["grad_alpha"].shape == alpha_shape
+    assert_near(got, with_grads(layer, tensors, make_grads(shape)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4]], ids=str)
+@pytest.mark.parametrize("used", [0, 1], ids=["updated", "fused"])
+def test_one_result_alone(used: int, shape: Shape, backend: str) -> None:
+    """Only one result is used, and its gradient is an expanded one."""
+    tensors = make(shape)
+    gradients = []
+    for function, options in ((gated_attention, {"backend": backend}), (layer, {})):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        found = torch.autograd.grad(function(*leaves, **options)[used].sum(), leaves)
+        gradients.append(dict(zip(NAMES, found)))
+    assert_near(*gradients, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[5]], ids=str)
+def test_layouts(shape: Shape, backend: str) -> None:
+    """Tensors and gradients of any strides."""
+    tensors = make(shape)
+    strided = [x.repeat_interleave(2, -1)[..., ::2] for x in tensors]
+    strided[1] = tensors[1].transpose(0, 1).contiguous().transpose(0, 1)
+    strided[2] = tensors[2].T.contiguous().T
+    grads = make_grads(shape)
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in grads]
+    got = with_grads(gated_attention, strided, turned, backend=backend)
+    assert_near(got, with_grads(layer, tensors, grads))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_tokens_are_not_read(backend: str) -> None:
+    """What lies under the image mask changes no H, and NaN under it stays where it is."""
+    shape = SHAPES[2]
+    tensors, mask = make(shape), make_masks(shape)["image_mask"]
+    _, want = gated_attention(*tensors, image_mask=mask, backend=backend)
+    tensors[1] = tensors[1].masked_fill(~mask.unsqueeze(-1), 1e3 if backend == "reference" else 1e9)
+    _, got = gated_attention(*tensors, image_mask=mask, backend=backend)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [Shape(2, 0, 2, 3, 4, 8, 8), Shape(2, 2, 2, 3, 0, 8, 8)], ids=str)
+def test_empty_axes(shape: Shape, backend: str) -> None:
+    tensors, grads = make(shape), make_grads(shape)
+    got = with_grads(gated_attention, tensors, grads, backend=backend)
+    if shape.images == 0:
+        assert got["fused"].shape == (0, 3, 8)
+        assert not any(value.any() for value in got.values())
+    else:
+        assert_near(got, with_grads(layer, tensors, grads))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend: str) -> None:
+    shape = Shape(2, 2, 2, 3, 4, 2, 3)
+    masks = make_masks(shape)
+    masks["text_mask"][0] = True
+    tensors = [x.requires_grad_() for x in make(shape)]
+    assert torch.autograd.gradcheck(
+        lambda *x: gated_attention(*x, backend=backend, **masks), tensors
+    )
+
+
+@pytest.mark.parametrize("backend", [CPP])
+@pytest.mark.parametrize("shape", [SHAPES[3], SHAPES[4], SHAPES[5], SHAPES[6], LONG], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_thread_count_changes_no_bit(dtype: torch.dtype, shape: Shape, backend: str) -> None:
+    tensors, grads = make(shape, dtype), make_grads(shape, dtype)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(with_grads(gated_attention, tensors, grads, backend=backend))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, value in other.items():
+            assert torch.equal(value, results[0][name]), name
+
+
+@pytest.mark.parametrize("backend", [CPP])
+@pytest.mark.parametrize("save", [False, True], ids=["alone", "saving"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_opcheck(dtype: torch.dtype, save: bool, backend: str) -> None:
+    shape = SHAPES[1]
+    masks, tensors = make_masks(shape).values(), make(shape, dtype)
+    forward = torch.ops.dvla_fast.gated_attention_forward.default
+    torch.library.opcheck(forward, (*tensors, *masks, 0.3, save))
+    if save:
+        saved = forward(*tensors, *masks, 0.3, True)[2:]
+        backward = torch.ops.dvla_fast.gated_attention_backward.default
+        for grads in (make_grads(shape, dtype), [None, make_grads(shape, dtype)[1]]):
+            torch.library.opcheck(backward, (*grads, *tensors, *masks, *saved, 0.3))
+    else:
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        torch.library.opcheck(forward, (*leaves, *masks, 0.3, save))
+
+
+@pytest.mark.parametrize("backend", [CPP])
+def test_opcheck_where_keys_and_values_are_not_kept(backend: str) -> None:
+    shape = Shape(1, 1, 1, 1, 120_000, 20, 1)
+    forward = torch.ops.dvla_fast.gated_attention_forward.default
+    arguments = (*make(shape), None, None, 0.3, True)
+    torch.library.opcheck(forward, arguments, test_utils=["test_schema", "test_faketensor"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_fullgraph(backend: str) -> None:
+    torch.compiler.reset()
+    engine = "inductor" if backend == "cpp" else "aot_eager"
+    compiled = torch.compile(gated_attention, fullgraph=True, dynamic=True, backend=engine)
+    for shape in (Shape(2, 3, 2, 9, 20, 24, 32), Shape(2, 4, 2, 9, 20, 24, 32)):
+        tensors, grads = make(shape, torch.float32), make_grads(shape, torch.float32)
+        got = with_grads(compiled, tensors, grads, backend=backend, **make_masks(shape))
+        want = with_grads(gated_attention, tensors, grads, backend=backend, **make_masks(shape))
+        assert_near(got, want, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[4]], ids=str)
+def test_autocast(shape: Shape, backend: str) -> None:
+    """Computes in bfloat16, on every thread; tokens, and the gradients of all, stay float32."""
+    tensors, grads = make(shape, torch.float32), make_grads(shape, torch.float32)
+    exact = with_grads(gated_attention, tensors, grads, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = with_grads(gated_attention, tensors, grads, backend=backend)
+    for name, value in got.items():
+        assert value.dtype == (torch.bfloat16 if name == "fused" else torch.float32), name
+        assert (value - exact[name]).abs().max() < 0.05 * exact[name].abs().max(), name
+
+
+@pytest.mark.parametrize("backend", [CPP])
+def test_kernel_ignores_the_autocast_of_its_caller(backend: str) -> None:
+    """Below the cast of the public function, every chunk computes in the dtype it was given."""
+    tensors = make(SHAPES[4], torch.float32)
+    forward = torch.ops.dvla_fast.gated_attention_forward.default
+    want = forward(*tensors, None, None, 0.3, False)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(forward(*tensors, None, None, 0.3, False)[1], want)
+
+
+@pytest.mark.parametrize("backend", [CPP])
+def test_double_backward_raises(backend: str) -> None:
+    leaves = [x.requires_grad_() for x in make(SHAPES[1])]
+    results = gated_attention(*leaves, backend=backend)
+    grads = torch.autograd.grad(sum(x.square().sum() for x in results), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"second derivatives|once_differentiable"):
+        sum(g.square().sum() for g in grads).backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_torch_func_grad(backend: str) -> None:
+    shape = SHAPES[1]
+    tensors = make(shape)
+
+    def of_weight(weight: Tensor) -> Tensor:
+        return gated_attention(*tensors[:6], weight, backend=backend)[1].sum()
+
+    ones = [torch.zeros_like(make_grads(shape)[0]), torch.ones_like(make_grads(shape)[1])]
+    want = with_grads(layer, tensors, ones)["grad_out_weight"]
+    torch.testing.assert_close(torch.func.grad(of_weight)(tensors[6]), want)
+
+
+WRONG = [
+    ("image_tokens", lambda x: x[:3], ValueError, "image_tokens: 3 images"),
+    ("image_tokens", lambda x: x[0], ValueError, "image_tokens: expected 3 dimensions"),
+    ("image_tokens", lambda x: x.half(), TypeError, "image_tokens: dtype"),
+    ("kv_weight", lambda x: x[1:], ValueError, "kv_weight: shape"),
+    ("kv_weight", lambda x: x.double(), TypeError, "kv_weight: dtype"),
+    ("out_weight", lambda x: x[:, 1:], ValueError, "out_weight: shape"),
+    ("text_key", lambda x: x[:, :, 1:], ValueError, "text_key: shape"),
+    ("text_value", lambda x: x[:1], ValueError, "text_value: shape"),
+    ("query", lambda x: x[0], ValueError, "query: expected 4 dimensions"),
+    ("alpha", lambda x: x[:, :1], ValueError, "alpha: shape"),
+    ("image_mask", lambda x: x.float(), TypeError, "image_mask: expected bool"),
+    ("text_mask", lambda x: x[:, 1:], ValueError, "text_mask: shape"),
+    ("image_tokens", lambda x: x.to("meta"), ValueError, "image_tokens: on meta"),
+    ("out_weight", lambda x: x.to("meta"), ValueError, "out_weight: on meta"),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "error", "message"), WRONG)
+def test_wrong_inputs(name, spoil, error, message) -> None:
+    shape = Shape(2, 2, 2, 3, 5, 8, 6)
+    arguments = dict(zip(NAMES, make(shape, torch.float32))) | make_masks(shape)
+    arguments[name] = spoil(arguments[name])
+    with pytest.raises(error, match=message):
+        gated_attention(**arguments)
+
+
+def test_backend_that_cannot_run() -> None:
+    with pytest.raises(BackendError, match="triton"):
+        gated_attention(*make(SHAPES[1], torch.float32), backend="triton")
+
+
+def test_composition_of_other_devices() -> None:
+    """What CUDA runs, products around dual_attention, is the layer too."""
+    from dvla_fast.ops.gated_attention import _composed
+
+    shape = SHAPES[2]
+    tensors, grads, masks = make(shape), make_grads(shape), make_masks(shape)
+    scale = shape.width**-0.5
+    got = with_grads(lambda *x: _composed(*x, *masks.values(), scale), tensors, grads)
+    assert_near(got, with_grads(layer, tensors, grads, **masks))
+
+
+@pytest.mark.skipif(_extension.problem is not None, reason=str(_extension.problem))
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_instruction_sets(capability: str) -> None:
+    """The variants that this machine would not choose compute the same."""
+    from dvla_fast import _build_info
+
+    if capability == _extension.capability or capability not in _build_info.cpu_capabilities:
+        pytest.skip("it is the one in use, or not built")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "-k", "cpp and float64", __file__],
+        env={**os.environ, "DVLA_FAST_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

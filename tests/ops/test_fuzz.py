@@ -87,8 +87,10 @@ def tensors_of(case: Case) -> tuple[list[Tensor], Tensor, dict[str, Tensor | flo
     *tensors, grad_out = map(place, shapes, case.layouts)
     # Scores near ±10^4, exactly 0, below the smallest normal number, or one far above the others.
     if case.values == "one key":
-        for key in (tensors[1], tensors[3]):
-            key[..., -1:, :] *= 30
+        for i, tokens in ((1, n), (3, s)):
+            boost = torch.ones(tokens, 1, dtype=case.dtype)
+            boost[-1:] = 30
+            tensors[i] = tensors[i] * boost
     else:
         tiny = 1e-4 if case.dtype == torch.float16 else 1e-20
         factor = {"normal": 1.0, "huge": 60.0, "zero": 0.0, "tiny": tiny}[case.values]
@@ -113,9 +115,9 @@ def tensors_of(case: Case) -> tuple[list[Tensor], Tensor, dict[str, Tensor | flo
 
 
 def floor_of(case: Case, scores: float, exact: Tensor) -> float:
-    """A few roundings, as plain PyTorch may be right by luck; those of a score move its weight."""
+    """Some roundings, as plain PyTorch may be right by luck; those of a score move its weight."""
     # Nothing wider than float64 says what is exact there.
-    roundings = {torch.float64: 4096, torch.float32: 4}.get(case.dtype, 1)
+    roundings = {torch.float64: 4096, torch.float32: 16}.get(case.dtype, 2)
     wide = torch.promote_types(case.dtype, torch.float32)
     eps = roundings * torch.finfo(case.dtype).eps + scores * torch.finfo(wide).eps
     return eps * float(exact.abs().max())

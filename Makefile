@@ -7,13 +7,18 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc build_tools -type f)
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test install lint format bench gpu-check clean
+.PHONY: demo test sanitize install lint format bench gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dvla-fast demo
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile --durations 10
+	$(MAKE) sanitize
+
+# The C++ kernels on random problems under the address and undefined-behaviour sanitizers.
+sanitize: $(VENV)/.dev
+	$(BIN)/python build_tools/sanitize.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

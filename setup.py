@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -16,30 +15,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_tools"))
 
-from target import site_packages  # noqa: E402
-
-
-def find_torch():
-    """torch of the environment being installed into, or ``None``."""
-    for folder in site_packages():
-        if folder not in sys.path:
-            sys.path.append(folder)
-    try:
-        return importlib.import_module("torch")
-    except ImportError:
-        return None
-
-
-def tool(name: str) -> str:
-    """A build tool: from its PyPI package where installed, as pip does for a build, or PATH."""
-    try:
-        return str(Path(importlib.import_module(name).BIN_DIR) / name)
-    except (ImportError, AttributeError):
-        pass
-    try:
-        return str(Path(importlib.import_module(name).CMAKE_BIN_DIR) / name)
-    except (ImportError, AttributeError):
-        return shutil.which(name) or ""
+from native import build, find_torch, tool  # noqa: E402
 
 
 def notice(text: str) -> None:
@@ -81,31 +57,15 @@ class CMakeBuild(build_ext):
 
     def _cmake(self, target: Path) -> None:
         torch = find_torch()
-        from torch.utils import cpp_extension
-
-        build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        build = build.with_name(f"{build.name}-torch{torch.__version__}")
-        definitions = {
-            "CMAKE_BUILD_TYPE": "Release",
-            "DVLA_OUTPUT": target,
-            "DVLA_TORCH_VERSION": torch.__version__,
-            "DVLA_TORCH_INCLUDES": ";".join(cpp_extension.include_paths()),
-            "DVLA_TORCH_LIBRARIES": ";".join(cpp_extension.library_paths()),
-            "DVLA_PYTHON_INCLUDE": sysconfig.get_paths()["include"],
-            "DVLA_PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
-            "DVLA_WERROR": "ON" if os.environ.get("DVLA_FAST_WERROR") == "1" else "OFF",
-            "DVLA_CUDA": "ON" if self._wants_cuda(torch) else "OFF",
-        }
-        if shutil.which("ccache"):
-            definitions["CMAKE_CXX_COMPILER_LAUNCHER"] = "ccache"
-        cmake, ninja = tool("cmake"), tool("ninja")
-        configure = [cmake, "-S", str(ROOT), "-B", str(build)]
-        if ninja:
-            configure += ["-G", "Ninja"]
-            definitions["CMAKE_MAKE_PROGRAM"] = ninja
-        self._call([*configure, *(f"-D{name}={value}" for name, value in definitions.items())])
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        self._call([cmake, "--build", str(build), "--parallel", jobs])
+        folder = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        folder = folder.with_name(f"{folder.name}-torch{torch.__version__}")
+        try:
+            build(folder, target, DVLA_CUDA="ON" if self._wants_cuda(torch) else "OFF")
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                f"dvla-fast: building the extension failed (exit status {error.returncode}). Set"
+                " DVLA_FAST_CUDA=0 to leave CUDA out, DVLA_FAST_EXTENSION=0 to install without it."
+            ) from None
 
     def _wants_cuda(self, torch) -> bool:
         """CUDA sources need nvcc and a CUDA torch; no GPU, so that a build farm can make them."""
@@ -127,15 +87,6 @@ class CMakeBuild(build_ext):
         if missing:
             notice(f"no {' and no '.join(missing)}: skipping the CUDA sources (Triton serves GPUs)")
         return not missing
-
-    def _call(self, command: list[str]) -> None:
-        try:
-            subprocess.run(command, check=True)
-        except subprocess.CalledProcessError as error:
-            raise SystemExit(
-                f"dvla-fast: building the extension failed (exit status {error.returncode}). Set"
-                " DVLA_FAST_CUDA=0 to leave CUDA out, DVLA_FAST_EXTENSION=0 to install without it."
-            ) from None
 
     def get_outputs(self) -> list[str]:
         return []

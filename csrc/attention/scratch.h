@@ -6,7 +6,21 @@
 #include <memory>
 #include <new>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(from, bytes) ((void)0)
+#define ASAN_UNPOISON_MEMORY_REGION(from, bytes) ((void)0)
+#endif
+
 namespace dvla_fast::attention {
+
+// What lies untouchable behind each piece of scratch memory, under the address sanitizer.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int64_t kGuard = 64;
+#else
+constexpr int64_t kGuard = 0;
+#endif
 
 // Hands out aligned pieces of one block; without a block, only adds up what is asked for.
 class Arena {
@@ -16,6 +30,7 @@ class Arena {
     thread_local Block block;
     if (block.bytes < bytes) block = Block(bytes);
     base_ = block.data.get();
+    ASAN_UNPOISON_MEMORY_REGION(base_, static_cast<size_t>(block.bytes));
   }
   int64_t used() const { return used_; }
 
@@ -23,7 +38,9 @@ class Arena {
   T* take(int64_t n) {
     constexpr int64_t line = kAlign;
     T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += (n * static_cast<int64_t>(sizeof(T)) + line - 1) / line * line;
+    const int64_t end = used_ + n * static_cast<int64_t>(sizeof(T));
+    used_ = (end + line - 1) / line * line + kGuard;
+    if (base_) ASAN_POISON_MEMORY_REGION(base_ + end, static_cast<size_t>(used_ - end));
     return piece;
   }
 

@@ -133,6 +133,8 @@ def _run(
 class _BetaPolicy(torch.autograd.Function):
     """The forward op yields the closed-form derivatives too; backward only scales them."""
 
+    generate_vmap_rule = True  # from those of the two ops, below
+
     @staticmethod
     def forward(
         logits: Tensor,
@@ -178,6 +180,46 @@ def _backward_fake(derivatives, grad_log_prob, grad_entropy):  # type: ignore[no
     shape = derivatives.shape[1:]
     grad_kappa = derivatives.new_empty(shape if derivatives.shape[0] == 4 else 0)
     return derivatives.new_empty(shape), grad_kappa
+
+
+def _mapped_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+@torch.library.register_vmap("dvla_fast::beta_policy_forward", lib=schemas.LIBRARY)
+def _forward_vmap(info, in_dims, logits, kappa, value, action, key, save):  # type: ignore[no-untyped-def]
+    forward, size = torch.ops.dvla_fast.beta_policy_forward.default, info.batch_size
+    logits = _mapped_first(logits, in_dims[0], size)
+    if kappa is not None:
+        kappa = _mapped_first(kappa, in_dims[1], size)
+        missing = logits.dim() - kappa.dim()  # broadcasts within an example
+        kappa = kappa.reshape(size, *[1] * missing, *kappa.shape[1:])
+    if action is not None:
+        action = _mapped_first(action, in_dims[3], size)
+    if key is None:
+        results = forward(logits, kappa, value, action, None, save)
+    else:  # a key draws by position in the example
+        keys = _mapped_first(key, in_dims[4], size)
+        kappas = [None] * size if kappa is None else list(kappa)
+        each = [forward(x, k, value, None, seed, save) for x, k, seed in zip(logits, kappas, keys)]
+        *elementwise, derivatives = zip(*each)
+        results = (*map(torch.stack, elementwise), torch.stack(derivatives, 1 if save else 0))
+    *elementwise, derivatives = results
+    if not save:
+        return (*elementwise, logits.new_empty(0)), (0, 0, 0, 0, None)
+    return (*elementwise, derivatives), (0, 0, 0, 0, 1)
+
+
+@torch.library.register_vmap("dvla_fast::beta_policy_backward", lib=schemas.LIBRARY)
+def _backward_vmap(info, in_dims, derivatives, grad_log_prob, grad_entropy):  # type: ignore[no-untyped-def]
+    size = info.batch_size
+    derivatives = _mapped_first(derivatives, in_dims[0], size).movedim(0, 1)
+    grads = (
+        None if grad is None else _mapped_first(grad, dim, size)
+        for grad, dim in zip((grad_log_prob, grad_entropy), in_dims[1:])
+    )
+    grad_logits, grad_kappa = torch.ops.dvla_fast.beta_policy_backward.default(derivatives, *grads)
+    return (grad_logits, grad_kappa), (0, 0 if derivatives.shape[0] == 4 else None)
 
 
 def _checked_concentration(

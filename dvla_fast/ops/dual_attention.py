@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -95,6 +96,8 @@ def expand_alpha(alpha: Tensor, batch: int, heads: int, dtype: torch.dtype) -> T
 class _DualAttention(torch.autograd.Function):
     """Forward and backward ops joined; the four saved results are outputs, as torch.func needs."""
 
+    generate_vmap_rule = True  # from those of the two ops, below
+
     @staticmethod
     def forward(
         query: Tensor,
@@ -170,6 +173,37 @@ def _backward_fake(  # type: ignore[no-untyped-def]
 
     grads = (stored_by_token(x) for x in (query, image_key, image_value, text_key, text_value))
     return (*grads, alpha.new_empty(alpha.shape))
+
+
+def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """A vmapped tensor with its mapped dimension joined to the first one of its own."""
+    if tensor is None or (dim is None and tensor.shape == (0,)):  # (0,): a result not saved
+        return tensor
+    mapped = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return mapped.flatten(0, 1)
+
+
+def _vmapped(op, info, in_dims, *inputs):  # type: ignore[no-untyped-def]
+    """Maps over images and text groups at once: B becomes size·B and T becomes size·T."""
+    size = info.batch_size
+    folded = (
+        _fold(x, dim, size) if x is None or isinstance(x, Tensor) else x
+        for x, dim in zip(inputs, in_dims, strict=True)
+    )
+    results = op(*folded)
+    dims = tuple(None if x.shape == (0,) else 0 for x in results)
+    unfolded = (
+        x if dim is None else x.unflatten(0, (size, x.shape[0] // size))
+        for x, dim in zip(results, dims, strict=True)
+    )
+    return tuple(unfolded), dims
+
+
+for _op in (
+    torch.ops.dvla_fast.dual_attention_forward.default,
+    torch.ops.dvla_fast.dual_attention_backward.default,
+):
+    torch.library.register_vmap(_op, functools.partial(_vmapped, _op), lib=schemas.LIBRARY)
 
 
 def _check(

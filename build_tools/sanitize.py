@@ -1,0 +1,78 @@
+"""Runs the fuzz test of the C++ kernels under the address and undefined-behaviour sanitizers.
+
+A copy of the package with sanitized libraries is made in ``build/sanitize``; the package in use is
+left alone. Exit status 0: nothing found.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import native
+
+FOLDER = native.ROOT / "build" / "sanitize"
+PACKAGE = FOLDER / "package" / "dvla_fast"
+
+
+def variant() -> str:
+    """The instruction set to check: the best of this machine whose every access is checked.
+
+    Tile instructions reach memory behind the address sanitizer's back. The variant without them
+    shares all the code but the products, and makes the same accesses in them.
+    """
+    from dvla_fast import _build_info
+
+    best = str(_build_info.cpu_capability())
+    return "avx512_bf16" if best == "amx" else best
+
+
+def runtime() -> str | None:
+    """The compiler's address-sanitizer runtime, to be loaded before everything else."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
+    name = "libasan.so"
+    found = subprocess.run(
+        [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return found if found not in ("", name) else None
+
+
+def main() -> int:
+    asan = runtime()
+    if asan is None:
+        print("sanitize: skipped, the compiler has no libasan (GCC brings it)", file=sys.stderr)
+        return 0
+    capability = variant()
+    ignored = shutil.ignore_patterns("lib", "*.so", "__pycache__")
+    shutil.copytree(native.ROOT / "dvla_fast", PACKAGE, ignore=ignored, dirs_exist_ok=True)
+    targets = (f"dvla_fast_{capability}", "dvla_fast_autograd", "_build_info")
+    options = {"DVLA_SANITIZE": "address,undefined", "DVLA_CUDA": "OFF"}
+    native.build(FOLDER, PACKAGE, targets, **options)
+    # Neither Python nor torch was built for these checks, hence no leaks and no pairs of new/free.
+    env = {
+        **os.environ,
+        "LD_PRELOAD": asan,
+        "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "DVLA_FAST_CPU_CAPABILITY": capability,
+        "PYTHONPATH": str(PACKAGE.parent),
+    }
+    where = subprocess.run(
+        [sys.executable, "-c", "import dvla_fast; print(dvla_fast.__file__)"],
+        env=env, cwd=FOLDER, check=True, stdout=subprocess.PIPE, text=True,
+    ).stdout.strip()  # fmt: skip
+    if Path(where).parent != PACKAGE:
+        print(f"sanitize: {where} was imported instead of {PACKAGE}", file=sys.stderr)
+        return 1
+    pytest = Path(sys.executable).with_name("pytest")
+    command = [pytest, "-q", "-s", "-p", "no:cacheprovider", "-o", f"pythonpath={PACKAGE.parent}"]
+    return subprocess.run(
+        [*command, "tests/ops/test_fuzz.py", *sys.argv[1:]], env=env, cwd=native.ROOT, check=False
+    ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

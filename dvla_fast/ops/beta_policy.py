@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dvla_fast import _extension, backends, reference
 from dvla_fast.ops import schemas
+from dvla_fast.ops.first_order import first_order
 
 _LARGEST_INT64 = 2**63 - 1
 
@@ -130,6 +130,15 @@ def _run(
     return BetaPolicyOutput(*forward(logits, kappa, value, action, key, False)[:4])
 
 
+def _backward(_logits: Tensor, _kappa: Tensor | None, *args: Tensor) -> tuple[Tensor, Tensor]:
+    """The backward op, taking too what its derivatives hang on: else a second one would be 0."""
+    grads: tuple[Tensor, Tensor] = torch.ops.dvla_fast.beta_policy_backward.default(*args)
+    return grads
+
+
+_BetaPolicyBackward = first_order(_backward, "beta_policy")
+
+
 class _BetaPolicy(torch.autograd.Function):
     """The forward op yields the closed-form derivatives too; backward only scales them."""
 
@@ -151,13 +160,12 @@ class _BetaPolicy(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         alpha, action_logit, _log_prob, _entropy, derivatives = output
         ctx.mark_non_differentiable(alpha, action_logit, derivatives)
-        ctx.save_for_backward(derivatives)
+        ctx.save_for_backward(*inputs[:2], derivatives)
         ctx.kappa_shape = None if inputs[1] is None else inputs[1].shape
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, _alpha, _action, grad_log_prob, grad_entropy, _derivatives):  # type: ignore[no-untyped-def]
-        grad_logits, grad_kappa = torch.ops.dvla_fast.beta_policy_backward.default(
+        grad_logits, grad_kappa = _BetaPolicyBackward.apply(
             *ctx.saved_tensors, grad_log_prob, grad_entropy
         )
         if ctx.kappa_shape is not None:

@@ -12,10 +12,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dvla_fast import _extension, backends, reference
 from dvla_fast.ops import schemas
+from dvla_fast.ops.first_order import first_order
 
 _BLOCK_KEYS = 256  # kBlockKeys of csrc/attention/problem.h
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -93,6 +93,11 @@ def expand_alpha(alpha: Tensor, batch: int, heads: int, dtype: torch.dtype) -> T
     return alpha.to(torch.promote_types(dtype, torch.float32)).expand(batch, heads)
 
 
+_DualAttentionBackward = first_order(
+    torch.ops.dvla_fast.dual_attention_backward.default, "dual_attention"
+)
+
+
 class _DualAttention(torch.autograd.Function):
     """Forward and backward ops joined; the four saved results are outputs, as torch.func needs."""
 
@@ -122,11 +127,8 @@ class _DualAttention(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out, *_unused):  # type: ignore[no-untyped-def]
-        grads = torch.ops.dvla_fast.dual_attention_backward.default(
-            grad_out, *ctx.saved_tensors, ctx.scale
-        )
+        grads = _DualAttentionBackward.apply(grad_out, *ctx.saved_tensors, ctx.scale)
         return *grads, None, None, None
 
 

@@ -37,6 +37,7 @@ def same(mine: tuple, theirs: tuple, **tolerance: float) -> None:
 def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
+    torch.compiler.set_stance("default")
     torch.compiler.reset()
 
 
@@ -76,6 +77,20 @@ def test_compiled_gate_samples_afresh(make_gate: MakeGate, inputs: tuple) -> Non
     gate = make_gate()
     compiled = torch.compile(gate, fullgraph=True, backend="aot_eager")
     assert not torch.equal(compiled(*inputs).alpha, compiled(*inputs).alpha)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_gate_serves_every_batch_size(make_gate: MakeGate) -> None:
+    """The second size makes sizes symbols; from then on nothing is compiled, backward included."""
+    gate = make_gate()
+    compiled = torch.compile(gate, fullgraph=True, backend="aot_eager")
+    for batch in (6, 9, 12, 75):
+        if batch > 9:
+            torch.compiler.set_stance("fail_on_recompile")
+        tokens, text = torch.randn(batch, 5, 16), torch.randn(3, 4, TEXT_DIM)
+        out = compiled(tokens, text, alpha=0.3)
+        same((out.image_tokens,), (gate(tokens, text, alpha=0.3).image_tokens,))
+        out.image_tokens.square().sum().backward()
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -177,14 +192,19 @@ def test_export_in_evaluation(make_gate: MakeGate, inputs: tuple) -> None:
     same(tuple(program.module()(*inputs)), gate(*inputs))
 
 
-def test_export_with_a_free_batch(make_gate: MakeGate) -> None:
-    gate = make_gate(alpha_scope="image").eval()
-    batch = torch.export.Dim("batch", min=2, max=64)
-    example = (torch.randn(6, 5, 16), torch.randn(6, 4, TEXT_DIM))
-    program = torch.export.export(
-        gate, example, dynamic_shapes={"image_tokens": {0: batch}, "text_tokens": {0: batch}}
-    )
-    other = (torch.randn(9, 5, 16), torch.randn(9, 4, TEXT_DIM))
+@pytest.mark.parametrize("scope", ["image", "episode"])
+def test_export_with_a_free_batch(make_gate: MakeGate, scope: str) -> None:
+    """A text for every image, or one for all."""
+    gate = make_gate(alpha_scope=scope).eval()
+    batch = {0: torch.export.Dim("batch", min=2, max=64)}
+
+    def example(images: int) -> tuple[Tensor, Tensor]:
+        texts = images if scope == "image" else 1
+        return torch.randn(images, 5, 16), torch.randn(texts, 4, TEXT_DIM)
+
+    shapes = {"image_tokens": batch, "text_tokens": batch if scope == "image" else None}
+    program = torch.export.export(gate, example(6), dynamic_shapes=shapes)
+    other = example(9)
     same(tuple(program.module()(*other)), gate(*other))
 
 

@@ -262,6 +262,9 @@ def test_second_derivative_raises() -> None:
     (grad,) = torch.autograd.grad(entropy, logits, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives"):
         grad.sum().backward()
+    gradient = torch.func.grad(lambda x: beta_policy(x, 10.0, deterministic=True).entropy.sum())
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.func.grad(lambda x: gradient(x).square().sum())(logits.detach())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

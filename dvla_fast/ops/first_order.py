@@ -1,0 +1,33 @@
+"""Backward ops that may not be differentiated again, for the Python twins of the C++ autograd.
+
+``once_differentiable`` does not do under torch.func: there its second derivative is silently 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def first_order(op: Any, name: str) -> type[torch.autograd.Function]:
+    """``op`` as an autograd function whose own backward raises, in eager mode and torch.func."""
+
+    class FirstOrder(torch.autograd.Function):
+        generate_vmap_rule = True  # from that of the op
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise NotImplementedError(
+                f"{name}: second derivatives are not implemented; use backend='reference'"
+            )
+
+    return FirstOrder

@@ -18,7 +18,7 @@ __all__ = [
     "beta_policy",
     "beta_sample",
     "dual_attention",
-    "gated_attention",
     "float32_precision",
+    "gated_attention",
     "set_float32_precision",
 ]

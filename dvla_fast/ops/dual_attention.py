@@ -68,7 +68,7 @@ def dual_attention(
         scale = 1.0 / math.sqrt(query.shape[-1])
     gate = expand_alpha(alpha, image_key.shape[0], image_key.shape[1], query.dtype)
     tensors = (query, image_key, image_value, text_key, text_value, gate)
-    chosen = backends.choose("dual_attention", _candidates(query), backend)
+    chosen = backends.choose("dual_attention", candidates(query), backend)
     if chosen == "reference":
         return reference.dual_attention(*tensors, image_mask, text_mask, scale)
     if _extension.needs_python_autograd():
@@ -78,7 +78,7 @@ def dual_attention(
     return forward(*tensors, image_mask, text_mask, scale, False)[0]
 
 
-def _candidates(query: Tensor) -> tuple[tuple[str, str | None], ...]:
+def candidates(query: Tensor) -> tuple[tuple[str, str | None], ...]:
     """The implementations for these inputs, best first, each with why it cannot run."""
     on_cpu = query.device.type == "cpu"
     cpp = "the inputs are not on the CPU" if not on_cpu else _extension.problem
@@ -163,16 +163,17 @@ def _forward_fake(  # type: ignore[no-untyped-def]
     )
 
 
+def stored_by_token(x: Tensor) -> Tensor:
+    """Like x (outer, H, L, D), stored (outer, L, H, D), as projections want a gradient."""
+    outer, heads, rows, width = x.shape
+    return x.new_empty(outer, rows, heads, width).transpose(1, 2)
+
+
 @torch.library.register_fake("dvla_fast::dual_attention_backward", lib=schemas.LIBRARY)
 def _backward_fake(  # type: ignore[no-untyped-def]
     grad_out, query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask,
     image_out, text_out, image_lse, text_lse, scale,
 ):  # fmt: skip
-    def stored_by_token(x: Tensor) -> Tensor:
-        """A gradient is stored (B, L, H, D), as projections want it."""
-        outer, heads, rows, width = x.shape
-        return x.new_empty(outer, rows, heads, width).transpose(1, 2)
-
     grads = (stored_by_token(x) for x in (query, image_key, image_value, text_key, text_value))
     return (*grads, alpha.new_empty(alpha.shape))
 

@@ -15,12 +15,12 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dvla_fast import _extension, backends, reference
 from dvla_fast.ops import schemas
 from dvla_fast.ops.dual_attention import (
+    candidates,
     check_devices,
     check_groups,
     check_tensor,
@@ -28,7 +28,9 @@ from dvla_fast.ops.dual_attention import (
     dual_attention,
     expand_alpha,
     expect_shape,
+    stored_by_token,
 )
+from dvla_fast.ops.first_order import first_order
 
 _KEPT_BYTES = 32 * 2**20  # kKeptBytes of csrc/gate/plan.h
 
@@ -90,7 +92,7 @@ def gated_attention(
         query, image_tokens, kv_weight, text_key, text_value, gate, out_weight,
         image_mask, text_mask, scale,
     )  # fmt: skip
-    chosen = backends.choose("gated_attention", _candidates(query), backend)
+    chosen = backends.choose("gated_attention", candidates(query), backend)
     if chosen == "triton":
         return _composed(*arguments)
     if chosen == "reference":
@@ -110,14 +112,6 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
-
-
-def _candidates(query: Tensor) -> tuple[tuple[str, str | None], ...]:
-    """The implementations for these inputs, best first, each with why it cannot run."""
-    on_cpu = query.device.type == "cpu"
-    cpp = "the inputs are not on the CPU" if not on_cpu else _extension.problem
-    triton = _extension.triton_problem(query.device, query.dtype, query.shape[-1])
-    return (("triton", triton), ("cpp", cpp), ("reference", None))
 
 
 def _composed(
@@ -142,6 +136,11 @@ def _composed(
     )  # fmt: skip
     fused = F.linear(mixed.transpose(1, 2).flatten(2), out_weight)
     return reference.add_to_tokens(image_tokens, fused, text_mask)
+
+
+_GatedAttentionBackward = first_order(
+    torch.ops.dvla_fast.gated_attention_backward.default, "gated_attention"
+)
 
 
 class _GatedAttention(torch.autograd.Function):
@@ -173,11 +172,10 @@ class _GatedAttention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_updated, grad_fused, *_unused):  # type: ignore[no-untyped-def]
         if grad_updated is None and grad_fused is None:
             return (None,) * 10
-        grads = torch.ops.dvla_fast.gated_attention_backward.default(
+        grads = _GatedAttentionBackward.apply(
             grad_updated, grad_fused, *ctx.saved_tensors, ctx.scale
         )
         return *grads, None, None, None
@@ -218,11 +216,6 @@ def _backward_fake(  # type: ignore[no-untyped-def]
     grad_updated, grad_fused, query, image_tokens, kv_weight, text_key, text_value, alpha,
     out_weight, image_mask, text_mask, image_out, text_out, image_lse, text_lse, kv, scale,
 ):  # fmt: skip
-    def stored_by_token(x: Tensor) -> Tensor:
-        """A gradient is stored (T, P, H, D), as projections want it."""
-        outer, heads, rows, width = x.shape
-        return x.new_empty(outer, rows, heads, width).transpose(1, 2)
-
     return (
         stored_by_token(query),
         image_tokens.new_empty(image_tokens.shape),

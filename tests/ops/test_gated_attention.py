@@ -370,6 +370,18 @@ def test_double_backward_raises(backend: str) -> None:
         sum(g.square().sum() for g in grads).backward()
 
 
+@pytest.mark.parametrize("backend", [CPP])
+def test_second_derivative_by_torch_func_raises(backend: str) -> None:
+    *tensors, weight = make(SHAPES[1])
+
+    def loss(weight: Tensor) -> Tensor:
+        return gated_attention(*tensors, weight, backend=backend)[1].square().sum()
+
+    gradient = torch.func.grad(loss)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.func.grad(lambda w: gradient(w).square().sum())(weight)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_torch_func_grad(backend: str) -> None:
     shape = SHAPES[1]

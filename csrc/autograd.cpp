@@ -226,16 +226,16 @@ class GatedAttention : public torch::autograd::Function<GatedAttention> {
                                const Tensor& alpha, const Tensor& out_weight,
                                const OptionalTensor& image_mask, const OptionalTensor& text_mask,
                                double scale) {
-    auto [updated, fused, image_out, text_out, image_lse, text_lse, kv] =
+    auto [updated, fused, image_out, text_out, image_lse, text_lse, kept] =
         call_gated(query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
                    image_mask, text_mask, scale, true);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
                             or_undefined(image_mask), or_undefined(text_mask), image_out, text_out,
-                            image_lse, text_lse, kv});
+                            image_lse, text_lse, kept});
     ctx->saved_data["scale"] = scale;
-    ctx->mark_non_differentiable({image_out, text_out, image_lse, text_lse, kv});
-    return {updated, fused, image_out, text_out, image_lse, text_lse, kv};
+    ctx->mark_non_differentiable({image_out, text_out, image_lse, text_lse, kept});
+    return {updated, fused, image_out, text_out, image_lse, text_lse, kept};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {

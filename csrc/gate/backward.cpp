@@ -1,6 +1,8 @@
 // Backward of the gated layer, chunk by chunk as the forward (plan.h): keys and values are
 // projected again, and the gradients of a chunk's tokens leave complete, what comes in for the
-// updated tokens included. What chunks have in common is added up in slots.
+// updated tokens included. What chunks have in common is added up in slots. With absorbed weights
+// (absorb.h) the chunks sum up the gradient of the absorbed query, from which those of the query
+// and of the keys' weight follow at the end.
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
 // See attention/forward.cpp.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -9,10 +11,12 @@
 #include <ATen/Dispatch.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
 
 #include <numeric>
 
+#include "gate/absorb.h"
 #include "gate/gated_attention.h"
 #include "gate/problem.h"
 
@@ -44,7 +48,7 @@ void add_slots(const at::Tensor& slots, int64_t first, int64_t count, int64_t n,
 
 struct Saved {
   at::Tensor image_out, text_out, image_lse, text_lse;  // the outputs stored by token
-  at::Tensor kv;                                        // undefined: to be projected again
+  at::Tensor kept;  // see Problem::kept_rows; undefined: to be projected again
 };
 
 struct Grads {
@@ -53,9 +57,21 @@ struct Grads {
 
 // What a thread reuses from chunk to chunk.
 struct Buffers {
-  at::Tensor kv, grad_kv;        // (images * N, 2HD)
-  at::Tensor mixed, grad_mixed;  // (images * P, HD)
-  at::Tensor no_text;            // (1, H, P, D) zeros: output of a text path that runs apart
+  explicit Buffers(const Problem& z, bool kept)
+      : mixed(z.buffer(z.P, z.width)), grad_mixed(z.buffer(z.P, z.width)) {
+    if (!kept) kv = z.kept_buffer();
+    grad_kept = z.kept_buffer();
+    if (z.absorbed) {
+      grad_keys = z.buffer(z.N, z.C), grad_values = z.buffer(z.N, z.C);
+      no_text = at::zeros({z.plan.most_groups(), 1, z.P * z.H, z.C}, z.query.options());
+    } else if (z.apart) {
+      no_text = z.by_token(1, z.P).zero_();
+    }
+  }
+  at::Tensor kv, grad_kept;           // see Problem::kept_rows
+  at::Tensor mixed, grad_mixed;       // (images * P, HD)
+  at::Tensor grad_keys, grad_values;  // absorbed: (images * N, C)
+  at::Tensor no_text;  // zeros: output of a text path that runs apart, in the form of the image's
 };
 
 template <class scalar_t>
@@ -71,22 +87,26 @@ class Backward {
         saved(saved),
         grads(grads),
         slots(z.plan, z.T, std::clamp<int64_t>(z.B * z.N / (2 * z.width), 1, kMostSlots)),
-        kv_sums(sums_of(grads.kv_weight)),
+        chunk_weight(z.absorbed ? grads.kv_weight.narrow(0, z.width, z.width) : grads.kv_weight),
+        kv_sums(sums_of(chunk_weight)),
         out_sums(sums_of(grads.out_weight)) {
     if (!z.apart) return;
-    query_sums = at::zeros({z.T * slots.per_group(), z.P * z.width}, z.alpha.options());
-    text_sums = at::zeros(query_sums.sizes(), z.alpha.options());
+    const int64_t rows = z.T * slots.per_group();
+    query_sums = at::zeros({rows, z.P * (z.absorbed ? z.H * z.C : z.width)}, z.alpha.options());
+    text_sums = at::zeros({rows, z.P * z.width}, z.alpha.options());
+    if (z.absorbed) query = absorbed_query(z);
   }
 
   void run() const {
     const auto runs = [&](int64_t begin, int64_t end) {
       const PlainTensors plain;
-      const Buffers buffers{z.buffer(saved.kv.defined() ? 0 : z.N, 2 * z.width),
-                            z.buffer(z.N, 2 * z.width), z.buffer(z.P, z.width),
-                            z.buffer(z.P, z.width), z.by_token(1, z.P).zero_()};
+      const Buffers buffers(z, saved.kept.defined());
       for (int64_t slot = begin; slot < end; ++slot) {
         for (int64_t i = slots.first(slot); i < slots.first(slot + 1); ++i) {
-          chunk(z.plan[i], slot, i == slots.first(slot), buffers);
+          const Chunk c = z.plan[i];
+          const bool first = i == slots.first(slot);
+          out_projection(c, slot, first, buffers);
+          z.absorbed ? absorbed(c, slot, first, buffers) : projected(c, slot, first, buffers);
         }
       }
     };
@@ -95,7 +115,7 @@ class Backward {
     } else {
       runs(0, 1);
     }
-    add_weight_slots(kv_sums, grads.kv_weight);
+    add_weight_slots(kv_sums, chunk_weight);
     add_weight_slots(out_sums, grads.out_weight);
     if (z.apart) text_backward();
   }
@@ -117,15 +137,47 @@ class Backward {
     weight.copy_(sum);
   }
 
-  void chunk(const Chunk& c, int64_t slot, bool first, const Buffers& b) const {
+  // A chunk whose keys and values are projected.
+  void projected(const Chunk& c, int64_t slot, bool first, const Buffers& b) const {
     const at::Tensor rows = z.rows_of(c);
-    at::Tensor kv = z.kv_rows(saved.kv, b.kv, c);
-    if (!saved.kv.defined()) at::mm_out(kv, rows, z.kv_weight.t());
-    out_projection(c, slot, first, b);
+    at::Tensor kv = z.chunk_rows(saved.kept, b.kv, z.N, c);
+    if (!saved.kept.defined()) at::mm_out(kv, rows, z.kv_weight.t());
     attention_backward(c, slot, kv, b);
-    const at::Tensor grad_kv = z.filled(b.grad_kv, z.N, c);
+    const at::Tensor grad_kv = z.filled(b.grad_kept, z.N, c);
     grad_tokens(c, grad_kv);
     add_weight(grad_kv.t(), rows, first, kv_sums[slot]);
+  }
+
+  // A chunk with absorbed weights.
+  void absorbed(const Chunk& c, int64_t slot, bool first, const Buffers& b) const {
+    add_text(c, slot, b, true);
+    const at::Tensor grad_image = z.filled(b.mixed, z.P, c);
+    const at::Tensor weighted = z.chunk_rows(saved.kept, b.kv, z.P, c);
+    const at::Tensor grad_weighted = z.filled(b.grad_kept, z.P, c), sums = kv_sums[slot];
+    each_head(z, [&](int64_t h) {
+      const at::Tensor grad = of_head(grad_image, h, z.D);
+      at::Tensor to = of_head(grad_weighted, h, z.C);
+      at::mm_out(to, grad, value_weight(z, h));
+      add_product(grad.t(), of_head(weighted, h, z.C), first, sums.narrow(0, h * z.D, z.D));
+    });
+    const AbsorbedChunk a(z, query, c);
+    const at::Tensor grad_query = at::empty_like(a.query), no_text = part(b.no_text, 0, c.groups);
+    const auto filled = [&](const at::Tensor& buffer) {
+      return z.filled(buffer, z.N, c).view({c.images, 1, z.N, z.C});
+    };
+    dual_attention_backward_into(
+        one_head(z, grad_weighted), a.query, a.tokens, a.tokens, a.no_text, a.no_text, a.open,
+        part(z.image_mask, c.image, c.images), std::nullopt, one_head(z, weighted), no_text,
+        z.images(saved.image_lse, c), z.texts(saved.text_lse, c), z.scale, grad_query,
+        filled(b.grad_keys), filled(b.grad_values), a.no_text, a.no_text, at::empty_like(a.open));
+    add_query(c, slot, grad_query.const_data_ptr<scalar_t>());
+    at::Tensor to = z.images(grads.tokens, c).view({c.images * z.N, z.C});
+    const at::Tensor sum = z.filled(b.grad_keys, z.N, c).add_(z.filled(b.grad_values, z.N, c));
+    if (grad_updated) {
+      at::add_out(to, z.images(*grad_updated, c).reshape({c.images * z.N, z.C}), sum);
+    } else {
+      to.copy_(sum);
+    }
   }
 
   // The gradient of a chunk's mixture, and its part of the out-projection's.
@@ -170,43 +222,66 @@ class Backward {
         z.images(z.alpha, c), part(z.image_mask, c.image, c.images),
         z.apart ? std::nullopt : part(z.text_mask, c.group, c.groups), z.images(saved.image_out, c),
         z.apart ? b.no_text : z.texts(saved.text_out, c), z.images(saved.image_lse, c),
-        z.texts(saved.text_lse, c), z.scale, grad_query, z.keys(b.grad_kv, 0, c),
-        z.keys(b.grad_kv, 1, c), z.apart ? none : z.texts(grads.text_key, c),
+        z.texts(saved.text_lse, c), z.scale, grad_query, z.keys(b.grad_kept, 0, c),
+        z.keys(b.grad_kept, 1, c), z.apart ? none : z.texts(grads.text_key, c),
         z.apart ? none : z.texts(grads.text_value, c), z.images(grads.alpha, c));
     if (!z.apart) return;
-    add_shared(c, c.group * slots.per_group() + slot % slots.per_group(),
-               grad_query.const_data_ptr<scalar_t>(), b.grad_mixed.const_data_ptr<scalar_t>());
+    add_query(c, slot, grad_query.const_data_ptr<scalar_t>());
+    add_text(c, slot, b, false);
   }
 
-  // Adds a chunk's gradient of its group's query, and its gradient of the text path's output, which
-  // is (1 - alpha) grad_mixed, to that row of the sums; and the text's part to those of its gates.
-  void add_shared(const Chunk& c, int64_t row_of_sums, const scalar_t* grad_query,
-                  const scalar_t* grad_mixed) const {
-    const int64_t n = z.P * z.width;
-    acc_t* query_sum = query_sums.mutable_data_ptr<acc_t>() + row_of_sums * n;
-    acc_t* text_sum = text_sums.mutable_data_ptr<acc_t>() + row_of_sums * n;
-    std::vector<acc_t> row(z.width), text(z.width), share(z.width), products(z.width);
-    for (int64_t p = 0; p < z.P; ++p) {
-      attention::load_row(grad_query + p * z.width, 1, z.width, acc_t(1), row.data());
-      for (int64_t j = 0; j < z.width; ++j) query_sum[p * z.width + j] += row[j];
+  // Where a slot sums up what belongs to a group.
+  acc_t* shared_row(const at::Tensor& sums, int64_t group, int64_t slot) const {
+    const int64_t row = group * slots.per_group() + slot % slots.per_group();
+    return sums.mutable_data_ptr<acc_t>() + row * sums.size(1);
+  }
+
+  // Adds a chunk's gradient of its groups' queries to their sums.
+  void add_query(const Chunk& c, int64_t slot, const scalar_t* grad) const {
+    const int64_t n = query_sums.size(1);
+    std::vector<acc_t> row(n);
+    for (int64_t group = c.group; group < c.group + c.groups; ++group, grad += n) {
+      attention::load_row(grad, 1, n, acc_t(1), row.data());
+      acc_t* sum = shared_row(query_sums, group, slot);
+      for (int64_t j = 0; j < n; ++j) sum[j] += row[j];
     }
+  }
+
+  // Adds a chunk's gradient of its groups' text paths, which is (1 - alpha) grad_mixed, to their
+  // sums, and the text's part to those of its gates. `with_image`: the image path's too, which is
+  // alpha grad_mixed, and goes to b.mixed.
+  void add_text(const Chunk& c, int64_t slot, const Buffers& b, bool with_image) const {
+    const int64_t n = z.P * z.width, group_images = z.B / z.T;
     const attention::Gate<acc_t> alpha(z.alpha);
-    const scalar_t* text_out = saved.text_out.template const_data_ptr<scalar_t>() + c.group * n;
-    acc_t* grad_alpha = grads.alpha.template mutable_data_ptr<acc_t>() + c.image * z.H;
-    for (int64_t b = c.image; b < c.image + c.images; ++b, grad_alpha += z.H) {
-      for (int64_t j = 0; j < z.width; ++j) share[j] = acc_t(1) - alpha(b, j / z.D);
-      std::fill(products.begin(), products.end(), acc_t(0));
+    std::vector<acc_t> row(z.width), text(z.width), image(z.width), share(z.width), change(z.width);
+    const scalar_t* grad_mixed = b.grad_mixed.const_data_ptr<scalar_t>();
+    const scalar_t* image_out = saved.image_out.template const_data_ptr<scalar_t>() + c.image * n;
+    scalar_t* to = b.mixed.mutable_data_ptr<scalar_t>();
+    for (int64_t i = c.image; i < c.image + c.images; ++i) {
+      const int64_t group = i / group_images;
+      const scalar_t* text_out = saved.text_out.template const_data_ptr<scalar_t>() + group * n;
+      acc_t* text_sum = shared_row(text_sums, group, slot);
+      for (int64_t j = 0; j < z.width; ++j) share[j] = alpha(i, j / z.D);
+      std::fill(change.begin(), change.end(), acc_t(0));
       for (int64_t p = 0; p < z.P; ++p, grad_mixed += z.width) {
         attention::load_row(grad_mixed, 1, z.width, acc_t(1), row.data());
         attention::load_row(text_out + p * z.width, 1, z.width, acc_t(1), text.data());
         for (int64_t j = 0; j < z.width; ++j) {
-          text_sum[p * z.width + j] += share[j] * row[j];
-          products[j] += row[j] * text[j];
+          text_sum[p * z.width + j] += (acc_t(1) - share[j]) * row[j];
+          change[j] -= row[j] * text[j];
         }
+        if (!with_image) continue;
+        attention::load_row(image_out + p * z.width, 1, z.width, acc_t(1), image.data());
+        for (int64_t j = 0; j < z.width; ++j) change[j] += row[j] * image[j];
+        for (int64_t j = 0; j < z.width; ++j) row[j] *= share[j];
+        attention::store_row(row.data(), z.width, to + p * z.width);
       }
+      image_out += n, to += n;
+      acc_t* grad_alpha = grads.alpha.template mutable_data_ptr<acc_t>() + i * z.H;
       for (int64_t h = 0; h < z.H; ++h) {
-        const acc_t* head = products.data() + h * z.D;
-        grad_alpha[h] -= acc_t(std::accumulate(head, head + z.D, 0.0));
+        const acc_t* head = change.data() + h * z.D;
+        const auto sum = acc_t(std::accumulate(head, head + z.D, 0.0));
+        grad_alpha[h] = with_image ? sum : grad_alpha[h] + sum;
       }
     }
   }
@@ -261,20 +336,45 @@ class Backward {
 
   // The text path of every group, from the sum over its images, and the query's gradient.
   void text_backward() const {
-    const int64_t n = z.P * z.width, per_group = slots.per_group();
-    const at::Tensor grad = z.by_token(z.T, z.P), query = at::empty({z.T, n}, z.alpha.options());
+    const int64_t n = z.P * z.width;
+    const at::Tensor grad = z.by_token(z.T, z.P);
     std::vector<acc_t> sum(n);
     for (int64_t t = 0; t < z.T; ++t) {
-      add_slots(text_sums, t * per_group, per_group, n, sum.data());
+      add_slots(text_sums, t * slots.per_group(), slots.per_group(), n, sum.data());
       attention::store_row(sum.data(), n, grad.mutable_data_ptr<scalar_t>() + t * n);
-      add_slots(query_sums, t * per_group, per_group, n, query.mutable_data_ptr<acc_t>() + t * n);
     }
     const at::Tensor none = z.no_keys(z.T), shut = z.shut_gate();
     dual_attention_backward_into(grad, z.query, none, none, z.text_key, z.text_value, shut,
                                  std::nullopt, z.text_mask, saved.text_out, saved.text_out,
                                  saved.text_lse, saved.text_lse, z.scale, grads.query, none, none,
                                  grads.text_key, grads.text_value, z.shut_gate());
-    grads.query.copy_(query.view({z.T, z.P, z.H, z.D}).transpose(1, 2).add_(grads.query));
+    const at::Tensor by_image = z.absorbed ? absorbed_gradient() : shared_gradient();
+    grads.query.copy_(by_image.view({z.T, z.P, z.H, z.D}).transpose(1, 2).add_(grads.query));
+  }
+
+  // The sums over slots of the gradient of the (absorbed) query, (T * P, HD or HC).
+  at::Tensor shared_gradient() const {
+    const int64_t n = query_sums.size(1), per_group = slots.per_group();
+    const at::Tensor sums = at::empty({z.T * z.P, n / z.P}, z.alpha.options());
+    for (int64_t t = 0; t < z.T; ++t) {
+      add_slots(query_sums, t * per_group, per_group, n, sums.mutable_data_ptr<acc_t>() + t * n);
+    }
+    return sums;
+  }
+
+  // By way of the absorbed query q Wk, that of the query, (T * P, HD), and that of Wk, to its
+  // place.
+  at::Tensor absorbed_gradient() const {
+    const at::Tensor wide = shared_gradient();
+    const at::Tensor query_grad = at::empty({z.T * z.P, z.width}, z.alpha.options());
+    const auto type = z.alpha.scalar_type();
+    each_head(z, [&](int64_t h) {
+      const at::Tensor grad = of_head(wide, h, z.C);
+      at::Tensor to = of_head(query_grad, h, z.D), weight = grads.kv_weight.narrow(0, h * z.D, z.D);
+      at::mm_out(to, grad, key_weight(z, h).to(type).t());
+      weight.copy_(at::mm(query_rows(z, h).t().to(type), grad));
+    });
+    return query_grad;
   }
 
   const Problem& z;
@@ -282,8 +382,10 @@ class Backward {
   const Saved& saved;
   const Grads& grads;
   const Slots slots;
-  const at::Tensor kv_sums, out_sums;  // (slots, 2HD, C), (slots, C, HD)
-  at::Tensor query_sums, text_sums;    // (T * slots per group, P * HD)
+  const at::Tensor chunk_weight;       // gradient of what chunks sum up: (2HD, C), absorbed (HD, C)
+  const at::Tensor kv_sums, out_sums;  // (slots, as chunk_weight), (slots, C, HD)
+  at::Tensor query_sums, text_sums;    // (T * slots per group, P * HD), absorbed first (…, P * HC)
+  at::Tensor query;                    // absorbed (T * P, HC)
 };
 
 }  // namespace
@@ -298,7 +400,7 @@ gated_attention_backward(const std::optional<at::Tensor>& grad_updated,
                          const std::optional<at::Tensor>& image_mask,
                          const std::optional<at::Tensor>& text_mask, const at::Tensor& image_out,
                          const at::Tensor& text_out, const at::Tensor& image_lse,
-                         const at::Tensor& text_lse, const at::Tensor& kv, double scale) {
+                         const at::Tensor& text_lse, const at::Tensor& kept, double scale) {
   const gate::PlainTensors plain;
   const gate::Problem z(query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
                         image_mask, text_mask, scale);
@@ -307,7 +409,7 @@ gated_attention_backward(const std::optional<at::Tensor>& grad_updated,
   };
   const gate::Saved saved{stored_by_token(image_out), stored_by_token(text_out),
                           image_lse.contiguous(), text_lse.contiguous(),
-                          z.plan.kept() ? kv.contiguous() : at::Tensor()};
+                          z.kept() ? kept.contiguous() : at::Tensor()};
   const gate::Grads grads{z.by_token(z.T, z.P),
                           at::empty({z.B, z.N, z.C}, image_tokens.options()),
                           at::empty({2 * z.width, z.C}, query.options()),

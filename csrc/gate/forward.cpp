@@ -1,7 +1,8 @@
 // Forward of the gated layer. The images are walked over in chunks (plan.h): a chunk's keys and
 // values are projected into a buffer that stays in the cache, attended, mixed with the text path,
 // projected out and added to the tokens while those are still in the cache. Where a text group is
-// longer than a chunk, its text path runs apart, once.
+// longer than a chunk, its text path runs apart, once. Where weights are absorbed (absorb.h) there
+// are no keys and values, and the text path runs apart always.
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
 // See attention/forward.cpp.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -11,6 +12,7 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/sum.h>
 
+#include "gate/absorb.h"
 #include "gate/gated_attention.h"
 #include "gate/problem.h"
 
@@ -19,7 +21,7 @@ namespace gate {
 namespace {
 
 struct Results {
-  at::Tensor updated, fused, image_out, text_out, image_lse, text_lse, kv;
+  at::Tensor updated, fused, image_out, text_out, image_lse, text_lse, kept;
   bool save() const { return image_out.defined(); }
 };
 
@@ -35,7 +37,7 @@ void text_path(const Problem& z, const Results& r) {
 template <class scalar_t>
 void attend(const Problem& z, const Results& r, const Chunk& c, const at::Tensor& buffer,
             const at::Tensor& mixed) {
-  at::Tensor kv = z.kv_rows(r.kv, buffer, c);
+  at::Tensor kv = z.chunk_rows(r.kept, buffer, z.N, c);
   at::mm_out(kv, z.rows_of(c), z.kv_weight.t());
   const at::Tensor none = z.apart ? z.no_keys(1) : at::Tensor();
   // Apart, the text's results are there already.
@@ -50,6 +52,26 @@ void attend(const Problem& z, const Results& r, const Chunk& c, const at::Tensor
   if (!z.apart) return;
   scalar_t* to = mixed.mutable_data_ptr<scalar_t>();
   mix(z, c, r.text_out.const_data_ptr<scalar_t>(), to, true, to);
+}
+
+// The same with absorbed weights, `query` being absorbed and `buffer` for the weighted tokens.
+template <class scalar_t>
+void attend_absorbed(const Problem& z, const Results& r, const at::Tensor& query, const Chunk& c,
+                     const at::Tensor& buffer, const at::Tensor& mixed) {
+  const AbsorbedChunk a(z, query, c);
+  const at::Tensor weighted = z.chunk_rows(r.kept, buffer, z.P, c), left_out;
+  dual_attention_forward_into(a.query, a.tokens, a.tokens, a.no_text, a.no_text, a.open,
+                              part(z.image_mask, c.image, c.images), std::nullopt, z.scale,
+                              one_head(z, weighted), left_out, left_out, z.images(r.image_lse, c),
+                              left_out);
+  const at::Tensor image =
+      r.save() ? z.token_rows(z.images(r.image_out, c)) : z.filled(mixed, z.P, c);
+  each_head(z, [&](int64_t h) {
+    at::Tensor to = of_head(image, h, z.D);
+    at::mm_out(to, of_head(weighted, h, z.C), value_weight(z, h).t());
+  });
+  mix(z, c, r.text_out.const_data_ptr<scalar_t>(), image.const_data_ptr<scalar_t>(), false,
+      mixed.mutable_data_ptr<scalar_t>());
 }
 
 // From the mixture of a chunk to its part of the results.
@@ -68,13 +90,18 @@ void finish(const Problem& z, const Results& r, const Chunk& c, const at::Tensor
 template <class scalar_t>
 void forward(const Problem& z, const Results& r) {
   if (z.apart) text_path(z, r);
+  const at::Tensor query = z.absorbed ? absorbed_query(z) : at::Tensor();
   const auto chunks = [&](int64_t begin, int64_t end) {
     const PlainTensors plain;
-    const at::Tensor kv = z.buffer(r.kv.defined() ? 0 : z.N, 2 * z.width),
+    const at::Tensor buffer = r.kept.defined() ? at::Tensor() : z.kept_buffer(),
                      mixed = z.buffer(z.P, z.width);
     for (int64_t i = begin; i < end; ++i) {
       const Chunk c = z.plan[i];
-      attend<scalar_t>(z, r, c, kv, mixed);
+      if (z.absorbed) {
+        attend_absorbed<scalar_t>(z, r, query, c, buffer, mixed);
+      } else {
+        attend<scalar_t>(z, r, c, buffer, mixed);
+      }
       finish(z, r, c, mixed);
     }
   };
@@ -105,7 +132,7 @@ gated_attention_forward(const at::Tensor& query, const at::Tensor& image_tokens,
     r.image_out = z.by_token(z.B, z.P);
     r.image_lse = at::empty({z.B, z.H, z.P}, alpha.options());
     r.text_lse = at::empty({z.T, z.H, z.P}, alpha.options());
-    if (z.plan.kept()) r.kv = at::empty({z.B * z.N, 2 * z.width}, query.options());
+    if (z.kept()) r.kept = z.kept_rows(z.B);
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(),
                                   "gated_attention_forward",
@@ -120,7 +147,7 @@ gated_attention_forward(const at::Tensor& query, const at::Tensor& image_tokens,
           or_empty(r.text_out, query),
           or_empty(r.image_lse, alpha),
           or_empty(r.text_lse, alpha),
-          or_empty(r.kv, query)};
+          or_empty(r.kept, query)};
 }
 
 }  // namespace dvla_fast

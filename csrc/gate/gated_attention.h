@@ -14,9 +14,10 @@ namespace dvla_fast {
 //   image_tokens (B,N,C), which may be float32 where the rest is half; kv_weight (2HD,C), all key
 //   heads first; out_weight (C,HD); text_mask also masks the query, so S = P; the rest as in
 //   attention/dual_attention.h.
-// Returns updated (B,N,C), fused (B,P,C), image_out, text_out, image_lse, text_lse, and kv
-// (B*N,2HD), the keys and values; the last five are empty unless `save`, and kv where it would be
-// large.
+// Returns updated (B,N,C), fused (B,P,C), image_out, text_out, image_lse, text_lse, and
+// what is kept besides: keys and values (B*N,2HD), or with absorbed weights (absorb.h) the weighted
+// tokens (B*P,HC), whose image_lse has its rows in the order (token, head). The last five are empty
+// unless `save`, and keys and values where they would be large.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 gated_attention_forward(const at::Tensor& query, const at::Tensor& image_tokens,
                         const at::Tensor& kv_weight, const at::Tensor& text_key,
@@ -35,6 +36,6 @@ gated_attention_backward(const std::optional<at::Tensor>& grad_updated,
                          const std::optional<at::Tensor>& image_mask,
                          const std::optional<at::Tensor>& text_mask, const at::Tensor& image_out,
                          const at::Tensor& text_out, const at::Tensor& image_lse,
-                         const at::Tensor& text_lse, const at::Tensor& kv, double scale);
+                         const at::Tensor& text_lse, const at::Tensor& kept, double scale);
 
 }  // namespace dvla_fast

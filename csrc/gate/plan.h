@@ -21,6 +21,16 @@ constexpr int64_t kKeptBytes = 32 * 1024 * 1024;
 // after another, and the threads share the work inside each.
 constexpr int64_t kFewChunks = 16;
 
+// Whether it pays to absorb the weights of keys and values into what surrounds them (absorb.h):
+// products (queries of all heads) x tokens in the place of tokens x weights. In multiplications of
+// an image, those of attention counted at their lower speed. Also in
+// dvla_fast/ops/gated_attention.py.
+inline bool absorbs(int64_t H, int64_t P, int64_t D, int64_t N, int64_t C) {
+  const int64_t projected = 2 * N * C * H * D + 2 * P * N * H * D;
+  const int64_t absorbed = 2 * H * P * N * C + P * C * H * D;
+  return P > 0 && 9 * absorbed < 5 * projected;
+}
+
 // Images [image, image + images), of text groups [group, group + groups).
 struct Chunk {
   int64_t image, images, group, groups;
@@ -28,12 +38,14 @@ struct Chunk {
 
 class Plan {
  public:
-  // B images in T text groups, the keys and values of one image taking `bytes`.
-  Plan(int64_t B, int64_t T, int64_t bytes) : T_(T), G_(B / T), kept_(B * bytes <= kKeptBytes) {
-    const int64_t image = std::max<int64_t>(1, bytes);
-    cut(std::max<int64_t>(1, kChunkBytes / image));
+  // B images in T text groups, what is made of one image (keys and values) taking `bytes`.
+  // `least`: bytes that a chunk takes at least, where it is short products that cost most.
+  Plan(int64_t B, int64_t T, int64_t bytes, int64_t least)
+      : T_(T), G_(B / T), kept_(B * bytes <= kKeptBytes) {
+    const int64_t image = std::max<int64_t>(1, bytes), chunk = std::max(kChunkBytes, least);
+    cut(std::max<int64_t>(1, chunk / image));
     parallel_ = count_ >= kFewChunks && image <= kChunkBytes * kFewChunks / 4;
-    if (!parallel_) cut(std::max<int64_t>(1, kFewChunks * kChunkBytes / image));
+    if (!parallel_) cut(std::max<int64_t>(1, kFewChunks * chunk / image));
   }
 
   int64_t count() const { return count_; }
@@ -43,8 +55,11 @@ class Plan {
   bool parallel() const { return parallel_; }
   // Whether a chunk is whole text groups, rather than a part of one.
   bool whole_groups() const { return pieces_ == 1; }
+  int64_t most_groups() const {
+    return whole_groups() ? ceil_div(T_, std::max<int64_t>(1, count_)) : 1;
+  }
   int64_t most_images() const {
-    return whole_groups() ? ceil_div(T_, std::max<int64_t>(1, count_)) * G_ : ceil_div(G_, pieces_);
+    return whole_groups() ? most_groups() * G_ : ceil_div(G_, pieces_);
   }
 
   Chunk operator[](int64_t i) const {

@@ -61,8 +61,10 @@ struct Problem {
         image_mask(image_mask),
         text_mask(text_mask),
         scale(scale),
-        plan(B, T, N * 2 * width * query.element_size()),
-        apart(!plan.whole_groups()),
+        absorbed(absorbs(H, P, D, N, C)),
+        plan(B, T, query.element_size() * (absorbed ? N * C + 2 * P * H * C : 2 * N * width),
+             absorbed ? query.element_size() * 6 * width * C : 0),
+        apart(absorbed || !plan.whole_groups()),
         mean_share(shares()) {
     if (text_mask) dropped = text_mask->logical_not().view({T, 1, P, 1});
   }
@@ -80,13 +82,24 @@ struct Problem {
   at::Tensor buffer(int64_t rows, int64_t columns) const {
     return at::empty({plan.most_images() * rows, columns}, query.options());
   }
+  // What the backward pass gets of every image, and a buffer for a chunk's where it gets none: keys
+  // and values (images * N, 2HD), or with absorbed weights the weighted tokens (images * P, HC).
+  at::Tensor kept_rows(int64_t images) const {
+    return absorbed ? at::empty({images * P, H * C}, query.options())
+                    : at::empty({images * N, 2 * width}, query.options());
+  }
+  at::Tensor kept_buffer() const { return kept_rows(plan.most_images()); }
+  bool kept() const { return absorbed || plan.kept(); }
+
   // The rows of a buffer that a chunk fills.
   at::Tensor filled(const at::Tensor& buffer, int64_t rows, const Chunk& c) const {
     return buffer.narrow(0, 0, c.images * rows);
   }
   // The rows of what is kept of all images, or of a buffer, that belong to a chunk.
-  at::Tensor kv_rows(const at::Tensor& kept, const at::Tensor& buffer, const Chunk& c) const {
-    return kept.defined() ? kept.narrow(0, c.image * N, c.images * N) : filled(buffer, N, c);
+  at::Tensor chunk_rows(const at::Tensor& kept, const at::Tensor& buffer, int64_t rows,
+                        const Chunk& c) const {
+    return kept.defined() ? kept.narrow(0, c.image * rows, c.images * rows)
+                          : filled(buffer, rows, c);
   }
   // Keys (which = 0) or values (1) of rows (images * N, 2HD) as (images, H, N, D).
   at::Tensor keys(const at::Tensor& rows, int64_t which, const Chunk& c) const {
@@ -97,6 +110,11 @@ struct Problem {
   // A buffer (images * P, HD) as (images, H, P, D).
   at::Tensor heads(const at::Tensor& buffer, const Chunk& c) const {
     return buffer.as_strided({c.images, H, P, D}, {P * width, D, width, 1});
+  }
+
+  // (outer, H, P, D), stored by token, as (outer * P, HD).
+  at::Tensor token_rows(const at::Tensor& x) const {
+    return x.transpose(1, 2).view({x.size(0) * P, width});
   }
 
   // An attention without keys: the text of a chunk whose text path runs apart, or the images of
@@ -117,6 +135,7 @@ struct Problem {
   const at::Tensor &query, &tokens, &kv_weight, &text_key, &text_value, &alpha, &out_weight;
   const OptionalTensor &image_mask, &text_mask;
   const double scale;
+  const bool absorbed;  // scores are taken against the tokens themselves (absorb.h)
   const Plan plan;
   const bool apart;             // the text path runs apart from the chunks
   const at::Tensor mean_share;  // (B, 1) one over the number of text tokens

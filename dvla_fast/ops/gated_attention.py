@@ -5,7 +5,9 @@
 
 (DVLA-RL, method §3.) On the CPU the images are taken a few at a time, so that what lies between the
 tokens and H stays in the cache and never exists for all images; the backward pass keeps keys and
-values where they are few (32 MiB) and projects them again where they are many. On CUDA it is two
+values where they are few (32 MiB) and projects them again where they are many. Where the queries of
+all heads are clearly fewer than C, the weights of keys and values are absorbed: applied to the
+queries and to the weighted tokens, softmax(q (Z Wₖᵀ)ᵀ) Z Wᵥᵀ = (softmax((q Wₖ) Zᵀ) Z) Wᵥᵀ. On CUDA it is two
 matrix products around :func:`dvla_fast.functional.dual_attention`.
 """
 
@@ -200,21 +202,34 @@ def _forward_fake(  # type: ignore[no-untyped-def]
             query.new_empty(0),
         )
     columns = 2 * heads * width
-    kept = batch * keys * columns * query.element_size() <= _KEPT_BYTES
+    if _absorbs(heads, rows, width, keys, channels):
+        kept = query.new_empty(batch * rows, heads * channels)
+    elif batch * keys * columns * query.element_size() <= _KEPT_BYTES:
+        kept = query.new_empty(batch * keys, columns)
+    else:
+        kept = query.new_empty(0)
     return (
         *results,
         query.new_empty(batch, rows, heads, width).transpose(1, 2),
         query.new_empty(groups, rows, heads, width).transpose(1, 2),
         alpha.new_empty(batch, heads, rows),
         alpha.new_empty(groups, heads, rows),
-        query.new_empty(batch * keys, columns) if kept else query.new_empty(0),
+        kept,
     )
+
+
+def _absorbs(heads: int, rows: int, width: int, keys: int, channels: int) -> bool:
+    """As ``absorbs`` of csrc/gate/plan.h."""
+    inner = heads * width
+    projected = 2 * keys * channels * inner + 2 * rows * keys * inner
+    absorbed = 2 * heads * rows * keys * channels + rows * channels * inner
+    return rows > 0 and 9 * absorbed < 5 * projected
 
 
 @torch.library.register_fake("dvla_fast::gated_attention_backward", lib=schemas.LIBRARY)
 def _backward_fake(  # type: ignore[no-untyped-def]
     grad_updated, grad_fused, query, image_tokens, kv_weight, text_key, text_value, alpha,
-    out_weight, image_mask, text_mask, image_out, text_out, image_lse, text_lse, kv, scale,
+    out_weight, image_mask, text_mask, image_out, text_out, image_lse, text_lse, kept, scale,
 ):  # fmt: skip
     return (
         stored_by_token(query),

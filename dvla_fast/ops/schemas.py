@@ -32,17 +32,18 @@ LIBRARY.define(
     # The gated layer around dual attention. As dual_attention_forward with S = P, image keys and
     # values = the halves of image_tokens (B,N,C) kv_weight' (2HD,C), and out_weight (C,HD) behind.
     # image_tokens may be float32 where the rest is half. updated (B,N,C), fused (B,P,C).
-    # kv (B*N,2HD): keys and values, empty where they are large and are better projected again.
+    # kept: keys and values (B*N,2HD), empty where they are large and are better projected again;
+    # with absorbed weights (csrc/gate/absorb.h) the weighted tokens (B*P,HC).
     "gated_attention_forward(Tensor query, Tensor image_tokens, Tensor kv_weight, Tensor text_key,"
     " Tensor text_value, Tensor alpha, Tensor out_weight, Tensor? image_mask, Tensor? text_mask,"
     " float scale, bool save) -> (Tensor updated, Tensor fused, Tensor image_out, Tensor text_out,"
-    " Tensor image_lse, Tensor text_lse, Tensor kv)"
+    " Tensor image_lse, Tensor text_lse, Tensor kept)"
 )
 LIBRARY.define(
     "gated_attention_backward(Tensor? grad_updated, Tensor? grad_fused, Tensor query,"
     " Tensor image_tokens, Tensor kv_weight, Tensor text_key, Tensor text_value, Tensor alpha,"
     " Tensor out_weight, Tensor? image_mask, Tensor? text_mask, Tensor image_out, Tensor text_out,"
-    " Tensor image_lse, Tensor text_lse, Tensor kv, float scale) -> (Tensor grad_query,"
+    " Tensor image_lse, Tensor text_lse, Tensor kept, float scale) -> (Tensor grad_query,"
     " Tensor grad_image_tokens, Tensor grad_kv_weight, Tensor grad_text_key,"
     " Tensor grad_text_value, Tensor grad_alpha, Tensor grad_out_weight)"
 )

@@ -43,17 +43,27 @@ class Shape(NamedTuple):
 
 
 # A chunk holds 768 KiB of keys and values; fewer than 16 chunks are made longer and taken in turn.
-SHAPES = [
+PROJECTED = [
     Shape(1, 1, 1, 1, 1, 1, 1),
     Shape(3, 2, 2, 5, 7, 8, 24),  # everything in one chunk
     Shape(2, 3, 3, 17, 33, 24, 40),
-    Shape(40, 1, 2, 3, 300, 48, 8),  # parallel chunks of whole groups, in uneven slots
-    Shape(1, 37, 2, 4, 300, 48, 16),  # one group in parallel chunks
-    Shape(3, 14, 2, 4, 300, 48, 5),  # several groups, each of several chunks
-    Shape(1, 17, 64, 2, 250, 4, 12),  # one group in chunks of one image of many heads
+    Shape(40, 1, 24, 17, 300, 4, 8),  # parallel chunks of whole groups, in uneven slots
+    Shape(1, 37, 24, 9, 300, 4, 16),  # one group in parallel chunks
+    Shape(3, 14, 24, 9, 300, 4, 5),  # several groups, each of several chunks
+    Shape(1, 17, 64, 9, 250, 4, 12),  # one group in chunks of one image of many heads
+    Shape(1, 3, 20, 9, 9000, 4, 24),  # images so long that threads share each
+]
+# Few queries beside the width of the tokens: the weights of keys and values are absorbed.
+ABSORBED = [
+    Shape(1, 1, 1, 1, 3, 4, 8),
+    Shape(3, 2, 2, 3, 17, 8, 40),  # everything in one chunk
+    Shape(80, 1, 2, 3, 300, 48, 64),  # parallel chunks of whole groups
+    Shape(1, 80, 2, 3, 300, 48, 64),  # one group in parallel chunks
+    Shape(3, 30, 2, 3, 300, 48, 64),  # several groups, each of several chunks
     Shape(1, 3, 2, 5, 9000, 40, 24),  # images so long that threads share each
 ]
-LONG = Shape(1, 37, 2, 4, 1000, 48, 16)  # too many keys and values to keep
+SHAPES = PROJECTED + ABSORBED
+LONG = Shape(1, 37, 24, 9, 1000, 4, 16)  # too many keys and values to keep
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +171,19 @@ def test_values_and_gradients_float64(shape: Shape, masked: bool, backend: str) 
     assert_near(got, with_grads(layer, tensors, grads, **masks), tolerance=1e-10)
 
 
+def test_which_weights_are_absorbed() -> None:
+    from dvla_fast.ops.gated_attention import _absorbs
+
+    def absorbed(shape: Shape) -> bool:
+        return _absorbs(shape.heads, shape.rows, shape.width, shape.keys, shape.model)
+
+    assert not any(map(absorbed, [*PROJECTED, LONG]))
+    assert all(map(absorbed, ABSORBED))
+    # The method's shapes: the tokens of one class, and those of an episode's five.
+    assert absorbed(Shape(1, 1, 8, 9, 196, 24, 192)) and absorbed(Shape(1, 1, 8, 9, 49, 48, 384))
+    assert not absorbed(Shape(1, 1, 8, 45, 196, 24, 192))
+
+
 @pytest.mark.parametrize("backend", [CPP])
 @pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
 def test_keys_and_values_projected_again(masked: bool, backend: str) -> None:
@@ -175,7 +198,7 @@ def test_keys_and_values_projected_again(masked: bool, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("shape", PROJECTED[1:] + ABSORBED[1:], ids=str)
 def test_error_at_most_twice_plain_pytorch(shape: Shape, dtype: torch.dtype, backend: str) -> None:
     tensors, grads = make(shape, dtype), make_grads(shape, dtype)
     exact = with_grads(layer, [x.double() for x in tensors], [x.double() for x in grads])
@@ -193,7 +216,7 @@ def test_error_at_most_twice_plain_pytorch(shape: Shape, dtype: torch.dtype, bac
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[4]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[4], *ABSORBED[1:4]], ids=str)
 def test_float32_tokens_pass_through_a_half_layer(shape: Shape, backend: str) -> None:
     """As under autocast: tokens and their gradient keep float32, and lose nothing on the way."""
     tensors, grads = make(shape, torch.bfloat16), make_grads(shape, torch.float32)
@@ -222,7 +245,7 @@ def test_alpha_shapes(alpha_shape: tuple[int, ...], backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4], ABSORBED[1]], ids=str)
 @pytest.mark.parametrize("used", [0, 1], ids=["updated", "fused"])
 def test_one_result_alone(used: int, shape: Shape, backend: str) -> None:
     """Only one result is used, and its gradient is an expanded one."""
@@ -236,7 +259,7 @@ def test_one_result_alone(used: int, shape: Shape, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[5]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[5], ABSORBED[1], ABSORBED[4]], ids=str)
 def test_layouts(shape: Shape, backend: str) -> None:
     """Tensors and gradients of any strides."""
     tensors = make(shape)
@@ -273,8 +296,8 @@ def test_empty_axes(shape: Shape, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradcheck(backend: str) -> None:
-    shape = Shape(2, 2, 2, 3, 4, 2, 3)
+@pytest.mark.parametrize("shape", [Shape(2, 2, 2, 3, 4, 2, 3), Shape(2, 2, 1, 2, 3, 4, 5)], ids=str)
+def test_gradcheck(shape: Shape, backend: str) -> None:
     masks = make_masks(shape)
     masks["text_mask"][0] = True
     tensors = [x.requires_grad_() for x in make(shape)]
@@ -284,7 +307,7 @@ def test_gradcheck(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", [CPP])
-@pytest.mark.parametrize("shape", [SHAPES[3], SHAPES[4], SHAPES[5], SHAPES[6], LONG], ids=str)
+@pytest.mark.parametrize("shape", [*PROJECTED[3:7], *ABSORBED[1:], LONG], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_thread_count_changes_no_bit(dtype: torch.dtype, shape: Shape, backend: str) -> None:
     tensors, grads = make(shape, dtype), make_grads(shape, dtype)
@@ -303,8 +326,8 @@ def test_thread_count_changes_no_bit(dtype: torch.dtype, shape: Shape, backend: 
 @pytest.mark.parametrize("backend", [CPP])
 @pytest.mark.parametrize("save", [False, True], ids=["alone", "saving"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_opcheck(dtype: torch.dtype, save: bool, backend: str) -> None:
-    shape = SHAPES[1]
+@pytest.mark.parametrize("shape", [PROJECTED[1], ABSORBED[1]], ids=str)
+def test_opcheck(shape: Shape, dtype: torch.dtype, save: bool, backend: str) -> None:
     masks, tensors = make_masks(shape).values(), make(shape, dtype)
     forward = torch.ops.dvla_fast.gated_attention_forward.default
     torch.library.opcheck(forward, (*tensors, *masks, 0.3, save))

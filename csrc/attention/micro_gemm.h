@@ -37,10 +37,7 @@ inline __attribute__((always_inline)) void gemm_tile(int64_t K, const acc_t* a, 
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) {
-      sum[r][v] = add ? load_part<partial, V, acc_t>(c + r * ldc + v * lanes, v, tail)
-                      : Vec<acc_t>(acc_t(0));
-    }
+    for (int v = 0; v < V; ++v) sum[r][v] = Vec<acc_t>(acc_t(0));
   }
   for (int64_t k = 0; k < K; ++k) {
     Vec<acc_t> row[V];
@@ -57,7 +54,10 @@ inline __attribute__((always_inline)) void gemm_tile(int64_t K, const acc_t* a, 
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
-      store_part<partial, V, acc_t>(sum[r][v], c + r * ldc + v * lanes, v, tail);
+      acc_t* to = c + r * ldc + v * lanes;
+      // Added last: a sum over many blocks of keys then rounds once a block, not once a key.
+      if (add) sum[r][v] = load_part<partial, V, acc_t>(to, v, tail) + sum[r][v];
+      store_part<partial, V, acc_t>(sum[r][v], to, v, tail);
     }
   }
 }

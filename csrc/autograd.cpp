@@ -275,9 +275,119 @@ GatedResult gated_attention_autograd(const Tensor& query, const Tensor& image_to
   return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
 }
 
+// ---- gate_policy_forward
+
+using PolicyResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using PolicySignature = PolicyResult(const Tensor&, const Tensor&, const OptionalTensor&,
+                                     const OptionalTensor&, int64_t, int64_t, const OptionalTensor&,
+                                     const OptionalTensor&, const OptionalTensor&,
+                                     const OptionalTensor&, double, const OptionalTensor&,
+                                     const OptionalTensor&, bool);
+using PolicyGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using PolicyBackwardSignature = PolicyGrads(const OptionalTensor&, const OptionalTensor&,
+                                            const OptionalTensor&, const Tensor&, const Tensor&,
+                                            const OptionalTensor&, const OptionalTensor&, int64_t,
+                                            int64_t, const OptionalTensor&, const OptionalTensor&,
+                                            const Tensor&, const Tensor&, const Tensor&);
+
+PolicyResult call_policy(const Tensor& image_tokens, const Tensor& text_tokens,
+                         const OptionalTensor& image_mask, const OptionalTensor& text_mask,
+                         int64_t groups, int64_t images, const OptionalTensor& hidden_weight,
+                         const OptionalTensor& hidden_bias, const OptionalTensor& out_weight,
+                         const OptionalTensor& out_bias, double concentration,
+                         const OptionalTensor& action_logit, const OptionalTensor& key, bool save) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("dvla_fast::gate_policy_forward", "")
+                             .typed<PolicySignature>();
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(image_tokens, text_tokens, image_mask, text_mask, groups, images, hidden_weight,
+                 hidden_bias, out_weight, out_bias, concentration, action_logit, key, save);
+}
+
+// The gradient of tokens from that of each token that counts (outer, C): without a mask a view.
+Tensor spread(const Tensor& rows, const Tensor& tokens, const Tensor& mask) {
+  const Tensor all = rows.to(tokens.scalar_type()).unsqueeze(1).expand_symint(tokens.sym_sizes());
+  return mask.defined() ? all.masked_fill(mask.logical_not().unsqueeze(2), 0) : all;
+}
+
+class GatePolicy : public torch::autograd::Function<GatePolicy> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& image_tokens,
+                               const Tensor& text_tokens, const OptionalTensor& image_mask,
+                               const OptionalTensor& text_mask, int64_t groups, int64_t images,
+                               const OptionalTensor& hidden_weight,
+                               const OptionalTensor& hidden_bias, const OptionalTensor& out_weight,
+                               const OptionalTensor& out_bias, double concentration,
+                               const OptionalTensor& action_logit, const OptionalTensor& key) {
+    auto [alpha, action, log_prob, entropy, state, hidden, derivatives] =
+        call_policy(image_tokens, text_tokens, image_mask, text_mask, groups, images, hidden_weight,
+                    hidden_bias, out_weight, out_bias, concentration, action_logit, key, true);
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({image_tokens, text_tokens, or_undefined(image_mask),
+                            or_undefined(text_mask), or_undefined(hidden_weight),
+                            or_undefined(out_weight), state, hidden, derivatives});
+    ctx->saved_data["groups"] = groups;
+    ctx->saved_data["images"] = images;
+    ctx->mark_non_differentiable({alpha, action, hidden, derivatives});
+    return {alpha, action, log_prob, entropy, state, hidden, derivatives};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    return first_order_only(call_backward(ctx, grads[2], grads[3], grads[4]), "gate_policy");
+  }
+
+ private:
+  static variable_list call_backward(AutogradContext* ctx, const Tensor& grad_log_prob,
+                                     const Tensor& grad_entropy, const Tensor& grad_state) {
+    variable_list result(13);
+    if (!grad_log_prob.defined() && !grad_entropy.defined() && !grad_state.defined()) {
+      return result;
+    }
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("dvla_fast::gate_policy_backward", "")
+                               .typed<PolicyBackwardSignature>();
+    const auto s = ctx->get_saved_variables();  // before the guard, see BetaPolicy
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [image, text, hidden_weight, hidden_bias, out_weight, out_bias] =
+        op.call(or_none(grad_log_prob), or_none(grad_entropy), or_none(grad_state), s[0], s[1],
+                or_none(s[2]), or_none(s[3]), ctx->saved_data["groups"].toInt(),
+                ctx->saved_data["images"].toInt(), or_none(s[4]), or_none(s[5]), s[6], s[7], s[8]);
+    result[0] = spread(image, s[0], s[2]);
+    result[1] = spread(text, s[1], s[3]);
+    if (s[4].defined()) {
+      result[6] = hidden_weight, result[7] = hidden_bias;
+      result[8] = out_weight, result[9] = out_bias;
+    }
+    return result;
+  }
+};
+
+PolicyResult gate_policy_autograd(const Tensor& image_tokens, const Tensor& text_tokens,
+                                  const OptionalTensor& image_mask, const OptionalTensor& text_mask,
+                                  int64_t groups, int64_t images,
+                                  const OptionalTensor& hidden_weight,
+                                  const OptionalTensor& hidden_bias,
+                                  const OptionalTensor& out_weight, const OptionalTensor& out_bias,
+                                  double concentration, const OptionalTensor& action_logit,
+                                  const OptionalTensor& key, bool save) {
+  const Tensor weights[] = {or_undefined(hidden_weight), or_undefined(hidden_bias),
+                            or_undefined(out_weight), or_undefined(out_bias)};
+  if (save || !wants_grad({&image_tokens, &text_tokens, &weights[0], &weights[1], &weights[2],
+                           &weights[3]})) {
+    return call_policy(image_tokens, text_tokens, image_mask, text_mask, groups, images,
+                       hidden_weight, hidden_bias, out_weight, out_bias, concentration,
+                       action_logit, key, save);
+  }
+  const auto out = GatePolicy::apply(image_tokens, text_tokens, image_mask, text_mask, groups,
+                                     images, hidden_weight, hidden_bias, out_weight, out_bias,
+                                     concentration, action_logit, key);
+  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dvla_fast, Autograd, m) {
+  m.impl("gate_policy_forward", &gate_policy_autograd);
   m.impl("gated_attention_forward", &gated_attention_autograd);
   m.impl("beta_policy_forward", &beta_policy_autograd);
   m.impl("dual_attention_forward", &dual_attention_autograd);

@@ -4,6 +4,7 @@
 #include "attention/dual_attention.h"
 #include "beta/beta_policy.h"
 #include "gate/gated_attention.h"
+#include "policy/gate_policy.h"
 
 TORCH_LIBRARY_IMPL(dvla_fast, CPU, m) {
   m.impl("beta_policy_forward", &dvla_fast::beta_policy_forward_cpu);
@@ -12,4 +13,6 @@ TORCH_LIBRARY_IMPL(dvla_fast, CPU, m) {
   m.impl("dual_attention_backward", &dvla_fast::dual_attention_backward);
   m.impl("gated_attention_forward", &dvla_fast::gated_attention_forward);
   m.impl("gated_attention_backward", &dvla_fast::gated_attention_backward);
+  m.impl("gate_policy_forward", &dvla_fast::gate_policy_forward);
+  m.impl("gate_policy_backward", &dvla_fast::gate_policy_backward);
 }

@@ -9,16 +9,20 @@ from dvla_fast.ops.beta_policy import (
 )
 from dvla_fast.ops.dual_attention import dual_attention
 from dvla_fast.ops.dual_attention_cuda import float32_precision, set_float32_precision
+from dvla_fast.ops.gate_policy import GatePolicyOutput, gate_policy, gate_state
 from dvla_fast.ops.gated_attention import gated_attention
 
 __all__ = [
     "BetaPolicyOutput",
+    "GatePolicyOutput",
     "beta_entropy",
     "beta_log_prob",
     "beta_policy",
     "beta_sample",
     "dual_attention",
     "float32_precision",
+    "gate_policy",
+    "gate_state",
     "gated_attention",
     "set_float32_precision",
 ]

@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def dual_attention(
@@ -104,6 +105,74 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
     keep = mask[..., None, None, :]  # [..., 1, 1, L]
     weights = torch.softmax(scores.masked_fill(~keep, torch.finfo(scores.dtype).min), dim=-1)
     return weights * keep @ v
+
+
+def gate_state(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+    groups_per_decision: int,
+    state_images: int,
+) -> Tensor:
+    """[mean of image tokens ‖ mean of text tokens ‖ their cosine], (A, 2C + 1).
+
+    Arguments as in :func:`dvla_fast.functional.gate_state`; ``state_images`` 0: all.
+    """
+    groups = text_tokens.shape[0]
+    if state_images:  # [B, N, C] -> the first images of every group
+        first = (slice(None), slice(state_images))
+        image_tokens = image_tokens.unflatten(0, (groups, -1))[first].flatten(0, 1)
+        if image_mask is not None:
+            image_mask = image_mask.unflatten(0, (groups, -1))[first].flatten(0, 1)
+    image = masked_mean(image_tokens, image_mask)  # [B', C]
+    text = masked_mean(text_tokens, text_mask)  # [T, C]
+    if groups_per_decision == 0:
+        text = text.repeat_interleave(image.shape[0] // groups, dim=0)
+    else:
+        decisions = groups // groups_per_decision
+        image = image.unflatten(0, (decisions, -1)).mean(1)  # [A, C]
+        text = text.unflatten(0, (decisions, -1)).mean(1)
+    cosine = F.cosine_similarity(image, text, dim=-1).unsqueeze(-1)
+    return torch.cat((image, text, cosine), dim=-1)
+
+
+def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of (X, L, d) over the unmasked tokens, (X, d); 0 where none is left.
+
+    In at least float32: long sums in bfloat16 would drift. Written as a sum, whose gradient is a
+    view of one row, where that of a mean fills a tensor of the size of ``x``.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if mask is None:
+        return x.sum(1, dtype=wide) / x.shape[1]
+    keep = mask.unsqueeze(-1)
+    total = x.masked_fill(~keep, 0).sum(1, dtype=wide)
+    return total / keep.sum(1).clamp_min(1)
+
+
+def state_logits(
+    state: Tensor,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+) -> Tensor:
+    """The policy's network: state (A, 2C + 1) -> (A, outputs), in at least float32.
+
+    The two pooled vectors are normalised apart from each other: image tokens are a raw residual
+    stream, often tens of times larger than projected text, and would drown it in a shared norm.
+    Weights of a half type are widened: they are small, the logit is not.
+    """
+    with torch.autocast(device_type=state.device.type, enabled=False):
+        state = state.to(torch.promote_types(hidden_weight.dtype, torch.float32))
+        width = state.shape[-1] // 2
+        image, text, cosine = state.split([width, width, 1], dim=-1)
+        parts = (F.layer_norm(image, (width,)), F.layer_norm(text, (width,)), cosine)
+        weights = (hidden_weight, hidden_bias, out_weight, out_bias)
+        first, first_bias, last, last_bias = (w.to(state.dtype) for w in weights)
+        hidden = F.gelu(F.linear(torch.cat(parts, dim=-1), first, first_bias))
+        return F.linear(hidden, last, last_bias)
 
 
 def beta_policy(

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dvla_fast import reference
 from dvla_fast.nn.backbones.base import GatedBackbone, GatedTokens, Location
-from dvla_fast.nn.gate import GateOutput, RLAGate, masked_mean, per_image
+from dvla_fast.nn.gate import GateOutput, RLAGate, per_image
 from dvla_fast.nn.prototype import prototype_logits
 
 TEXT_SCOPES = ("episode", "class")
@@ -352,7 +353,7 @@ class _GatePass:
             **self.options,
         )
         keep = per_image(self.mask, tokens.shape[0])
-        fused = masked_mean(out.fused, keep).unflatten(0, (self.episodes, -1))
+        fused = reference.masked_mean(out.fused, keep).unflatten(0, (self.episodes, -1))
         alignment: Any = self.model.alignments[index]
         aligned = alignment(fused.detach().to(alignment.weight.dtype))
         return out, self._pooled(tokens), fused, aligned

@@ -6,11 +6,10 @@ mixes the two answers by α; the mix goes back into the image stream (method §3
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dvla_fast import functional
 from dvla_fast.nn.policy import PolicyStep, build_policy
@@ -141,16 +140,26 @@ class RLAGate(nn.Module):
             TypeError, ValueError: dtypes, shapes, devices or options do not fit together.
         """
         self._check(image_tokens, text_tokens, image_mask, text_mask)
-        episodes = self._decisions(image_tokens, text_tokens, episodes, state_images)
+        decisions = self._decisions(image_tokens, text_tokens, episodes, state_images)
         texts = self.text_projection(text_tokens)  # [T, P, dim]
-        state = self._state(image_tokens, texts, image_mask, text_mask, episodes, state_images)
+        groups = 0 if self.alpha_scope == "image" else text_tokens.shape[0] // decisions
+        pooling: dict[str, Any] = {
+            "groups_per_decision": groups,
+            "state_images": state_images,
+            "image_mask": image_mask,
+            "text_mask": text_mask,
+        }
         if alpha is None:
-            self._check_action(action_logit, state)
+            _check_action(action_logit, decisions)
             draw = self.training if sample is None else sample
-            step = self.policy(state, action_logit=action_logit, sample=draw, generator=generator)
+            step, state = self.policy.decide(
+                image_tokens, texts, **pooling,
+                action_logit=action_logit, sample=draw, generator=generator,
+            )  # fmt: skip
         elif action_logit is not None:
             raise ValueError("alpha and action_logit exclude each other")
         else:
+            state = functional.gate_state(image_tokens, texts, **pooling)
             step = _replayed(alpha, state, image_tokens.shape[0], text_tokens.shape[0])
         query, text_key, text_value = self._heads(self.text_qkv(texts), 3)
         updated, fused = functional.gated_attention(
@@ -172,34 +181,6 @@ class RLAGate(nn.Module):
         """(X, L, parts·dim) -> parts views (X, H, L, D), no copy."""
         split = stacked.unflatten(-1, (parts, self.num_heads, -1))  # [X, L, parts, H, D]
         return tuple(part.transpose(1, 2) for part in split.unbind(2))
-
-    def _state(
-        self,
-        image_tokens: Tensor,
-        texts: Tensor,
-        image_mask: Tensor | None,
-        text_mask: Tensor | None,
-        episodes: int,
-        state_images: int | None,
-    ) -> Tensor:
-        """(A, 2·dim + 1), in at least float32: long sums in bfloat16 would drift.
-
-        An image counts alike whatever its number of unmasked tokens, and so does a text group.
-        """
-        groups = texts.shape[0]
-        if state_images is not None:  # [B, N, dim] -> the first images of every group
-            image_tokens = image_tokens.unflatten(0, (groups, -1))[:, :state_images].flatten(0, 1)
-            if image_mask is not None:
-                image_mask = image_mask.unflatten(0, (groups, -1))[:, :state_images].flatten(0, 1)
-        image = masked_mean(image_tokens, image_mask)  # [B', dim]
-        text = masked_mean(texts, text_mask)  # [T, dim]
-        if self.alpha_scope == "image":
-            text = text.repeat_interleave(image.shape[0] // groups, dim=0)
-        else:
-            image = image.unflatten(0, (episodes, -1)).mean(1)  # [A, dim]
-            text = text.unflatten(0, (episodes, -1)).mean(1)
-        cosine = F.cosine_similarity(image, text, dim=-1).unsqueeze(-1)
-        return torch.cat((image, text, cosine), dim=-1)
 
     def _decisions(
         self, image_tokens: Tensor, text_tokens: Tensor, episodes: int | None, supports: int | None
@@ -259,16 +240,17 @@ class RLAGate(nn.Module):
             if mask.device != tokens.device:
                 raise ValueError(f"{name}: on {mask.device}, the tokens are on {tokens.device}")
 
-    def _check_action(self, action_logit: Tensor | None, state: Tensor) -> None:
-        if action_logit is not None and action_logit.shape != state.shape[:1]:
-            raise ValueError(
-                f"action_logit: shape {tuple(action_logit.shape)}, expected ({state.shape[0]},)"
-            )
-
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, text_dim={self.text_dim}, num_heads={self.num_heads},"
             f" alpha_scope={self.alpha_scope!r}"
+        )
+
+
+def _check_action(action_logit: Tensor | None, decisions: int) -> None:
+    if action_logit is not None and tuple(action_logit.shape) != (decisions,):
+        raise ValueError(
+            f"action_logit: shape {tuple(action_logit.shape)}, expected ({decisions},)"
         )
 
 
@@ -307,17 +289,3 @@ def per_image(text_mask: Tensor | None, images: int) -> Tensor | None:
         return None
     groups, tokens = text_mask.shape
     return text_mask.unsqueeze(1).expand(groups, images // groups, tokens).flatten(0, 1)
-
-
-def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of (X, L, d) over the unmasked tokens, (X, d); 0 where none is left.
-
-    In at least float32: long sums in bfloat16 would drift. Written as a sum, whose gradient is a
-    view of one row, where that of a mean fills a tensor of the size of ``x``.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if mask is None:
-        return x.sum(1, dtype=wide) / x.shape[1]
-    keep = mask.unsqueeze(-1)
-    total = x.masked_fill(~keep, 0).sum(1, dtype=wide)
-    return total / keep.sum(1).clamp_min(1)

@@ -8,13 +8,13 @@ autocast, since a log-density in half precision is noise.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dvla_fast import functional
+from dvla_fast import functional, reference
 
 
 class PolicyStep(NamedTuple):
@@ -33,7 +33,8 @@ class PolicyStep(NamedTuple):
 class GatePolicy(nn.Module):
     """Interface of the policies, and the network φ that most of them share.
 
-    ``forward(state (A, 2·dim + 1), *, action_logit (A,) | None, sample, generator) -> PolicyStep``.
+    ``forward(state (A, 2·dim + 1), *, action_logit (A,) | None, sample, generator) -> PolicyStep``
+    decides from a state; :meth:`decide`, which the gate calls, from the tokens that make it.
     """
 
     stochastic = False
@@ -49,6 +50,30 @@ class GatePolicy(nn.Module):
     ) -> PolicyStep:
         raise NotImplementedError
 
+    def decide(
+        self,
+        image_tokens: Tensor,
+        text_tokens: Tensor,
+        *,
+        groups_per_decision: int = 1,
+        state_images: int | None = None,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        action_logit: Tensor | None = None,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> tuple[PolicyStep, Tensor]:
+        """The decision on image_tokens (B, N, dim) and text_tokens (T, P, dim), and its state.
+
+        The first options are those of :func:`dvla_fast.functional.gate_state`.
+        """
+        state = functional.gate_state(
+            image_tokens, text_tokens, groups_per_decision=groups_per_decision,
+            state_images=state_images, image_mask=image_mask, text_mask=text_mask,
+        )  # fmt: skip
+        step = self(state, action_logit=action_logit, sample=sample, generator=generator)
+        return step, state
+
     def _refuse_action(self, action_logit: Tensor | None) -> None:
         if action_logit is not None:
             raise ValueError(
@@ -60,8 +85,7 @@ class GatePolicy(nn.Module):
 class StateNetwork(nn.Module):
     """MLP over s = [GAP(H_v) ‖ GAP(H_t) ‖ cos]; starts at 0 for every state, i.e. p = 1/2.
 
-    The two pooled vectors are normalised apart from each other: image tokens are a raw residual
-    stream, often tens of times larger than projected text, and would drown it in a shared norm.
+    The formula is that of :func:`dvla_fast.functional.gate_policy`.
     """
 
     def __init__(self, dim: int, hidden_dim: int, out_features: int = 1) -> None:
@@ -74,17 +98,11 @@ class StateNetwork(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         """(A, 2·dim + 1) -> (A, out_features), float32 or, for float64 weights, float64."""
-        with torch.autocast(device_type=state.device.type, enabled=False):
-            state = state.to(torch.promote_types(self.hidden.weight.dtype, torch.float32))
-            image, text, cosine = state.split([self.dim, self.dim, 1], dim=-1)
-            parts = (F.layer_norm(image, (self.dim,)), F.layer_norm(text, (self.dim,)), cosine)
-            # Weights that were cast to a half type are widened: they are small, the logit is not.
-            hidden = F.gelu(_wide_linear(torch.cat(parts, dim=-1), self.hidden))
-            return _wide_linear(hidden, self.out)
+        return reference.state_logits(state, *self.weights())
 
-
-def _wide_linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight and bias of the hidden layer (K, 2·dim + 1), (K,), and of the last."""
+        return self.hidden.weight, self.hidden.bias, self.out.weight, self.out.bias
 
 
 class BetaPolicy(GatePolicy):
@@ -122,6 +140,29 @@ class BetaPolicy(GatePolicy):
             generator=generator,
         )
         return PolicyStep(*step)
+
+    def decide(
+        self,
+        image_tokens: Tensor,
+        text_tokens: Tensor,
+        *,
+        action_logit: Tensor | None = None,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+        **pooling: Any,
+    ) -> tuple[PolicyStep, Tensor]:
+        """See :meth:`GatePolicy.decide`: here state, network and policy are one call."""
+        *step, state = functional.gate_policy(
+            image_tokens,
+            text_tokens,
+            *self.network.weights(),
+            self.concentration,
+            action_logit=action_logit,
+            deterministic=action_logit is None and not sample,
+            generator=generator,
+            **pooling,
+        )
+        return PolicyStep(*step), state
 
     def extra_repr(self) -> str:
         return f"concentration={self.concentration:g}"

@@ -7,8 +7,8 @@
 tokens and H stays in the cache and never exists for all images; the backward pass keeps keys and
 values where they are few (32 MiB) and projects them again where they are many. Where the queries of
 all heads are clearly fewer than C, the weights of keys and values are absorbed: applied to the
-queries and to the weighted tokens, softmax(q (Z Wₖᵀ)ᵀ) Z Wᵥᵀ = (softmax((q Wₖ) Zᵀ) Z) Wᵥᵀ. On CUDA it is two
-matrix products around :func:`dvla_fast.functional.dual_attention`.
+queries and to the weighted tokens, softmax(q (Z Wₖᵀ)ᵀ) Z Wᵥᵀ = (softmax((q Wₖ) Zᵀ) Z) Wᵥᵀ. On CUDA
+it is two matrix products around :func:`dvla_fast.functional.dual_attention`.
 """
 
 from __future__ import annotations

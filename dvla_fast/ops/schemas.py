@@ -62,3 +62,25 @@ LIBRARY.define(
     "beta_policy_backward(Tensor derivatives, Tensor? grad_log_prob, Tensor? grad_entropy)"
     " -> (Tensor grad_logits, Tensor grad_concentration)"
 )
+LIBRARY.define(
+    # A gate's decision from image_tokens (B,N,C), text_tokens (T,P,C) and masks (B,N), (T,P):
+    # state, network, policy. groups_per_decision: text groups that share a decision, 0: one an
+    # image; A decisions. state_images: images of a group that make the state, 0: all. Without
+    # weights, of the state's dtype, the state alone. The rest as in beta_policy_forward.
+    # state (A,2C+1); hidden (A,K), before the activation, and derivatives (2,A), unless asked for
+    # empty.
+    "gate_policy_forward(Tensor image_tokens, Tensor text_tokens, Tensor? image_mask,"
+    " Tensor? text_mask, int groups_per_decision, int state_images, Tensor? hidden_weight,"
+    " Tensor? hidden_bias, Tensor? out_weight, Tensor? out_bias, float concentration,"
+    " Tensor? action_logit, Tensor? key, bool save) -> (Tensor alpha, Tensor action_logit,"
+    " Tensor log_prob, Tensor entropy, Tensor state, Tensor hidden, Tensor derivatives)"
+)
+LIBRARY.define(
+    # grad_image (B,C) and grad_text (T,C): the gradient of each token that counts.
+    "gate_policy_backward(Tensor? grad_log_prob, Tensor? grad_entropy, Tensor? grad_state,"
+    " Tensor image_tokens, Tensor text_tokens, Tensor? image_mask, Tensor? text_mask,"
+    " int groups_per_decision, int state_images, Tensor? hidden_weight, Tensor? out_weight,"
+    " Tensor state, Tensor hidden, Tensor derivatives) -> (Tensor grad_image, Tensor grad_text,"
+    " Tensor grad_hidden_weight, Tensor grad_hidden_bias, Tensor grad_out_weight,"
+    " Tensor grad_out_bias)"
+)

@@ -180,7 +180,8 @@ def test_which_weights_are_absorbed() -> None:
     assert not any(map(absorbed, [*PROJECTED, LONG]))
     assert all(map(absorbed, ABSORBED))
     # The method's shapes: the tokens of one class, and those of an episode's five.
-    assert absorbed(Shape(1, 1, 8, 9, 196, 24, 192)) and absorbed(Shape(1, 1, 8, 9, 49, 48, 384))
+    assert absorbed(Shape(1, 1, 8, 9, 196, 24, 192))
+    assert absorbed(Shape(1, 1, 8, 9, 49, 48, 384))
     assert not absorbed(Shape(1, 1, 8, 45, 196, 24, 192))
 
 

@@ -1,0 +1,237 @@
+// The policy's network on the CPU: state -> [layer norm of its image part | of its text part |
+// cosine] -> hidden layer with GELU -> logit, and its derivative.
+#pragma once
+
+#include <ATen/ops/empty.h>
+
+#include <cmath>
+
+#include "attention/micro_gemm.h"
+#include "policy/state.h"
+
+namespace dvla_fast::policy {
+
+using attention::kLanes;
+using attention::Vec;
+
+constexpr double kNormEpsilon = 1e-5;  // torch.nn.functional.layer_norm
+// Decisions, and hidden units, whose products are taken together.
+constexpr int kRows = 4, kUnits = 4;
+
+// x (n) normalised to mean 0 and variance 1; the reciprocal of its deviation.
+template <class wide_t>
+double normalise(const wide_t* x, int64_t n, wide_t* out) {
+  double sum = 0, squares = 0;
+  for (int64_t i = 0; i < n; ++i) sum += x[i];
+  const double mean = sum / n;
+  for (int64_t i = 0; i < n; ++i) squares += (x[i] - mean) * (x[i] - mean);
+  const double factor = 1 / std::sqrt(squares / n + kNormEpsilon);
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<wide_t>((x[i] - mean) * factor);
+  return factor;
+}
+
+// grad, of the normalised values y, becomes that of what was normalised.
+template <class wide_t>
+void normalise_backward(const wide_t* y, double factor, int64_t n, wide_t* grad) {
+  double mean = 0, along = 0;
+  for (int64_t i = 0; i < n; ++i) mean += grad[i], along += static_cast<double>(grad[i]) * y[i];
+  mean /= n, along /= n;
+  for (int64_t i = 0; i < n; ++i) {
+    grad[i] = static_cast<wide_t>(factor * (grad[i] - mean - along * y[i]));
+  }
+}
+
+// GELU(x) = x Phi(x), and its derivative Phi(x) + x phi(x).
+template <class wide_t>
+struct Gelu {
+  explicit Gelu(const Vec<wide_t>& x) {
+    const Vec<wide_t> half(wide_t(0.5)), one(wide_t(1));
+    const Vec<wide_t> below = half * (one + (x * Vec<wide_t>(wide_t(M_SQRT1_2))).erf());
+    const Vec<wide_t> density = (x * x * Vec<wide_t>(wide_t(-0.5))).exp() *
+                                Vec<wide_t>(wide_t(0.5 * M_SQRT1_2 * M_2_SQRTPI));
+    value = x * below;
+    slope = below + x * density;
+  }
+  Vec<wide_t> value, slope;
+};
+
+// f(first, count) over n values in vectors.
+template <class wide_t, class F>
+inline void each_vector(int64_t n, const F& f) {
+  for (int64_t i = 0; i < n; i += kLanes<wide_t>) f(i, std::min(kLanes<wide_t>, n - i));
+}
+
+template <class wide_t>
+class Network {
+ public:
+  // Weights of the dtype wide_t.
+  Network(const Shape& z, const at::Tensor& hidden_weight, const at::Tensor& out_weight)
+      : z_(z),
+        units_(hidden_weight.size(0)),
+        ld_(attention::padded<wide_t>(z.features)),
+        hidden_weight_(hidden_weight.contiguous()),
+        out_weight_(out_weight.contiguous()),
+        weight_(hidden_weight_.const_data_ptr<wide_t>()),
+        out_(out_weight_.const_data_ptr<wide_t>()) {}
+
+  // hidden (A, K) before the activation, and logits (A).
+  void forward(const wide_t* state, const wide_t* hidden_bias, wide_t out_bias, wide_t* hidden,
+               wide_t* logits) const {
+    attention::parallel_items(attention::ceil_div(z_.A, kRows), [&](int64_t begin, int64_t end) {
+      std::vector<wide_t> input(kRows * ld_, wide_t(0));
+      for (int64_t a = begin * kRows; a < std::min(z_.A, end * kRows); a += kRows) {
+        const int64_t rows = std::min<int64_t>(kRows, z_.A - a);
+        for (int64_t r = 0; r < rows; ++r) {
+          load_input(state + (a + r) * z_.features, input.data() + r * ld_);
+        }
+        // Rows beyond the last repeat old ones: their results are not stored.
+        for (int64_t unit = 0; unit < units_; unit += kUnits) {
+          products(input.data(), unit, rows, hidden_bias, hidden + a * units_);
+        }
+        for (int64_t r = 0; r < rows; ++r)
+          logits[a + r] = logit(hidden + (a + r) * units_, out_bias);
+      }
+    });
+  }
+
+  // From the logits' gradient (A): those of the weights, and that of the state, added to
+  // grad_state (A, 2C + 1).
+  void backward(const wide_t* state, const wide_t* hidden, const wide_t* grad_logits,
+                wide_t* grad_hidden_weight, wide_t* grad_hidden_bias, wide_t* grad_out_weight,
+                wide_t* grad_out_bias, wide_t* grad_state) const {
+    std::vector<wide_t> input(z_.A * ld_, wide_t(0)), grad_hidden(z_.A * units_);
+    std::vector<double> factors(2 * z_.A);
+    attention::parallel_items(z_.A, [&](int64_t begin, int64_t end) {
+      for (int64_t a = begin; a < end; ++a) {
+        const auto [image, text] = load_input(state + a * z_.features, input.data() + a * ld_);
+        factors[2 * a] = image, factors[2 * a + 1] = text;
+      }
+    });
+    out_layer(hidden, grad_logits, grad_hidden.data(), grad_hidden_bias, grad_out_weight,
+              grad_out_bias);
+    attention::parallel_items(
+        attention::ceil_div(units_, kBlockUnits), [&](int64_t begin, int64_t end) {
+          const int64_t first = begin * kBlockUnits, last = std::min(units_, end * kBlockUnits);
+          attention::gemm<true>(last - first, z_.features, z_.A, grad_hidden.data() + first, units_,
+                                input.data(), ld_, grad_hidden_weight + first * z_.features,
+                                z_.features, false);
+        });
+    attention::parallel_items(
+        attention::ceil_div(z_.A, kBlockUnits), [&](int64_t begin, int64_t end) {
+          std::vector<wide_t> grad(z_.features);
+          for (int64_t a = begin * kBlockUnits; a < std::min(z_.A, end * kBlockUnits); ++a) {
+            input_gradient(grad_hidden.data() + a * units_, grad.data());
+            const wide_t* x = input.data() + a * ld_;
+            normalise_backward(x, factors[2 * a], z_.C, grad.data());
+            normalise_backward(x + z_.C, factors[2 * a + 1], z_.C, grad.data() + z_.C);
+            wide_t* to = grad_state + a * z_.features;
+            for (int64_t c = 0; c < z_.features; ++c) to[c] += grad[c];
+          }
+        });
+  }
+
+ private:
+  static constexpr int64_t kBlockUnits = 16;
+
+  // The network's input from a state, and the factors of its two norms.
+  std::pair<double, double> load_input(const wide_t* state, wide_t* input) const {
+    const double image = normalise(state, z_.C, input);
+    const double text = normalise(state + z_.C, z_.C, input + z_.C);
+    input[2 * z_.C] = state[2 * z_.C];
+    return {image, text};
+  }
+
+  // hidden (rows, K) of units [unit, unit + kUnits).
+  void products(const wide_t* input, int64_t unit, int64_t rows, const wide_t* bias,
+                wide_t* hidden) const {
+    const int64_t units = std::min<int64_t>(kUnits, units_ - unit);
+    const wide_t* weight[kUnits];
+    for (int64_t u = 0; u < kUnits; ++u) {
+      weight[u] = weight_ + (unit + std::min(u, units - 1)) * z_.features;
+    }
+    Vec<wide_t> sum[kRows][kUnits];
+    for (auto& row : sum) std::fill_n(row, kUnits, Vec<wide_t>(wide_t(0)));
+    const auto step = [&](int64_t i, auto load) {
+      Vec<wide_t> w[kUnits];
+      for (int u = 0; u < kUnits; ++u) w[u] = load(weight[u] + i);
+      for (int r = 0; r < kRows; ++r) {
+        const auto x = Vec<wide_t>::loadu(input + r * ld_ + i);
+        for (int u = 0; u < kUnits; ++u) sum[r][u] = at::vec::fmadd(x, w[u], sum[r][u]);
+      }
+    };
+    const int64_t whole = z_.features / kLanes<wide_t> * kLanes<wide_t>;
+    for (int64_t i = 0; i < whole; i += kLanes<wide_t>) {
+      step(i, [](const wide_t* from) { return Vec<wide_t>::loadu(from); });
+    }
+    if (const int64_t tail = z_.features - whole) {
+      step(whole, [&](const wide_t* from) { return Vec<wide_t>::loadu(from, tail); });
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t u = 0; u < units; ++u) {
+        hidden[r * units_ + unit + u] = total(sum[r][u]) + bias[unit + u];
+      }
+    }
+  }
+
+  static wide_t total(const Vec<wide_t>& x) {
+    alignas(64) wide_t lane[kLanes<wide_t>];
+    x.store(lane);
+    for (int64_t step = kLanes<wide_t> / 2; step > 0; step /= 2) {
+      for (int64_t i = 0; i < step; ++i) lane[i] += lane[i + step];
+    }
+    return lane[0];
+  }
+
+  wide_t logit(const wide_t* hidden, wide_t bias) const {
+    Vec<wide_t> sum(wide_t(0));
+    each_vector<wide_t>(units_, [&](int64_t i, int64_t count) {
+      const Gelu<wide_t> gelu(Vec<wide_t>::loadu(hidden + i, count));
+      sum = at::vec::fmadd(gelu.value, Vec<wide_t>::loadu(out_ + i, count), sum);
+    });
+    return total(sum) + bias;
+  }
+
+  // The layer from hidden values to the logit, backwards.
+  void out_layer(const wide_t* hidden, const wide_t* grad_logits, wide_t* grad_hidden,
+                 wide_t* grad_hidden_bias, wide_t* grad_out_weight, wide_t* grad_out_bias) const {
+    std::fill_n(grad_hidden_bias, units_, wide_t(0));
+    std::fill_n(grad_out_weight, units_, wide_t(0));
+    double bias = 0;
+    for (int64_t a = 0; a < z_.A; ++a) bias += grad_logits[a];
+    *grad_out_bias = static_cast<wide_t>(bias);
+    const int64_t vectors = attention::ceil_div(units_, kLanes<wide_t>);
+    attention::parallel_items(vectors, [&](int64_t begin, int64_t end) {
+      for (int64_t v = begin; v < end; ++v) {
+        const int64_t i = v * kLanes<wide_t>, count = std::min(kLanes<wide_t>, units_ - i);
+        const auto out = Vec<wide_t>::loadu(out_ + i, count);
+        Vec<wide_t> of_bias(wide_t(0)), of_out(wide_t(0));
+        for (int64_t a = 0; a < z_.A; ++a) {
+          const Vec<wide_t> slope(grad_logits[a]);
+          const Gelu<wide_t> gelu(Vec<wide_t>::loadu(hidden + a * units_ + i, count));
+          const Vec<wide_t> grad = slope * out * gelu.slope;
+          grad.store(grad_hidden + a * units_ + i, count);
+          of_bias = of_bias + grad;
+          of_out = at::vec::fmadd(slope, gelu.value, of_out);
+        }
+        of_bias.store(grad_hidden_bias + i, count);
+        of_out.store(grad_out_weight + i, count);
+      }
+    });
+  }
+
+  // grad (2C + 1) = grad_hidden (K) hidden_weight. Rows of weights need not be whole vectors, so
+  // the last is added apart.
+  void input_gradient(const wide_t* grad_hidden, wide_t* grad) const {
+    attention::gemm<false>(1, z_.features, units_ - 1, grad_hidden, units_, weight_, z_.features,
+                           grad, z_.features, false);
+    const wide_t* last = weight_ + (units_ - 1) * z_.features;
+    for (int64_t c = 0; c < z_.features; ++c) grad[c] += grad_hidden[units_ - 1] * last[c];
+  }
+
+  const Shape& z_;
+  const int64_t units_, ld_;  // K; 2C + 1 in whole vectors
+  const at::Tensor hidden_weight_, out_weight_;
+  const wide_t *weight_, *out_;
+};
+
+}  // namespace dvla_fast::policy

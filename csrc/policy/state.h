@@ -1,0 +1,198 @@
+// The state of a gate, [mean of image tokens | mean of text tokens | their cosine], and its
+// derivative. Means of tokens first, then of the images, or texts, of a decision: each counts alike
+// whatever its number of tokens.
+#pragma once
+
+#include <ATen/Dispatch.h>
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "attention/problem.h"
+#include "attention/rows.h"
+
+namespace dvla_fast::policy {
+
+using attention::Acc;
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Tokens that are added up in their own precision before they join the sum in float64.
+constexpr int64_t kRunTokens = 32;
+// torch.nn.functional.cosine_similarity: the smallest norm it divides by.
+constexpr double kSmallestNorm = 1e-8;
+
+struct Shape {
+  Shape(const at::Tensor& image_tokens, const at::Tensor& text_tokens, int64_t groups_per_decision,
+        int64_t state_images)
+      : B(image_tokens.size(0)),
+        T(text_tokens.size(0)),
+        C(image_tokens.size(2)),
+        features(2 * C + 1),
+        G(B / T),
+        used(state_images == 0 ? G : state_images),
+        images(groups_per_decision == 0 ? 1 : groups_per_decision * used),
+        texts(groups_per_decision == 0 ? 1 : groups_per_decision),
+        A(groups_per_decision == 0 ? B : T / groups_per_decision) {}
+  // The i-th image, or text, of a decision.
+  int64_t image(int64_t decision, int64_t i) const {
+    if (A == B && images == 1) return decision;
+    return (decision * texts + i / used) * G + i % used;
+  }
+  int64_t text(int64_t decision, int64_t i) const {
+    return A == B && images == 1 ? decision / G : decision * texts + i;
+  }
+  int64_t B, T, C, features;
+  int64_t G, used;        // images of a text group, and of those that make the state
+  int64_t images, texts;  // of a decision
+  int64_t A;              // decisions
+};
+
+// Which of the tokens of an outer index count.
+class Tokens {
+ public:
+  Tokens(const at::Tensor& x, const OptionalTensor& mask) : tokens_(x.size(1)) {
+    if (!mask) return;
+    keep_ = mask->const_data_ptr<bool>(), outer_ = mask->stride(0), step_ = mask->stride(1);
+  }
+  bool operator()(int64_t outer, int64_t token) const {
+    return keep_ == nullptr || keep_[outer * outer_ + token * step_];
+  }
+  int64_t count(int64_t outer) const {
+    if (keep_ == nullptr) return tokens_;
+    int64_t count = 0;
+    for (int64_t n = 0; n < tokens_; ++n) count += (*this)(outer, n);
+    return count;
+  }
+
+ private:
+  const bool* keep_ = nullptr;
+  int64_t tokens_, outer_ = 0, step_ = 0;
+};
+
+// out (x.size(0), C) = means of the tokens that count, 0 where none does.
+template <class wide_t>
+void token_means(const at::Tensor& tokens, const OptionalTensor& mask, wide_t* out) {
+  const at::Tensor x = tokens.stride(2) == 1 ? tokens : tokens.contiguous();
+  const int64_t L = x.size(1), C = x.size(2);
+  const Tokens keep(x, mask);
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, x.scalar_type(), "gate_policy_means", [&] {
+        const scalar_t* data = x.const_data_ptr<scalar_t>();
+        attention::parallel_items(x.size(0), [&](int64_t begin, int64_t end) {
+          std::vector<Acc<scalar_t>> run(C), row(C);
+          std::vector<double> total(C);
+          for (int64_t i = begin; i < end; ++i) {
+            std::fill(total.begin(), total.end(), 0.0);
+            for (int64_t first = 0; first < L; first += kRunTokens) {
+              std::fill(run.begin(), run.end(), Acc<scalar_t>(0));
+              for (int64_t n = first; n < std::min(L, first + kRunTokens); ++n) {
+                if (!keep(i, n)) continue;
+                const scalar_t* from = data + i * x.stride(0) + n * x.stride(1);
+                if constexpr (std::is_same_v<scalar_t, Acc<scalar_t>>) {
+                  for (int64_t c = 0; c < C; ++c) run[c] += from[c];
+                } else {
+                  attention::load_row(from, 1, C, 1.0f, row.data());
+                  for (int64_t c = 0; c < C; ++c) run[c] += row[c];
+                }
+              }
+              for (int64_t c = 0; c < C; ++c) total[c] += run[c];
+            }
+            const double share = 1.0 / std::max<int64_t>(1, keep.count(i));
+            for (int64_t c = 0; c < C; ++c) out[i * C + c] = static_cast<wide_t>(total[c] * share);
+          }
+        });
+      });
+}
+
+struct Cosine {
+  template <class wide_t>
+  Cosine(const wide_t* x, const wide_t* y, int64_t n) {
+    double xx = 0, yy = 0, xy = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double a = x[i], b = y[i];
+      xx += a * a, yy += b * b, xy += a * b;
+    }
+    x_norm = std::max(std::sqrt(xx), kSmallestNorm),
+    y_norm = std::max(std::sqrt(yy), kSmallestNorm);
+    value = xy / (x_norm * y_norm);
+  }
+  // grad_x += slope d(cosine)/dx, likewise grad_y.
+  template <class wide_t>
+  void backward(double slope, const wide_t* x, const wide_t* y, int64_t n, wide_t* grad_x,
+                wide_t* grad_y) const {
+    const double both = slope / (x_norm * y_norm);
+    // A norm below the smallest is a constant.
+    const double of_x = x_norm > kSmallestNorm ? slope * value / (x_norm * x_norm) : 0;
+    const double of_y = y_norm > kSmallestNorm ? slope * value / (y_norm * y_norm) : 0;
+    for (int64_t i = 0; i < n; ++i) {
+      grad_x[i] += static_cast<wide_t>(both * y[i] - of_x * x[i]);
+      grad_y[i] += static_cast<wide_t>(both * x[i] - of_y * y[i]);
+    }
+  }
+  double x_norm, y_norm, value;
+};
+
+// state (A, 2C + 1).
+template <class wide_t>
+void make_state(const Shape& z, const at::Tensor& image_tokens, const at::Tensor& text_tokens,
+                const OptionalTensor& image_mask, const OptionalTensor& text_mask, wide_t* state) {
+  std::vector<wide_t> image_means(z.T * z.used * z.C), text_means(z.T * z.C);
+  if (z.used == z.G) {
+    token_means(image_tokens, image_mask, image_means.data());
+  } else {
+    for (int64_t t = 0; t < z.T; ++t) {
+      const auto first = [&](const at::Tensor& x) { return x.narrow(0, t * z.G, z.used); };
+      token_means(first(image_tokens),
+                  image_mask ? OptionalTensor(first(*image_mask)) : std::nullopt,
+                  image_means.data() + t * z.used * z.C);
+    }
+  }
+  token_means(text_tokens, text_mask, text_means.data());
+  // The i-th used image of all, without those between groups that are not used.
+  const auto row_of = [&](int64_t image) { return image / z.G * z.used + image % z.G; };
+  for (int64_t a = 0; a < z.A; ++a, state += z.features) {
+    std::fill_n(state, 2 * z.C, wide_t(0));
+    for (int64_t i = 0; i < z.images; ++i) {
+      const wide_t* from = image_means.data() + row_of(z.image(a, i)) * z.C;
+      for (int64_t c = 0; c < z.C; ++c) state[c] += from[c];
+    }
+    for (int64_t i = 0; i < z.texts; ++i) {
+      const wide_t* from = text_means.data() + z.text(a, i) * z.C;
+      for (int64_t c = 0; c < z.C; ++c) state[z.C + c] += from[c];
+    }
+    for (int64_t c = 0; c < z.C; ++c) state[c] /= static_cast<wide_t>(z.images);
+    for (int64_t c = 0; c < z.C; ++c) state[z.C + c] /= static_cast<wide_t>(z.texts);
+    state[2 * z.C] = static_cast<wide_t>(Cosine(state, state + z.C, z.C).value);
+  }
+}
+
+// From grad (A, 2C + 1), of which the cosine's part is carried over to the means: the gradient of
+// every token that counts of an image (B, C) and of a text (T, C).
+template <class wide_t>
+void state_backward(const Shape& z, const at::Tensor& image_tokens, const at::Tensor& text_tokens,
+                    const OptionalTensor& image_mask, const OptionalTensor& text_mask,
+                    const wide_t* state, wide_t* grad, wide_t* image_rows, wide_t* text_rows) {
+  const Tokens image_keep(image_tokens, image_mask), text_keep(text_tokens, text_mask);
+  std::fill_n(image_rows, z.B * z.C, wide_t(0));
+  std::fill_n(text_rows, z.T * z.C, wide_t(0));
+  const auto share = [](int64_t tokens, int64_t of) {
+    return wide_t(1) / static_cast<wide_t>(std::max<int64_t>(1, tokens) * of);
+  };
+  for (int64_t a = 0; a < z.A; ++a, state += z.features, grad += z.features) {
+    const wide_t *image = state, *text = state + z.C;
+    Cosine(image, text, z.C).backward(grad[2 * z.C], image, text, z.C, grad, grad + z.C);
+    for (int64_t i = 0; i < z.images; ++i) {
+      const int64_t b = z.image(a, i);
+      const wide_t factor = share(image_keep.count(b), z.images);
+      for (int64_t c = 0; c < z.C; ++c) image_rows[b * z.C + c] = factor * grad[c];
+    }
+    for (int64_t i = 0; i < z.texts; ++i) {
+      const int64_t t = z.text(a, i);
+      const wide_t factor = share(text_keep.count(t), z.texts);
+      for (int64_t c = 0; c < z.C; ++c) text_rows[t * z.C + c] += factor * grad[z.C + c];
+    }
+  }
+}
+
+}  // namespace dvla_fast::policy

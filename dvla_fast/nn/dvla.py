@@ -371,12 +371,11 @@ class _GatePass:
         fused: Tensor,
         aligned: Tensor,
     ) -> None:
-        decision = (out.alpha, out.action_logit, out.log_prob, out.entropy, out.state)
+        decision, state = (out.alpha, out.action_logit, out.log_prob, out.entropy), out.state
         if self.model.alpha_scope == "image":
             decision = tuple(x.unflatten(0, (self.episodes, -1)) for x in decision)
-        *made, state = decision
-        trace = LayerTrace(location, *made, *pooled, fused, aligned)
-        self.traces.append(trace._replace(state=state))
+            state = state.unflatten(0, (self.episodes, -1))
+        self.traces.append(LayerTrace(location, *decision, *pooled, fused, aligned, state))
 
     def _handed_back(self, out: GateOutput) -> GatedTokens:
         return GatedTokens(out.image_tokens, out.fused, per_image(self.mask, out.fused.shape[0]))

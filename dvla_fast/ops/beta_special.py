@@ -142,8 +142,8 @@ def beta_kl(
     """KL(Beta(κp, κ(1 − p)) ‖ Beta(κ'p', κ'(1 − p'))) in nats.
 
     With D(x, y) = log Γ(y) − log Γ(x) − (y − x)ψ(x) ≥ 0 the divergence is
-    D(a, a') + D(b, b') − D(κ, κ'). Each D is a sum of non-negative terms here: neighbouring policies
-    of large κ keep their digits, where the closed form is a small difference of large numbers.
+    D(a, a') + D(b, b') − D(κ, κ'). Each D is a sum of non-negative terms here: neighbours of
+    large κ keep their digits, where the closed form is a small difference of large numbers.
 
     Args:
         logits, concentration: the first policy, which the expectation is over.

@@ -133,7 +133,7 @@ class MetatuneConfig:
         0,
     )
     clip: float = option(0.2, "clip range of the probability ratio (ppo, grpo)")
-    preference_beta: float = option(0.5, "strength of a preference (dpo)")
+    preference_beta: float = option(0.1, "strength of a preference (dpo)")
     reference: str = option(
         "fixed",
         "frozen gate to compare with (counterfactual, dpo, kl_weight): fixed, of mean "

@@ -179,7 +179,7 @@ class PreferencePairs(Objective):
     needs_reference_density = True
     repeatable = True
 
-    def __init__(self, beta: float = 0.5) -> None:
+    def __init__(self, beta: float = 0.1) -> None:
         super().__init__()
         if not 0.0 < beta < float("inf"):
             raise ValueError(f"beta: expected a positive finite number, got {beta}")
@@ -258,7 +258,7 @@ def build_objective(
     *,
     samples: int = 4,
     clip: float = 0.2,
-    beta: float = 0.5,
+    beta: float = 0.1,
     through_loss: bool = False,
 ) -> Objective:
     """The objective of that name; parameters that it does not have are ignored.

@@ -34,6 +34,10 @@ ELSEWHERE = {
     "dvla-fast pretrain --output runs/backbone": "tests/engine/test_demo.py::demo",
     "dvla-fast metatune --output runs/tuned --checkpoint"
     " runs/backbone/checkpoints/pretrain-best.safetensors": "tests/test_cli.py::metatune",
+    "dvla-fast metatune --output runs/grpo --checkpoint"
+    " runs/backbone/checkpoints/pretrain-best.safetensors --metatune.objective grpo": (
+        "tests/engine/test_gating.py::grpo"
+    ),
     "dvla-fast evaluate --output runs/result --checkpoint"
     " runs/tuned/checkpoints/metatune-best.safetensors": "tests/test_cli.py::evaluate",
     "dvla-fast metatune --resume --output runs/tuned": "tests/engine/test_resume.py::resume",

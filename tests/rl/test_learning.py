@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from scipy import integrate, special, stats
 
 from benchmarks.policy_gradient import (
     BASELINES,
+    HARDER,
     SETTINGS,
     TARGETS,
     TwoLayerProblem,
@@ -124,3 +126,9 @@ def test_two_layers_learn_high_alpha_first_and_low_alpha_second(seed: int) -> No
     assert best[1] <= 0.2
     assert learned[0] > 0.8
     assert learned[1] < 0.2
+
+
+def test_the_documented_tables_have_these_rows() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reinforcement.md").read_text()
+    for name in (*SETTINGS, *HARDER, *BASELINES):
+        assert f"\n| {name} |" in page

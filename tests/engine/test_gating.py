@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.policy_gradient import RECIPES as DIGITS_RECIPES
+from benchmarks.policy_gradient import digits_table
 from dvla_fast.data import EpisodeSampler, FewShotData
 from dvla_fast.engine import metatune as metatune_module
 from dvla_fast.engine.build import (
@@ -321,6 +323,13 @@ def test_other_policies_still_train(
     tune(folder, few_digits, with_gating(tiny, epochs=1, **settings))
     row = folder.rows("metatune")[0]
     assert ("policy_kl" in row) == (policy == "categorical")
+
+
+def test_documented_digits_table(tmp_path: Path, tiny: DemoRun) -> None:
+    """`python -m benchmarks.policy_gradient --digits`, smaller."""
+    table = digits_table(tiny, tmp_path)
+    assert list(table) == list(DIGITS_RECIPES)
+    assert all(len(row) == 2 and min(row) > 0 for row in table.values())
 
 
 def test_help_names_every_choice() -> None:

@@ -32,9 +32,9 @@ def gradient_figures(coefficient: Tensor, score: Tensor) -> dict[str, Tensor]:
     A term is c·∂ log π(action)/∂ outputs, one a decision, with c = ∂ surrogate/∂ log π; for
     REINFORCE c is the advantage. "gradient_variance" is the sum over the outputs of the terms'
     variance over the D = E·n decisions of a layer: the gradient with respect to the policy's
-    *outputs*, before weights λ, entropy bonus and network. Divided by D it estimates the variance
-    of the step's mean where terms are independent; it holds the spread of the true gradient between
-    states too. "gradient_mean" is the norm of the mean term.
+    *outputs*, before weight λ, entropy bonus, penalty and network. Divided by D it estimates the
+    variance of the step's mean where terms are independent; it holds the spread of the true
+    gradient between states too. "gradient_mean" is the norm of the mean term.
 
     Args:
         coefficient: c, (L, E) or (L, E, n).

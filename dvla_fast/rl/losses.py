@@ -149,6 +149,7 @@ class PolicyLoss(nn.Module):
             score = score - self.kl_weight * divergence
             figures["kl_reference"] = divergence.detach().flatten(1).mean(1)
         loss = -self.weight * score.flatten(1).mean(1).sum()
+        figures["policy_loss"] = loss.detach()
         if callable(baseline) and given.requires_grad:
             fit, error = self.value_loss(given, signal)
             loss = loss + fit
@@ -157,7 +158,6 @@ class PolicyLoss(nn.Module):
         if scores is not None and not isinstance(self.objective, Pathwise):
             figures.update(gradient_figures(self._coefficient(decisions), scores))
         figures.update(
-            policy_loss=loss.detach(),
             entropy=entropy.detach().flatten(1).mean(1),
             reward=rewards.detach().mean(1),
             baseline=level.mean(1),

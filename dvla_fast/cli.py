@@ -43,10 +43,11 @@ _COMMANDS = {
   dvla-fast pretrain --resume --output runs/backbone""",
     ),
     "metatune": _Command(
-        "meta-tune gates and backbone on episodes, with REINFORCE",
+        "meta-tune gates and backbone on episodes, with policy gradients",
         "MetatuneRun",
         """  dvla-fast metatune --checkpoint runs/backbone/checkpoints/pretrain-best.safetensors
   dvla-fast metatune --checkpoint PRE.safetensors --metatune.shots [5] --metatune.epochs 40
+  dvla-fast metatune --checkpoint PRE.safetensors --metatune.objective ppo --metatune.baseline value
   dvla-fast metatune --checkpoint PRE.safetensors --data.dataset photos/ --semantics.bank bank.json
   dvla-fast metatune --resume --output runs/tuned""",
     ),

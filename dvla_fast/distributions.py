@@ -15,6 +15,7 @@ from torch.distributions import Distribution, constraints, register_kl
 from torch.distributions.utils import broadcast_all
 
 from dvla_fast import functional
+from dvla_fast.ops.beta_special import beta_cdf, beta_implicit_derivatives, beta_kl
 
 
 class MeanConcentrationBeta(Distribution):
@@ -35,7 +36,7 @@ class MeanConcentrationBeta(Distribution):
         "concentration": constraints.positive,
     }
     support = constraints.unit_interval
-    has_rsample = False
+    has_rsample = True
 
     def __init__(
         self,
@@ -69,6 +70,16 @@ class MeanConcentrationBeta(Distribution):
         return torch.sigmoid(self.logits)
 
     @property
+    def concentration1(self) -> Tensor:
+        """a = κp, under the name that torch's Beta has for it."""
+        return self._shapes()[0]
+
+    @property
+    def concentration0(self) -> Tensor:
+        """b = κ(1 − p), likewise."""
+        return self._shapes()[1]
+
+    @property
     def mode(self) -> Tensor:
         """(a − 1)/(a + b − 2) where both shapes exceed 1, else NaN, as torch's Beta gives."""
         a, b = self._shapes()
@@ -84,6 +95,20 @@ class MeanConcentrationBeta(Distribution):
         alpha = torch.sigmoid(self.sample_logit(sample_shape))
         return _inside(alpha)
 
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """:meth:`sample` with the implicit reparameterisation gradient (Figurnov et al., 2018).
+
+        First-order gradients with respect to ``logits`` (or ``mean``) and ``concentration``; see
+        :func:`dvla_fast.functional.beta_implicit_derivatives`.
+        """
+        drawn = self.sample_logit(sample_shape)
+        slope = beta_implicit_derivatives(self.logits, self.concentration, drawn)
+        # The added terms are 0 and carry the gradient.
+        moved = drawn + slope.logits.to(drawn.dtype) * (self.logits - self.logits.detach())
+        by_kappa = slope.concentration.to(drawn.dtype)
+        moved = moved + by_kappa * (self.concentration - self.concentration.detach())
+        return _inside(torch.sigmoid(moved))
+
     def sample_logit(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """The exact sample log(α/(1 − α)), shape ``sample_shape + batch_shape``."""
         shape = self._extended_shape(sample_shape)
@@ -91,7 +116,7 @@ class MeanConcentrationBeta(Distribution):
         return functional.beta_sample(logits.detach(), kappa.detach())[1]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density at α, which gets no gradient; 0 and 1 count as their nearest neighbours."""
+        """Log-density at α; 0 and 1 count as their nearest neighbours."""
         if self._validate_args:
             self._validate_sample(value)
         return self.log_prob_logit(torch.logit(_inside(value)))
@@ -99,15 +124,29 @@ class MeanConcentrationBeta(Distribution):
     def log_prob_logit(self, logit: Tensor) -> Tensor:
         """Log-density (with respect to α) at the sample with this logit."""
         logit, logits, kappa = torch.broadcast_tensors(logit, self.logits, self.concentration)
-        return functional.beta_log_prob(logits, kappa, logit)
+        density = functional.beta_log_prob(logits, kappa, logit)
+        if not logit.requires_grad:
+            return density
+        a, b = (x.detach() for x in self._shapes())
+        at = logit.detach()
+        slope = (a - 1) * torch.sigmoid(-at) - (b - 1) * torch.sigmoid(at)
+        return density + slope * (logit - at)  # adds 0, and the gradient of the value
 
     def entropy(self) -> Tensor:
         return functional.beta_entropy(self.logits, self.concentration)
 
     def cdf(self, value: Tensor) -> Tensor:
+        """P(α ≤ value), without gradient; see :func:`dvla_fast.functional.beta_cdf`."""
+        if self._validate_args:
+            self._validate_sample(value)
+        inside = beta_cdf(self.logits, self.concentration, torch.logit(_inside(value)))
+        inside = torch.where(value <= 0, torch.zeros_like(inside), inside)
+        return torch.where(value >= 1, torch.ones_like(inside), inside)
+
+    def icdf(self, value: Tensor) -> Tensor:
         raise NotImplementedError(
-            "MeanConcentrationBeta.cdf: PyTorch has no incomplete beta function; use"
-            " scipy.stats.beta.cdf with a = concentration*mean, b = concentration*(1 - mean)"
+            "MeanConcentrationBeta.icdf: use scipy.stats.beta.ppf with a = concentration1,"
+            " b = concentration0"
         )
 
     def _shapes(self) -> tuple[Tensor, Tensor]:
@@ -123,16 +162,4 @@ def _inside(alpha: Tensor) -> Tensor:
 
 @register_kl(MeanConcentrationBeta, MeanConcentrationBeta)
 def _kl(p: MeanConcentrationBeta, q: MeanConcentrationBeta) -> Tensor:
-    """KL(p‖q) in closed form, computed in float64: it is a difference of large terms."""
-    a, b = (x.double() for x in p._shapes())
-    c, d = (x.double() for x in q._shapes())
-    norm_p = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
-    norm_q = torch.lgamma(c) + torch.lgamma(d) - torch.lgamma(c + d)
-    kl = (
-        norm_q
-        - norm_p
-        + (a - c) * torch.digamma(a)
-        + (b - d) * torch.digamma(b)
-        + (c - a + d - b) * torch.digamma(a + b)
-    )
-    return kl.to(p.logits.dtype)
+    return beta_kl(p.logits, p.concentration, q.logits, q.concentration)

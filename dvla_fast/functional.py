@@ -7,6 +7,7 @@ from dvla_fast.ops.beta_policy import (
     beta_policy,
     beta_sample,
 )
+from dvla_fast.ops.beta_special import beta_cdf, beta_implicit_derivatives, beta_kl
 from dvla_fast.ops.dual_attention import dual_attention
 from dvla_fast.ops.dual_attention_cuda import float32_precision, set_float32_precision
 from dvla_fast.ops.gate_policy import GatePolicyOutput, gate_policy, gate_state
@@ -15,7 +16,10 @@ from dvla_fast.ops.gated_attention import gated_attention
 __all__ = [
     "BetaPolicyOutput",
     "GatePolicyOutput",
+    "beta_cdf",
     "beta_entropy",
+    "beta_implicit_derivatives",
+    "beta_kl",
     "beta_log_prob",
     "beta_policy",
     "beta_sample",

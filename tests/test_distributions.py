@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
-from torch.distributions import Beta, kl_divergence
+from scipy import stats
+from torch.distributions import Beta, Independent, kl_divergence
 
 from dvla_fast.distributions import MeanConcentrationBeta
 
@@ -67,8 +72,12 @@ def test_wrong_arguments_raise() -> None:
     policy = MeanConcentrationBeta(logits=torch.zeros(1), validate_args=True)
     with pytest.raises(ValueError, match="support"):
         policy.log_prob(torch.tensor([2.0]))
+    with pytest.raises(ValueError, match="support"):
+        policy.cdf(torch.tensor([-1.0]))
     with pytest.raises(NotImplementedError, match="scipy"):
-        policy.cdf(torch.tensor([0.5]))
+        policy.icdf(torch.tensor([0.5]))
+    with pytest.raises(NotImplementedError):
+        policy.enumerate_support()
 
 
 def test_rounded_samples_keep_a_finite_density() -> None:
@@ -80,3 +89,83 @@ def test_rounded_samples_keep_a_finite_density() -> None:
     uniform = MeanConcentrationBeta(logits=torch.zeros(2), concentration=2.0)
     ends = uniform.log_prob(torch.tensor([0.0, 1.0]))
     torch.testing.assert_close(ends, torch.zeros(2), atol=1e-5, rtol=0)
+
+
+def test_cdf_equals_scipy(pair: tuple[MeanConcentrationBeta, Beta]) -> None:
+    ours, theirs = pair
+    value = theirs.sample((20,))
+    want = stats.beta.cdf(value, theirs.concentration1, theirs.concentration0)
+    torch.testing.assert_close(ours.cdf(value), torch.from_numpy(want), rtol=1e-10, atol=1e-12)
+    assert ours.cdf(torch.tensor(0.0)).eq(0).all()
+    assert ours.cdf(torch.tensor(1.0)).eq(1).all()
+
+
+def test_parameters_under_the_names_of_torch(pair: tuple[MeanConcentrationBeta, Beta]) -> None:
+    ours, theirs = pair
+    torch.testing.assert_close(ours.concentration1, theirs.concentration1)
+    torch.testing.assert_close(ours.concentration0, theirs.concentration0)
+    assert ours.support == theirs.support
+    assert ours.has_enumerate_support == theirs.has_enumerate_support
+    assert "MeanConcentrationBeta" in repr(ours)
+
+
+def test_independent_sums_the_last_dimension(pair: tuple[MeanConcentrationBeta, Beta]) -> None:
+    ours, theirs = (Independent(x, 1) for x in pair)
+    value = theirs.sample()
+    assert ours.batch_shape == (3,)
+    assert ours.event_shape == (2,)
+    torch.testing.assert_close(ours.log_prob(value), theirs.log_prob(value))
+    torch.testing.assert_close(ours.entropy(), theirs.entropy())
+    torch.testing.assert_close(kl_divergence(ours, ours), torch.zeros(3).double())
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_are_the_same_distribution(
+    pair: tuple[MeanConcentrationBeta, Beta], how: str
+) -> None:
+    ours, theirs = pair
+    if how == "deepcopy":
+        copied = copy.deepcopy(ours)
+    elif how == "pickle":
+        copied = pickle.loads(pickle.dumps(ours))
+    else:
+        stream = io.BytesIO()
+        torch.save(ours, stream)
+        stream.seek(0)
+        copied = torch.load(stream, weights_only=False)
+    value = theirs.sample()
+    torch.testing.assert_close(copied.log_prob(value), ours.log_prob(value))
+    assert copied.batch_shape == ours.batch_shape
+
+
+def test_expanding_keeps_validation_and_shares_memory() -> None:
+    policy = MeanConcentrationBeta(logits=torch.zeros(2, 1), validate_args=True)
+    wide = policy.expand((4, 2, 3))
+    assert wide.logits.data_ptr() == policy.logits.data_ptr()
+    assert wide.mode.shape == wide.stddev.shape == wide.entropy().shape == (4, 2, 3)
+    with pytest.raises(ValueError, match="support"):
+        wide.log_prob(torch.tensor(1.5))
+
+
+def test_rsample_has_the_gradient_of_the_expectation() -> None:
+    """E[α²] = p(1 − p)/(κ + 1) + p²: its gradients by rsample, within five standard errors."""
+    torch.manual_seed(0)
+    logits = torch.full((20_000,), 0.7, dtype=torch.float64, requires_grad=True)
+    kappa = torch.full((20_000,), 3.0, dtype=torch.float64, requires_grad=True)
+    sample = MeanConcentrationBeta(logits=logits, concentration=kappa).rsample()
+    terms = torch.autograd.grad((sample**2).sum(), (logits, kappa))
+    one, k = (x[:1].detach().requires_grad_() for x in (logits, kappa))
+    p = torch.sigmoid(one)
+    exact = torch.autograd.grad(p * (1 - p) / (k + 1) + p**2, (one, k))
+    for got, want in zip(terms, exact):
+        assert abs(got.mean() - want) < 5 * got.std() / 20_000**0.5
+        assert abs(want) > 10 * got.std() / 20_000**0.5  # the comparison can tell
+
+
+def test_log_prob_differentiates_with_respect_to_the_value() -> None:
+    mean, kappa = torch.rand(5).double() * 0.6 + 0.2, torch.tensor(7.0).double()
+    ours = MeanConcentrationBeta(mean=mean, concentration=kappa)
+    theirs = Beta(kappa * mean, kappa * (1 - mean))
+    value = torch.rand(5).double().requires_grad_()
+    got, want = (torch.autograd.grad(d.log_prob(value).sum(), value)[0] for d in (ours, theirs))
+    torch.testing.assert_close(got, want)

@@ -34,6 +34,11 @@ ELSEWHERE = {
     "dvla-fast pretrain --output runs/backbone": "tests/engine/test_demo.py::demo",
     "dvla-fast metatune --output runs/tuned --checkpoint"
     " runs/backbone/checkpoints/pretrain-best.safetensors": "tests/test_cli.py::metatune",
+    "python -m benchmarks.policy_gradient --digits": "tests/engine/test_gating.py::--digits",
+    "dvla-fast metatune --output runs/grpo --checkpoint"
+    " runs/backbone/checkpoints/pretrain-best.safetensors --metatune.objective grpo": (
+        "tests/engine/test_gating.py::grpo"
+    ),
     "dvla-fast evaluate --output runs/result --checkpoint"
     " runs/tuned/checkpoints/metatune-best.safetensors": "tests/test_cli.py::evaluate",
     "dvla-fast metatune --resume --output runs/tuned": "tests/engine/test_resume.py::resume",

@@ -108,7 +108,43 @@ class MetatuneConfig:
     clip_norm: float = option(1.0, "largest gradient norm")
     augment: bool = option(False, "shift, rotate and scale images as pre-training does")
     freeze_norm: bool = option(True, "keep the backbone's BatchNorm statistics of pre-training")
-    reinforce_weight: float = option(0.1, "weight of the REINFORCE loss")
+    objective: str = option(
+        "reinforce", "policy objective: reinforce, ppo, grpo, counterfactual, dpo or pathwise"
+    )
+    baseline: str = option(
+        "auto",
+        "what is subtracted from a reward: ema, leave-one-out, value, none, or auto: ema where "
+        "the objective takes one",
+    )
+    rewards: dict[str, float] = field(
+        default_factory=dict,
+        metadata=about(
+            "weights of rewards by name, e.g. {accuracy: 1.0}: similarity, improvement, "
+            "episode_improvement, accuracy, log_likelihood; empty: similarity and improvement, "
+            "weighted lambda_sim and lambda_imp"
+        ),
+    )
+    samples: int = option(
+        0, "gates drawn for each episode; 0: what objective and baseline need (1, 2 or 4)", 0
+    )
+    policy_epochs: int = option(
+        0,
+        "policy updates from the same draws; 0: the objective's usual (ppo and grpo 4, else 1)",
+        0,
+    )
+    clip: float = option(0.2, "clip range of the probability ratio (ppo, grpo)")
+    preference_beta: float = option(0.1, "strength of a preference (dpo)")
+    reference: str = option(
+        "fixed",
+        "frozen gate to compare with (counterfactual, dpo, kl_weight): fixed, of mean "
+        "reference_alpha, or epoch, the policy as it was when the epoch began",
+    )
+    reference_alpha: float = option(0.5, "mean of the fixed reference gate")
+    kl_weight: float = option(0.0, "weight of the divergence from the reference policy", 0)
+    normalise_advantage: bool = option(False, "give a layer's advantages mean 0 and deviation 1")
+    discount: float = option(0.0, "share of later gates' rewards in a gate's own, 0 to 1", 0)
+    value_weight: float = option(0.5, "weight of the value network's squared error", 0)
+    reinforce_weight: float = option(0.1, "weight of the policy loss")
     entropy_weight: float = option(0.2, "weight of the policy's entropy bonus")
     lambda_sim: float = option(0.5, "weight of the similarity reward")
     lambda_imp: float = option(1.0, "weight of the accuracy-improvement reward")

@@ -31,6 +31,7 @@ from dvla_fast.engine.build import (
 )
 from dvla_fast.engine.config import DemoRun, to_dict
 from dvla_fast.engine.evaluate import FIXED, INTERVAL, LEARNED, VISUAL, evaluate_shot, load_model
+from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import metatune
 from dvla_fast.engine.pretrain import pretrain
@@ -50,7 +51,8 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     texts, semantics = build_texts(config.semantics, data, device)
     backbone = backbone_spec(config.model, data.channels, data.image_size)
     spec = model_spec(config.model, backbone, config.semantics.dim)
-    build_model(spec)  # settings that fit no model must not show up after the training
+    # Settings that fit no model must not show up after the training.
+    GateTraining(config.metatune, build_model(spec))
     settings = config.evaluate
     for shot in settings.shots:  # nor too few images
         EpisodeSampler(data.split(settings.split), settings.way, shot, settings.query, 0)

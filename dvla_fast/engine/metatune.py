@@ -1,14 +1,16 @@
 """Meta-tuning: gates, policy and backbone learn on episodes of the base classes.
 
 Each step runs a few episodes at once: supports sample a gate value per gated layer from the
-policy, queries replay it, and the loss is the classifier's cross-entropy plus the REINFORCE loss
-of the gates (paper, section on reinforcement-learning gating). Figures stay on the device and are
-read once per epoch. Nothing here sees a novel class.
+policy, queries replay it, and the loss is the classifier's cross-entropy plus the policy loss of
+the gates: REINFORCE by default (paper, section on reinforcement-learning gating), or what
+``engine.gating`` is told. Figures stay on the device and are read once per epoch. Nothing here sees
+a novel class.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +41,24 @@ from dvla_fast.engine.config import (
     to_dict,
 )
 from dvla_fast.engine.evaluate import LEARNED, gated_accuracies
+from dvla_fast.engine.gating import Episodes, GateTraining
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.pretrain import augment, monitor_sampler
 from dvla_fast.engine.state import TrainingState
 from dvla_fast.nn import DVLA
-from dvla_fast.rl import EMABaseline, ReinforceLoss, total_loss
+from dvla_fast.rl import collapsed_layers, total_loss
 from dvla_fast.semantics import EncodedTexts
 
 
-def parameter_groups(model: DVLA, config: MetatuneConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: DVLA, config: MetatuneConfig, baseline: nn.Module | None = None
+) -> list[dict[str, Any]]:
     """Split parameters: the backbone at its small rate, everything new at the full one."""
     backbone = list(model.backbone.parameters())
     known = {id(parameter) for parameter in backbone}
     new = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    if baseline is not None:
+        new += baseline.parameters()
     return [
         {"params": new, "lr": config.lr},
         {"params": backbone, "lr": config.backbone_lr},
@@ -114,21 +121,27 @@ def metatune(
 
     Raises:
         TrainingError: the loss became NaN or infinite; the last good checkpoint stays.
+        UsageError: settings of the gates' learning that do not fit together.
+
+    Warns:
+        RuntimeWarning: a gate's policy has collapsed; once a layer.
     """
-    device = data.base.images.device
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay)
-    baseline = EMABaseline(len(model.gated_layers), momentum=config.baseline_momentum).to(device)
+    gates = GateTraining(config, model)
+    groups = parameter_groups(model, config, gates.baseline)
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     state = TrainingState(
-        folder, "metatune", spec, {"model": model, "baseline": baseline}, optimizer, rng
+        folder, "metatune", spec, {"model": model, **gates.modules}, optimizer, rng
     )
     state.facts = {"dataset": data.name, "seed": seed, **(facts or {})}
     if folder.resume:
         state.restore()
-    step = _Step(config, model, data, texts, optimizer, baseline, augmentation, seed)
+    step = _Step(config, model, data, texts, optimizer, gates, augmentation, seed)
+    collapsed: set[int] = set()
     monitor = monitor_sampler(data, config.way, config.shots[0], config.query, seed + 1)
     progress.begin("meta-tune", config.epochs, state.epoch)
     while state.epoch < config.epochs:
         _training_mode(model, config.freeze_norm)
+        gates.begin_epoch()
         totals = _Totals()
         for _ in range(config.steps_per_epoch):
             totals.add(*_guarded(step, state.step, state.epoch + 1))
@@ -136,6 +149,9 @@ def metatune(
         row = totals.row()
         state.epoch += 1
         check_finite({"loss": row["loss"]}, "meta-tuning", f"epoch {state.epoch}")
+        if gates.stochastic:
+            row["collapsed"] = collapsed_layers(row["alpha_mean"], row["entropy"], gates.discrete)
+            _warn_of_collapse(row, model, collapsed)
         score = None
         if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
             score, alphas = _validate(model, data, texts, monitor, config.validation_episodes)
@@ -160,6 +176,20 @@ def _training_mode(model: DVLA, freeze_norm: bool) -> None:
                 module.eval()
 
 
+def _warn_of_collapse(row: dict[str, Any], model: DVLA, warned: set[int]) -> None:
+    for layer in set(row["collapsed"]) - warned:
+        stage, block = model.gated_layers[layer]
+        warnings.warn(
+            f"the policy at stage {stage}, block {block} has collapsed (mean alpha"
+            f" {row['alpha_mean'][layer]:.3f}, entropy {row['entropy'][layer]:.2f}): it draws the"
+            " same gate every time and learns no more; raise --metatune.entropy_weight, or lower"
+            " --metatune.lr or --metatune.reinforce_weight",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        warned.add(layer)
+
+
 def _guarded(step: _Step, number: int, epoch: int) -> tuple[dict[str, Tensor], Tensor]:
     """Take a step; the policy's own complaint about NaN becomes the run's."""
     try:
@@ -181,19 +211,16 @@ class _Step:
         data: FewShotData,
         texts: EncodedTexts,
         optimizer: torch.optim.Optimizer,
-        baseline: EMABaseline,
+        gates: GateTraining,
         augmentation: PretrainConfig | None,
         seed: int,
     ) -> None:
         self.config, self.model, self.data, self.texts = config, model, data, texts
-        self.optimizer, self.baseline, self.augmentation = optimizer, baseline, augmentation
+        self.optimizer, self.gates, self.augmentation = optimizer, gates, augmentation
         self.positions = split_classes(data, "base")
         self.samplers = [
             EpisodeSampler(data.base, config.way, shot, config.query, seed) for shot in config.shots
         ]
-        self.reinforce = ReinforceLoss(
-            entropy_weight=config.entropy_weight, weight=config.reinforce_weight
-        )
 
     def images(self, index: Tensor) -> Tensor:
         """Gather and normalise images: index (E, n) -> (E, n, C, H, W)."""
@@ -208,32 +235,49 @@ class _Step:
         turn, sampler = divmod(number, len(self.samplers))
         count = config.episodes_per_step
         batch = self.samplers[sampler].batch(turn * count, count).to(self.positions.device)
-        text = self.texts.episodes(self.positions[batch.classes])
-        output = self.model(
-            self.images(batch.support),
-            batch.support_labels,
-            self.images(batch.query),
-            text,
-            way=config.way,
+        rollout = self.gates.play(
+            Episodes(
+                self.images(batch.support),
+                batch.support_labels,
+                self.images(batch.query),
+                batch.query_labels,
+                self.texts.episodes(self.positions[batch.classes]),
+            ),
+            config.way,
         )
         loss, figures = total_loss(
-            output,
-            batch.query_labels,
-            text,
-            self.reinforce,
-            self.baseline,
-            lambda_sim=config.lambda_sim,
-            lambda_imp=config.lambda_imp,
+            rollout.output,
+            rollout.query_labels,
+            rollout.text,
+            self.gates.loss,
+            None if rollout.level is None else rollout.level.detach(),
+            rewards=rollout.rewards,
+            reference=rollout.reference,
+            scores=rollout.scores,
         )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-        self.optimizer.step()
+        extra, more = self.gates.extra_loss(rollout)
+        self._update(loss if extra is None else loss + extra)
+        for _ in range(self.gates.epochs - 1):
+            policy_loss, latest = self.gates.again(rollout)
+            self._update(policy_loss)
+            if "clip_fraction" in latest:  # of the last epoch: in the first one nothing is clipped
+                more["clip_fraction"] = latest["clip_fraction"]
+        more.update(self.gates.movement(rollout))
+        episodes = rollout.rewards.shape[1]
         with torch.no_grad():
             alphas = torch.stack(
-                [trace.alpha.float().reshape(count, -1).mean(1) for trace in output.layers]
+                [t.alpha.float().reshape(episodes, -1).mean(1) for t in rollout.output.layers]
             )
-        return {**figures, "loss": loss.detach()}, alphas
+        return {**figures, **more, "loss": loss.detach()}, alphas
+
+    def _update(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        values = list(self.gates.baseline.parameters()) if self.gates.baseline is not None else []
+        if values:
+            nn.utils.clip_grad_norm_(values, self.config.clip_norm)
+        self.optimizer.step()
 
 
 def _validate(
@@ -276,6 +320,7 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     tuning = config.metatune
     for shot in tuning.shots:  # fail before the folder is made
         EpisodeSampler(data.base, tuning.way, shot, tuning.query, 0)
+    GateTraining(tuning, model)  # likewise
     folder = RunFolder(config.output, to_dict(config), resume=config.resume)
     with Progress({"meta-tune": 1.0}, enabled=not quiet) as progress:
         best = metatune(

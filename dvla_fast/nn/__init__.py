@@ -23,6 +23,7 @@ from dvla_fast.nn.policy import (
     PolicyStep,
     StaticPolicy,
     build_policy,
+    frozen_policy,
 )
 from dvla_fast.nn.prototype import prototype_logits, prototypes
 
@@ -50,6 +51,7 @@ __all__ = [
     "Visformer",
     "build_backbone",
     "build_policy",
+    "frozen_policy",
     "prototype_logits",
     "prototypes",
     "visformer_tiny",

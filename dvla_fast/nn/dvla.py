@@ -57,6 +57,8 @@ class LayerTrace(NamedTuple):
     """(E, M, d): GAP(H)."""
     aligned: Tensor
     """(E, M, text_dim): U · GAP(H) with GAP(H) detached, so that a loss on it trains U alone."""
+    state: Tensor | None = None
+    """(E, 2d + 1) that the policy decided from; (E, images, 2d + 1) in alpha scope "image"."""
 
 
 class EpisodeOutput(NamedTuple):
@@ -370,10 +372,11 @@ class _GatePass:
         fused: Tensor,
         aligned: Tensor,
     ) -> None:
-        decision = (out.alpha, out.action_logit, out.log_prob, out.entropy)
+        decision, state = (out.alpha, out.action_logit, out.log_prob, out.entropy), out.state
         if self.model.alpha_scope == "image":
             decision = tuple(x.unflatten(0, (self.episodes, -1)) for x in decision)
-        self.traces.append(LayerTrace(location, *decision, *pooled, fused, aligned))
+            state = state.unflatten(0, (self.episodes, -1))
+        self.traces.append(LayerTrace(location, *decision, *pooled, fused, aligned, state))
 
     def _handed_back(self, out: GateOutput) -> GatedTokens:
         return GatedTokens(out.image_tokens, out.fused, per_image(self.mask, out.fused.shape[0]))

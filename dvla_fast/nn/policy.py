@@ -7,14 +7,17 @@ autocast, since a log-density in half precision is noise.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dvla_fast import functional, reference
+
+P = TypeVar("P", bound="GatePolicy")
 
 
 class PolicyStep(NamedTuple):
@@ -74,6 +77,21 @@ class GatePolicy(nn.Module):
         step = self(state, action_logit=action_logit, sample=sample, generator=generator)
         return step, state
 
+    def outputs(self, state: Tensor) -> Tensor:
+        """What the policy's network says about states (A, 2·dim + 1): (A, O).
+
+        O = 1, the logit of the mean, for the Beta policy; 3 logits for the categorical one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} draws no action")
+
+    def score(self, outputs: Tensor, action_logit: Tensor) -> Tensor:
+        """∂ log π(action)/∂ outputs: outputs (A, O), action (A,) -> (A, O), without gradient."""
+        raise NotImplementedError(f"{type(self).__name__} draws no action")
+
+    def divergence(self, outputs: Tensor, other: Tensor) -> Tensor:
+        """KL(π ‖ π') in nats of two sets of outputs (A, O) -> (A,)."""
+        raise NotImplementedError(f"{type(self).__name__} draws no action")
+
     def _refuse_action(self, action_logit: Tensor | None) -> None:
         if action_logit is not None:
             raise ValueError(
@@ -108,10 +126,13 @@ class StateNetwork(nn.Module):
 class BetaPolicy(GatePolicy):
     """α ~ Beta(κp, κ(1 − p)), p = sigmoid(MLP(s)); the mean p when not sampling (method §3).
 
-    No gradient flows through α: the network learns from log_prob and entropy alone.
+    No gradient flows through α: the network learns from log_prob and entropy alone. With the
+    attribute ``pathwise`` set, a drawn α carries its implicit reparameterisation gradient
+    (Figurnov et al., 2018), which is there to be compared with.
     """
 
     stochastic = True
+    pathwise = False
 
     def __init__(self, dim: int, hidden_dim: int = 128, concentration: float = 10.0) -> None:
         super().__init__()
@@ -139,6 +160,12 @@ class BetaPolicy(GatePolicy):
             deterministic=action_logit is None and not sample,
             generator=generator,
         )
+        if self.pathwise and sample and action_logit is None:
+            alpha, drawn = step.alpha, step.action_logit
+            slope = functional.beta_implicit_derivatives(logits, self.concentration, drawn).logits
+            # Adds 0, and the gradient dα/dη = α(1 − α) dl/dη.
+            moved = alpha + alpha * (1 - alpha) * slope * (logits - logits.detach())
+            return PolicyStep(moved, *step[1:])
         return PolicyStep(*step)
 
     def decide(
@@ -152,6 +179,8 @@ class BetaPolicy(GatePolicy):
         **pooling: Any,
     ) -> tuple[PolicyStep, Tensor]:
         """See :meth:`GatePolicy.decide`: here state, network and policy are one call."""
+        if self.pathwise and sample and action_logit is None:
+            return super().decide(image_tokens, text_tokens, generator=generator, **pooling)
         *step, state = functional.gate_policy(
             image_tokens,
             text_tokens,
@@ -163,6 +192,25 @@ class BetaPolicy(GatePolicy):
             **pooling,
         )
         return PolicyStep(*step), state
+
+    def outputs(self, state: Tensor) -> Tensor:
+        """See :class:`GatePolicy`."""
+        logits: Tensor = self.network(state)
+        return logits
+
+    @torch.no_grad()
+    def score(self, outputs: Tensor, action_logit: Tensor) -> Tensor:
+        """κp(1 − p)(l − ψ(κp) + ψ(κ(1 − p))) for the action's logit l."""
+        logits, kappa = outputs.squeeze(-1).double(), self.concentration
+        p, rest = torch.sigmoid(logits), torch.sigmoid(-logits)
+        center = torch.digamma(kappa * p) - torch.digamma(kappa * rest)
+        score = kappa * p * rest * (action_logit.double() - center)
+        return score.to(outputs.dtype).unsqueeze(-1)
+
+    def divergence(self, outputs: Tensor, other: Tensor) -> Tensor:
+        """See :class:`GatePolicy`."""
+        first, second = outputs.squeeze(-1), other.squeeze(-1)
+        return functional.beta_kl(first, self.concentration, second, self.concentration)
 
     def extra_repr(self) -> str:
         return f"concentration={self.concentration:g}"
@@ -210,6 +258,22 @@ class CategoricalPolicy(GatePolicy):
         log_prob = log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1)
         entropy = -(probs * log_probs).sum(-1)
         return PolicyStep(alpha, index.to(probs.dtype), log_prob, entropy)
+
+    def outputs(self, state: Tensor) -> Tensor:
+        """See :class:`GatePolicy`."""
+        logits: Tensor = self.network(state)
+        return logits
+
+    @torch.no_grad()
+    def score(self, outputs: Tensor, action_logit: Tensor) -> Tensor:
+        """The one-hot choice minus the probabilities."""
+        chosen = F.one_hot(action_logit.long(), len(self.choices)).to(outputs.dtype)
+        return chosen - torch.softmax(outputs, dim=-1)
+
+    def divergence(self, outputs: Tensor, other: Tensor) -> Tensor:
+        """See :class:`GatePolicy`."""
+        first, second = F.log_softmax(outputs, dim=-1), F.log_softmax(other, dim=-1)
+        return (first.exp() * (first - second)).sum(-1)
 
 
 class FixedPolicy(GatePolicy):
@@ -285,6 +349,29 @@ def _certain(logit: Tensor, alpha: Tensor | None = None) -> PolicyStep:
     alpha = torch.sigmoid(logit) if alpha is None else alpha
     zero = torch.zeros_like(alpha, requires_grad=False)
     return PolicyStep(alpha, logit.detach(), zero, zero)
+
+
+def frozen_policy(policy: P, alpha: float | None = None) -> P:
+    """A copy of a policy that does not learn: the reference that others are compared with.
+
+    Args:
+        policy: of a gate; stays as it is.
+        alpha: mean of the copy in every state, in (0, 1), with the concentration of ``policy``;
+            None: the copy answers as ``policy`` does now.
+
+    Raises:
+        ValueError: ``alpha`` is out of range, or given for another policy than the Beta one.
+    """
+    frozen = copy.deepcopy(policy).requires_grad_(False).eval()
+    if alpha is None:
+        return frozen
+    if not 0.0 < alpha < 1.0:
+        raise ValueError(f"alpha: expected a number in (0, 1), got {alpha}")
+    if not isinstance(frozen, BetaPolicy):
+        raise ValueError(f"alpha: {type(policy).__name__} has no mean to set; only BetaPolicy has")
+    frozen.network.out.weight.zero_()
+    frozen.network.out.bias.fill_(torch.logit(torch.tensor(alpha)).item())
+    return frozen
 
 
 _POLICIES: dict[str, Callable[[int, int, float, float], GatePolicy]] = {

@@ -162,7 +162,7 @@ def _rewards(axis: Any, rows: Sequence[Mapping[str, Any]], layers: Sequence[str]
     ):
         axis.plot(steps, reward, color=colour, label=layer)
         axis.plot(steps, baseline, color=colour, linewidth=1.2, linestyle=(0, (4, 3)))
-    axis.plot([], [], color=_GREY, linewidth=1.2, linestyle=(0, (4, 3)), label="moving baseline")
+    axis.plot([], [], color=_GREY, linewidth=1.2, linestyle=(0, (4, 3)), label="baseline")
     axis.set(xlabel="epoch", ylabel="reward")
     axis.legend(loc="lower right")
 

@@ -1,26 +1,91 @@
-"""Reinforcement learning of the gates: rewards, baselines, losses."""
+"""Reinforcement learning of the gates: rewards, baselines, objectives, losses, diagnostics."""
 
-from dvla_fast.rl.baselines import EMABaseline, LeaveOneOutBaseline
-from dvla_fast.rl.losses import ReinforceLoss, alignment_loss, total_loss
+from dvla_fast.rl.baselines import (
+    BASELINES,
+    EMABaseline,
+    LeaveOneOutBaseline,
+    ValueBaseline,
+    build_baseline,
+    normalise_advantage,
+)
+from dvla_fast.rl.diagnostics import (
+    advantage_figures,
+    alpha_figures,
+    collapsed_layers,
+    gradient_figures,
+)
+from dvla_fast.rl.losses import (
+    PolicyLoss,
+    Reference,
+    ReinforceLoss,
+    alignment_loss,
+    gate_states,
+    total_loss,
+)
+from dvla_fast.rl.objectives import (
+    OBJECTIVES,
+    ClippedSurrogate,
+    Counterfactual,
+    Decisions,
+    GroupRelative,
+    Objective,
+    Pathwise,
+    PreferencePairs,
+    Reinforce,
+    build_objective,
+)
 from dvla_fast.rl.rewards import (
+    RewardInputs,
     accuracy_reward,
     alignment_cosine,
+    check_reward_weights,
+    discounted_returns,
     episode_accuracy,
     layer_rewards,
+    register_reward,
+    reward_names,
     reward_parts,
     similarity_reward,
+    weighted_rewards,
 )
 
 __all__ = [
+    "BASELINES",
+    "OBJECTIVES",
+    "ClippedSurrogate",
+    "Counterfactual",
+    "Decisions",
     "EMABaseline",
+    "GroupRelative",
     "LeaveOneOutBaseline",
+    "Objective",
+    "Pathwise",
+    "PolicyLoss",
+    "PreferencePairs",
+    "Reference",
+    "Reinforce",
     "ReinforceLoss",
+    "RewardInputs",
+    "ValueBaseline",
     "accuracy_reward",
+    "advantage_figures",
     "alignment_cosine",
     "alignment_loss",
+    "alpha_figures",
+    "build_baseline",
+    "build_objective",
+    "check_reward_weights",
+    "collapsed_layers",
+    "discounted_returns",
     "episode_accuracy",
+    "gate_states",
+    "gradient_figures",
     "layer_rewards",
+    "normalise_advantage",
+    "register_reward",
+    "reward_names",
     "reward_parts",
     "similarity_reward",
     "total_loss",
+    "weighted_rewards",
 ]

@@ -1,13 +1,18 @@
 """Baselines: what REINFORCE subtracts from a reward, to lower the variance and not the mean.
 
-Called with the rewards (L, E) of a step, a baseline returns values that broadcast to them and do
-not depend on the action that each is subtracted from; then, in training, it takes the step in.
+Called with the rewards (L, E) of a step (and, where its ``needs_states`` says so, with the states
+that the gates decided from), a baseline returns values that broadcast to the rewards and do not
+depend on the action that each is subtracted from; then, in training, it takes the step in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+from dvla_fast.nn.policy import StateNetwork
 
 
 class EMABaseline(nn.Module):
@@ -86,3 +91,99 @@ class LeaveOneOutBaseline(nn.Module):
             )
         groups = rewards.unflatten(-1, (-1, count))
         return ((groups.sum(-1, keepdim=True) - groups) / (count - 1)).flatten(-2)
+
+
+class ValueBaseline(nn.Module):
+    """A value network a layer, V(s) ≈ E[R | s], from the states that the gates decide from.
+
+    Its values carry a gradient: the policy loss adds the squared error between them and the
+    rewards, and subtracts them detached (Sutton and Barto, 2018, chapter 13.4).
+
+    Args:
+        dims: width d of each gated layer's tokens; its state is (…, 2·d + 1).
+        hidden_dim: hidden width.
+
+    Raises:
+        ValueError: no layer, or a size that is not positive.
+    """
+
+    needs_states = True
+
+    def __init__(self, dims: Sequence[int], hidden_dim: int = 128) -> None:
+        super().__init__()
+        if not dims or min(dims) < 1 or hidden_dim < 1:
+            raise ValueError(f"dims, hidden_dim: expected positive, got {dims} and {hidden_dim}")
+        self.networks = nn.ModuleList(StateNetwork(dim, hidden_dim) for dim in dims)
+
+    def forward(self, rewards: Tensor, states: Sequence[Tensor] | None = None) -> Tensor:
+        """Rewards (L, E) and states, (E, 2·d + 1) or (E, n, 2·d + 1) a layer -> values (L, E).
+
+        Raises:
+            ValueError: no states, or states of another number of layers or episodes.
+        """
+        if states is None:
+            raise ValueError("states: the value network needs the states of the gates")
+        if len(states) != len(self.networks) or rewards.shape[0] != len(self.networks):
+            raise ValueError(
+                f"states: {len(states)} layers and rewards of {rewards.shape[0]}, expected"
+                f" {len(self.networks)}"
+            )
+        values = []
+        for network, state in zip(self.networks, states):
+            pooled = state.detach()
+            if pooled.dim() == 3:  # one reward for all decisions of an episode
+                pooled = pooled.mean(1)
+            if pooled.shape[0] != rewards.shape[1]:
+                raise ValueError(
+                    f"states: {pooled.shape[0]} episodes, rewards have {rewards.shape[1]}"
+                )
+            values.append(network(pooled).squeeze(-1))
+        return torch.stack(values).to(rewards.dtype)
+
+
+BASELINES = ("ema", "leave-one-out", "value", "none")
+
+
+def build_baseline(
+    name: str,
+    dims: Sequence[int],
+    *,
+    momentum: float = 0.9,
+    samples: int | None = None,
+    hidden_dim: int = 128,
+) -> nn.Module | None:
+    """The baseline of that name for gated layers of widths ``dims``; None for "none".
+
+    Args:
+        name: one of ``BASELINES``.
+        dims: width d of each gated layer's tokens.
+        momentum: of the moving average.
+        samples: of the leave-one-out baseline.
+        hidden_dim: of the value network.
+
+    Raises:
+        ValueError: unknown name, or a parameter out of its range.
+    """
+    if name == "ema":
+        return EMABaseline(len(dims), momentum)
+    if name == "leave-one-out":
+        return LeaveOneOutBaseline(samples)
+    if name == "value":
+        return ValueBaseline(dims, hidden_dim)
+    if name == "none":
+        return None
+    raise ValueError(f"baseline: unknown {name!r}; expected one of {', '.join(BASELINES)}")
+
+
+def normalise_advantage(advantage: Tensor, epsilon: float = 1e-4) -> Tensor:
+    """(A − mean)/(standard deviation + ε) over the episodes of each layer, (L, E).
+
+    Raises:
+        ValueError: fewer than two episodes.
+    """
+    if advantage.shape[1] < 2:
+        raise ValueError(
+            f"advantage: {advantage.shape[1]} episode cannot be normalised; needs two or more"
+        )
+    spread = advantage.std(1, unbiased=False, keepdim=True)
+    return (advantage - advantage.mean(1, keepdim=True)) / (spread + epsilon)

@@ -1,24 +1,219 @@
-"""The objective of DVLA-RL: cross-entropy of the prototypes plus REINFORCE for the gates.
+"""The loss of DVLA-RL: cross-entropy of the prototypes plus a policy loss for the gates.
 
-L = L_sup + λ L_RL with ∇L_RL = −E[(R − b) ∇ log π] − τ ∇H(π) (method §3). Diagnostics stay on
-the device: nothing here waits for a GPU.
+L = L_sup + λ L_RL with, for the paper's REINFORCE, ∇L_RL = −E[(R − b) ∇ log π] − τ ∇H(π) (method
+§3). Diagnostics stay on the device: nothing here waits for a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dvla_fast.nn.dvla import EpisodeOutput, TextTokens
-from dvla_fast.rl.rewards import alignment_cosine, episode_accuracy, reward_parts
+from dvla_fast.rl.baselines import normalise_advantage
+from dvla_fast.rl.diagnostics import advantage_figures, alpha_figures, gradient_figures
+from dvla_fast.rl.objectives import Decisions, Objective, Pathwise, Reinforce
+from dvla_fast.rl.rewards import (
+    RewardInputs,
+    alignment_cosine,
+    discounted_returns,
+    episode_accuracy,
+    weighted_rewards,
+)
 
-Baseline = Callable[[Tensor], Tensor]
+Baseline = Callable[..., Tensor]
+"""Rewards (L, E), and the gates' states if it ``needs_states`` -> what broadcasts to rewards."""
 
 
-class ReinforceLoss(nn.Module):
+class Reference(NamedTuple):
+    """What a frozen reference gate says about the same episodes; both without gradient."""
+
+    rewards: Tensor | None = None
+    """(L, E): its rewards."""
+    log_prob: Tensor | None = None
+    """(L, E) or (L, E, n): its log-densities of the actions that were taken."""
+
+
+class PolicyLoss(nn.Module):
+    """λ Σ_layers mean_episodes −[surrogate + τ H − w_KL KL(π‖π_ref)], for any objective.
+
+    Args:
+        objective: what turns advantages into a surrogate; None: REINFORCE.
+        entropy_weight: τ.
+        weight: λ, the loss's weight beside the supervised one.
+        normalise: make the advantages of each layer have mean 0 and standard deviation 1.
+        discount: see :func:`dvla_fast.rl.discounted_returns`; 0: each layer its own reward.
+        kl_weight: w_KL; the divergence is estimated at the actions taken by r − 1 − log r ≥ 0,
+            r = π_ref/π, as GRPO does.
+        value_weight: of the squared error of a baseline whose values carry a gradient.
+
+    Raises:
+        ValueError: a weight or the discount out of its range.
+    """
+
+    def __init__(
+        self,
+        objective: Objective | None = None,
+        entropy_weight: float = 0.2,
+        weight: float = 0.1,
+        *,
+        normalise: bool = False,
+        discount: float = 0.0,
+        kl_weight: float = 0.0,
+        value_weight: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= discount <= 1.0:
+            raise ValueError(f"discount: expected a number in [0, 1], got {discount}")
+        for name, value in (("kl_weight", kl_weight), ("value_weight", value_weight)):
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"{name}: expected a finite number from 0, got {value}")
+        self.objective = Reinforce() if objective is None else objective
+        if normalise and not self.objective.takes_baseline:
+            raise ValueError(f"normalise: {type(self.objective).__name__} has its own scale")
+        self.entropy_weight = entropy_weight
+        self.weight = weight
+        self.normalise = normalise
+        self.discount = discount
+        self.kl_weight = kl_weight
+        self.value_weight = value_weight
+
+    def signal(self, rewards: Tensor, reference: Reference | None = None) -> Tensor:
+        """Rewards (L, E) as the baseline sees them: discounted, minus the reference's."""
+        theirs = None if reference is None else reference.rewards
+        if self.discount:
+            rewards = discounted_returns(rewards, self.discount)
+            theirs = None if theirs is None else discounted_returns(theirs, self.discount)
+        return self.objective.signal(rewards, theirs)
+
+    def forward(
+        self,
+        log_prob: Tensor,
+        entropy: Tensor,
+        rewards: Tensor,
+        baseline: Baseline | Tensor | None = None,
+        *,
+        states: Sequence[Tensor] | None = None,
+        old_log_prob: Tensor | None = None,
+        reference: Reference | None = None,
+        scores: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss () and detached diagnostics.
+
+        Args:
+            log_prob: (L, E) of the actions taken; (L, E, n) for n decisions an episode, which
+                share its reward.
+            entropy: like ``log_prob``.
+            rewards: (L, E); no gradient flows to them, but for a differentiable objective.
+            baseline: a module such as :class:`EMABaseline`, called once with ``signal(rewards)``
+                (and ``states``, if it ``needs_states``), which learns if its values carry a
+                gradient; a tensor that broadcasts to ``rewards``, taken as it is; None: 0.
+            states: what the gates decided from, one tensor a layer, for the baseline.
+            old_log_prob: like ``log_prob``, under the policy that drew the actions; None: it is
+                the same one.
+            reference: what the objective or ``kl_weight`` compares with.
+            scores: (L, E, O) or (L, E, n, O) of :meth:`dvla_fast.nn.GatePolicy.score`: adds
+                :func:`dvla_fast.rl.gradient_figures`.
+
+        Returns:
+            The weighted loss; "policy_loss" () and, per layer (L,), "entropy", "reward",
+            "baseline" and those of :func:`dvla_fast.rl.advantage_figures`; the objective's own;
+            "value_error" and "kl_reference" (L,) where there are any.
+
+        Raises:
+            ValueError: shapes that do not fit together, or something the objective lacks.
+        """
+        self._check(log_prob, entropy, rewards, old_log_prob, reference, baseline)
+        if not self.objective.differentiable:
+            rewards = rewards.detach()
+        signal = self.signal(rewards, reference)
+        given: Any = baseline
+        if callable(baseline):
+            more = (states,) if getattr(baseline, "needs_states", False) else ()
+            given = baseline(signal.detach(), *more)
+        level = torch.zeros_like(signal) if given is None else given.detach().expand_as(signal)
+        advantage = self.objective.advantage(signal, level)
+        if self.normalise:
+            advantage = normalise_advantage(advantage)
+        old = log_prob.detach() if old_log_prob is None else old_log_prob.detach()
+        theirs = None if reference is None else reference.log_prob
+        decisions = Decisions(log_prob, old, advantage, theirs)
+        surrogate, figures = self.objective(decisions)
+        score = surrogate + self.entropy_weight * entropy
+        if self.kl_weight and theirs is not None:
+            divergence = _divergence(log_prob, theirs)
+            score = score - self.kl_weight * divergence
+            figures["kl_reference"] = divergence.detach().flatten(1).mean(1)
+        loss = -self.weight * score.flatten(1).mean(1).sum()
+        figures["policy_loss"] = loss.detach()
+        if callable(baseline) and given.requires_grad:
+            fit, error = self.value_loss(given, signal)
+            loss = loss + fit
+            figures["value_error"] = error
+        figures.update(advantage_figures(advantage.detach()))
+        if scores is not None and not isinstance(self.objective, Pathwise):
+            figures.update(gradient_figures(self._coefficient(decisions), scores))
+        figures.update(
+            entropy=entropy.detach().flatten(1).mean(1),
+            reward=rewards.detach().mean(1),
+            baseline=level.mean(1),
+        )
+        return loss, figures
+
+    def value_loss(self, values: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted squared error that a value network learns from, and its parts (L,)."""
+        error = (values - signal.detach()).square().mean(1)
+        return self.value_weight * error.sum(), error.detach()
+
+    def _coefficient(self, decisions: Decisions) -> Tensor:
+        """∂ surrogate/∂ log π of every decision: a graph of a few small operations, no network."""
+        with torch.enable_grad():
+            leaf = decisions.log_prob.detach().requires_grad_()
+            surrogate, _ = self.objective(decisions._replace(log_prob=leaf))
+            (gradient,) = torch.autograd.grad(surrogate.sum(), leaf)
+        return gradient
+
+    def _check(
+        self,
+        log_prob: Tensor,
+        entropy: Tensor,
+        rewards: Tensor,
+        old_log_prob: Tensor | None,
+        reference: Reference | None,
+        baseline: Any,
+    ) -> None:
+        if rewards.dim() != 2 or log_prob.shape[:2] != rewards.shape:
+            raise ValueError(
+                f"rewards: shape {tuple(rewards.shape)} does not fit log_prob"
+                f" {tuple(log_prob.shape)}"
+            )
+        theirs = None if reference is None else reference.log_prob
+        for name, tensor in (
+            ("entropy", entropy),
+            ("old_log_prob", old_log_prob),
+            ("reference.log_prob", theirs),
+        ):
+            if tensor is not None and tensor.shape != log_prob.shape:
+                raise ValueError(
+                    f"{name}: shape {tuple(tensor.shape)}, expected {tuple(log_prob.shape)}"
+                )
+        if self.kl_weight and theirs is None:
+            raise ValueError("reference.log_prob: kl_weight needs a reference policy")
+        if baseline is not None and not self.objective.takes_baseline:
+            raise ValueError(
+                f"baseline: {type(self.objective).__name__} takes none, for it compares draws of"
+                " one state or differentiates the rewards"
+            )
+
+    def extra_repr(self) -> str:
+        return f"entropy_weight={self.entropy_weight:g}, weight={self.weight:g}"
+
+
+class ReinforceLoss(PolicyLoss):
     """REINFORCE with baseline and entropy bonus: λ Σ_layers mean_episodes −[(R − b) log π + τ H].
 
     Args:
@@ -27,61 +222,18 @@ class ReinforceLoss(nn.Module):
     """
 
     def __init__(self, entropy_weight: float = 0.2, weight: float = 0.1) -> None:
-        super().__init__()
-        self.entropy_weight = entropy_weight
-        self.weight = weight
+        super().__init__(Reinforce(), entropy_weight, weight)
 
-    def forward(
-        self,
-        log_prob: Tensor,
-        entropy: Tensor,
-        rewards: Tensor,
-        baseline: Baseline | Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss () and detached diagnostics.
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """As :class:`PolicyLoss`; the loss is among the figures as "reinforce" too."""
+        loss, figures = super().forward(*args, **kwargs)
+        return loss, {**figures, "reinforce": figures["policy_loss"]}
 
-        Args:
-            log_prob: (L, E) of the actions taken; (L, E, n) for n decisions an episode, which
-                share its reward.
-            entropy: like ``log_prob``.
-            rewards: (L, E); no gradient flows to them.
-            baseline: a module such as :class:`EMABaseline`, called once; a tensor that broadcasts
-                to ``rewards``; None: 0.
 
-        Returns:
-            The weighted loss, and "reinforce" (), "entropy" (L,), "reward" (L,), "baseline" (L,)
-            and "advantage_std" (L,).
-
-        Raises:
-            ValueError: shapes that do not fit together.
-        """
-        if rewards.dim() != 2 or log_prob.shape[:2] != rewards.shape:
-            raise ValueError(
-                f"rewards: shape {tuple(rewards.shape)} does not fit log_prob"
-                f" {tuple(log_prob.shape)}"
-            )
-        if entropy.shape != log_prob.shape:
-            raise ValueError(
-                f"entropy: shape {tuple(entropy.shape)}, expected {tuple(log_prob.shape)}"
-            )
-        rewards = rewards.detach()
-        given = baseline(rewards) if callable(baseline) else baseline
-        level = torch.zeros_like(rewards) if given is None else given.detach().expand_as(rewards)
-        advantage = rewards - level
-        spread = advantage if log_prob.dim() == 2 else advantage.unsqueeze(-1)
-        score = spread * log_prob + self.entropy_weight * entropy
-        loss = -self.weight * score.flatten(1).mean(1).sum()
-        diagnostics = {
-            "reinforce": loss.detach(),
-            "entropy": entropy.detach().flatten(1).mean(1),
-            "reward": rewards.mean(1),
-            "baseline": level.mean(1),
-            "advantage_std": advantage.std(1, unbiased=False),
-        }
-        return loss, diagnostics
-
-    def extra_repr(self) -> str:
-        return f"entropy_weight={self.entropy_weight:g}, weight={self.weight:g}"
+def _divergence(log_prob: Tensor, reference: Tensor) -> Tensor:
+    """r − 1 − log r, r = π_ref/π: unbiased for KL(π‖π_ref) under π, and never negative."""
+    change = (reference.detach() - log_prob).clamp(-20.0, 20.0)
+    return change.exp() - 1 - change
 
 
 def alignment_loss(output: EpisodeOutput, query_labels: Tensor, text: TextTokens) -> Tensor:
@@ -98,13 +250,16 @@ def total_loss(
     output: EpisodeOutput,
     query_labels: Tensor,
     text: TextTokens | None,
-    reinforce: ReinforceLoss,
+    reinforce: PolicyLoss,
     baseline: Baseline | Tensor | None = None,
     *,
     lambda_sim: float = 0.5,
     lambda_imp: float = 1.0,
     alignment_weight: float = 1.0,
     previous_accuracy: Tensor | None = None,
+    rewards: Tensor | Mapping[str, float] | None = None,
+    reference: Reference | None = None,
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_sup + λ L_RL + the alignment loss that trains U alone.
 
@@ -112,19 +267,24 @@ def total_loss(
         output: of a :class:`dvla_fast.DVLA` call.
         query_labels: (E, Q) int64.
         text: the texts that the call was given; None: the loss is L_sup.
-        reinforce: holds λ and τ.
-        baseline: see :class:`ReinforceLoss`.
+        reinforce: the policy loss; holds objective, λ and τ.
+        baseline: see :class:`PolicyLoss`; it is given the gates' states if the output has them.
         lambda_sim: weight of the similarity reward.
         lambda_imp: weight of the accuracy-improvement reward.
         alignment_weight: weight of :func:`alignment_loss`.
         previous_accuracy: see :func:`dvla_fast.rl.layer_rewards`.
+        rewards: weights by registered name, instead of ``lambda_sim`` and ``lambda_imp``; or the
+            rewards themselves, (L, E).
+        reference: see :class:`PolicyLoss`.
+        scores: likewise.
 
     Returns:
         The loss (), and detached tensors: "supervised", "accuracy", "alignment", and per layer (L,)
-        "reward_similarity", "reward_improvement", "alpha", beside those of :class:`ReinforceLoss`.
+        "alpha", "alpha_spread" and "reward_<name>" of each named reward, beside those of
+        :class:`PolicyLoss`.
 
     Raises:
-        TypeError, ValueError: labels that do not fit the logits.
+        TypeError, ValueError: labels that do not fit the logits; see :class:`PolicyLoss`.
     """
     if query_labels.dtype != torch.int64:
         raise TypeError(f"query_labels: expected int64, got {query_labels.dtype}")
@@ -140,17 +300,29 @@ def total_loss(
     }
     if text is None or not output.layers:
         return supervised, figures
-    similarity, improvement = reward_parts(output, query_labels, text, previous_accuracy)
+    if not isinstance(rewards, Tensor):
+        inputs = RewardInputs(output, query_labels, text, previous_accuracy)
+        gain = "improvement" if previous_accuracy is None else "episode_improvement"
+        weights = {"similarity": lambda_sim, gain: lambda_imp} if rewards is None else rewards
+        rewards, parts = weighted_rewards(weights, inputs)
+        figures.update({f"reward_{name}": part.mean(1) for name, part in parts.items()})
     policy_loss, diagnostics = reinforce(
         torch.stack([trace.log_prob for trace in output.layers]),
         torch.stack([trace.entropy for trace in output.layers]),
-        lambda_sim * similarity + lambda_imp * improvement,
+        rewards,
         baseline,
+        states=gate_states(output),
+        reference=reference,
+        scores=scores,
     )
     alignment = alignment_loss(output, query_labels, text)
     figures.update(diagnostics)
     figures["alignment"] = alignment.detach()
-    figures["reward_similarity"] = similarity.mean(1)
-    figures["reward_improvement"] = improvement.mean(1)
-    figures["alpha"] = torch.stack([trace.alpha.detach().mean() for trace in output.layers])
+    figures.update(alpha_figures([trace.alpha for trace in output.layers]))
     return supervised + policy_loss + alignment_weight * alignment, figures
+
+
+def gate_states(output: EpisodeOutput) -> list[Tensor] | None:
+    """What each gate decided from, without gradient; None if the output does not hold it."""
+    states = [trace.state.detach() for trace in output.layers if trace.state is not None]
+    return states if states and len(states) == len(output.layers) else None

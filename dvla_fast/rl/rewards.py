@@ -1,8 +1,13 @@
-"""Rewards of the gates (method §3): how well the fused tokens mean the right class, and how much
-the gate improved the classification. Plain functions of tensors; no gradient flows through them.
+"""Rewards of the gates (method §3 and §4): how well the fused tokens mean the right class, and how
+much the gate improved the classification. Plain functions of tensors; no gradient flows through
+them. A registry holds those that a configuration names; :func:`register_reward` adds one.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +15,97 @@ from torch.nn import functional as F
 
 from dvla_fast.nn.dvla import EpisodeOutput, TextTokens
 from dvla_fast.nn.prototype import prototype_logits
+
+
+class RewardInputs(NamedTuple):
+    """What a registered reward may read: L gated layers, E episodes."""
+
+    output: EpisodeOutput
+    """Of a :class:`dvla_fast.DVLA` call with text."""
+    query_labels: Tensor
+    """(E, Q) int64: known in training only."""
+    text: TextTokens
+    """The episodes' texts."""
+    previous_accuracy: Tensor | None = None
+    """() or (E,): final accuracy of the episodes before; None: there were none."""
+
+
+RewardFunction = Callable[[RewardInputs], Tensor]
+"""RewardInputs -> (L, E)."""
+
+_REWARDS: dict[str, RewardFunction] = {}
+
+
+def register_reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
+    """Decorator: make a function of :class:`RewardInputs` available under ``name``.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(function: RewardFunction) -> RewardFunction:
+        if name in _REWARDS:
+            raise ValueError(f"reward {name!r} is registered already")
+        _REWARDS[name] = function
+        return function
+
+    return register
+
+
+def reward_names() -> tuple[str, ...]:
+    """Names of the registered rewards."""
+    return tuple(_REWARDS)
+
+
+def check_reward_weights(weights: Mapping[str, float]) -> None:
+    """Refuse weights that name no reward or are no numbers.
+
+    Raises:
+        ValueError: no reward, an unknown one, or a weight that is not finite.
+    """
+    if not weights:
+        raise ValueError(f"rewards: expected at least one of {', '.join(_REWARDS)}")
+    for name, weight in weights.items():
+        if name not in _REWARDS:
+            raise ValueError(f"rewards: unknown {name!r}; expected some of {', '.join(_REWARDS)}")
+        if not math.isfinite(weight):
+            raise ValueError(f"rewards: expected a finite weight of {name!r}, got {weight}")
+
+
+@torch.no_grad()
+def weighted_rewards(
+    weights: Mapping[str, float], inputs: RewardInputs
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Σ weight · reward over the named rewards, (L, E), and the unweighted parts by name.
+
+    Raises:
+        ValueError: see :func:`check_reward_weights`; no gated layer; a reward of wrong shape.
+    """
+    check_reward_weights(weights)
+    if not inputs.output.layers:
+        raise ValueError("output: no gated layers to reward; was DVLA called without text?")
+    expected = (len(inputs.output.layers), inputs.output.logits.shape[0])
+    parts = {name: _REWARDS[name](inputs) for name in weights}
+    for name, part in parts.items():
+        if tuple(part.shape) != expected:
+            raise ValueError(
+                f"reward {name!r}: shape {tuple(part.shape)}, expected (layers, episodes) ="
+                f" {expected}"
+            )
+    terms = [weight * parts[name] for name, weight in weights.items()]
+    return sum(terms[1:], start=terms[0]), parts
+
+
+def discounted_returns(rewards: Tensor, discount: float) -> Tensor:
+    """G_t = Σ_{k ≥ t} discount^(k − t) R_k over the gated layers: (L, E) -> (L, E).
+
+    Discount 0 leaves each layer its own reward, which is the paper's choice; 1 credits a gate with
+    everything that comes after it.
+    """
+    result = [rewards[-1]]
+    for reward in rewards.flip(0)[1:]:
+        result.append(reward + discount * result[-1])
+    return torch.stack(result[::-1])
 
 
 def episode_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -58,6 +154,59 @@ def accuracy_reward(
     return episode_accuracy(after, query_labels) - episode_accuracy(before, query_labels)
 
 
+@register_reward("similarity")
+def _similarity(inputs: RewardInputs) -> Tensor:
+    """cos(U·GAP(H), t*), t* the CLIP embedding of the true class."""
+    output, text = inputs.output, inputs.text
+    labels = inputs.query_labels if output.aligned_labels is None else output.aligned_labels
+    return torch.stack(
+        [similarity_reward(t.aligned, text.class_embedding, labels) for t in output.layers]
+    )
+
+
+@register_reward("improvement")
+def _improvement(inputs: RewardInputs) -> Tensor:
+    """Acc_t − Acc_{t−1} with t the gated layers of one episode."""
+    output, way = inputs.output, inputs.output.logits.shape[-1]
+    return torch.stack(
+        [
+            accuracy_reward(
+                t.support_before,
+                t.support_after,
+                t.query_before,
+                t.query_after,
+                output.support_labels,
+                inputs.query_labels,
+                way,
+            )
+            for t in output.layers
+        ]
+    )
+
+
+@register_reward("episode_improvement")
+def _episode_improvement(inputs: RewardInputs) -> Tensor:
+    """Acc_t − Acc_{t−1} with t consecutive episodes; 0 where there were none before."""
+    accuracy = _accuracy(inputs)
+    previous = inputs.previous_accuracy
+    return torch.zeros_like(accuracy) if previous is None else accuracy - previous
+
+
+@register_reward("accuracy")
+def _accuracy(inputs: RewardInputs) -> Tensor:
+    """Final accuracy of the episode, the same for every layer."""
+    accuracy = episode_accuracy(inputs.output.logits, inputs.query_labels)
+    return accuracy.expand(len(inputs.output.layers), -1)
+
+
+@register_reward("log_likelihood")
+def _log_likelihood(inputs: RewardInputs) -> Tensor:
+    """Mean log-probability of the queries' true classes: accuracy without its steps."""
+    logits, labels = inputs.output.logits.float(), inputs.query_labels
+    chosen = torch.log_softmax(logits, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return chosen.mean(-1).expand(len(inputs.output.layers), -1)
+
+
 @torch.no_grad()
 def reward_parts(
     output: EpisodeOutput,
@@ -66,26 +215,9 @@ def reward_parts(
     previous_accuracy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(similarity, improvement), each (L, E): see :func:`layer_rewards`."""
-    labels = query_labels if output.aligned_labels is None else output.aligned_labels
-    similarity = [similarity_reward(t.aligned, text.class_embedding, labels) for t in output.layers]
-    if previous_accuracy is not None:
-        gain = episode_accuracy(output.logits, query_labels) - previous_accuracy
-        improvement = [gain] * len(output.layers)
-    else:
-        way = output.logits.shape[-1]
-        improvement = [
-            accuracy_reward(
-                t.support_before,
-                t.support_after,
-                t.query_before,
-                t.query_after,
-                output.support_labels,
-                query_labels,
-                way,
-            )
-            for t in output.layers
-        ]
-    return torch.stack(similarity), torch.stack(improvement)
+    inputs = RewardInputs(output, query_labels, text, previous_accuracy)
+    gain = _improvement if previous_accuracy is None else _episode_improvement
+    return _similarity(inputs), gain(inputs)
 
 
 def layer_rewards(

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
@@ -190,9 +191,9 @@ class EncodedTexts:
             mask = self.mask[classes].reshape(episodes, way * per_class)
         return TextTokens(tokens, self.levels.repeat(way), self.class_embedding[classes], mask)
 
-    @property
+    @cached_property
     def _full(self) -> bool:
-        return bool(self.mask.all())
+        return bool(self.mask.all())  # waits for a GPU: once, not in every step
 
 
 def encode_bank(

@@ -8,12 +8,17 @@ from torch import Tensor
 
 from dvla_fast.nn import EpisodeOutput, LayerTrace, TextTokens
 from dvla_fast.rl import (
+    RewardInputs,
     accuracy_reward,
     alignment_loss,
     episode_accuracy,
     layer_rewards,
+    register_reward,
+    reward_names,
     similarity_reward,
+    weighted_rewards,
 )
+from dvla_fast.rl import rewards as rewards_module
 
 
 def one_hot_text(episodes: int, way: int) -> TextTokens:
@@ -117,3 +122,51 @@ def test_alignment_loss_falls_to_zero_when_aligned(output: EpisodeOutput) -> Non
 def test_rewards_need_gates(output: EpisodeOutput) -> None:
     with pytest.raises(ValueError, match="no gated layers"):
         layer_rewards(output._replace(layers=()), QUERY_LABELS, one_hot_text(2, 2))
+
+
+def test_named_rewards_and_their_weighted_sum(output: EpisodeOutput) -> None:
+    inputs = RewardInputs(output, QUERY_LABELS, one_hot_text(2, 2), torch.tensor(0.25))
+    weights = {"similarity": 0.5, "improvement": 2.0, "accuracy": -1.0}
+    total, parts = weighted_rewards(weights, inputs)
+    assert set(parts) == set(weights)
+    want = 0.5 * parts["similarity"] + 2.0 * parts["improvement"] - parts["accuracy"]
+    torch.testing.assert_close(total, want)
+    accuracy = episode_accuracy(output.logits, QUERY_LABELS)
+    torch.testing.assert_close(parts["accuracy"], accuracy.expand(2, 2))
+    more = {name: weighted_rewards({name: 1.0}, inputs)[0] for name in reward_names()}
+    torch.testing.assert_close(more["episode_improvement"], (accuracy - 0.25).expand(2, 2))
+    loss = torch.nn.functional.cross_entropy(
+        output.logits.flatten(0, 1), QUERY_LABELS.flatten(), reduction="none"
+    )
+    likelihood = -loss.view(2, 4).mean(1)
+    torch.testing.assert_close(more["log_likelihood"], likelihood.expand(2, 2))
+    before = layer_rewards(output, QUERY_LABELS, inputs.text)
+    both, _ = weighted_rewards({"similarity": 0.5, "improvement": 1.0}, inputs)
+    torch.testing.assert_close(both, before)
+
+
+def test_a_user_adds_a_reward(output: EpisodeOutput, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewards_module, "_REWARDS", dict(rewards_module._REWARDS))
+
+    @register_reward("moderation")
+    def moderation(inputs: RewardInputs) -> Tensor:
+        return -torch.stack([(t.alpha - 0.5).abs() for t in inputs.output.layers])
+
+    inputs = RewardInputs(output, QUERY_LABELS, one_hot_text(2, 2))
+    total, _ = weighted_rewards({"moderation": 2.0}, inputs)
+    assert total.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert "moderation" in reward_names()
+    with pytest.raises(ValueError, match="registered already"):
+        register_reward("moderation")(moderation)
+    register_reward("flat")(lambda inputs: torch.zeros(2))
+    with pytest.raises(ValueError, match=r"reward 'flat': shape \(2,\), expected .* \(2, 2\)"):
+        weighted_rewards({"flat": 1.0}, inputs)
+
+
+@pytest.mark.parametrize(
+    ("weights", "match"),
+    [({}, "at least one"), ({"glory": 1.0}, "unknown 'glory'"), ({"accuracy": 1e400}, "finite")],
+)
+def test_wrong_reward_weights(output: EpisodeOutput, weights: dict[str, float], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        weighted_rewards(weights, RewardInputs(output, QUERY_LABELS, one_hot_text(2, 2)))

@@ -1,0 +1,120 @@
+"""CDF, implicit derivatives and divergence of Beta policies against mpmath and scipy."""
+
+from __future__ import annotations
+
+import mpmath
+import pytest
+import torch
+from scipy import special, stats
+from torch import Tensor
+
+from dvla_fast.functional import beta_cdf, beta_implicit_derivatives, beta_kl, beta_sample
+
+
+def wide(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def draw_logit(eta: float, kappa: float, quantile: float) -> float:
+    if quantile > 0.5:  # scipy rounds alpha near 1, not near 0
+        return -draw_logit(-eta, kappa, 1 - quantile)
+    p = special.expit(eta)
+    return float(special.logit(stats.beta.ppf(quantile, kappa * p, kappa * (1 - p))))
+
+
+@pytest.mark.parametrize("quantile", [1e-6, 0.3, 0.7, 1 - 1e-6])
+@pytest.mark.parametrize(("eta", "kappa"), [(0.0, 0.5), (2.0, 2.0), (-1.0, 10.0), (4.0, 100.0)])
+def test_cdf_and_implicit_derivatives_against_mpmath(
+    eta: float, kappa: float, quantile: float
+) -> None:
+    """Derivatives: −(∂F/∂θ)/g with ∂F/∂θ by central differences of the CDF in 40 digits."""
+    logit = draw_logit(eta, kappa, quantile)
+    with mpmath.workdps(40):
+        alpha = 1 / (1 + mpmath.exp(-mpmath.mpf(logit)))
+
+        def shapes(e: mpmath.mpf, k: mpmath.mpf) -> tuple[mpmath.mpf, mpmath.mpf]:
+            return k / (1 + mpmath.exp(-e)), k / (1 + mpmath.exp(e))
+
+        def cdf(e: mpmath.mpf, k: mpmath.mpf) -> mpmath.mpf:
+            return mpmath.betainc(*shapes(e, k), 0, alpha, regularized=True)
+
+        e, k, h = mpmath.mpf(eta), mpmath.mpf(kappa), mpmath.mpf("1e-12")
+        a, b = shapes(e, k)
+        density = alpha**a * (1 - alpha) ** b / mpmath.beta(a, b)
+        want = float(cdf(e, k))
+        by_logit = float(-(cdf(e + h, k) - cdf(e - h, k)) / (2 * h) / density)
+        by_kappa = float(-(cdf(e, k + h) - cdf(e, k - h)) / (2 * h) / density)
+    assert float(beta_cdf(wide(eta), kappa, wide(logit))) == pytest.approx(want, rel=1e-11)
+    got = beta_implicit_derivatives(wide(eta), kappa, wide(logit))
+    assert float(got.logits) == pytest.approx(by_logit, rel=1e-10)
+    assert float(got.concentration) == pytest.approx(by_kappa, rel=1e-9, abs=1e-12 / kappa)
+
+
+@pytest.mark.parametrize("kappa", [0.05, 10.0, 1e6])
+def test_derivative_equals_finite_differences_of_betainc(kappa: float) -> None:
+    """scipy's betainc in float64 reaches what mpmath does not: κ = 1e6."""
+    for eta in (-5.0, 0.0, 2.0):
+        for quantile in (0.1, 0.6, 0.9):
+            logit = draw_logit(eta, kappa, quantile)
+            if not -30 < logit < 30:
+                continue
+            alpha, step = special.expit(logit), 1e-5 / max(1.0, kappa**0.5)
+            cdf = [
+                special.betainc(kappa * special.expit(e), kappa * special.expit(-e), alpha)
+                for e in (eta - step, eta + step)
+            ]
+            p = special.expit(eta)
+            density = stats.beta.pdf(alpha, kappa * p, kappa * (1 - p)) * alpha * (1 - alpha)
+            want = -(cdf[1] - cdf[0]) / (2 * step) / density
+            got = beta_implicit_derivatives(wide(eta), kappa, wide(logit)).logits
+            assert float(got) == pytest.approx(want, rel=3e-5)
+
+
+def test_derivatives_of_the_mean_of_alpha() -> None:
+    """E[dα/dη] is p(1 − p), and E[dα/dκ] is 0, since E[α] = p; five standard errors."""
+    eta, kappa, draws = 0.8, 3.0, 20_000
+    logits = torch.full((draws,), eta, dtype=torch.float64)
+    alpha, logit = beta_sample(logits, kappa, generator=torch.Generator().manual_seed(0))
+    slope = beta_implicit_derivatives(logits, kappa, logit)
+    weight = alpha * (1 - alpha)
+    p = special.expit(eta)
+    for terms, want in ((weight * slope.logits, p * (1 - p)), (weight * slope.concentration, 0.0)):
+        assert abs(terms.mean() - want) < 5 * terms.std() / draws**0.5
+
+
+@pytest.mark.parametrize("kappa", [1e-3, 0.1, 10.0, 1e6])
+@pytest.mark.parametrize("other_kappa", [1e-3, 10.0, 1e6])
+def test_kl_against_mpmath(kappa: float, other_kappa: float) -> None:
+    for eta, other in ((0.0, 0.0), (0.0, 1e-4), (-3.0, -3.001), (-6.0, 4.0)):
+        with mpmath.workdps(50):
+
+            def divergence(x: mpmath.mpf, y: mpmath.mpf) -> mpmath.mpf:
+                return mpmath.loggamma(y) - mpmath.loggamma(x) - (y - x) * mpmath.psi(0, x)
+
+            p, q = (1 / (1 + mpmath.exp(-mpmath.mpf(x))) for x in (eta, other))
+            k, m = mpmath.mpf(kappa), mpmath.mpf(other_kappa)
+            want = divergence(k * p, m * q) + divergence(k * (1 - p), m * (1 - q))
+            want = float(want - divergence(k, m))
+        got = float(beta_kl(wide(eta), kappa, wide(other), other_kappa))
+        assert got == pytest.approx(want, rel=1e-9, abs=1e-15), (eta, other)
+
+
+def test_kl_differentiates_at_itself() -> None:
+    logits = torch.zeros(3, requires_grad=True)
+    beta_kl(logits, 10.0, torch.tensor([0.0, 1.0, 20.0]), 10.0).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert logits.grad[0] == 0
+    assert logits.grad[1] < 0
+
+
+def test_extreme_draws_stay_finite() -> None:
+    logits = torch.tensor([-40.0, 0.0, 40.0, 3.0])
+    actions = torch.tensor([-3e4, 200.0, -50.0, 1e6])
+    for kappa in (0.01, 10.0, 1e6):
+        cdf = beta_cdf(logits, kappa, actions)
+        slope = beta_implicit_derivatives(logits, kappa, actions)
+        assert cdf.dtype == torch.float32
+        assert bool(((cdf >= 0) & (cdf <= 1)).all())
+        assert slope.logits.isfinite().all()
+        assert slope.concentration.isfinite().all()

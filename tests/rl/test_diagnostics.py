@@ -1,0 +1,95 @@
+"""Diagnostics against per-decision gradients by autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dvla_fast.functional import beta_policy
+from dvla_fast.nn import BetaPolicy, CategoricalPolicy, GatePolicy
+from dvla_fast.rl import (
+    ClippedSurrogate,
+    Objective,
+    PolicyLoss,
+    PreferencePairs,
+    Reference,
+    Reinforce,
+    alpha_figures,
+    collapsed_layers,
+)
+
+
+@pytest.mark.parametrize(
+    "objective", [Reinforce(), ClippedSurrogate(0.2), PreferencePairs(0.5)], ids=type
+)
+def test_gradient_variance_is_that_of_the_terms_of_the_gradient(objective: Objective) -> None:
+    """The terms are what autograd finds at each decision's own logit, but for mean and weight."""
+    torch.manual_seed(0)
+    layers, episodes = 2, 8
+    logits = torch.randn(layers, episodes, dtype=torch.float64, requires_grad=True)
+    step = beta_policy(logits, 10.0)
+    old = step.log_prob.detach() + 0.2 * torch.randn(layers, episodes)
+    reference = Reference(None, torch.randn(layers, episodes).double())
+    policy = BetaPolicy(3)
+    scores = policy.score(logits.detach().unsqueeze(-1), step.action_logit)
+    loss, figures = PolicyLoss(objective, entropy_weight=0.0, weight=0.1)(
+        step.log_prob,
+        step.entropy,
+        torch.randn(layers, episodes).double(),
+        old_log_prob=old,
+        reference=reference,
+        scores=scores,
+    )
+    (gradient,) = torch.autograd.grad(loss, logits)
+    terms = -gradient / 0.1 * episodes
+    torch.testing.assert_close(figures["gradient_variance"], terms.var(1, unbiased=False))
+    torch.testing.assert_close(figures["gradient_mean"], terms.mean(1).abs())
+
+
+@pytest.mark.parametrize("policy", [BetaPolicy(3, 4), CategoricalPolicy(3, 4)], ids=type)
+def test_scores_are_the_derivatives_of_the_log_density(
+    policy: GatePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    policy.double()
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter)
+    state = torch.randn(6, 7, dtype=torch.float64)
+    step = policy(state)
+    outputs = policy.outputs(state).detach().requires_grad_()
+    monkeypatch.setattr(policy.network, "forward", lambda _: outputs)
+    again = policy(state, action_logit=step.action_logit)
+    (want,) = torch.autograd.grad(again.log_prob.sum(), outputs)
+    torch.testing.assert_close(policy.score(outputs.detach(), step.action_logit), want)
+
+
+def test_divergence_of_policies() -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 5, 3)
+    got = CategoricalPolicy(3).divergence(first, second)
+    want = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=first),
+        torch.distributions.Categorical(logits=second),
+    )
+    torch.testing.assert_close(got, want)
+    a, b = 10 * torch.sigmoid(first[:, 0]), 10 * torch.sigmoid(-first[:, 0])
+    c, d = 10 * torch.sigmoid(second[:, 0]), 10 * torch.sigmoid(-second[:, 0])
+    want = torch.distributions.kl_divergence(
+        torch.distributions.Beta(a.double(), b.double()),
+        torch.distributions.Beta(c.double(), d.double()),
+    )
+    got = BetaPolicy(3).divergence(first[:, :1], second[:, :1])
+    torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_alpha_figures_take_every_decision() -> None:
+    alphas = [torch.tensor([0.2, 0.4]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])]
+    figures = alpha_figures(alphas)
+    torch.testing.assert_close(figures["alpha"], torch.tensor([0.3, 0.75]))
+    torch.testing.assert_close(figures["alpha_spread"], torch.tensor([0.1, 0.1875**0.5]))
+
+
+def test_collapse() -> None:
+    assert collapsed_layers([0.5, 0.01, 0.985], [-0.5, -3.0, -3.0], discrete=False) == [1, 2]
+    assert collapsed_layers([0.03, 0.97], [-2.0, -2.0], discrete=False) == []
+    assert collapsed_layers([1.0, 0.5], [0.6, 0.001], discrete=True) == [1]

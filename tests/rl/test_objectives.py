@@ -1,0 +1,237 @@
+"""Objectives, advantages and the policy loss against formulas written out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dvla_fast.rl import (
+    OBJECTIVES,
+    ClippedSurrogate,
+    Counterfactual,
+    Decisions,
+    EMABaseline,
+    GroupRelative,
+    Pathwise,
+    PolicyLoss,
+    PreferencePairs,
+    Reference,
+    Reinforce,
+    ValueBaseline,
+    build_objective,
+    discounted_returns,
+    normalise_advantage,
+)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def row(*values: float) -> Tensor:
+    return torch.tensor([values])
+
+
+def test_every_name_builds_and_an_unknown_one_is_refused() -> None:
+    for name in OBJECTIVES:
+        assert build_objective(name) is not None
+    with pytest.raises(ValueError, match=r"objective: unknown 'trpo'; expected one of reinforce"):
+        build_objective("trpo")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "slope"),
+    [
+        (1.0, 2.0, 2.0, 2.0),
+        (1.5, 2.0, 1.2 * 2.0, 0.0),  # better already: clipped, no gradient
+        (0.5, 2.0, 0.5 * 2.0, 0.5 * 2.0),  # worse: pulled back
+        (1.5, -2.0, 1.5 * -2.0, 1.5 * -2.0),
+        (0.5, -2.0, 0.8 * -2.0, 0.0),
+        (1e30, 1.0, 1.2, 0.0),
+    ],
+)
+def test_clipped_surrogate(ratio: float, advantage: float, value: float, slope: float) -> None:
+    log_prob = row(math.log(ratio)).requires_grad_()
+    decisions = Decisions(log_prob, row(0.0), row(advantage))
+    surrogate, figures = ClippedSurrogate(0.2)(decisions)
+    assert surrogate.item() == pytest.approx(value, rel=1e-5)
+    (gradient,) = torch.autograd.grad(surrogate.sum(), log_prob)
+    assert gradient.item() == pytest.approx(slope, rel=1e-5)
+    assert figures["clip_fraction"].tolist() == [float(abs(ratio - 1) > 0.2)]
+
+
+def test_group_relative_advantages_are_standardised_within_a_state() -> None:
+    rewards = row(1.0, 3.0, 5.0, 5.0)
+    advantage = GroupRelative(2).advantage(rewards, torch.zeros(1, 4))
+    torch.testing.assert_close(advantage, row(-1.0, 1.0, 0.0, 0.0), atol=2e-4, rtol=0)
+    with pytest.raises(ValueError, match="groups of 3"):
+        GroupRelative(3).advantage(rewards, torch.zeros(1, 4))
+
+
+def test_counterfactual_advantage_is_paired_and_its_baseline_sees_the_difference() -> None:
+    seen = []
+
+    def baseline(signal: Tensor) -> Tensor:
+        seen.append(signal)
+        return row(0.5)
+
+    log_prob = torch.zeros(1, 2, requires_grad=True)
+    loss_fn = PolicyLoss(Counterfactual(), entropy_weight=0.0, weight=1.0)
+    reference = Reference(row(1.0, 4.0))
+    loss, _ = loss_fn(log_prob, torch.zeros(1, 2), row(2.0, 4.5), baseline, reference=reference)
+    (gradient,) = torch.autograd.grad(-loss, log_prob)
+    torch.testing.assert_close(seen[0], row(1.0, 0.5))
+    torch.testing.assert_close(gradient, row(0.5, 0.0) / 2)
+    with pytest.raises(ValueError, match="reference_rewards: the counterfactual"):
+        loss_fn(log_prob, torch.zeros(1, 2), row(2.0, 4.5))
+
+
+def test_preference_loss_sums_over_the_gates_of_an_episode() -> None:
+    """Two gates, three pairs: the first draw wins, the second wins, and a tie."""
+    log_prob = torch.randn(2, 6, requires_grad=True)
+    reference = torch.randn(2, 6)
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0, 1.0, 0.0], [0.0, 0.5, 0.0, 1.0, 0.0, 1.0]])
+    loss_fn = PolicyLoss(PreferencePairs(0.7), entropy_weight=0.0, weight=1.0)
+    none = torch.zeros(2, 6)
+    loss, figures = loss_fn(log_prob, none, rewards, reference=Reference(None, reference))
+    gap = (log_prob - reference).sum(0)
+    first = torch.nn.functional.logsigmoid(0.7 * (gap[0] - gap[1]))
+    second = torch.nn.functional.logsigmoid(0.7 * (gap[3] - gap[2]))
+    torch.testing.assert_close(loss, -(first + second) / 3)
+    assert figures["preference_ties"].item() == pytest.approx(1 / 3)
+    right = float(gap[0] > gap[1]) + float(gap[3] > gap[2])
+    assert figures["preference_accuracy"].item() == right / 2
+    (gradient,) = torch.autograd.grad(loss, log_prob)
+    assert gradient[:, 4:].abs().max() == 0
+
+
+def test_preferences_of_several_decisions_an_episode() -> None:
+    log_prob, reference = torch.randn(1, 4, 3), torch.randn(1, 4, 3)
+    decisions = Decisions(log_prob, log_prob, row(1.0, 0.0, 0.0, 1.0), reference)
+    surrogate, _ = PreferencePairs(0.7)(decisions)
+    gap = (log_prob - reference).sum((0, 2))
+    want = torch.nn.functional.logsigmoid(0.7 * torch.stack((gap[0] - gap[1], gap[3] - gap[2])))
+    torch.testing.assert_close(surrogate.flatten(1).mean(1).sum(), want.mean())
+    assert surrogate.shape == log_prob.shape
+
+
+def test_pathwise_refuses_rewards_without_gradient() -> None:
+    loss_fn = PolicyLoss(Pathwise())
+    with pytest.raises(ValueError, match="rewards with a gradient"):
+        loss_fn(torch.zeros(1, 2), torch.zeros(1, 2), row(1.0, 2.0))
+    alpha = row(0.2, 0.4).requires_grad_()
+    loss, _ = PolicyLoss(Pathwise(), 0.0, 1.0)(torch.zeros(1, 2), torch.zeros(1, 2), alpha**2)
+    loss.backward()
+    torch.testing.assert_close(alpha.grad, -alpha.detach())
+    silent, _ = PolicyLoss(Pathwise(through_loss=True), 0.0)(
+        torch.zeros(1, 2), torch.zeros(1, 2), row(1.0, 2.0)
+    )
+    assert silent.item() == 0
+
+
+def test_later_updates_use_the_policy_that_drew() -> None:
+    old, new, rewards = torch.randn(1, 4), torch.randn(1, 4, requires_grad=True), torch.randn(1, 4)
+    loss_fn = PolicyLoss(ClippedSurrogate(0.9), entropy_weight=0.0, weight=1.0)
+    loss, _ = loss_fn(new, torch.zeros(1, 4), rewards, old_log_prob=old)
+    ratio = (new - old).exp()
+    want = torch.minimum(ratio * rewards, ratio.clamp(0.1, 1.9) * rewards)
+    torch.testing.assert_close(loss, -want.mean())
+
+
+def test_kl_penalty_is_the_estimate_of_grpo() -> None:
+    log_prob, theirs = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
+    loss_fn = PolicyLoss(Reinforce(), entropy_weight=0.0, weight=1.0, kl_weight=0.3)
+    zero = torch.zeros(2, 3)
+    loss, figures = loss_fn(log_prob, zero, zero, reference=Reference(None, theirs))
+    change = theirs - log_prob
+    want = (change.exp() - 1 - change).mean(1)
+    torch.testing.assert_close(loss, 0.3 * want.sum())
+    torch.testing.assert_close(figures["kl_reference"], want.detach())
+    with pytest.raises(ValueError, match="kl_weight needs a reference policy"):
+        loss_fn(log_prob, zero, zero)
+
+
+def test_discounted_returns_credit_what_comes_after() -> None:
+    rewards = torch.tensor([[1.0, 0.0], [2.0, 4.0], [3.0, 8.0]])
+    assert discounted_returns(rewards, 0.0).tolist() == rewards.tolist()
+    assert discounted_returns(rewards, 0.5).tolist() == [[2.75, 4.0], [3.5, 8.0], [3.0, 8.0]]
+    log_prob = torch.zeros(3, 2, requires_grad=True)
+    loss, _ = PolicyLoss(entropy_weight=0.0, weight=1.0, discount=0.5)(log_prob, rewards, rewards)
+    (gradient,) = torch.autograd.grad(-loss, log_prob)
+    torch.testing.assert_close(gradient, discounted_returns(rewards, 0.5) / 2)
+
+
+def test_normalised_advantages() -> None:
+    rewards = torch.randn(2, 50) * 7 + 3
+    normal = normalise_advantage(rewards)
+    torch.testing.assert_close(normal.mean(1), torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(normal.std(1, unbiased=False), torch.ones(2), atol=1e-3, rtol=0)
+    assert normalise_advantage(torch.ones(1, 4)).abs().max() == 0
+    _, figures = PolicyLoss(normalise=True)(rewards, rewards, rewards)
+    torch.testing.assert_close(figures["advantage_std"], torch.ones(2), atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="1 episode cannot be normalised"):
+        normalise_advantage(torch.ones(2, 1))
+
+
+def test_value_network_learns_the_rewards_of_states() -> None:
+    baseline, loss_fn = ValueBaseline([2, 3], hidden_dim=16), PolicyLoss()
+    states = [torch.randn(8, 5), torch.randn(8, 4, 7)]
+    rewards = torch.stack((states[0][:, 0], states[1].mean(1)[:, 0]))
+    zero = torch.zeros(2, 8)
+    optimizer = torch.optim.Adam(baseline.parameters(), lr=0.02)
+    errors = []
+    for _ in range(150):
+        loss, figures = loss_fn(zero, zero, rewards, baseline, states=states)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.append(figures["value_error"])
+    torch.testing.assert_close(errors[0], rewards.square().mean(1))  # starts at 0
+    assert (errors[-1] < 0.05 * errors[0]).all()
+    with pytest.raises(ValueError, match="states: the value network needs"):
+        baseline(rewards)
+    with pytest.raises(ValueError, match="states: 1 layers"):
+        baseline(rewards, states[:1])
+    with pytest.raises(ValueError, match="rewards have 8"):
+        baseline(rewards, [state[:4] for state in states])
+
+
+def test_policy_gradient_does_not_reach_the_value_network() -> None:
+    baseline = ValueBaseline([2], hidden_dim=4)
+    log_prob = torch.zeros(1, 3, requires_grad=True)
+    values = baseline(torch.zeros(1, 3), [torch.randn(3, 5)])
+    loss, _ = PolicyLoss(weight=1.0)(log_prob, log_prob.detach(), torch.randn(1, 3), values)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in baseline.parameters())
+
+
+@pytest.mark.parametrize(
+    ("match", "make"),
+    [
+        ("clip", lambda: ClippedSurrogate(1.0)),
+        ("samples", lambda: GroupRelative(1)),
+        ("beta", lambda: PreferencePairs(0.0)),
+        ("discount", lambda: PolicyLoss(discount=1.5)),
+        ("kl_weight", lambda: PolicyLoss(kl_weight=-1.0)),
+        ("value_weight", lambda: PolicyLoss(value_weight=math.nan)),
+        ("normalise: GroupRelative", lambda: PolicyLoss(GroupRelative(), normalise=True)),
+        ("dims", lambda: ValueBaseline([])),
+    ],
+)
+def test_wrong_parameters(match: str, make: object) -> None:
+    with pytest.raises(ValueError, match=match):
+        make()  # type: ignore[operator]
+
+
+def test_a_baseline_where_none_belongs_is_refused() -> None:
+    zero = torch.zeros(1, 4)
+    with pytest.raises(ValueError, match="baseline: GroupRelative takes none"):
+        PolicyLoss(GroupRelative(2))(zero, zero, zero, EMABaseline(1))
+    with pytest.raises(ValueError, match=r"old_log_prob: shape \(1, 3\)"):
+        PolicyLoss()(zero, zero, zero, old_log_prob=zero[:, :3])
+    with pytest.raises(ValueError, match="need a reference policy"):
+        PolicyLoss(PreferencePairs())(zero, zero, zero)

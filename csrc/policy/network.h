@@ -22,8 +22,10 @@ constexpr int kRows = 4, kUnits = 4;
 template <class wide_t>
 double normalise(const wide_t* x, int64_t n, wide_t* out) {
   double sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) sum += x[i];
   const double mean = sum / n;
+#pragma omp simd reduction(+ : squares)
   for (int64_t i = 0; i < n; ++i) squares += (x[i] - mean) * (x[i] - mean);
   const double factor = 1 / std::sqrt(squares / n + kNormEpsilon);
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<wide_t>((x[i] - mean) * factor);
@@ -34,6 +36,7 @@ double normalise(const wide_t* x, int64_t n, wide_t* out) {
 template <class wide_t>
 void normalise_backward(const wide_t* y, double factor, int64_t n, wide_t* grad) {
   double mean = 0, along = 0;
+#pragma omp simd reduction(+ : mean, along)
   for (int64_t i = 0; i < n; ++i) mean += grad[i], along += static_cast<double>(grad[i]) * y[i];
   mean /= n, along /= n;
   for (int64_t i = 0; i < n; ++i) {
@@ -118,20 +121,26 @@ class Network {
         });
     attention::parallel_items(
         attention::ceil_div(z_.A, kBlockUnits), [&](int64_t begin, int64_t end) {
-          std::vector<wide_t> grad(z_.features);
-          for (int64_t a = begin * kBlockUnits; a < std::min(z_.A, end * kBlockUnits); ++a) {
-            input_gradient(grad_hidden.data() + a * units_, grad.data());
-            const wide_t* x = input.data() + a * ld_;
-            normalise_backward(x, factors[2 * a], z_.C, grad.data());
-            normalise_backward(x + z_.C, factors[2 * a + 1], z_.C, grad.data() + z_.C);
-            wide_t* to = grad_state + a * z_.features;
-            for (int64_t c = 0; c < z_.features; ++c) to[c] += grad[c];
+          std::vector<wide_t> grads(kBlockUnits * z_.features);
+          for (int64_t first = begin * kBlockUnits; first < std::min(z_.A, end * kBlockUnits);
+               first += kBlockUnits) {
+            const int64_t rows = std::min(kBlockUnits, z_.A - first);
+            input_gradients(grad_hidden.data() + first * units_, rows, grads.data());
+            for (int64_t r = 0; r < rows; ++r) {
+              const int64_t a = first + r;
+              const wide_t* x = input.data() + a * ld_;
+              wide_t* grad = grads.data() + r * z_.features;
+              normalise_backward(x, factors[2 * a], z_.C, grad);
+              normalise_backward(x + z_.C, factors[2 * a + 1], z_.C, grad + z_.C);
+              wide_t* to = grad_state + a * z_.features;
+              for (int64_t c = 0; c < z_.features; ++c) to[c] += grad[c];
+            }
           }
         });
   }
 
  private:
-  static constexpr int64_t kBlockUnits = 16;
+  static constexpr int64_t kBlockUnits = 16;  // or decisions: what a thread takes at a time
 
   // The network's input from a state, and the factors of its two norms.
   std::pair<double, double> load_input(const wide_t* state, wide_t* input) const {
@@ -219,13 +228,16 @@ class Network {
     });
   }
 
-  // grad (2C + 1) = grad_hidden (K) hidden_weight. Rows of weights need not be whole vectors, so
-  // the last is added apart.
-  void input_gradient(const wide_t* grad_hidden, wide_t* grad) const {
-    attention::gemm<false>(1, z_.features, units_ - 1, grad_hidden, units_, weight_, z_.features,
-                           grad, z_.features, false);
+  // grads (rows, 2C + 1) = grad_hidden (rows, K) hidden_weight. Rows of weights need not be whole
+  // vectors, so the last is added apart.
+  void input_gradients(const wide_t* grad_hidden, int64_t rows, wide_t* grads) const {
+    attention::gemm<false>(rows, z_.features, units_ - 1, grad_hidden, units_, weight_, z_.features,
+                           grads, z_.features, false);
     const wide_t* last = weight_ + (units_ - 1) * z_.features;
-    for (int64_t c = 0; c < z_.features; ++c) grad[c] += grad_hidden[units_ - 1] * last[c];
+    for (int64_t r = 0; r < rows; ++r) {
+      const wide_t factor = grad_hidden[r * units_ + units_ - 1];
+      for (int64_t c = 0; c < z_.features; ++c) grads[r * z_.features + c] += factor * last[c];
+    }
   }
 
   const Shape& z_;

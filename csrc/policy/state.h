@@ -6,6 +6,7 @@
 #include <ATen/Dispatch.h>
 
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -109,6 +110,7 @@ struct Cosine {
   template <class wide_t>
   Cosine(const wide_t* x, const wide_t* y, int64_t n) {
     double xx = 0, yy = 0, xy = 0;
+#pragma omp simd reduction(+ : xx, yy, xy)
     for (int64_t i = 0; i < n; ++i) {
       const double a = x[i], b = y[i];
       xx += a * a, yy += b * b, xy += a * b;
@@ -137,34 +139,38 @@ struct Cosine {
 template <class wide_t>
 void make_state(const Shape& z, const at::Tensor& image_tokens, const at::Tensor& text_tokens,
                 const OptionalTensor& image_mask, const OptionalTensor& text_mask, wide_t* state) {
-  std::vector<wide_t> image_means(z.T * z.used * z.C), text_means(z.T * z.C);
+  const std::unique_ptr<wide_t[]> image_means(new wide_t[z.T * z.used * z.C]),
+      text_means(new wide_t[z.T * z.C]);
   if (z.used == z.G) {
-    token_means(image_tokens, image_mask, image_means.data());
+    token_means(image_tokens, image_mask, image_means.get());
   } else {
     for (int64_t t = 0; t < z.T; ++t) {
       const auto first = [&](const at::Tensor& x) { return x.narrow(0, t * z.G, z.used); };
       token_means(first(image_tokens),
                   image_mask ? OptionalTensor(first(*image_mask)) : std::nullopt,
-                  image_means.data() + t * z.used * z.C);
+                  image_means.get() + t * z.used * z.C);
     }
   }
-  token_means(text_tokens, text_mask, text_means.data());
+  token_means(text_tokens, text_mask, text_means.get());
   // The i-th used image of all, without those between groups that are not used.
   const auto row_of = [&](int64_t image) { return image / z.G * z.used + image % z.G; };
-  for (int64_t a = 0; a < z.A; ++a, state += z.features) {
-    std::fill_n(state, 2 * z.C, wide_t(0));
-    for (int64_t i = 0; i < z.images; ++i) {
-      const wide_t* from = image_means.data() + row_of(z.image(a, i)) * z.C;
-      for (int64_t c = 0; c < z.C; ++c) state[c] += from[c];
+  attention::parallel_items(z.A, [&](int64_t begin, int64_t end) {
+    for (int64_t a = begin; a < end; ++a) {
+      wide_t *image = state + a * z.features, *text = image + z.C;
+      std::fill_n(image, 2 * z.C, wide_t(0));
+      for (int64_t i = 0; i < z.images; ++i) {
+        const wide_t* from = image_means.get() + row_of(z.image(a, i)) * z.C;
+        for (int64_t c = 0; c < z.C; ++c) image[c] += from[c];
+      }
+      for (int64_t i = 0; i < z.texts; ++i) {
+        const wide_t* from = text_means.get() + z.text(a, i) * z.C;
+        for (int64_t c = 0; c < z.C; ++c) text[c] += from[c];
+      }
+      for (int64_t c = 0; c < z.C; ++c) image[c] /= static_cast<wide_t>(z.images);
+      for (int64_t c = 0; c < z.C; ++c) text[c] /= static_cast<wide_t>(z.texts);
+      text[z.C] = static_cast<wide_t>(Cosine(image, text, z.C).value);
     }
-    for (int64_t i = 0; i < z.texts; ++i) {
-      const wide_t* from = text_means.data() + z.text(a, i) * z.C;
-      for (int64_t c = 0; c < z.C; ++c) state[z.C + c] += from[c];
-    }
-    for (int64_t c = 0; c < z.C; ++c) state[c] /= static_cast<wide_t>(z.images);
-    for (int64_t c = 0; c < z.C; ++c) state[z.C + c] /= static_cast<wide_t>(z.texts);
-    state[2 * z.C] = static_cast<wide_t>(Cosine(state, state + z.C, z.C).value);
-  }
+  });
 }
 
 // From grad (A, 2C + 1), of which the cosine's part is carried over to the means: the gradient of

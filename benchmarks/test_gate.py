@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gate_peers
+from benchmarks.memory import peak_mib
 from dvla_fast import RLAGate
 
 
@@ -125,7 +126,7 @@ def test_gate(benchmark, case: Case, dtype: torch.dtype, mode: str, provider: st
     leaf = image_tokens.to(dtype, copy=True).requires_grad_(backward)
     arguments = (gate, leaf, text_tokens.to(dtype), [g.to(dtype) for g in gradients], backward)
 
-    run(layer, *arguments)
+    benchmark.extra_info["peak_mib"] = peak_mib(lambda: run(layer, *arguments))
     begin = time.perf_counter()
     run(layer, *arguments)
     rounds = int(min(100, max(3, SECONDS_A_ROW / (time.perf_counter() - begin))))

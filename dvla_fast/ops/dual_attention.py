@@ -80,9 +80,9 @@ def dual_attention(
 
 def candidates(query: Tensor) -> tuple[tuple[str, str | None], ...]:
     """The implementations for these inputs, best first, each with why it cannot run."""
-    on_cpu = query.device.type == "cpu"
-    cpp = "the inputs are not on the CPU" if not on_cpu else _extension.problem
-    triton = _extension.triton_problem(query.device, query.dtype, query.shape[-1])
+    device = query.device
+    cpp = "the inputs are not on the CPU" if device.type != "cpu" else _extension.problem
+    triton = _extension.triton_problem(device, query.dtype, query.shape[-1])
     return (("triton", triton), ("cpp", cpp), ("reference", None))
 
 
@@ -90,7 +90,8 @@ def expand_alpha(alpha: Tensor, batch: int, heads: int, dtype: torch.dtype) -> T
     """(), (B,) or (B, H) to (B, H) in the accumulation dtype, as a view where possible."""
     if alpha.dim() == 1:
         alpha = alpha.unsqueeze(1)
-    return alpha.to(torch.promote_types(dtype, torch.float32)).expand(batch, heads)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (alpha if alpha.dtype == wide else alpha.to(wide)).expand(batch, heads)
 
 
 _DualAttentionBackward = first_order(
@@ -277,7 +278,7 @@ def check_text_and_gate(
         raise TypeError(f"alpha: expected a tensor, got {type(alpha).__name__}")
     if not alpha.is_floating_point():
         raise TypeError(f"alpha: expected a floating tensor, got {alpha.dtype}")
-    if tuple(alpha.shape) not in ((), (batch,), (batch, heads)):
+    if alpha.shape not in ((), (batch,), (batch, heads)):
         raise ValueError(
             f"alpha: shape {tuple(alpha.shape)}, expected (), ({batch},) or ({batch}, {heads})"
         )
@@ -294,11 +295,12 @@ def check_text_and_gate(
 
 def check_devices(query: Tensor, named: dict[str, Tensor], **others: Tensor | None) -> None:
     """Every tensor is where the query is."""
+    device = query.device
     for name, tensor in (*named.items(), *others.items()):
-        if tensor is not None and tensor.device != query.device:
-            raise ValueError(f"{name}: on {tensor.device}, query on {query.device}")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: on {tensor.device}, query on {device}")
 
 
 def expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {shape}")

@@ -1,4 +1,5 @@
-"""Runs the fuzz test of the C++ kernels under the address and undefined-behaviour sanitizers.
+"""Runs the fuzz and float64 tests of the C++ kernels under the address and undefined-behaviour
+sanitizers.
 
 A copy of the package with sanitized libraries is made in ``build/sanitize``; the package in use is
 left alone. Exit status 0: nothing found.
@@ -68,9 +69,11 @@ def main() -> int:
         print(f"sanitize: {where} was imported instead of {PACKAGE}", file=sys.stderr)
         return 1
     pytest = Path(sys.executable).with_name("pytest")
-    command = [pytest, "-q", "-s", "-p", "no:cacheprovider", "-o", f"pythonpath={PACKAGE.parent}"]
+    tests = [f"tests/ops/test_{name}.py" for name in ("fuzz", "gated_attention", "gate_policy")]
+    chosen = "fuzz or (values_and_gradients_float64 and cpp)"
+    command = [pytest, "-q", "-s", "-k", chosen, "-p", "no:cacheprovider", "-o", f"pythonpath={PACKAGE.parent}"]
     return subprocess.run(
-        [*command, "tests/ops/test_fuzz.py", *sys.argv[1:]], env=env, cwd=native.ROOT, check=False
+        [*command, *tests, *sys.argv[1:]], env=env, cwd=native.ROOT, check=False
     ).returncode
 
 

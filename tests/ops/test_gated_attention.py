@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -465,14 +466,15 @@ def test_composition_of_other_devices() -> None:
 @pytest.mark.skipif(_extension.problem is not None, reason=str(_extension.problem))
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_instruction_sets(capability: str) -> None:
-    """The variants that this machine would not choose compute the same."""
+    """The variants that this machine would not choose compute the same, the policy's call too."""
     from dvla_fast import _build_info
 
     if capability == _extension.capability or capability not in _build_info.cpu_capabilities:
         pytest.skip("it is the one in use, or not built")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    files = [__file__, str(Path(__file__).with_name("test_gate_policy.py"))]
     done = subprocess.run(
-        [*command, "-k", "cpp and float64", __file__],
+        [*command, "-k", "cpp and float64", *files],
         env={**os.environ, "DVLA_FAST_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,

@@ -8,7 +8,8 @@ tokens and H stays in the cache and never exists for all images; the backward pa
 values where they are few (32 MiB) and projects them again where they are many. Where the queries of
 all heads are clearly fewer than C, the weights of keys and values are absorbed: applied to the
 queries and to the weighted tokens, softmax(q (Z Wₖᵀ)ᵀ) Z Wᵥᵀ = (softmax((q Wₖ) Zᵀ) Z) Wᵥᵀ. On CUDA
-it is two matrix products around :func:`dvla_fast.functional.dual_attention`.
+and under ``torch.func`` it is two matrix products around
+:func:`dvla_fast.functional.dual_attention`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from dvla_fast.ops.dual_attention import (
     expect_shape,
     stored_by_token,
 )
-from dvla_fast.ops.first_order import first_order
 
 _KEPT_BYTES = 32 * 2**20  # kKeptBytes of csrc/gate/plan.h
 
@@ -95,15 +95,13 @@ def gated_attention(
         image_mask, text_mask, scale,
     )  # fmt: skip
     chosen = backends.choose("gated_attention", candidates(query), backend)
-    if chosen == "triton":
-        return _composed(*arguments)
     if chosen == "reference":
         return reference.gated_attention(*arguments)
-    if _extension.needs_python_autograd():
-        updated, fused, *_ = _GatedAttention.apply(*arguments)
-    else:
-        forward = torch.ops.dvla_fast.gated_attention_forward.default
-        updated, fused, *_ = forward(*arguments, False)
+    # torch.func transforms what PyTorch's own operations and dual_attention compose.
+    if chosen == "triton" or _extension.needs_python_autograd():
+        return _composed(*arguments)
+    forward = torch.ops.dvla_fast.gated_attention_forward.default
+    updated, fused, *_ = forward(*arguments, False)
     return updated, fused
 
 
@@ -138,49 +136,6 @@ def _composed(
     )  # fmt: skip
     fused = F.linear(mixed.transpose(1, 2).flatten(2), out_weight)
     return reference.add_to_tokens(image_tokens, fused, text_mask)
-
-
-_GatedAttentionBackward = first_order(
-    torch.ops.dvla_fast.gated_attention_backward.default, "gated_attention"
-)
-
-
-class _GatedAttention(torch.autograd.Function):
-    """Forward and backward ops joined; the five saved results are outputs, as torch.func needs."""
-
-    @staticmethod
-    def forward(
-        query: Tensor,
-        image_tokens: Tensor,
-        kv_weight: Tensor,
-        text_key: Tensor,
-        text_value: Tensor,
-        alpha: Tensor,
-        out_weight: Tensor,
-        image_mask: Tensor | None,
-        text_mask: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, ...]:
-        return torch.ops.dvla_fast.gated_attention_forward.default(
-            query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
-            image_mask, text_mask, scale, True,
-        )  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        *tensors, ctx.scale = inputs
-        ctx.save_for_backward(*tensors, *output[2:])
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad_updated, grad_fused, *_unused):  # type: ignore[no-untyped-def]
-        if grad_updated is None and grad_fused is None:
-            return (None,) * 10
-        grads = _GatedAttentionBackward.apply(
-            grad_updated, grad_fused, *ctx.saved_tensors, ctx.scale
-        )
-        return *grads, None, None, None
 
 
 @torch.library.register_fake("dvla_fast::gated_attention_forward", lib=schemas.LIBRARY)

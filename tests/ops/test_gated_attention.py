@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -397,14 +398,23 @@ def test_double_backward_raises(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", [CPP])
 def test_second_derivative_by_torch_func_raises(backend: str) -> None:
-    *tensors, weight = make(SHAPES[1])
+    """By what the attention depends on; by the weight behind it, it is PyTorch's own and right."""
+    tensors = make(SHAPES[1])
 
-    def loss(weight: Tensor) -> Tensor:
-        return gated_attention(*tensors, weight, backend=backend)[1].square().sum()
+    def gradient_norm(index: int, backend: str, x: Tensor) -> Tensor:
+        def loss(x: Tensor) -> Tensor:
+            arguments = [*tensors[:index], x, *tensors[index + 1 :]]
+            return gated_attention(*arguments, backend=backend)[1].square().sum()
 
-    gradient = torch.func.grad(loss)
+        return torch.func.grad(loss)(x).square().sum()
+
     with pytest.raises(RuntimeError, match="second derivatives"):
-        torch.func.grad(lambda w: gradient(w).square().sum())(weight)
+        torch.func.grad(partial(gradient_norm, 2, backend))(tensors[2])
+    second = [
+        torch.func.grad(partial(gradient_norm, 6, choice))(tensors[6])
+        for choice in (backend, "reference")
+    ]
+    torch.testing.assert_close(*second)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -418,6 +428,21 @@ def test_torch_func_grad(backend: str) -> None:
     ones = [torch.zeros_like(make_grads(shape)[0]), torch.ones_like(make_grads(shape)[1])]
     want = with_grads(layer, tensors, ones)["grad_out_weight"]
     torch.testing.assert_close(torch.func.grad(of_weight)(tensors[6]), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vmap(backend: str) -> None:
+    """Per-example gradients of the weights, the mapped batch being another set of image tokens."""
+    tensors = make(SHAPES[1])
+    stacked = torch.stack((tensors[1], 2 * tensors[1]))
+
+    def loss(weight: Tensor, image_tokens: Tensor) -> Tensor:
+        arguments = [tensors[0], image_tokens, weight, *tensors[3:]]
+        return gated_attention(*arguments, backend=backend)[1].square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(tensors[2], stacked)
+    for each, image_tokens in zip(got, stacked):
+        torch.testing.assert_close(each, torch.func.grad(loss)(tensors[2], image_tokens))
 
 
 WRONG = [

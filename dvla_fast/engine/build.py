@@ -53,7 +53,9 @@ def pick_device(name: str) -> torch.device:
 
 def build_data(config: DataConfig, device: torch.device) -> FewShotData:
     """Load the data set onto the device (DataError when it is missing or unusable)."""
-    data = load_data(config.dataset, config.image_size, config.holdout, config.split_seed)
+    data = load_data(
+        config.dataset, config.image_size, config.holdout, config.split_seed, config.splits
+    )
     return data.to(device)
 
 

@@ -224,7 +224,7 @@ class _Step:
 
     def images(self, index: Tensor) -> Tensor:
         """Gather and normalise images: index (E, n) -> (E, n, C, H, W)."""
-        images = self.data.base.images[index.flatten()]
+        images = self.data.base.gather(index.flatten())
         if self.config.augment and self.augmentation is not None:
             images = augment(images, self.augmentation)
         return self.data.normalise(unit_range(images)).unflatten(0, index.shape)

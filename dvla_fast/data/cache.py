@@ -257,7 +257,7 @@ class _Builder:
         good = [
             i for i in range(len(rows)) if start + i < self.base_rows and str(start + i) not in bad
         ]
-        pixels = images[good].reshape(len(good), 3, -1).astype(np.int64)
+        pixels = images[good].reshape(len(good), 3, self.image_size**2).astype(np.int64)
         _write(self.fd, images, start * self.stride)
         return {
             "start": start,

@@ -306,7 +306,7 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
             "run"
         )
     device = pick_device(config.device)
-    data = build_data(config.data, device)
+    data = build_data(config.data, device, training=True)
     texts, semantics = build_texts(config.semantics, data, device)
     spec = model_spec(
         config.model,

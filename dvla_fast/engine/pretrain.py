@@ -198,7 +198,7 @@ def _describe(row: dict[str, float], epoch: int, epochs: int) -> str:
 def run_pretrain(config: PretrainRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast pretrain`` does; returns the summary that it writes."""
     device = pick_device(config.device)
-    data = build_data(config.data, device)
+    data = build_data(config.data, device, training=True)
     spec = backbone_spec(config.model, data.channels, data.image_size)
     build_pretrain_model(spec, 1)  # settings that fit no model fail before the folder is made
     folder = RunFolder(config.output, to_dict(config), resume=config.resume)

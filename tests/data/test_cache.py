@@ -229,7 +229,7 @@ def test_full_disk_during_the_work(
 
 def test_unwritable_place(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OutputError, match="cannot write.*give --output"):
+    with pytest.raises(OutputError, match=r"cannot write.*give --output"):
         prepare_cache(tree, tmp_path / "file" / "cache", 16)
 
 
@@ -270,7 +270,6 @@ def test_memory_stays_flat_over_ten_epochs(tmp_path: Path) -> None:
     status = Path("/proc/self/status")
     if not status.exists() or "RssAnon" not in status.read_text():
         pytest.skip("the system does not tell resident memory apart")
-    # one decoded picture written many times: 40 MB, made in a moment
     tree = trees.split_folders(tmp_path / "photos", {"train": "ab", "test": "cd"}, 70)
     prepare_cache(tree, tmp_path / "cache", 224)
     images = cache.map_images(tmp_path / "cache")
@@ -283,7 +282,7 @@ def test_memory_stays_flat_over_ten_epochs(tmp_path: Path) -> None:
 
     def epoch() -> int:
         order = torch.from_numpy(rng.permutation(len(images)))
-        return sum(int(images[index].sum()) for index in order.split(16))
+        return sum(int(images[index].numpy().sum()) for index in order.split(16))
 
     first = epoch()
     before = own()

@@ -75,14 +75,14 @@ def test_known_counts(tmp_path: Path) -> None:
     assert "split list miniimagenet_ravi" in report.text()
     assert "known: 38400" in report.text()
     assert "has 2 images, known: 600" in report.text()
-    assert "... and 54 more of this kind" in report.text()  # 64 base classes
+    assert "... and 90 more of this kind" in report.text()  # of 100 classes
 
 
 def test_missing_classes_name_the_publisher(tmp_path: Path) -> None:
     trees.dogs(tmp_path)
     shutil.rmtree(tmp_path / "Images" / "n02085620-Chihuahua")
     report = check(tmp_path, "dogs_dn4_70_20_30", decode_images=False)
-    (line,) = [line for line in report.problems if "missing" in line]
+    (line,) = [line for line in report.problems if "classes missing" in line]
     assert "train: 1 of 70 classes missing (n02085620-Chihuahua)" in line
     assert "vision.stanford.edu" in line
 

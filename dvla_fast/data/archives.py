@@ -118,7 +118,8 @@ def _mat(path: Path) -> dict[str, Any]:
         from scipy.io import loadmat
     except ImportError as error:
         raise MissingDependencyError(
-            f"{path}: reading .mat files needs scipy, which is not installed; run pip install scipy"
+            f"{path}: reading .mat files needs scipy, which is not installed; run "
+            "pip install 'dvla-fast[train]'"
         ) from error
     try:
         return loadmat(path, squeeze_me=True, struct_as_record=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +98,8 @@ def _describe(listing: Listing, report: Report) -> None:
     if known is not None:
         report.facts.append(f"{known.title}, split list {known.name}")
         report.facts += [f"  from {line}" for line in known.source]
+        if known.published:
+            report.facts.append(f"  images published by {known.published}")
         if known.missing_classes:
             report.notes.append(
                 f"{known.name} lacks {known.missing_classes} classes of the published split: "
@@ -174,8 +176,7 @@ def _check_images(
     bad, small, done = [], 0, 0
     with ThreadPoolExecutor(workers or None) as pool:
         for name, split in listing.splits.items():
-            results = pool.map(_look, [split] * len(split), range(len(split)))
-            for index, result in enumerate(results):
+            for index, result in enumerate(_looks(pool, split)):
                 if isinstance(result, str):
                     bad.append(result)
                 else:
@@ -205,6 +206,13 @@ def _check_images(
             f"{small} of {total} images have a side of at most half of {image_size} pixels: they "
             "would be enlarged"
         )
+
+
+def _looks(pool: ThreadPoolExecutor, split: Split) -> Iterator[tuple[bytes, str, int] | str]:
+    # in blocks: a million waiting tasks would take a gigabyte
+    for start in range(0, len(split), 1024):
+        rows = range(start, min(start + 1024, len(split)))
+        yield from pool.map(_look, [split] * len(rows), rows)
 
 
 def _both(group: list[tuple[str, str]]) -> str:

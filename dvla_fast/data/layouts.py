@@ -188,18 +188,23 @@ def _resolve(
     form = next((form for form in forms if form(first, label).is_file()), forms[1])
     classes: dict[str, dict[str, list[Path]]] = {}
     missing: list[Path] = []
-    total = 0
+    seen: dict[Path, str] = {}
     for split, pairs in rows.items():
         classes[split] = {}
         for name, label in pairs:
             path = form(name, label)
-            total += 1
+            place = f"{split}, class {label!r}"
+            if path in seen:
+                raise DataError(
+                    f"{path}: listed in {seen[path]} and again in {place}; keep one of the lines"
+                )
+            seen[path] = place
             if not path.is_file():
                 missing.append(path)
             classes[split].setdefault(label, []).append(path)
     if missing:
         raise DataError(
-            f"{missing[0]}: listed, but not there ({len(missing)} of {total} listed images are "
+            f"{missing[0]}: listed, but not there ({len(missing)} of {len(seen)} listed images are "
             "missing); restore the images, or correct the lists"
         )
     return dict(classes)

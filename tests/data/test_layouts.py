@@ -108,6 +108,13 @@ def test_csv_lists(tmp_path: Path) -> None:
     listing = list_data(trees.csv_lists(tmp_path, known))
     assert listing.split_list is known
     assert sizes(listing) == {"train": (64, 128), "val": (16, 32), "test": (20, 40)}
+    twice = known.splits["train"][0]
+    with (tmp_path / "test.csv").open("a") as stream:
+        stream.write(f"{twice}{0:08d}.jpg,{known.splits['test'][0]}\n")
+    with pytest.raises(DataError, match=rf"{twice}0+\.jpg: listed in train, .* and again in test"):
+        list_data(tmp_path)
+    lines = (tmp_path / "test.csv").read_text().splitlines()
+    (tmp_path / "test.csv").write_text("\n".join(lines[:-1]))
     (tmp_path / "images" / f"{known.splits['val'][0]}{1:08d}.jpg").unlink()
     with pytest.raises(DataError, match=r"1\.jpg: listed, but not there \(1 of 200"):
         list_data(tmp_path)

@@ -273,8 +273,8 @@ def _only_candidate(root: Path, found: Found, keys: Iterable[str]) -> SplitList:
             "folders into train/, val/ and test/"
         )
     raise DataError(
-        f"{root}: {len(fitting)} published splits fit; choose one: --data.splits "
-        f"{' | '.join(item.name for item in fitting)}"
+        f"{root}: {len(fitting)} published splits fit; choose one with --data.splits (--splits of "
+        f"'dvla-fast data'): {' | '.join(item.name for item in fitting)}"
     )
 
 

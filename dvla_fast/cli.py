@@ -34,6 +34,23 @@ _COMMANDS = {
   dvla-fast demo --seed 1 --output runs/my-demo
   dvla-fast demo --resume --output runs/my-demo""",
     ),
+    "data check": _Command(
+        "check a data set: layout, splits, counts, unreadable and duplicate images",
+        "DataCheck",
+        """  dvla-fast data check photos/
+  dvla-fast data check CUB_200_2011/ --splits cub_100_50_50
+  dvla-fast data check photos/ --splits my-split.json --shot 1 --counts_only
+  dvla-fast data check caches/cub-224""",
+    ),
+    "data prepare": _Command(
+        "decode a data set once into a cache that training maps into memory",
+        "DataPrepare",
+        """  dvla-fast data prepare photos/ --output caches/photos-84 --image_size 84
+  dvla-fast data prepare CUB_200_2011/ --splits cub_100_50_50 --output caches/cub-224
+  dvla-fast data prepare photos/ --output caches/photos-224 --skip_unreadable
+
+the same command continues a build that was stopped""",
+    ),
     "pretrain": _Command(
         "pre-train a backbone on base classes",
         "PretrainRun",
@@ -103,6 +120,11 @@ def _dispatch(given: list[str]) -> int:
         print(f"dvla-fast {__version__}")
         return 0
     name, rest = given[0], given[1:]
+    if name == "data":
+        if not rest or rest[0] in ("-h", "--help"):
+            print(_data_overview())
+            return 0 if rest else 2
+        name, rest = f"data {rest[0]}", rest[1:]
     if name not in _COMMANDS:
         near = difflib.get_close_matches(name, _COMMANDS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -110,6 +132,8 @@ def _dispatch(given: list[str]) -> int:
     if name == "doctor":
         return _doctor(rest)
     config = _parse(name, rest)
+    if name.startswith("data "):
+        return _RUNNERS[name](config)
     if not config.output:
         config.output = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
@@ -120,8 +144,24 @@ def _dispatch(given: list[str]) -> int:
         return _fail(f"interrupted; continue: dvla-fast {name} --resume --output {config.output}")
 
 
+def _data_overview() -> str:
+    from dvla_fast.data import split_list_names
+
+    rows = "\n".join(
+        f"  {name:<14} {command.summary}"
+        for name, command in _COMMANDS.items()
+        if name.startswith("data ")
+    )
+    return (
+        "usage: dvla-fast data check|prepare PATH [options]\n\n"
+        f"commands:\n{rows}\n\n"
+        f"published split lists, for --splits:\n  {', '.join(split_list_names())}\n\n"
+        "examples:\n  dvla-fast data check photos/\n  dvla-fast data prepare --help"
+    )
+
+
 def _overview() -> str:
-    rows = "\n".join(f"  {name:<10} {command.summary}" for name, command in _COMMANDS.items())
+    rows = "\n".join(f"  {name:<13} {command.summary}" for name, command in _COMMANDS.items())
     return (
         "usage: dvla-fast COMMAND [options]\n\n"
         "Few-shot image classification with text, gated by reinforcement learning (DVLA-RL).\n\n"
@@ -165,7 +205,7 @@ def _parse(name: str, rest: list[str]) -> Any:
 
         default = demo_config(quick="--quick" in rest)
     parsed = _parse_with(name, rest, cls, default)
-    if not parsed.resume:
+    if not getattr(parsed, "resume", False):
         return parsed
     if not parsed.output:
         raise configuration.UsageError(
@@ -195,7 +235,7 @@ def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
 
     parser = ArgumentParser(
         prog=f"dvla-fast {name}",
-        usage=f"dvla-fast {name} [options]",
+        usage=f"dvla-fast {name}{' PATH' if name.startswith('data ') else ''} [options]",
         description=f"{command.summary[0].upper()}{command.summary[1:]}.",
         epilog=f"examples:\n{command.examples}",
         formatter_class=Formatter,
@@ -228,6 +268,73 @@ def _demo(config: Any) -> int:
     print(f"picture     {summary['picture']}")
     print(f"time        {summary['seconds']:.0f} s on {summary['device']}")
     return 0
+
+
+def _data_check(config: Any) -> int:
+    from dvla_fast.data import check_data
+    from dvla_fast.engine.logging import Progress
+
+    with Progress({"check": 1.0}) as progress:
+        report = check_data(
+            config.path,
+            config.splits,
+            shot=config.shot,
+            query=config.query,
+            image_size=config.image_size,
+            decode_images=not config.counts_only,
+            workers=config.workers,
+            advance=_counter(progress, "check"),
+        )
+    print(report.text())
+    if report.problems:
+        return _fail(f"{config.path}: {len(report.problems)} line(s) of problems above")
+    print("no problems found")
+    return 0
+
+
+def _data_prepare(config: Any) -> int:
+    from dvla_fast.data import prepare_cache
+    from dvla_fast.engine.config import UsageError
+    from dvla_fast.engine.logging import Progress
+
+    if not config.output:
+        raise UsageError("data prepare needs --output, the folder of the cache")
+    try:
+        with Progress({"prepare": 1.0}) as progress:
+            done = prepare_cache(
+                config.path,
+                config.output,
+                config.image_size,
+                config.splits,
+                skip_unreadable=config.skip_unreadable,
+                workers=config.workers,
+                advance=_counter(progress, "prepare"),
+            )
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command continues")
+    for line in done.skipped:
+        print(f"left out: {line}")
+    print(
+        f"cache       {done.path}, {done.images} images ({done.decoded} decoded, {done.reused} "
+        f"kept)\nnext        dvla-fast pretrain --data.dataset {done.path} "
+        f"--data.image_size {config.image_size}"
+    )
+    return 0
+
+
+def _counter(progress: Any, stage: str) -> Any:
+    """Drive a progress bar by calls with the images done and all of them."""
+    last = None
+
+    def advance(done: int, total: int) -> None:
+        nonlocal last
+        if last is None:
+            progress.begin(stage, total)
+            last = 0
+        progress.advance(done - last)
+        last = done
+
+    return advance
 
 
 def _pretrain(config: Any) -> int:
@@ -265,6 +372,8 @@ def _evaluate(config: Any) -> int:
 
 
 _RUNNERS = {
+    "data check": _data_check,
+    "data prepare": _data_prepare,
     "demo": _demo,
     "pretrain": _pretrain,
     "metatune": _metatune,

@@ -19,6 +19,7 @@ _EXTRAS = {
     "train": (
         "numpy",
         "scikit-learn",
+        "scipy",
         "safetensors",
         "jsonargparse",
         "PyYAML",

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dvla_fast.cli import main
 from dvla_fast.engine.checkpoint import save_checkpoint
+from tests.data import trees
 
 COMMANDS = ["demo", "pretrain", "metatune", "evaluate", "doctor"]
 TINY_MODEL = ["--model.width=8", "--model.num_heads=4", "--model.hidden_dim=8"]
@@ -271,3 +272,88 @@ def test_missing_extra_is_named(
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="no such folder"):
         main(["pretrain", "--debug", f"--data.dataset={tmp_path / 'none'}"])
+
+
+def test_data_check_and_prepare_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "cub_100_50_50" in text
+    for name in ("check", "prepare"):
+        assert f"data {name}" in text
+        assert main(["data", name, "--help"]) == 0
+        text_of_one = capsys.readouterr().out
+        assert f"  dvla-fast data {name}" in text_of_one
+        for option in ("PATH", "--config", "--splits", "--debug"):
+            assert option in text_of_one
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["data"], ["data", "chekc"], ["data", "check"], ["data", "prepare", "photos"]],
+)
+def test_wrong_data_usage_is_status_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert "error" in captured.err or "usage" in captured.out
+
+
+def test_data_check(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--shot=1", "--query=5", "--image_size=16"]
+    assert main(["data", "check", str(photos), *options]) == 0
+    assert "no problems found" in capsys.readouterr().out
+    assert main(["data", "check", str(photos), "--counts_only", "--query=6", "--shot=1"]) == 1
+    captured = capsys.readouterr()
+    assert "problem: " in captured.out
+    assert captured.err.count("error:") == 1
+    assert "no such folder" in fails(["data", "check", str(tmp_path / "none")], capsys)
+    message = fails(["data", "check", str(photos), "--splits=cub"], capsys)
+    assert "split list 'cub' is unknown; choose one of" in message
+
+
+def test_prepared_cache_from_pretraining_to_evaluation(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same seed gives the same run from the cache as from the images."""
+    cache = tmp_path / "cache"
+    prepare = ["data", "prepare", str(photos), f"--output={cache}", "--image_size=16"]
+    assert main(prepare) == 0
+    assert "60 images (60 decoded, 0 kept)" in capsys.readouterr().out
+    assert main(prepare) == 0
+    assert "60 images (0 decoded, 60 kept)" in capsys.readouterr().out
+    accuracies = {}
+    for name, dataset in (("images", photos), ("cache", cache)):
+        data = [f"--data.dataset={dataset}", "--data.image_size=16", "--device=cpu"]
+        run = tmp_path / name
+        assert main(["pretrain", *data, *TINY_PRETRAIN, f"--output={run / 'pre'}"]) == 0
+        best = run / "pre" / "checkpoints" / "pretrain-best.safetensors"
+        tune = [item for item in metatune(photos, best) if not item.startswith("--data.")]
+        assert main([*tune, *data, f"--output={run / 'tuned'}"]) == 0
+        best = run / "tuned" / "checkpoints" / "metatune-best.safetensors"
+        arguments = [
+            "evaluate",
+            *data,
+            f"--checkpoint={best}",
+            f"--semantics.bank={photos / 'bank.json'}",
+            "--evaluate.episodes=4",
+            "--evaluate.query=2",
+            "--evaluate.shots=[1]",
+            f"--output={run / 'result'}",
+        ]
+        assert main(arguments) == 0
+        summary = json.loads((run / "result" / "summary.json").read_text())
+        accuracies[name] = (summary["accuracy"], summary["episodes_sha256"], summary["alpha"])
+    assert accuracies["images"] == accuracies["cache"]
+    message = fails(["pretrain", f"--data.dataset={cache}", "--data.image_size=32"], capsys)
+    assert "holds 16-pixel images, not 32; set --data.image_size 16" in message
+
+
+def test_pretraining_without_base_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trees.chestx(tmp_path / "chestx")
+    arguments = [f"--data.dataset={tmp_path / 'chestx'}", f"--output={tmp_path / 'run'}"]
+    message = fails(["pretrain", *arguments, "--data.image_size=16"], capsys)
+    assert "no base classes to train on" in message
+    assert not (tmp_path / "run").exists()

@@ -31,6 +31,20 @@ ELSEWHERE = {
         "tests/test_benchmarks.py::test_every_benchmark_runs"
     ),
     "python -m benchmarks.ratios run.json": "tests/test_benchmarks.py::test_ratio_table",
+    "dvla-fast data check photos/": "tests/test_cli.py::test_data_check",
+    "dvla-fast data check CUB_200_2011/ --splits cub_100_50_50": (
+        "tests/data/test_layouts.py::test_cub"
+    ),
+    "dvla-fast data check caches/cub-224": "tests/data/test_check.py::test_cache",
+    "dvla-fast data prepare CUB_200_2011/ --splits cub_100_50_50 --output caches/cub-224": (
+        "tests/test_cli.py::test_prepared_cache_from_pretraining_to_evaluation"
+    ),
+    "dvla-fast pretrain --data.dataset caches/cub-224 --data.image_size 224 --pretrain.flip true": (
+        "tests/test_cli.py::test_prepared_cache_from_pretraining_to_evaluation"
+    ),
+    "pytest benchmarks/test_image_cache.py --benchmark-only": (
+        "tests/test_benchmarks.py::test_every_benchmark_runs"
+    ),
     "dvla-fast pretrain --output runs/backbone": "tests/engine/test_demo.py::demo",
     "dvla-fast metatune --output runs/tuned --checkpoint"
     " runs/backbone/checkpoints/pretrain-best.safetensors": "tests/test_cli.py::metatune",

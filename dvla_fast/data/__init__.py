@@ -1,9 +1,13 @@
 """Data sets and episodes: images in memory, class splits, and a seeded few-shot sampler."""
 
+from dvla_fast.data.cache import is_cache, open_cache, prepare_cache
+from dvla_fast.data.check import check_data
 from dvla_fast.data.digits import DIGIT_SPLIT, load_digits
 from dvla_fast.data.episodes import EpisodeBatch, EpisodeSampler
-from dvla_fast.data.folder import load_image_folder
 from dvla_fast.data.images import FewShotData, ImageSet, hold_out
+from dvla_fast.data.layouts import list_data
+from dvla_fast.data.load import load_images
+from dvla_fast.data.splits import load_split_list, split_list_names
 
 __all__ = [
     "DIGIT_SPLIT",
@@ -11,28 +15,43 @@ __all__ = [
     "EpisodeSampler",
     "FewShotData",
     "ImageSet",
+    "check_data",
     "hold_out",
+    "is_cache",
+    "list_data",
     "load_data",
     "load_digits",
-    "load_image_folder",
+    "load_images",
+    "load_split_list",
+    "open_cache",
+    "prepare_cache",
+    "split_list_names",
 ]
 
 
 def load_data(
-    dataset: str, image_size: int = 16, holdout: float = 0.25, split_seed: int = 0
+    dataset: str,
+    image_size: int = 16,
+    holdout: float = 0.25,
+    split_seed: int = 0,
+    splits: str = "",
 ) -> FewShotData:
-    """Load ``"digits"`` or the image folder at a path.
+    """Load ``"digits"``, a cache, or the data set in a folder.
 
     Args:
-        dataset: ``"digits"``, or the root of an image-folder data set.
-        image_size: side of the square images.
-        holdout: share of each base class's images kept away from training, for monitoring.
+        dataset: ``"digits"``, a cache of ``dvla-fast data prepare``, or a data set's folder.
+        image_size: side of the square images; a cache's own.
+        holdout: share of each base class's images kept away from training, for monitoring, where
+            there are no validation classes.
         split_seed: seed of that share; part of the data set, not of a run.
+        splits: split list, as ``list_data``.
 
     Raises:
-        DataError: missing or empty folders, unreadable images, too few of them.
-        MissingDependencyError: scikit-learn or Pillow is not installed.
+        DataError: missing or empty folders, unreadable images, too few of them, unclear splits.
+        MissingDependencyError: scikit-learn, Pillow, scipy or timm is needed and not installed.
     """
     if dataset == "digits":
         return load_digits(image_size, holdout, split_seed)
-    return load_image_folder(dataset, image_size, holdout, split_seed)
+    if is_cache(dataset):
+        return open_cache(dataset, image_size, holdout, split_seed, splits)
+    return load_images(dataset, image_size, holdout, split_seed, splits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,23 +19,41 @@ class ImageSet:
     Attributes:
         name: for messages, e.g. ``"digits/base"``.
         images: (N, C, H, W), uint8 in 0..255 or float32 in [0, 1].
-        labels: (N,) int64 indices into ``class_names``, on the same device.
+        labels: (N,) int64 indices into ``class_names``.
+        mapped: the images are a read-only map of a file: they stay on disk, and ``gather`` and
+            ``chunks`` bring what is asked for to the device of the labels. Never write to them.
     """
 
     name: str
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
+    mapped: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> ImageSet:
-        """Return a copy on another device."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        """Return a copy on another device; mapped images stay on disk."""
+        images = self.images if self.mapped else self.images.to(device)
+        return replace(self, images=images, labels=self.labels.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where ``gather`` and ``chunks`` deliver."""
+        return self.labels.device
+
+    def gather(self, index: Tensor) -> Tensor:
+        """Return the images at ``index`` (n,) int64 as (n, C, H, W) on ``device``."""
+        return self.images[index.to(self.images.device)].to(self.device)
+
+    def chunks(self, size: int) -> Iterator[Tensor]:
+        """Yield all images in order, (at most size, C, H, W) at a time, on ``device``."""
+        for chunk in self.images.split(size):
+            yield chunk.to(self.device)
 
     def subset(self, index: Tensor, name: str) -> ImageSet:
-        """Return the images at ``index`` (int64) under another name."""
+        """Return the images at ``index`` (int64) under another name, in memory."""
         return ImageSet(name, self.images[index], self.labels[index], self.class_names)
 
 

@@ -22,7 +22,7 @@ from dvla_fast.engine.config import (
     UsageError,
     differences,
 )
-from dvla_fast.errors import CheckpointError, DVLAError, TrainingError
+from dvla_fast.errors import CheckpointError, DataError, DVLAError, TrainingError
 from dvla_fast.nn import DVLA, build_backbone
 from dvla_fast.semantics import EncodedTexts, build_encoder, encode_bank, load_bank
 
@@ -51,9 +51,20 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def build_data(config: DataConfig, device: torch.device) -> FewShotData:
-    """Load the data set onto the device (DataError when it is missing or unusable)."""
-    data = load_data(config.dataset, config.image_size, config.holdout, config.split_seed)
+def build_data(config: DataConfig, device: torch.device, *, training: bool = False) -> FewShotData:
+    """Load the data set onto the device; the images of a cache stay on disk.
+
+    Raises:
+        DataError: missing or unusable; or, for ``training``, without base classes.
+    """
+    data = load_data(
+        config.dataset, config.image_size, config.holdout, config.split_seed, config.splits
+    )
+    if training and not len(data.base):
+        raise DataError(
+            f"{config.dataset}: no base classes to train on, only classes to evaluate; train on "
+            "another data set and give this one to 'dvla-fast evaluate'"
+        )
     return data.to(device)
 
 

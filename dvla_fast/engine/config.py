@@ -34,7 +34,12 @@ def option(default: Any, help: str, minimum: float | None = None) -> Any:
 class DataConfig:
     """Which images."""
 
-    dataset: str = option("digits", "'digits', or the root of an image-folder data set")
+    dataset: str = option(
+        "digits", "'digits', the folder of a data set, or a cache made by 'dvla-fast data prepare'"
+    )
+    splits: str = option(
+        "", "published split list, or a JSON file; empty: as the folders say, or the one that fits"
+    )
     image_size: int = option(16, "side of the square images in pixels")
     holdout: float = option(0.25, "share of base images kept for monitoring (without val classes)")
     split_seed: int = option(0, "seed of that share")
@@ -211,6 +216,31 @@ class EvaluateRun(RunConfig):
 
 
 @dataclass
+class DataCheck:
+    """Everything `dvla-fast data check` does."""
+
+    path: str = option("", "folder of a data set or of a cache")
+    splits: str = option("", "published split list, or a JSON file; empty: the one that fits")
+    shot: int = option(5, "supports that an episode takes of a class", 1)
+    query: int = option(15, "queries that an episode takes of a class", 1)
+    image_size: int = option(224, "side in pixels that training will use", 1)
+    counts_only: bool = option(False, "count classes and images without reading them")
+    workers: int = option(0, "threads; 0: one for each core", 0)
+
+
+@dataclass
+class DataPrepare:
+    """Everything `dvla-fast data prepare` does."""
+
+    path: str = option("", "folder of a data set")
+    output: str = option("", "folder of the cache, new (required)")
+    splits: str = option("", "published split list, or a JSON file; empty: the one that fits")
+    image_size: int = option(224, "side of the square images in pixels", 1)
+    skip_unreadable: bool = option(False, "leave unreadable images out instead of failing")
+    workers: int = option(0, "threads; 0: one for each core", 0)
+
+
+@dataclass
 class DemoRun(RunConfig):
     """Everything `dvla-fast demo` does."""
 
@@ -296,6 +326,8 @@ def add_arguments(parser: Any, cls: Any, default: Any, prefix: str = "") -> None
         text = f"{item.metadata.get('help', '')} (default: {value!r})"
         if is_dataclass(kind):
             nested.append((kind, value, f"{name}."))
+        elif name == "path":
+            group.add_argument(name, metavar="PATH", help=item.metadata["help"])
         elif kind is bool and not prefix:  # --resume, --quick: plain switches
             group.add_argument(f"--{name}", action="store_true", default=value, help=text)
         else:

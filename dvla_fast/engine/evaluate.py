@@ -62,7 +62,7 @@ def image_features(
     training = backbone.training
     backbone.eval()
     with torch.inference_mode():
-        parts = [backbone(data.normalise(chunk)) for chunk in images.images.split(batch)]
+        parts = [backbone(data.normalise(chunk)) for chunk in images.chunks(batch)]
     backbone.train(training)
     features = torch.cat(parts)
     if not bool(features.isfinite().all()):
@@ -126,7 +126,7 @@ def gated_accuracies(
     images = data.split(split)
     check_weights(model, images.name)
     # What comes before the first gate depends on no episode: once per image, not per episode.
-    maps = torch.cat([model.prefix(data.normalise(x)) for x in images.images.split(512)])
+    maps = torch.cat([model.prefix(data.normalise(x)) for x in images.chunks(512)])
     if not bool(maps.isfinite().all()):
         raise TrainingError(
             f"{images.name}: image features are NaN or infinite; check the images, or use an "
@@ -272,7 +272,7 @@ def load_model(path: str, data: FewShotData) -> tuple[DVLA | None, nn.Module, di
             f"data set gives {data.channels} and {data.image_size}; set --data.image_size "
             f"{shape[1]}, or use another checkpoint"
         )
-    device = data.base.images.device
+    device = data.base.device
     if info["kind"] == "pretrain":
         container = build_pretrain_model(spec, info["model"]["classes"])
         load_weights(container, tensors, "model.", path)

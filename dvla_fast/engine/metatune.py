@@ -224,7 +224,7 @@ class _Step:
 
     def images(self, index: Tensor) -> Tensor:
         """Gather and normalise images: index (E, n) -> (E, n, C, H, W)."""
-        images = self.data.base.images[index.flatten()]
+        images = self.data.base.gather(index.flatten())
         if self.config.augment and self.augmentation is not None:
             images = augment(images, self.augmentation)
         return self.data.normalise(unit_range(images)).unflatten(0, index.shape)
@@ -306,7 +306,7 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
             "run"
         )
     device = pick_device(config.device)
-    data = build_data(config.data, device)
+    data = build_data(config.data, device, training=True)
     texts, semantics = build_texts(config.semantics, data, device)
     spec = model_spec(
         config.model,

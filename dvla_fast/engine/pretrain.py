@@ -116,7 +116,7 @@ def pretrain(
     """
     base = data.base
     outputs = len(base.class_names) * (3 if config.quarter_turns else 1)
-    model = build_pretrain_model(spec, outputs).to(base.images.device)
+    model = build_pretrain_model(spec, outputs).to(base.device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
@@ -158,7 +158,7 @@ def _train_epoch(
         rate = learning_rate(config, state.step, len(batches))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        images = data.normalise(augment(base.images[index], config))
+        images = data.normalise(augment(base.gather(index), config))
         labels = base.labels[index]
         if config.quarter_turns:
             images, labels = turn_classes(images, labels, len(base.class_names))
@@ -198,7 +198,7 @@ def _describe(row: dict[str, float], epoch: int, epochs: int) -> str:
 def run_pretrain(config: PretrainRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast pretrain`` does; returns the summary that it writes."""
     device = pick_device(config.device)
-    data = build_data(config.data, device)
+    data = build_data(config.data, device, training=True)
     spec = backbone_spec(config.model, data.channels, data.image_size)
     build_pretrain_model(spec, 1)  # settings that fit no model fail before the folder is made
     folder = RunFolder(config.output, to_dict(config), resume=config.resume)

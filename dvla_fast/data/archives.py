@@ -1,0 +1,277 @@
+"""Data sets as their publishers pack them, extracted: recognised by the files that name them.
+
+Each recogniser takes a folder and returns what it found, or None when the folder is another layout.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dvla_fast.data.decode import is_image
+from dvla_fast.data.listing import Found, References
+from dvla_fast.data.pickles import load_pickle
+from dvla_fast.data.splits import SPLITS, load_split_list
+from dvla_fast.errors import DataError, MissingDependencyError
+
+
+def _inside(root: Path, name: str, marks: Sequence[str]) -> Path | None:
+    """Return root, or its folder ``name``, if it holds all the marks."""
+    for folder in (root, root / name):
+        if all((folder / mark).exists() for mark in marks):
+            return folder
+    return None
+
+
+def _lines(path: Path) -> list[list[str]]:
+    """Read lines of a number and a text, as CUB-200-2011 writes all of its tables."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        fields = line.split(maxsplit=1)
+        if len(fields) != 2:
+            raise DataError(
+                f"{path}, line {number}: expected two fields, got {line!r}; extract it again"
+            )
+        rows.append(fields)
+    return rows
+
+
+def cub(root: Path) -> Found | None:
+    """CUB_200_2011 (Wah et al., 2011): images.txt, image_class_labels.txt, classes.txt, images/."""
+    marks = ("images.txt", "image_class_labels.txt", "classes.txt")
+    folder = _inside(root, "CUB_200_2011", marks)
+    if folder is None:
+        return None
+    names = dict(_lines(folder / "classes.txt"))
+    labels = dict(_lines(folder / "image_class_labels.txt"))
+    classes: dict[str, list[Path]] = {name: [] for name in names.values()}
+    for number, file in _lines(folder / "images.txt"):
+        key = names.get(labels.get(number, ""))
+        if key is None:
+            raise DataError(
+                f"{folder / 'image_class_labels.txt'}: no class for image {number} ({file}); "
+                "extract the archive again"
+            )
+        classes[key].append(folder / "images" / file)
+    _all_there(folder / "images.txt", [path for files in classes.values() for path in files])
+    return Found("CUB_200_2011 as published", {"": classes}, where={"": str(folder)})
+
+
+def _all_there(table: Path, files: Sequence[Any]) -> None:
+    missing = [path for path in files if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{missing[0]}: listed in {table.name}, but not there ({len(missing)} of {len(files)} "
+            "are missing); extract the archive again"
+        )
+
+
+def stanford_cars(root: Path) -> Found | None:
+    """Stanford Cars (Krause et al., 2013): cars_train/, cars_test/ and devkit/, or car_ims/.
+
+    The older packing has ``car_ims/`` and ``cars_annos.mat``. Of the newer one, cars_test/ counts
+    only with ``cars_test_annos_withlabels.mat``: the devkit's own file has no labels.
+    """
+    if (root / "cars_annos.mat").is_file():
+        path = root / "cars_annos.mat"
+        content = _mat(path)
+        names = _class_list(path, content, "class_names")
+        rows = _annotations(path, content, ("relative_im_path", "class", "test"))
+        files = [(root / str(name), int(label), int(test)) for name, label, test in rows]
+    elif (root / "devkit" / "cars_meta.mat").is_file():
+        path = root / "devkit" / "cars_meta.mat"
+        names = _class_list(path, _mat(path), "class_names")
+        files = []
+        train = root / "devkit" / "cars_train_annos.mat"
+        for name, label in _annotations(train, _mat(train), ("fname", "class")):
+            files.append((root / "cars_train" / str(name), int(label), 0))
+        for folder in (root, root / "devkit"):
+            test = folder / "cars_test_annos_withlabels.mat"
+            if test.is_file():
+                for name, label in _annotations(test, _mat(test), ("fname", "class")):
+                    files.append((root / "cars_test" / str(name), int(label), 1))
+                break
+    else:
+        return None
+    classes: dict[str, list[Path]] = {name: [] for name in names}
+    for file, label, _ in files:
+        if not 1 <= label <= len(names):
+            raise DataError(f"{path}: class {label} of {file.name} is unknown; get the file again")
+        classes[names[label - 1]].append(file)
+    _all_there(path, [file for file, _, _ in files])
+    parts = {"cars_train": frozenset(file for file, _, test in files if not test)}
+    incomplete = ""
+    if not any(test for _, _, test in files):
+        incomplete = "labels of cars_test/, cars_test_annos_withlabels.mat, are not here"
+    where = {"": str(root)}
+    return Found("Stanford Cars as published", {"": classes}, {}, parts, where, incomplete)
+
+
+def _mat(path: Path) -> dict[str, Any]:
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{path}: reading .mat files needs scipy, which is not installed; run "
+            "pip install 'dvla-fast[train]'"
+        ) from error
+    try:
+        return loadmat(path, squeeze_me=True, struct_as_record=True)
+    except Exception as error:
+        raise DataError(f"{path}: cannot read this .mat file ({error}); get it again") from error
+
+
+def _class_list(path: Path, content: dict[str, Any], key: str) -> list[str]:
+    if key not in content:
+        raise DataError(f"{path}: holds no {key!r}; get the devkit again")
+    return [str(name) for name in np.atleast_1d(content[key])]
+
+
+def _annotations(
+    path: Path, content: dict[str, Any], fields: Sequence[str]
+) -> list[tuple[Any, ...]]:
+    table = np.atleast_1d(content.get("annotations", np.empty(0)))
+    if not len(table) or not set(fields) <= set(table.dtype.names or ()):
+        raise DataError(
+            f"{path}: its annotations lack {', '.join(fields)}; the file with labels is needed"
+        )
+    return [tuple(row[field] for field in fields) for row in table]
+
+
+def cifar100(root: Path) -> Found | None:
+    """CIFAR-100, python version (Krizhevsky, 2009): the pickles train, test and meta."""
+    folder = _inside(root, "cifar-100-python", ("train", "test", "meta"))
+    if folder is None or not (folder / "meta").is_file():
+        return None
+    meta = load_pickle(folder / "meta")
+    arrays, labels = [], []
+    for part in ("train", "test"):
+        content = load_pickle(folder / part)
+        try:
+            arrays.append(np.asarray(content["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
+            labels.append(np.asarray(content["fine_labels"], dtype=np.int64))
+            names = [str(name) for name in meta["fine_label_names"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{folder / part}: not a CIFAR-100 pickle ({error}); download the python version"
+            ) from error
+        if len(labels[-1]) != len(arrays[-1]) or not (labels[-1] < len(names)).all():
+            raise DataError(f"{folder / part}: images and labels disagree; download it again")
+    array = np.concatenate(arrays).transpose(0, 2, 3, 1)  # (60000, 32, 32, 3)
+    target = np.concatenate(labels)
+    classes: dict[str, References] = {
+        name: np.flatnonzero(target == index).tolist() for index, name in enumerate(names)
+    }
+    return Found("CIFAR-100 python pickles", {"": classes}, {"": array}, where={"": str(folder)})
+
+
+def mini_imagenet_pickles(root: Path) -> Found | None:
+    """miniImageNet as 84-pixel pickles.
+
+    ``mini-imagenet-cache-{train,val,test}.pkl`` with image_data and class_dict, or
+    ``miniImageNet_category_split_{train_phase_train,val,test}.pickle`` (MetaOptNet) with data,
+    labels and catname2label.
+    """
+    forms = {
+        "mini-imagenet-cache-{}.pkl": dict(zip(SPLITS, SPLITS)),
+        "miniImageNet_category_split_{}.pickle": {
+            "train": "train_phase_train",
+            "val": "val",
+            "test": "test",
+        },
+    }
+    for form, parts in forms.items():
+        files = {split: root / form.format(part) for split, part in parts.items()}
+        if files["train"].is_file() or files["test"].is_file():
+            break
+    else:
+        return None
+    found = Found("miniImageNet pickles", {}, reduced=True)
+    for split, path in files.items():
+        if not path.is_file():
+            raise DataError(f"{path}: missing beside the other splits' pickles; restore it")
+        found.arrays[split], found.classes[split] = _mini_imagenet(path)
+        found.where[split] = str(path)
+    return found
+
+
+def _mini_imagenet(path: Path) -> tuple[Any, dict[str, References]]:
+    content = load_pickle(path)
+    try:
+        if "image_data" in content:
+            array = np.asarray(content["image_data"])
+            classes = {
+                str(key): [int(i) for i in rows] for key, rows in content["class_dict"].items()
+            }
+        else:
+            array = np.asarray(content["data"])
+            labels = np.asarray(content["labels"])
+            classes = {
+                str(key): np.flatnonzero(labels == label).tolist()
+                for key, label in content["catname2label"].items()
+            }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path}: not a miniImageNet pickle ({error!r}); get it again") from error
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+        raise DataError(
+            f"{path}: images must be uint8 (N, H, W, 3), got {array.dtype} "
+            f"{array.shape}; get it again"
+        )
+    if any(not 0 <= row < len(array) for rows in classes.values() for row in rows):
+        raise DataError(f"{path}: class_dict points outside the {len(array)} images; get it again")
+    return array, dict(sorted(classes.items()))
+
+
+def chestx(root: Path) -> Found | None:
+    """ChestX-ray8/14 (Wang et al., 2017): Data_Entry_2017*.csv over images*/, as BSCD-FSL uses it.
+
+    Images with exactly one finding, of the seven classes of the benchmark (Guo et al., 2020).
+    """
+    tables = sorted(root.glob("Data_Entry_2017*.csv"))
+    if not tables:
+        return None
+    wanted = load_split_list("chestx").keys
+    paths = {
+        path.name: path
+        for folder in sorted({*root.glob("images*"), *root.glob("images*/images")})
+        if folder.is_dir()
+        for path in sorted(folder.iterdir())
+        if is_image(path)
+    }
+    classes: dict[str, list[Path]] = {}
+    missing = 0
+    with tables[0].open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.DictReader(stream)
+        if not {"Image Index", "Finding Labels"} <= set(reader.fieldnames or ()):
+            raise DataError(
+                f"{tables[0]}: expected the columns Image Index and Finding Labels; get it again"
+            )
+        for row in reader:
+            label, name = row["Finding Labels"], row["Image Index"]
+            if label not in wanted:
+                continue
+            if name in paths:
+                classes.setdefault(label, []).append(paths[name])
+            else:
+                missing += 1
+    if missing:
+        raise DataError(
+            f"{tables[0]}: {missing} of the images of its single-label rows are in no folder "
+            f"images*/ beside it; extract all image archives into {root}"
+        )
+    return Found("ChestX-ray14 table and images", {"": classes}, where={"": str(root)})
+
+
+RECOGNISERS: tuple[Callable[[Path], Found | None], ...] = (
+    cub,
+    stanford_cars,
+    cifar100,
+    mini_imagenet_pickles,
+    chestx,
+)

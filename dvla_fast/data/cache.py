@@ -1,0 +1,500 @@
+"""A data set decoded once into a file of uint8 images that training maps into memory.
+
+A cache is a folder: ``images.bin``, (N, 3, S, S) uint8 without a header, split by split and class
+by class, and ``index.json``: classes, labels, where each image came from, the channel statistics of
+the base images, and checksums. It is built beside its place as ``<name>.partial`` and renamed when
+it is whole, so a cache that can be opened is complete. A build that was stopped at any moment
+continues: every finished chunk is on record with its checksum and with the size and time of the
+files it was made from.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dvla_fast.data.decode import decode, pillow
+from dvla_fast.data.images import FewShotData, ImageSet
+from dvla_fast.data.layouts import list_data
+from dvla_fast.data.listing import Listing, Split
+from dvla_fast.data.load import assemble, warn_if_enlarged
+from dvla_fast.data.splits import SPLITS, load_split_list
+from dvla_fast.errors import DataError, OutputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FORMAT = "dvla-fast-cache/1"
+_IMAGES, _INDEX, _JOURNAL = "images.bin", "index.json", "journal.jsonl"
+# Images of a chunk: the unit of decoding in parallel, of checksums, and of what a kill can cost.
+CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What ``prepare_cache`` did: images in the cache, decoded now, kept, and left out."""
+
+    path: Path
+    images: int
+    decoded: int
+    reused: int
+    skipped: tuple[str, ...] = ()
+
+
+def is_cache(path: str | Path) -> bool:
+    """Tell whether a folder is a finished cache."""
+    return (Path(path) / _INDEX).is_file() and (Path(path) / _IMAGES).is_file()
+
+
+def prepare_cache(
+    root: str | Path,
+    output: str | Path,
+    image_size: int = 224,
+    splits: str = "",
+    *,
+    skip_unreadable: bool = False,
+    workers: int = 0,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Prepared:
+    """Decode a data set once into a cache, in parallel; continue a build that was stopped.
+
+    Args:
+        root, splits: as ``list_data``.
+        output: folder of the cache, new; ``<output>.partial`` holds it until it is whole.
+        image_size: side S of the square images.
+        skip_unreadable: leave unreadable images out, on record, instead of failing in the end.
+        workers: threads; 0: one for each core.
+        advance: called with the images done so far and all of them.
+
+    Raises:
+        DataError: as ``list_data``; unreadable images (all are looked at first, and named in
+            ``unreadable.txt``); or a cache of other files in the way.
+        OutputError: not writable, not enough space, or another process builds it right now.
+    """
+    pillow()
+    output = Path(output)
+    listing = list_data(root, splits)
+    warn_if_enlarged(listing, image_size)
+    builder = _Builder(listing, output, image_size, splits)
+    if output.exists():
+        return builder.already_there()
+    try:
+        with builder.open():
+            builder.run(workers or os.cpu_count() or 1, advance)
+            return builder.finish(skip_unreadable)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OutputError(
+                f"{builder.partial}: the disk is full; free {builder.size / 1e9:.2f} GB and run "
+                "the same command again: what is done stays"
+            ) from error
+        raise OutputError(
+            f"{builder.partial}: cannot write ({error.strerror or error}); give --output a folder "
+            "that you may write to"
+        ) from error
+
+
+class _Builder:
+    """One build: the rows of all splits in order, in chunks."""
+
+    def __init__(self, listing: Listing, output: Path, image_size: int, splits: str = "") -> None:
+        self.listing, self.output, self.image_size = listing, output, image_size
+        self.option = str(Path(splits).resolve()) if splits.endswith(".json") else splits
+        self.partial = output.with_name(f"{output.name}.partial")
+        self.rows = [(split, i) for split in listing.splits.values() for i in range(len(split))]
+        self.base_rows = len(listing.splits["train"]) if "train" in listing.splits else 0
+        self.stride = 3 * image_size**2
+        self.size = len(self.rows) * self.stride
+        if not self.rows:
+            raise DataError(f"{listing.root}: no images here; check the split list")
+        self.chunks = range(0, len(self.rows), CHUNK)
+        self.done: dict[int, dict[str, Any]] = {}
+        self.reused = 0
+        self.fd = -1
+
+    def fingerprint(self, start: int) -> str:
+        """Hash what a chunk is made from: sizes and times of files, or pixels of arrays."""
+        digest = hashlib.sha256(f"{self.image_size}".encode())
+        for split, index in self.rows[start : start + CHUNK]:
+            source = split.source(index)
+            if isinstance(source, Path):
+                state = source.stat()
+                digest.update(f"{self.place(split, index)}\0{state.st_size}".encode())
+                digest.update(f"\0{state.st_mtime_ns}\n".encode())
+            else:
+                digest.update(np.ascontiguousarray(source).tobytes())
+        return digest.hexdigest()
+
+    def place(self, split: Split, index: int) -> str:
+        """Name an image's origin: its path below the root, or the row of an array."""
+        reference = split.references[index]
+        if not isinstance(reference, Path):
+            return f"{Path(split.where).name}[{reference}]"
+        if reference.is_relative_to(self.listing.root):
+            return reference.relative_to(self.listing.root).as_posix()
+        return str(reference)
+
+    def already_there(self) -> Prepared:
+        """Accept the finished cache in the way if it is this one."""
+        if not is_cache(self.output):
+            raise OutputError(f"{self.output}: exists and is no cache; give --output a new folder")
+        index = read_index(self.output)
+        if index["fingerprint"] != self.total_fingerprint():
+            raise DataError(
+                f"{self.output}: a cache made from other files, or for another size or split, is "
+                f"here (from {index['root']}, {index['image_size']} pixels); give --output another "
+                "folder, or remove that cache"
+            )
+        return Prepared(self.output, index["images"], 0, index["images"])
+
+    def total_fingerprint(self) -> str:
+        """Hash all chunks' origins and the division into splits."""
+        digest = hashlib.sha256()
+        for start in self.chunks:
+            # what was decoded, where it was just now; else what is on disk
+            entry = self.done.get(start)
+            digest.update((entry["fingerprint"] if entry else self.fingerprint(start)).encode())
+        for name, split in self.listing.splits.items():
+            digest.update(f"{name}{split.keys}{split.counts().tolist()}".encode())
+        return digest.hexdigest()
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Make or reopen the partial folder, alone, with room for all images."""
+        import fcntl  # not on every system
+
+        self.partial.mkdir(parents=True, exist_ok=True)
+        with open(self.partial / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise OutputError(
+                    f"{self.partial}: another process is building this cache; wait for it"
+                ) from error
+            self.fd = os.open(self.partial / _IMAGES, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                # All the space now, not a full disk after hours.
+                before = os.fstat(self.fd).st_size
+                try:
+                    os.posix_fallocate(self.fd, 0, self.size)
+                except OSError:
+                    os.ftruncate(self.fd, before)
+                    raise
+                self._read_journal()
+                yield
+            finally:
+                os.close(self.fd)
+
+    def _read_journal(self) -> None:
+        path = self.partial / _JOURNAL
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        entries = {}
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # a kill may tear the last line
+                continue
+            entries[entry["start"]] = entry
+        for start in self.chunks:
+            entry = entries.get(start)
+            if entry is None or entry["bad"] or entry["fingerprint"] != self.fingerprint(start):
+                continue
+            count = min(CHUNK, len(self.rows) - start)
+            stored = os.pread(self.fd, count * self.stride, start * self.stride)
+            if hashlib.sha256(stored).hexdigest() == entry["sha256"]:
+                self.done[start] = entry
+                self.reused += count
+
+    def run(self, workers: int, advance: Callable[[int, int], None]) -> None:
+        """Decode the chunks that are not on record."""
+        done = self.reused
+        with (
+            ThreadPoolExecutor(workers) as pool,  # Pillow releases the GIL while it decodes
+            open(self.partial / _JOURNAL, "a", encoding="utf-8") as journal,
+        ):
+            if self.done:
+                journal.write("\n")  # ends a line that a kill tore
+            for start in self.chunks:
+                if start in self.done:
+                    continue
+                entry = self._chunk(start, pool)
+                # The images must be on the disk before the record that says so.
+                os.fdatasync(self.fd)
+                journal.write(json.dumps(entry) + "\n")
+                journal.flush()
+                os.fsync(journal.fileno())
+                self.done[start] = entry
+                done += min(CHUNK, len(self.rows) - start)
+                advance(done, len(self.rows))
+
+    def _chunk(self, start: int, pool: ThreadPoolExecutor) -> dict[str, Any]:
+        rows = self.rows[start : start + CHUNK]
+        images = np.zeros((len(rows), self.stride), dtype=np.uint8)
+        bad: dict[str, str] = {}
+
+        def fill(index: int) -> None:
+            split, row = rows[index]
+            try:
+                images[index] = decode(split.source(row), self.image_size).reshape(-1)
+            except DataError as error:
+                bad[str(start + index)] = str(error)
+
+        fingerprint = self._fingerprint_or_none(start)
+        for _ in pool.map(fill, range(len(rows))):
+            pass
+        good = [
+            i for i in range(len(rows)) if start + i < self.base_rows and str(start + i) not in bad
+        ]
+        pixels = images[good].reshape(len(good), 3, self.image_size**2).astype(np.int64)
+        _write(self.fd, images, start * self.stride)
+        return {
+            "start": start,
+            "fingerprint": fingerprint,
+            "sha256": hashlib.sha256(images.data).hexdigest(),
+            "sum": pixels.sum((0, 2)).tolist(),
+            "square": (pixels**2).sum((0, 2)).tolist(),
+            "bad": bad,
+        }
+
+    def _fingerprint_or_none(self, start: int) -> str:
+        try:
+            return self.fingerprint(start)
+        except FileNotFoundError:  # removed since it was listed: decoding will name it
+            return ""
+
+    def finish(self, skip_unreadable: bool) -> Prepared:
+        """Close the gaps of unreadable images, write the index, and put the cache in its place."""
+        bad = {int(row): text for entry in self.done.values() for row, text in entry["bad"].items()}
+        if bad:
+            report = self.partial / "unreadable.txt"
+            report.write_text("".join(f"{bad[row]}\n" for row in sorted(bad)), encoding="utf-8")
+        if bad and not skip_unreadable:
+            raise DataError(
+                f"{bad[min(bad)]} ({len(bad)} of {len(self.rows)} images cannot be read, all named "
+                f"in {report}); the others are done and stay: replace the files and run the same "
+                "command again, or leave them out with --skip_unreadable"
+            )
+        keep = [row for row in range(len(self.rows)) if row not in bad]
+        index = self._index(keep, tuple(bad[row] for row in sorted(bad)))
+        index["sha256"] = self._compact(keep)
+        index["index_sha256"] = _index_checksum(index)
+        with open(self.partial / _INDEX, "w", encoding="utf-8") as stream:
+            json.dump(index, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.rename(self.partial, self.output)
+        for name in (_JOURNAL, "lock", "unreadable.txt"):
+            (self.output / name).unlink(missing_ok=True)
+        decoded = len(keep) - self.reused
+        return Prepared(self.output, len(keep), decoded, self.reused, tuple(index["skipped"]))
+
+    def _compact(self, keep: list[int]) -> list[str]:
+        """Move the kept rows together, chunk by chunk; returns the chunks' checksums."""
+        checksums = []
+        for start in range(0, len(keep), CHUNK):
+            rows = keep[start : start + CHUNK]
+            first = rows[0] * self.stride
+            block = os.pread(self.fd, (rows[-1] - rows[0] + 1) * self.stride, first)
+            images = np.frombuffer(block, np.uint8).reshape(-1, self.stride)
+            images = images[np.asarray(rows) - rows[0]]
+            if rows[0] != start or rows[-1] - rows[0] + 1 != len(rows):
+                _write(self.fd, images, start * self.stride)
+            checksums.append(hashlib.sha256(np.ascontiguousarray(images).data).hexdigest())
+        os.ftruncate(self.fd, len(keep) * self.stride)
+        os.fsync(self.fd)
+        return checksums
+
+    def _index(self, keep: list[int], skipped: tuple[str, ...]) -> dict[str, Any]:
+        from dvla_fast import __version__
+
+        listing, kept = self.listing, set(keep)
+        splits, row = {}, 0
+        for name, split in listing.splits.items():
+            here = [i for i in range(len(split)) if row + i in kept]
+            row += len(split)
+            counts = np.bincount(split.labels[here], minlength=len(split.keys))
+            if (counts < 2).any():
+                raise DataError(
+                    f"{split.where}: without its unreadable images, class "
+                    f"{split.keys[int(counts.argmin())]!r} has {counts.min()}; a class needs at "
+                    "least 2: replace the files"
+                )
+            splits[name] = {
+                "keys": list(split.keys),
+                "names": list(split.names),
+                "counts": counts.tolist(),
+                "files": [self.place(split, i) for i in here],
+            }
+        known = listing.split_list
+        pixels = sum(splits["train"]["counts"]) * self.image_size**2 if self.base_rows else 0
+        total = np.sum([entry["sum"] for entry in self.done.values()], 0)
+        square = np.sum([entry["square"] for entry in self.done.values()], 0)
+        return {
+            "format": FORMAT,
+            "name": listing.name,
+            "root": str(listing.root.resolve()),
+            "layout": listing.layout,
+            "split_list": known.name if known else "",
+            "splits_option": self.option,
+            "source": list(known.source) if known else [],
+            "image_size": self.image_size,
+            "images": len(keep),
+            "splits": splits,
+            "statistics": _statistics(total, square, pixels),
+            "skipped": list(skipped),
+            "fingerprint": self.total_fingerprint(),
+            "dvla_fast": __version__,
+            "pillow": pillow().__version__,
+        }
+
+
+def _statistics(total: Any, square: Any, pixels: int) -> dict[str, list[float]] | None:
+    if not pixels:
+        return None
+    mean = total / pixels / 255
+    variance = square / pixels / 255**2 - mean**2
+    return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(variance, 1e-8)).tolist()}
+
+
+def _write(fd: int, images: NDArray[np.uint8], offset: int) -> None:
+    # pwrite, not a map: a full disk is an error here, but kills a process that writes to a map.
+    view = np.ascontiguousarray(images).data.cast("B")
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _index_checksum(index: dict[str, Any]) -> str:
+    content = {key: value for key, value in index.items() if key != "index_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_index(path: str | Path) -> dict[str, Any]:
+    """Read and check the index of a cache, and the size of its images.
+
+    Raises:
+        DataError: damaged, of another format, or its image file has the wrong length.
+    """
+    path = Path(path)
+    remedy = "remove the folder and run 'dvla-fast data prepare' again"
+    try:
+        index = json.loads((path / _INDEX).read_text(encoding="utf-8"))
+        if index["format"] != FORMAT:
+            raise DataError(f"{path}: cache format {index['format']!r} is unknown; {remedy}")
+        sound = index["index_sha256"] == _index_checksum(index)
+        expected = index["images"] * 3 * index["image_size"] ** 2
+        actual = (path / _IMAGES).stat().st_size
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: cannot read this cache ({error!r}); {remedy}") from error
+    if not sound:
+        raise DataError(f"{path / _INDEX}: changed since it was written; {remedy}")
+    if actual != expected:
+        raise DataError(f"{path / _IMAGES}: {actual} bytes, expected {expected}; {remedy}")
+    return index
+
+
+def map_images(path: str | Path) -> torch.Tensor:
+    """Map a cache's images, all splits in order: uint8 (N, 3, S, S), never to be written to.
+
+    Raises:
+        DataError: as ``read_index``.
+    """
+    index = read_index(path)
+    shape = (index["images"], 3, index["image_size"], index["image_size"])
+    mapped = np.memmap(Path(path) / _IMAGES, np.uint8, "r", shape=shape)
+    with warnings.catch_warnings():
+        # torch warns that the array is read-only. A writable private map would count as memory in
+        # full, and a large cache would then not open; nothing writes to stored images.
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return torch.from_numpy(mapped)
+
+
+def open_cache(
+    path: str | Path, image_size: int, holdout: float = 0.25, split_seed: int = 0, splits: str = ""
+) -> FewShotData:
+    """Map a cache: no image is read before it is used, and all processes share one copy.
+
+    Its checksums are not computed here; ``dvla-fast data check`` does.
+
+    Returns:
+        FewShotData with mapped uint8 images (N, 3, S, S). Without validation classes, the two parts
+        of the base images are copied into memory.
+
+    Raises:
+        DataError: damaged, or made for another size or split list than asked for.
+    """
+    path = Path(path)
+    index = read_index(path)
+    if index["image_size"] != image_size:
+        raise DataError(
+            f"{path}: holds {index['image_size']}-pixel images, not {image_size}; set "
+            f"--data.image_size {index['image_size']}, or prepare another cache"
+        )
+    if splits and load_split_list(splits).name != index["split_list"]:
+        raise DataError(
+            f"{path}: was prepared with the split {index['split_list'] or 'of its folders'}, not "
+            f"{splits}; leave out --data.splits, or prepare another cache"
+        )
+    images = map_images(path)
+    sets, row = {}, 0
+    for name in SPLITS:
+        if name not in index["splits"]:
+            continue
+        entry = index["splits"][name]
+        counts = torch.tensor(entry["counts"])
+        labels = torch.arange(len(counts)).repeat_interleave(counts)
+        part = images[row : row + len(labels)]
+        row += len(labels)
+        sets[name] = ImageSet(f"{path} ({name})", part, labels, tuple(entry["names"]), mapped=True)
+    known = index["statistics"]
+    statistics = (torch.tensor(known["mean"]), torch.tensor(known["std"])) if known else None
+    return assemble(index["name"], sets, holdout, split_seed, statistics)
+
+
+def verify_cache(path: str | Path) -> list[str]:
+    """Compute all checksums of a cache again, and look whether its files changed since.
+
+    Returns:
+        The problems found, one line each; empty: sound.
+
+    Raises:
+        DataError: as ``read_index``.
+    """
+    path = Path(path)
+    index = read_index(path)
+    problems = []
+    stride = 3 * index["image_size"] ** 2
+    with open(path / _IMAGES, "rb") as stream:
+        for number, expected in enumerate(index["sha256"]):
+            if hashlib.sha256(stream.read(CHUNK * stride)).hexdigest() != expected:
+                first = number * CHUNK
+                last = min(first + CHUNK, index["images"]) - 1
+                problems.append(
+                    f"{path / _IMAGES}: images {first} to {last} differ from their checksum; "
+                    "remove the folder and run 'dvla-fast data prepare' again"
+                )
+    if Path(index["root"]).is_dir():
+        try:
+            listing = list_data(index["root"], index["splits_option"])
+            current = _Builder(listing, path, index["image_size"]).total_fingerprint()
+        except (DataError, OSError) as error:
+            problems.append(f"{path}: the files it was made from have changed ({error})")
+        else:
+            if current != index["fingerprint"]:
+                problems.append(
+                    f"{path}: the files in {index['root']} have changed since it was made; remove "
+                    "the folder and run 'dvla-fast data prepare' again"
+                )
+    return problems

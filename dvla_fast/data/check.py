@@ -1,0 +1,235 @@
+"""Looks through a data set before work starts: counts, classes, unreadable and duplicate images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from dvla_fast.data.cache import is_cache, read_index, verify_cache
+from dvla_fast.data.decode import open_rgb
+from dvla_fast.data.layouts import list_data
+from dvla_fast.data.listing import Listing, Split
+from dvla_fast.data.splits import candidates
+from dvla_fast.errors import DataError
+
+# Lines of one kind of problem; the rest is counted.
+_SHOWN = 10
+
+
+@dataclass
+class Report:
+    """What ``check_data`` found: facts, notes (worth knowing) and problems (to be put right)."""
+
+    facts: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """Return the report for people, one line each."""
+        lines = [*self.facts]
+        lines += [f"note: {line}" for line in self.notes]
+        lines += [f"problem: {line}" for line in self.problems]
+        return "\n".join(lines)
+
+    def add(self, kind: list[str], lines: list[str]) -> None:
+        """Add lines, the first few in full."""
+        kind += lines[:_SHOWN]
+        if len(lines) > _SHOWN:
+            kind.append(f"... and {len(lines) - _SHOWN} more of this kind")
+
+
+def check_data(
+    root: str | Path,
+    splits: str = "",
+    *,
+    shot: int = 5,
+    query: int = 15,
+    image_size: int = 224,
+    decode_images: bool = True,
+    workers: int = 0,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Check a data set, or a prepared cache.
+
+    Args:
+        root, splits: as ``list_data``, or the folder of a cache.
+        shot, query: images that an episode takes of a class; smaller classes are a problem.
+        image_size: side that training will use; images of half of it or less are noted.
+        decode_images: read every image (finds unreadable ones and duplicates); else only count.
+        workers: threads; 0: a few more than cores.
+        advance: called with the images done so far and all of them.
+
+    Raises:
+        DataError: nothing recognised at all, as ``list_data``.
+        MissingDependencyError: as ``list_data``.
+    """
+    report = Report()
+    if is_cache(root):
+        index = read_index(root)
+        report.facts.append(
+            f"cache of {index['name']}, {index['images']} images of {index['image_size']} pixels, "
+            f"split {index['split_list'] or 'of its folders'}, made from {index['root']}"
+        )
+        report.facts += [
+            f"  {name:<5} {len(entry['keys']):>4} classes {sum(entry['counts']):>7} images"
+            for name, entry in index["splits"].items()
+        ]
+        report.add(report.notes, [f"left out: {line}" for line in index["skipped"]])
+        report.add(report.problems, verify_cache(root))
+        return report
+    listing = list_data(root, splits, strict=False)
+    _describe(listing, report)
+    _check_counts(listing, report)
+    _check_classes(listing, shot + query, report)
+    if decode_images:
+        _check_images(listing, image_size, workers, advance, report)
+    return report
+
+
+def _describe(listing: Listing, report: Report) -> None:
+    report.facts.append(f"{listing.root}: {listing.layout}")
+    known = listing.split_list
+    if known is not None:
+        report.facts.append(f"{known.title}, split list {known.name}")
+        report.facts += [f"  from {line}" for line in known.source]
+        if known.published:
+            report.facts.append(f"  images published by {known.published}")
+        if known.missing_classes:
+            report.notes.append(
+                f"{known.name} lacks {known.missing_classes} classes of the published split: "
+                "results do not compare with others'"
+            )
+    else:
+        keys = [key for split in listing.splits.values() for key in split.keys]
+        for item in candidates(keys):
+            report.notes.append(
+                f"its classes are {item.dataset}'s, but not in the split {item.name}: results do "
+                "not compare with those on that split"
+            )
+    if listing.ignored:
+        report.notes.append(f"{len(listing.ignored)} classes on disk are not in the split list")
+    for name, split in listing.splits.items():
+        line = f"  {name:<5} {len(split.keys):>4} classes {len(split):>7} images"
+        expected = known.images_per_split.get(name) if known else None
+        report.facts.append(f"{line}, known: {expected}" if expected else line)
+
+
+def _check_counts(listing: Listing, report: Report) -> None:
+    known = listing.split_list
+    if known is None:
+        return
+    published = f"; published by {known.published}" if known.published else ""
+    for name, keys in listing.missing.items():
+        shown = ", ".join(keys[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")
+        report.problems.append(
+            f"{name}: {len(keys)} of {len(known.splits[name])} classes missing ({shown}){published}"
+        )
+    wrong = []
+    for split in listing.splits.values():
+        for key, count in zip(split.keys, split.counts()):
+            expected = known.images_per_class.get(key)
+            if expected is not None and expected != count:
+                wrong.append(f"{split.where}: class {key!r} has {count} images, known: {expected}")
+    report.add(report.problems, wrong)
+    for name, expected in known.images_per_split.items():
+        found = len(listing.splits[name]) if name in listing.splits else 0
+        if found != expected and not known.images_per_class:
+            report.problems.append(f"{name}: {found} images, known: {expected}{published}")
+
+
+def _check_classes(listing: Listing, needed: int, report: Report) -> None:
+    seen: dict[str, tuple[str, str]] = {}
+    for name, split in listing.splits.items():
+        small = [
+            f"{split.where}: class {key!r} has {count} images, an episode takes {needed}; add "
+            "images, or lower --shot and --query"
+            for key, count in zip(split.keys, split.counts())
+            if count < needed
+        ]
+        report.add(report.problems, small)
+        for key in split.keys:
+            if key.casefold() in seen:
+                other, twin = seen[key.casefold()]
+                report.problems.append(
+                    f"class {key!r} of {name} is also {twin!r} of {other}; keep each class once"
+                )
+            seen[key.casefold()] = (name, key)
+
+
+def _check_images(
+    listing: Listing,
+    image_size: int,
+    workers: int,
+    advance: Callable[[int, int], None],
+    report: Report,
+) -> None:
+    """Decode every image: unreadable ones, modes, small ones, and equal pixels."""
+    places: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
+    modes: Counter[str] = Counter()
+    total = sum(len(split) for split in listing.splits.values())
+    bad, small, done = [], 0, 0
+    with ThreadPoolExecutor(workers or None) as pool:
+        for name, split in listing.splits.items():
+            for index, result in enumerate(_looks(pool, split)):
+                if isinstance(result, str):
+                    bad.append(result)
+                else:
+                    digest, mode, side = result
+                    reference = split.references[index]
+                    where = (
+                        reference if isinstance(reference, Path) else f"{split.where}[{reference}]"
+                    )
+                    places[digest].append((name, str(where)))
+                    modes[mode] += 1
+                    small += 2 * side <= image_size
+                done += 1
+                if done % 64 == 0 or done == total:
+                    advance(done, total)
+    report.facts.append("  modes: " + ", ".join(f"{n} {mode}" for mode, n in modes.most_common()))
+    report.add(report.problems, bad)
+    groups = [group for group in places.values() if len(group) > 1]
+    crossing = [group for group in groups if len({name for name, _ in group}) > 1]
+    within = [group for group in groups if len({name for name, _ in group}) == 1]
+    report.add(
+        report.problems,
+        [f"one image in two splits: {_both(group)}; remove one" for group in crossing],
+    )
+    report.add(report.notes, [f"one image twice in a split: {_both(group)}" for group in within])
+    if small:
+        report.notes.append(
+            f"{small} of {total} images have a side of at most half of {image_size} pixels: they "
+            "would be enlarged"
+        )
+
+
+def _looks(pool: ThreadPoolExecutor, split: Split) -> Iterator[tuple[bytes, str, int] | str]:
+    # in blocks: a million waiting tasks would take a gigabyte
+    for start in range(0, len(split), 1024):
+        rows = range(start, min(start + 1024, len(split)))
+        yield from pool.map(_look, [split] * len(rows), rows)
+
+
+def _both(group: list[tuple[str, str]]) -> str:
+    return " and ".join(f"{where} ({name})" for name, where in group[:3])
+
+
+def _look(split: Split, index: int) -> tuple[bytes, str, int] | str:
+    """Return the digest of an image's pixels, its mode and shorter side; or what is wrong."""
+    source = split.source(index)
+    if isinstance(source, Path):
+        try:
+            rgb, mode, side = open_rgb(source)
+        except DataError as error:
+            return str(error)
+        pixels = np.asarray(rgb)
+    else:
+        pixels, mode, side = np.ascontiguousarray(source), "RGB", min(source.shape[:2])
+    digest = hashlib.sha256(str(pixels.shape).encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.digest(), mode, side

@@ -1,0 +1,105 @@
+"""One image from a file, or from an array, to a square of 8-bit RGB."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dvla_fast.errors import DataError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+# The usual evaluation crop: resize the short side to 256, crop the central 224.
+_RESIZE_RATIO = 256 / 224
+
+
+def pillow() -> Any:
+    """Return ``PIL.Image``.
+
+    Raises:
+        MissingDependencyError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingDependencyError(
+            "reading images needs Pillow, which is not installed; run "
+            "pip install 'dvla-fast[train]'"
+        ) from error
+    return Image
+
+
+def is_image(path: Path) -> bool:
+    """Tell image files by their suffix; hidden files are none."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def open_rgb(path: Path) -> tuple[Any, str, int]:
+    """Decode a whole image file.
+
+    Greyscale, palette, CMYK and 1-bit images are converted, an alpha channel is dropped, and 16-bit
+    values keep their upper 8 bits.
+
+    Returns:
+        (RGB image, mode of the file, shorter side in pixels).
+
+    Raises:
+        DataError: empty, truncated or corrupt, no image, of floating-point values, or so large that
+            Pillow takes it for an attack; with the path and the remedy.
+    """
+    Image = pillow()
+    remedy = "replace or remove the file"
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+            if mode == "F":
+                raise DataError(
+                    f"{path}: holds floating-point values; save it as 8-bit, or remove it"
+                )
+            if mode == "I" or mode.startswith("I;16"):
+                # convert("RGB") would clip everything above 255 to white
+                deep = np.asarray(image).astype(np.int64).clip(0, 65535)
+                rgb = Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
+            else:
+                rgb = image.convert("RGB")
+    except DataError:
+        raise
+    # Pillow's plugins raise nearly anything on damaged files
+    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError, IndexError) as error:
+        reason: object = error
+        if isinstance(error, FileNotFoundError):
+            reason, remedy = "no such file", "restore the file"
+        elif path.is_file() and path.stat().st_size == 0:
+            reason = "the file is empty, 0 bytes"
+        raise DataError(f"{path}: cannot read this image ({reason}); {remedy}") from error
+    return rgb, mode, min(rgb.size)
+
+
+def to_square(rgb: Any, size: int) -> NDArray[np.uint8]:
+    """Resize the short side and crop the centre: uint8 (3, size, size).
+
+    An image of exactly that size is kept as it is, so that 84-pixel collections are not resampled.
+    """
+    Image = pillow()
+    if rgb.size != (size, size):
+        scale = size * _RESIZE_RATIO / min(rgb.size)
+        width, height = (max(size, round(side * scale)) for side in rgb.size)
+        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - size) // 2, (height - size) // 2
+        rgb = rgb.crop((left, top, left + size, top + size))
+    return np.asarray(rgb).transpose(2, 0, 1)
+
+
+def decode(source: Path | NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Turn a file, or an array (H, W, 3), into uint8 (3, size, size).
+
+    Raises:
+        DataError: as ``open_rgb``.
+    """
+    if isinstance(source, Path):
+        return to_square(open_rgb(source)[0], size)
+    return to_square(pillow().fromarray(source), size)

@@ -1,0 +1,101 @@
+"""What a data set holds, before any image is decoded: classes, splits, and where each image is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from dvla_fast.data.splits import SplitList
+
+# The images of one class: files, or row numbers of an array of decoded images.
+References = Sequence[Path] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The classes and images of one split, images class by class.
+
+    Attributes:
+        where: folder or file it comes from, for messages.
+        keys: class keys as on disk; names: readable class names in the same order.
+        references: (N,) one file, or one row of ``array``, for each image.
+        labels: (N,) int64 indices into ``keys``.
+        array: (M, H, W, 3) uint8 images, where they come decoded; else None.
+        reduced: the array holds smaller copies of the original images.
+    """
+
+    where: str
+    keys: tuple[str, ...]
+    names: tuple[str, ...]
+    references: References
+    labels: NDArray[np.int64]
+    array: NDArray[np.uint8] | None = None
+    reduced: bool = False
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    def source(self, index: int) -> Path | NDArray[np.uint8]:
+        """Return what ``decode`` reads: a path, or an array (H, W, 3)."""
+        reference = self.references[index]
+        if isinstance(reference, Path):
+            return reference
+        assert self.array is not None
+        return self.array[reference]
+
+    def counts(self) -> NDArray[np.int64]:
+        """Return the number of images of each class (C,)."""
+        return np.bincount(self.labels, minlength=len(self.keys))
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A data set on disk under one split.
+
+    Attributes:
+        layout: the layout recognised, in words.
+        split_list: the bundled or user's list in use; None where folders alone make the split.
+        splits: by name: train, val, test; those without any class are left out.
+        missing: classes of the split list that are not on disk, by split.
+        ignored: classes on disk that the split list does not use.
+    """
+
+    root: Path
+    layout: str
+    splits: dict[str, Split]
+    split_list: SplitList | None = None
+    missing: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.split_list.dataset if self.split_list else self.root.name
+
+
+@dataclass
+class Found:
+    """What a layout holds: split by split, or under ``""`` when a split list must divide it.
+
+    Attributes:
+        classes: split -> class key -> images.
+        arrays: split -> (M, H, W, 3) uint8, where images come decoded.
+        parts: named parts of an archive that a split list may restrict itself to.
+        where: split -> folder or file, for messages.
+        reduced: the arrays hold smaller copies of the original images.
+        incomplete: what a split list of the whole archive would need besides; empty: nothing.
+    """
+
+    layout: str
+    classes: dict[str, Mapping[str, References]]
+    arrays: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    parts: dict[str, frozenset[Path]] = field(default_factory=dict)
+    where: dict[str, str] = field(default_factory=dict)
+    incomplete: str = ""
+    reduced: bool = False

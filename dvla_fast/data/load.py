@@ -1,0 +1,129 @@
+"""Images on disk to a ``FewShotData``: decoded into memory here, or mapped from a cache."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvla_fast.data.decode import decode, pillow
+from dvla_fast.data.images import FewShotData, ImageSet, channel_statistics, hold_out
+from dvla_fast.data.layouts import list_data
+from dvla_fast.data.listing import Listing, Split
+from dvla_fast.errors import DataError
+
+# Channel statistics of ImageNet, for collections that are only evaluated on and have no base
+# classes: statistics of the images under evaluation would be knowledge of the test set.
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def load_images(
+    root: str | Path,
+    image_size: int = 84,
+    holdout: float = 0.25,
+    split_seed: int = 0,
+    splits: str = "",
+) -> FewShotData:
+    """Decode a data set of any known layout into memory.
+
+    Every image is decoded once, resized, centre-cropped and kept as uint8: few-shot training reads
+    each image many times, and decoding would otherwise dominate. A set too large for memory, or one
+    that is used often, is better prepared once (``prepare_cache``).
+
+    Returns:
+        FewShotData with uint8 images (N, 3, image_size, image_size).
+
+    Raises:
+        DataError: as ``list_data``; an unreadable image; or more images than memory holds.
+        MissingDependencyError: as ``list_data``.
+    """
+    pillow()
+    listing = list_data(root, splits)
+    warn_if_enlarged(listing, image_size)
+    _check_memory(listing, image_size)
+    sets = {name: _decode_split(split, image_size) for name, split in listing.splits.items()}
+    return assemble(listing.name, sets, holdout, split_seed)
+
+
+def warn_if_enlarged(listing: Listing, image_size: int) -> None:
+    """Warn when images that come decoded are much smaller than they are asked for."""
+    for split in listing.splits.values():
+        if split.reduced and split.array is not None and split.array.shape[1] < image_size:
+            side = split.array.shape[1]
+            warnings.warn(
+                f"{split.where}: holds {side}-pixel images, enlarged here to {image_size}: results "
+                f"do not compare with those from full-size images; use --data.image_size {side}, "
+                "or the original images",
+                stacklevel=2,
+            )
+            return
+
+
+def _check_memory(listing: Listing, image_size: int) -> None:
+    needed = sum(len(split) for split in listing.splits.values()) * 3 * image_size**2
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > 0.6 * memory:
+        raise DataError(
+            f"{listing.root}: its images take {needed / 1e9:.1f} GB at {image_size} pixels, and "
+            f"this machine has {memory / 1e9:.1f} GB of memory; run 'dvla-fast data prepare' once "
+            "and give --data.dataset the cache, which stays on disk"
+        )
+
+
+def _decode_split(split: Split, image_size: int) -> ImageSet:
+    images = np.empty((len(split), 3, image_size, image_size), dtype=np.uint8)
+
+    def fill(index: int) -> None:
+        images[index] = decode(split.source(index), image_size)
+
+    with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
+        for _ in pool.map(fill, range(len(split))):
+            pass
+    labels = torch.from_numpy(split.labels)
+    return ImageSet(split.where, torch.from_numpy(images), labels, split.names)
+
+
+def assemble(
+    name: str,
+    sets: dict[str, ImageSet],
+    holdout: float,
+    split_seed: int,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> FewShotData:
+    """Make the data set of its splits.
+
+    Where there is no ``val``, ``monitor`` is a held-out share of the base images; where there is no
+    ``train`` either (ChestX), both are empty and only the novel classes can be evaluated.
+
+    Args:
+        sets: image sets by split: train, val, test.
+        statistics: mean and std (3,) of ``train``, if they are known already.
+
+    Raises:
+        DataError: no test classes, a class of one name in two splits, or a bad ``holdout``.
+    """
+    if "test" not in sets:
+        raise DataError(f"{name}: has no test classes to evaluate on; add them to its split")
+    novel = sets["test"]
+    empty = ImageSet(f"{name} (no such split)", novel.images[:0], novel.labels[:0], ())
+    base, monitor, kind = sets.get("train", empty), sets.get("val", empty), "validation classes"
+    if "val" not in sets and len(base):
+        kind, statistics = "held-out images of the base classes", None
+        if not 0 < holdout < 1:
+            raise DataError(f"holdout must be between 0 and 1 (both excluded), got {holdout}")
+        whole = base
+        kept, held = hold_out(whole.labels, holdout, split_seed)
+        base = whole.subset(kept, whole.name)
+        monitor = whole.subset(held, f"{whole.name} (held out)")
+    elif "val" not in sets:
+        kind = "nothing"
+    if statistics is None and len(base):
+        statistics = channel_statistics(base.images)
+    elif statistics is None:
+        statistics = torch.tensor(_IMAGENET_MEAN), torch.tensor(_IMAGENET_STD)
+    return FewShotData(name, base, monitor, novel, kind, *statistics)

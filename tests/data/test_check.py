@@ -1,0 +1,115 @@
+"""``check_data`` finds what is missing, unreadable, double or in two splits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dvla_fast.data import check_data, prepare_cache
+from dvla_fast.data.splits import load_split_list
+from dvla_fast.errors import DataError
+from tests.data import trees
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return trees.split_folders(tmp_path / "photos")
+
+
+def check(path: Path, splits: str = "", **more):
+    return check_data(path, splits, shot=1, query=1, image_size=16, **more)
+
+
+def test_sound(tree: Path) -> None:
+    seen = []
+    report = check(tree, advance=lambda done, total: seen.append((done, total)))
+    assert report.problems == []
+    assert report.notes == []
+    assert "train    5 classes      20 images" in report.text()
+    assert "48 RGB" in report.text()
+    assert seen[-1] == (48, 48)
+
+
+def test_unreadable_and_small(tree: Path) -> None:
+    (tree / "train" / "a" / "a_0.jpg").write_bytes(b"")
+    (tree / "val" / "f" / "f_1.jpg").write_bytes(b"nothing")
+    Image.new("L", (8, 8)).save(tree / "test" / "h" / "h_0.jpg")
+    report = check(tree)
+    assert [line.split(":")[0].rsplit("/")[-1] for line in report.problems] == [
+        "a_0.jpg",
+        "f_1.jpg",
+    ]
+    assert "1 of 48 images have a side of at most half" in report.text()
+    assert "1 L" in report.text()
+
+
+def test_same_image_in_two_splits_and_twice_in_one(tree: Path) -> None:
+    shutil.copy(tree / "train/a/a_0.jpg", tree / "test/h/copy.jpg")
+    shutil.copy(tree / "train/b/b_0.jpg", tree / "train/c/copy.jpg")
+    # the same pixels in another file are the same image
+    with Image.open(tree / "val/f/f_0.jpg") as image:
+        image.save(tree / "test/i/copy.png")
+    report = check(tree)
+    assert len(report.problems) == 2
+    assert all("one image in two splits" in line for line in report.problems)
+    assert "a_0.jpg (train) and" in report.problems[0]
+    assert "copy.jpg (test)" in report.problems[0]
+    assert len(report.notes) == 1
+    assert "one image twice in a split" in report.notes[0]
+
+
+def test_small_classes_and_class_in_two_splits(tree: Path) -> None:
+    shutil.copytree(tree / "train/a", tree / "test/A")
+    report = check_data(tree, shot=1, query=4, image_size=16, decode_images=False)
+    assert "class 'A' of test is also 'a' of train" in report.text()
+    assert "class 'b' has 4 images, an episode takes 5" in report.text()
+
+
+def test_known_counts(tmp_path: Path) -> None:
+    known = load_split_list("miniimagenet_ravi")
+    trees.split_folders(tmp_path, dict(known.splits), 2)
+    report = check(tmp_path, decode_images=False)
+    assert "split list miniimagenet_ravi" in report.text()
+    assert "known: 38400" in report.text()
+    assert "has 2 images, known: 600" in report.text()
+    assert "... and 90 more of this kind" in report.text()  # of 100 classes
+
+
+def test_missing_classes_name_the_publisher(tmp_path: Path) -> None:
+    trees.dogs(tmp_path)
+    shutil.rmtree(tmp_path / "Images" / "n02085620-Chihuahua")
+    report = check(tmp_path, "dogs_dn4_70_20_30", decode_images=False)
+    (line,) = [line for line in report.problems if "classes missing" in line]
+    assert "train: 1 of 70 classes missing (n02085620-Chihuahua)" in line
+    assert "vision.stanford.edu" in line
+
+
+def test_another_split_of_known_classes(tmp_path: Path) -> None:
+    known = load_split_list("miniimagenet_ravi")
+    trees.split_folders(tmp_path, dict(known.splits), 2)
+    key = known.splits["test"][0]
+    shutil.move(tmp_path / "test" / key, tmp_path / "train" / key)
+    report = check(tmp_path, decode_images=False)
+    assert "but not in the split miniimagenet_ravi" in report.text()
+
+
+def test_arrays(tmp_path: Path) -> None:
+    report = check(trees.cifar100(tmp_path), "fc100")
+    assert report.problems
+    assert all("known: 600" in line or "more of this kind" in line for line in report.problems)
+
+
+def test_cache(tree: Path, tmp_path: Path) -> None:
+    prepare_cache(tree, tmp_path / "cache", 16)
+    assert check(tmp_path / "cache").problems == []
+    with open(tmp_path / "cache" / "images.bin", "rb+") as stream:
+        stream.write(b"x")
+    assert "differ from their checksum" in check(tmp_path / "cache").text()
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no data set here"):
+        check(tmp_path)

@@ -1,0 +1,83 @@
+"""Every mode of image decodes to the right pixels; every broken file is named."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dvla_fast.data.decode import decode, open_rgb
+from dvla_fast.errors import DataError
+from tests.data import trees
+
+GREY = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))  # (32, 32)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "LA", "RGBA", "CMYK", "RGB", "YCbCr"])
+def test_modes(tmp_path: Path, mode: str) -> None:
+    image = Image.fromarray(GREY).convert("RGB").convert(mode)
+    path = tmp_path / ("x.tif" if mode in ("CMYK", "YCbCr") else "x.png")
+    image.save(path)
+    pixels = decode(path, 32)
+    assert (pixels.shape, pixels.dtype) == ((3, 32, 32), np.uint8)
+    if mode not in ("1", "P"):
+        assert np.abs(pixels.astype(int) - GREY).max() <= 2
+
+
+def test_cmyk_jpeg(tmp_path: Path) -> None:
+    Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(tmp_path / "x.jpg")  # red
+    red, green, blue = decode(tmp_path / "x.jpg", 16)[:, 8, 8].astype(int)
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_keep_their_upper_eight(tmp_path: Path, suffix: str) -> None:
+    deep = GREY.astype(np.uint16) * 257
+    Image.fromarray(deep).save(tmp_path / f"x.{suffix}")
+    assert (decode(tmp_path / f"x.{suffix}", 32) == GREY).all()
+
+
+def test_floating_point_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(GREY.astype(np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(DataError, match=r"x\.tif: holds floating-point values"):
+        decode(tmp_path / "x.tif", 16)
+
+
+def test_broken_files(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    with pytest.raises(DataError, match=r"x\.jpg: cannot read this image \(no such file\)"):
+        decode(path, 16)
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match="the file is empty, 0 bytes"):
+        decode(path, 16)
+    Image.fromarray(trees.picture(0, (200, 200))).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"x\.jpg: cannot read .*truncated.*replace or remove"):
+        decode(path, 16)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, about the damage
+def test_no_damage_escapes(tmp_path: Path) -> None:
+    """Whatever bytes are flipped, the image decodes or a DataError comes."""
+    rng = np.random.default_rng(0)
+    for suffix in ("png", "jpg", "bmp", "tif", "webp"):
+        path = tmp_path / f"x.{suffix}"
+        Image.fromarray(trees.picture(1)).save(path)
+        whole = bytearray(path.read_bytes())
+        for _ in range(60):
+            damaged = bytearray(whole)
+            for place in rng.integers(0, min(200, len(whole)), 4):
+                damaged[place] = rng.integers(256)
+            path.write_bytes(damaged)
+            with contextlib.suppress(DataError):
+                open_rgb(path)
+
+
+def test_right_size_is_not_resampled() -> None:
+    pixels = trees.picture(3, (84, 84))
+    assert (decode(pixels, 84) == pixels.transpose(2, 0, 1)).all()

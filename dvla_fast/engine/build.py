@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dvla_fast.data import FewShotData, load_data
+from dvla_fast.data import FewShotData, ImageSet, load_data
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import (
     DataConfig,
@@ -22,7 +22,7 @@ from dvla_fast.engine.config import (
     UsageError,
     differences,
 )
-from dvla_fast.errors import CheckpointError, DVLAError, TrainingError
+from dvla_fast.errors import CheckpointError, DataError, DVLAError, TrainingError
 from dvla_fast.nn import DVLA, build_backbone
 from dvla_fast.semantics import EncodedTexts, build_encoder, encode_bank, load_bank
 
@@ -55,6 +55,40 @@ def build_data(config: DataConfig, device: torch.device) -> FewShotData:
     """Load the data set onto the device (DataError when it is missing or unusable)."""
     data = load_data(config.dataset, config.image_size, config.holdout, config.split_seed)
     return data.to(device)
+
+
+class TrainingData(FewShotData):
+    """A data set without its test images: what pre-training and meta-tuning work on.
+
+    Selection uses ``monitor``. The novel classes' names stay, their images do not, so that no
+    training loop can score itself on them.
+    """
+
+    def split(self, name: str) -> ImageSet:
+        """Return base or monitor.
+
+        Raises:
+            DataError: unknown name, or novel, which only an evaluation may read.
+        """
+        if name == "novel":
+            raise DataError(
+                f"{self.novel.name}: the test split is not read during training; select by "
+                "'monitor', and run `dvla-fast evaluate` when training is done"
+            )
+        return super().split(name)
+
+
+def without_test_split(data: FewShotData) -> TrainingData:
+    """Return the data set as training may see it; no image is copied."""
+    parts = {item.name: getattr(data, item.name) for item in fields(data)}
+    novel = data.novel
+    empty = replace(novel, images=novel.images[:0], labels=novel.labels[:0])
+    return TrainingData(**{**parts, "novel": empty})
+
+
+def normalisation(data: FewShotData) -> dict[str, list[float]]:
+    """Return the channel statistics for a checkpoint's description."""
+    return {"mean": data.mean.tolist(), "std": data.std.tolist()}
 
 
 def build_texts(

@@ -165,8 +165,14 @@ class EvaluateConfig:
     )
     query: int = option(15, "queries of a class", 1)
     episodes: int = option(1000, "episodes of a result", 1)
+    episode_list: str = option(
+        "own", "own, or authors: the list of the method's authors (theirs is seed 0)"
+    )
     fixed_alpha: float = option(0.5, "gate value of the fixed comparison")
     batch_episodes: int = option(8, "episodes of a forward pass", 1)
+    cache_mib: int = option(
+        8192, "largest memory for feature maps that are kept for all episodes, in MiB", 0
+    )
 
 
 @dataclass
@@ -205,6 +211,14 @@ class EvaluateRun(RunConfig):
     """Everything `dvla-fast evaluate` does."""
 
     checkpoint: str = option("", "checkpoint to evaluate (required)")
+    checkpoints: list[str] = field(
+        default_factory=list,
+        metadata=about("more checkpoints of the same recipe (seeds); results are means over all"),
+    )
+    compare: str = option(
+        "",
+        "folder of another evaluation of the same episodes, to be compared with by a paired t test",
+    )
     data: DataConfig = field(default_factory=DataConfig)
     semantics: SemanticsConfig = field(default_factory=SemanticsConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

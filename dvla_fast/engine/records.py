@@ -52,14 +52,17 @@ class EpisodeRecord:
 
     def write(self, path: Path) -> None:
         """Write a compressed NumPy archive of int32 and int16 arrays."""
-        arrays = {f"predictions_{i}": p.short() for i, p in enumerate(self.predictions.values())}
+        arrays: dict[str, Any] = {
+            f"predictions_{index}": predictions.short().numpy()
+            for index, predictions in enumerate(self.predictions.values())
+        }
         with open(path, "wb") as stream:
             np.savez_compressed(
                 stream,
                 classes=self.classes.int().numpy(),
                 labels=self.labels.short().numpy(),
                 methods=np.array(list(self.predictions)),
-                **{name: tensor.numpy() for name, tensor in arrays.items()},
+                **arrays,
             )
 
     @classmethod

@@ -38,7 +38,7 @@ COLOURS = {
     **{"cyan": 182, "blue": 224, "purple": 272, "pink": 322},
 }
 TEXTURES = ("plain", "striped", "dotted", "checkered")
-SIZES = {"small": 0.07, "large": 0.115}  # radius as a share of the image's side
+SIZES = {"small": 0.06, "large": 0.095}  # radius as a share of the image's side
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 ARRANGEMENTS = ("row", "column", "diagonal", "circle")
 SPLIT_SHARES = {"base": 0.6, "val": 0.2, "novel": 0.2}
@@ -213,7 +213,7 @@ def _draw(
     x, y = axis[None, None, :], axis[None, :, None]
     canvas = _background(chance[:, :8], x, y)  # (B, size, size, 3)
     whole, each = chance[:, 8:16], chance[:, 16:].reshape(len(draws), count, 6)
-    centres = _centres(item.arrangement, count) + 0.08 * (whole[:, None, :2] - 0.5)
+    centres = _centres(item.arrangement, count) + 0.06 * (whole[:, None, :2] - 0.5)
     centres = centres + 0.036 * (each[:, :, :2] - 0.5)
     radius = SIZES[item.size] * (1 + 0.12 * (whole[:, 2] - 0.5))
     tones = _tones(item.colour, whole)  # (B, 2, 3): of the surface, and of its pattern
@@ -260,7 +260,7 @@ def _tones(colour: str, chance: Array) -> Array:
 
 def _centres(arrangement: str, count: int) -> Array:
     """Places of the objects before jitter: (count, 2)."""
-    steps = (np.arange(count) - (count - 1) / 2) * (0.25 if count == 4 else 0.28)
+    steps = (np.arange(count) - (count - 1) / 2) * (0.235 if count == 4 else 0.28)
     zero = np.zeros(count)
     if arrangement == "circle":
         angle = 2 * np.pi * np.arange(count) / count - np.pi / 2 + (np.pi / 4 if count == 4 else 0)

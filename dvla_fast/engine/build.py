@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dvla_fast.data import FewShotData, ImageSet, load_data
+from dvla_fast.data.shapes import load_shapes, make_classes
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import (
     DataConfig,
@@ -24,7 +25,13 @@ from dvla_fast.engine.config import (
 )
 from dvla_fast.errors import CheckpointError, DataError, DVLAError, TrainingError
 from dvla_fast.nn import DVLA, build_backbone
-from dvla_fast.semantics import EncodedTexts, build_encoder, encode_bank, load_bank
+from dvla_fast.semantics import (
+    EncodedTexts,
+    SemanticBank,
+    build_encoder,
+    encode_bank,
+    load_bank,
+)
 
 
 def seed_everything(seed: int) -> np.random.Generator:
@@ -53,8 +60,23 @@ def pick_device(name: str) -> torch.device:
 
 def build_data(config: DataConfig, device: torch.device) -> FewShotData:
     """Load the data set onto the device (DataError when it is missing or unusable)."""
-    data = load_data(config.dataset, config.image_size, config.holdout, config.split_seed)
+    if config.dataset == "shapes":
+        data = load_shapes(config.image_size, config.images_per_class)
+    else:
+        data = load_data(config.dataset, config.image_size, config.holdout, config.split_seed)
     return data.to(device)
+
+
+def _bank(name: str) -> SemanticBank:
+    """A bank by name or path; "shapes" and "shapes-true" are made with the data set."""
+    if name not in ("shapes", "shapes-true"):
+        return load_bank(name)
+    content = {
+        "name": name,
+        "provenance": {"writer": "made with the images' definitions, without a look at an image"},
+        "classes": make_classes().bank(hallucinated=name == "shapes"),
+    }
+    return SemanticBank.from_dict(content, name)
 
 
 class TrainingData(FewShotData):
@@ -102,7 +124,7 @@ def build_texts(
     Raises:
         BankError: missing bank, class or text, or a text longer than the encoder reads.
     """
-    bank = load_bank(config.bank)
+    bank = _bank(config.bank)
     encoder = build_encoder(config.encoder, config.dim, truncate=config.truncate)
     texts = encode_bank(bank, data.class_names, encoder)
     described = {

@@ -34,17 +34,21 @@ def option(default: Any, help: str, minimum: float | None = None) -> Any:
 class DataConfig:
     """Which images."""
 
-    dataset: str = option("digits", "'digits', or the root of an image-folder data set")
+    dataset: str = option("digits", "'digits', 'shapes', or the root of an image-folder data set")
     image_size: int = option(16, "side of the square images in pixels")
     holdout: float = option(0.25, "share of base images kept for monitoring (without val classes)")
     split_seed: int = option(0, "seed of that share")
+    images_per_class: int = option(60, "images drawn for each class (shapes only)", 2)
 
 
 @dataclass
 class SemanticsConfig:
     """Which texts."""
 
-    bank: str = option("digits", "bundled bank name or path of a bank JSON file")
+    bank: str = option(
+        "digits",
+        "bundled bank name, shapes, shapes-true (no hallucinations), or path of a bank JSON file",
+    )
     encoder: str = option("hashed-ngram", "text encoder")
     dim: int = option(512, "length of a text vector")
     truncate: bool = option(False, "cut texts longer than the encoder reads instead of failing")
@@ -169,7 +173,7 @@ class EvaluateConfig:
         "own", "own, or authors: the list of the method's authors (theirs is seed 0)"
     )
     fixed_alpha: float = option(0.5, "gate value of the fixed comparison")
-    batch_episodes: int = option(8, "episodes of a forward pass", 1)
+    batch_episodes: int = option(8, "episodes of a forward pass, where one is needed", 1)
     cache_mib: int = option(
         8192, "largest memory for feature maps that are kept for all episodes, in MiB", 0
     )

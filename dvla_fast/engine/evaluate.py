@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dvla_fast.data import FewShotData, ImageSet
+from dvla_fast.data import EpisodeSampler, FewShotData, ImageSet
 from dvla_fast.engine.build import (
     build_data,
     build_model,
@@ -45,8 +45,8 @@ from dvla_fast.engine.predict import (
 )
 from dvla_fast.engine.records import (
     EpisodeRecord,
+    check_comparable,
     compare_runs,
-    read_summary,
     write_confusion,
 )
 from dvla_fast.engine.statistics import (
@@ -154,16 +154,9 @@ class Evaluation:
             {name: torch.stack([each[name].predicted for each in found]) for name in found[0]},
         )
         result = {
-            "dataset": self.data.name,
-            "split": config.split,
-            "split_sha256": split_fingerprint(self.images),
-            "way": config.way,
-            "shot": shot,
-            "query": config.query,
-            "episodes": config.episodes,
+            **identity(self.data, config, sampler),
             "episode_list": config.episode_list,
             "seed": self.seed,
-            "episodes_sha256": sampler.fingerprint(config.episodes),
             "method": main,
             **compared["methods"][main],
             "interval": INTERVAL,
@@ -205,6 +198,20 @@ def _alphas(predictions: Predictions | None) -> dict[str, Any]:
         return {}
     alphas = predictions.alphas
     return {"mean": alphas.mean(0).tolist(), "std": alphas.std(0, unbiased=False).tolist()}
+
+
+def identity(data: FewShotData, config: EvaluateConfig, sampler: EpisodeSampler) -> dict[str, Any]:
+    """Describe a list of episodes: two evaluations may be paired when all of it agrees."""
+    return {
+        "dataset": data.name,
+        "split": config.split,
+        "split_sha256": split_fingerprint(data.split(config.split)),
+        "way": sampler.way,
+        "shot": sampler.shot,
+        "query": sampler.query,
+        "episodes": config.episodes,
+        "episodes_sha256": sampler.fingerprint(config.episodes),
+    }
 
 
 def split_fingerprint(images: ImageSet) -> str:
@@ -292,12 +299,16 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     texts, semantics = None, None
     if contenders[0].model is not None:
         texts, semantics = build_texts(config.semantics, data, device)
-    for shot in settings.shots:  # fail before the folder is made
+    images = data.split(settings.split)
+    samplers = [  # fail before the folder is made
         build_sampler(
-            settings.episode_list, data.split(settings.split), settings.way, shot, settings.query, 0
+            settings.episode_list, images, settings.way, shot, settings.query, config.seed
         )
+        for shot in settings.shots
+    ]
     if config.compare:
-        read_summary(config.compare)
+        described = [identity(data, settings, sampler) for sampler in samplers]
+        check_comparable(described, config.compare, "this evaluation")
     data = trained_normalisation(data, infos[0])
     facts = {
         "checkpoint": config.checkpoint,
@@ -317,7 +328,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         for shot in settings.shots:
             result, record = evaluation.shot(shot, progress)
             results.append({**result, **facts, **_versions()})
-            _keep(folder, results[-1], record, data.split(settings.split).class_names)
+            _keep(folder, results[-1], record, images.class_names)
             progress.note(
                 f"{shot}-shot {result['accuracy']:.2%} ± {result['ci95']:.2%} ({result['method']})"
             )

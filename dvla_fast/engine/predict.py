@@ -146,7 +146,6 @@ class EpisodePredictor:
         self._keep_maps = set(self.plans.values()) != {ONCE}
         self._plain = visual or set(self.plans.values()) != {PREFIX}
 
-    @torch.inference_mode()
     def predict(
         self,
         sampler: EpisodeSampler,
@@ -182,7 +181,7 @@ class EpisodePredictor:
         """
         if not self._plain:
             raise ValueError("visual: build the predictor with visual=True")
-        with torch.inference_mode(), _evaluating(self.model):
+        with _evaluating(self.model):
             self._fill(sampler, episodes)
             return predict_visual(self._tables["plain"], sampler, episodes, temperature)
 

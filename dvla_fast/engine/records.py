@@ -106,6 +106,32 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     return summary
 
 
+def check_comparable(
+    mine: Sequence[dict[str, Any]], other: str | Path, name: str
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Pair the results (or their descriptions) of an evaluation with another run's, by shot.
+
+    Raises:
+        OutputError: the other run is missing, no shot is in both, or their episodes differ.
+    """
+    theirs = {result["shot"]: result for result in read_summary(other)["results"]}
+    pairs = [(result, theirs[result["shot"]]) for result in mine if result["shot"] in theirs]
+    if not pairs:
+        raise OutputError(
+            f"{other}: evaluated with shots {sorted(theirs)}, but {name} with "
+            f"{sorted(result['shot'] for result in mine)}; compare runs that share a shot"
+        )
+    for first, second in pairs:
+        for key in _SAME:
+            if key not in second or first[key] != second[key]:
+                raise OutputError(
+                    f"{other}: other episodes than those of {name} ({first['shot']}-shot: {key} "
+                    f"{second.get(key)!r}, not {first[key]!r}); a paired comparison needs the same "
+                    "data set, settings, episode list and seed: evaluate one of the two again"
+                )
+    return pairs
+
+
 def compare_runs(folder: str | Path, other: str | Path) -> dict[str, Any]:
     """Compare two evaluations episode by episode, main method against main method.
 
@@ -117,50 +143,21 @@ def compare_runs(folder: str | Path, other: str | Path) -> dict[str, Any]:
     Raises:
         OutputError: a run is missing, no shot is in both, or their episodes differ.
     """
-    mine, theirs = (
-        {r["shot"]: r for r in read_summary(path)["results"]} for path in (folder, other)
-    )
-    shared = [shot for shot in mine if shot in theirs]
-    if not shared:
-        raise OutputError(
-            f"{other}: evaluated with {_shots(theirs)}, but {folder} with {_shots(mine)}; compare "
-            "runs that share a shot"
-        )
     results = []
-    for shot in shared:
-        a, b = mine[shot], theirs[shot]
-        changed = [
-            f"{key} {b.get(key)!r}, not {a.get(key)!r}" for key in _SAME if differ(a, b, key)
-        ]
-        if changed:
-            raise OutputError(
-                f"{other}: other episodes than those of {folder} ({shot}-shot: {changed[0]}); a "
-                "paired comparison needs the same data set, settings, episode list and seed: "
-                "evaluate one of the two again"
-            )
-        records = [
-            EpisodeRecord.read(Path(f) / f"episodes-{shot}shot.npz") for f in (folder, other)
-        ]
-        methods = [a["method"], b["method"]]
+    for first, second in check_comparable(read_summary(folder)["results"], other, str(folder)):
+        file = f"episodes-{first['shot']}shot.npz"
+        methods = [first["method"], second["method"]]
+        records = [EpisodeRecord.read(Path(path) / file) for path in (folder, other)]
         values = [record.accuracies(name) for record, name in zip(records, methods)]
         results.append(
             {
-                "shot": shot,
+                "shot": first["shot"],
                 "methods": methods,
                 "accuracies": [value.mean().item() for value in values],
-                **paired_difference(*values),
+                **paired_difference(values[0], values[1]),
             }
         )
     return {"with": str(other), "interval": PAIRED_INTERVAL, "results": results}
-
-
-def differ(first: dict[str, Any], second: dict[str, Any], key: str) -> bool:
-    """Whether a key is missing or not the same in two results."""
-    return key not in first or key not in second or first[key] != second[key]
-
-
-def _shots(results: dict[int, Any]) -> str:
-    return f"shots {sorted(results)}"
 
 
 def comparison_table(compared: dict[str, Any]) -> str:

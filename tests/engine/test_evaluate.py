@@ -300,6 +300,9 @@ def test_comparing_two_runs(
     with pytest.raises(OutputError, match=r"other episodes .*1-shot: episodes_sha256"):
         compare_runs(tmp_path / "c", tmp_path / "a")
     capsys.readouterr()
+    other = evaluate(backbone, tmp_path / "d", "--evaluate.way=3", f"--compare={tmp_path / 'a'}")
+    assert main(other) == 1
+    assert "1-shot: way 5, not 3" in capsys.readouterr().err
     wrong = evaluate(backbone, tmp_path / "d", f"--compare={tmp_path / 'none'}")
     assert main(wrong) == 1
     assert "no finished evaluation here" in capsys.readouterr().err

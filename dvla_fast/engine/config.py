@@ -173,7 +173,7 @@ class EvaluateConfig:
         "own", "own, or authors: the list of the method's authors (theirs is seed 0)"
     )
     fixed_alpha: float = option(0.5, "gate value of the fixed comparison")
-    batch_episodes: int = option(8, "episodes of a forward pass, where one is needed", 1)
+    batch_episodes: int = option(0, "episodes of a forward pass; 0: what suits the machine", 0)
     cache_mib: int = option(
         8192, "largest memory for feature maps that are kept for all episodes, in MiB", 0
     )

@@ -143,6 +143,7 @@ class EpisodePredictor:
         self.classes = split_classes(data, split)  # positions in texts of the split's classes
         self._known = torch.zeros(len(self.images), dtype=torch.bool)
         self._tables: dict[str, Tensor] = {}
+        self._map_mib = 0.0  # of one image, once known
         self._keep_maps = set(self.plans.values()) != {ONCE}
         self._plain = visual or set(self.plans.values()) != {PREFIX}
 
@@ -150,13 +151,14 @@ class EpisodePredictor:
         self,
         sampler: EpisodeSampler,
         episodes: int,
-        batch_episodes: int = 8,
+        batch_episodes: int = 0,
         progress: Progress | None = None,
     ) -> dict[str, Predictions]:
         """Predict the first ``episodes`` episodes of a list.
 
         Args:
-            batch_episodes: episodes of one pass, in the plans that compute images per episode.
+            batch_episodes: episodes of one pass, in the plans that compute images per episode; 0:
+                8, but on a CPU no more than keep their maps in its cache.
             progress: advanced by ``episodes`` in all.
 
         Returns:
@@ -195,7 +197,10 @@ class EpisodePredictor:
     ) -> Predictions:
         parts: list[tuple[Tensor, Tensor]] = []
         labels: list[Tensor] = []
-        size = _GATHERED if self.plans[name] == ONCE else batch_episodes
+        if self.plans[name] == ONCE:
+            size = _GATHERED
+        else:
+            size = batch_episodes or self._fitting(sampler)
         for batch in _batches(sampler, episodes, size, self.classes.device):
             if self.plans[name] == ONCE:
                 parts.append(self._gathered(name, batch, sampler.way))
@@ -288,8 +293,14 @@ class EpisodePredictor:
     def _limit_maps(self) -> None:
         if self._keep_maps and not self._tables:
             one = self.model.prefix(self.data.normalise(self.images.images[:1]))
-            needed = one.numel() * one.element_size() * len(self.images) / 2**20
-            self._keep_maps = needed <= self.cache_mib
+            self._map_mib = one.numel() * one.element_size() / 2**20
+            self._keep_maps = self._map_mib * len(self.images) <= self.cache_mib
+
+    def _fitting(self, sampler: EpisodeSampler) -> int:
+        if self.images.images.device.type != "cpu":
+            return 8
+        episode = sampler.way * (sampler.shot + sampler.query) * self._map_mib
+        return min(8, max(1, int(8 / max(episode, 1e-9))))  # 8 MiB of maps in a pass
 
     def _rows(self, index: Tensor) -> dict[str, Tensor]:
         """Everything that is computed once per image, of images (n,)."""

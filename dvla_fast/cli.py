@@ -73,7 +73,10 @@ the same command continues a build that was stopped""",
         "EvaluateRun",
         """  dvla-fast evaluate --checkpoint runs/tuned/checkpoints/metatune-best.safetensors
   dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.shots [5] --evaluate.episodes 2000
-  dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.split monitor""",
+  dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.split monitor
+  dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.episode_list authors
+  dvla-fast evaluate --checkpoint SEED0.safetensors --checkpoints [SEED1.safetensors]
+  dvla-fast evaluate --checkpoint TUNED.safetensors --compare runs/other-evaluation""",
     ),
     "doctor": _Command("say what is installed, what runs here, and how to fix it", "", ""),
 }
@@ -364,9 +367,12 @@ def _metatune(config: Any) -> int:
 def _evaluate(config: Any) -> int:
     from dvla_fast.engine.demo import result_table
     from dvla_fast.engine.evaluate import run_evaluate
+    from dvla_fast.engine.records import comparison_table
 
     summary = run_evaluate(config)
     print(result_table(summary["results"]))
+    if "compared" in summary:
+        print(f"\n{comparison_table(summary['compared'])}")
     print(f"\nsummary     {config.output}/summary.json")
     return 0
 

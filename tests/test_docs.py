@@ -55,6 +55,10 @@ ELSEWHERE = {
     ),
     "dvla-fast evaluate --output runs/result --checkpoint"
     " runs/tuned/checkpoints/metatune-best.safetensors": "tests/test_cli.py::evaluate",
+    "dvla-fast evaluate --output runs/second --checkpoint"
+    " runs/other/checkpoints/metatune-best.safetensors --compare runs/result": (
+        "tests/engine/test_evaluate.py::--compare"
+    ),
     "dvla-fast metatune --resume --output runs/tuned": "tests/engine/test_resume.py::resume",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dvla_fast.data import FewShotData, load_data
+from dvla_fast.data import FewShotData, ImageSet, load_data
+from dvla_fast.data.shapes import load_shapes, make_classes
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import (
     DataConfig,
@@ -24,7 +25,13 @@ from dvla_fast.engine.config import (
 )
 from dvla_fast.errors import CheckpointError, DataError, DVLAError, TrainingError
 from dvla_fast.nn import DVLA, build_backbone
-from dvla_fast.semantics import EncodedTexts, build_encoder, encode_bank, load_bank
+from dvla_fast.semantics import (
+    EncodedTexts,
+    SemanticBank,
+    build_encoder,
+    encode_bank,
+    load_bank,
+)
 
 
 def seed_everything(seed: int) -> np.random.Generator:
@@ -57,15 +64,64 @@ def build_data(config: DataConfig, device: torch.device, *, training: bool = Fal
     Raises:
         DataError: missing or unusable; or, for ``training``, without base classes.
     """
-    data = load_data(
-        config.dataset, config.image_size, config.holdout, config.split_seed, config.splits
-    )
+    if config.dataset == "shapes":
+        data = load_shapes(config.image_size, config.images_per_class)
+    else:
+        data = load_data(
+            config.dataset, config.image_size, config.holdout, config.split_seed, config.splits
+        )
     if training and not len(data.base):
         raise DataError(
             f"{config.dataset}: no base classes to train on, only classes to evaluate; train on "
             "another data set and give this one to 'dvla-fast evaluate'"
         )
     return data.to(device)
+
+
+def _bank(name: str) -> SemanticBank:
+    """A bank by name or path; "shapes" and "shapes-true" are made with the data set."""
+    if name not in ("shapes", "shapes-true"):
+        return load_bank(name)
+    content = {
+        "name": name,
+        "provenance": {"writer": "made with the images' definitions, without a look at an image"},
+        "classes": make_classes().bank(hallucinated=name == "shapes"),
+    }
+    return SemanticBank.from_dict(content, name)
+
+
+class TrainingData(FewShotData):
+    """A data set without its test images: what pre-training and meta-tuning work on.
+
+    Selection uses ``monitor``. The novel classes' names stay, their images do not, so that no
+    training loop can score itself on them.
+    """
+
+    def split(self, name: str) -> ImageSet:
+        """Return base or monitor.
+
+        Raises:
+            DataError: unknown name, or novel, which only an evaluation may read.
+        """
+        if name == "novel":
+            raise DataError(
+                f"{self.novel.name}: the test split is not read during training; select by "
+                "'monitor', and run `dvla-fast evaluate` when training is done"
+            )
+        return super().split(name)
+
+
+def without_test_split(data: FewShotData) -> TrainingData:
+    """Return the data set as training may see it; no image is copied."""
+    parts = {item.name: getattr(data, item.name) for item in fields(data)}
+    novel = data.novel
+    empty = replace(novel, images=novel.images[:0], labels=novel.labels[:0])
+    return TrainingData(**{**parts, "novel": empty})
+
+
+def normalisation(data: FewShotData) -> dict[str, list[float]]:
+    """Return the channel statistics for a checkpoint's description."""
+    return {"mean": data.mean.tolist(), "std": data.std.tolist()}
 
 
 def build_texts(
@@ -79,7 +135,7 @@ def build_texts(
     Raises:
         BankError: missing bank, class or text, or a text longer than the encoder reads.
     """
-    bank = load_bank(config.bank)
+    bank = _bank(config.bank)
     encoder = build_encoder(config.encoder, config.dim, truncate=config.truncate)
     texts = encode_bank(bank, data.class_names, encoder)
     described = {

@@ -35,7 +35,8 @@ class DataConfig:
     """Which images."""
 
     dataset: str = option(
-        "digits", "'digits', the folder of a data set, or a cache made by 'dvla-fast data prepare'"
+        "digits",
+        "'digits', 'shapes', the folder of a data set, or a cache made by 'dvla-fast data prepare'",
     )
     splits: str = option(
         "", "published split list, or a JSON file; empty: as the folders say, or the one that fits"
@@ -43,13 +44,17 @@ class DataConfig:
     image_size: int = option(16, "side of the square images in pixels")
     holdout: float = option(0.25, "share of base images kept for monitoring (without val classes)")
     split_seed: int = option(0, "seed of that share")
+    images_per_class: int = option(60, "images drawn for each class (shapes only)", 2)
 
 
 @dataclass
 class SemanticsConfig:
     """Which texts."""
 
-    bank: str = option("digits", "bundled bank name or path of a bank JSON file")
+    bank: str = option(
+        "digits",
+        "bundled bank name, shapes, shapes-true (no hallucinations), or path of a bank JSON file",
+    )
     encoder: str = option("hashed-ngram", "text encoder")
     dim: int = option(512, "length of a text vector")
     truncate: bool = option(False, "cut texts longer than the encoder reads instead of failing")
@@ -170,8 +175,14 @@ class EvaluateConfig:
     )
     query: int = option(15, "queries of a class", 1)
     episodes: int = option(1000, "episodes of a result", 1)
+    episode_list: str = option(
+        "own", "own, or authors: the list of the method's authors (theirs is seed 0)"
+    )
     fixed_alpha: float = option(0.5, "gate value of the fixed comparison")
-    batch_episodes: int = option(8, "episodes of a forward pass", 1)
+    batch_episodes: int = option(0, "episodes of a forward pass; 0: what suits the machine", 0)
+    cache_mib: int = option(
+        8192, "largest memory for feature maps that are kept for all episodes, in MiB", 0
+    )
 
 
 @dataclass
@@ -210,6 +221,14 @@ class EvaluateRun(RunConfig):
     """Everything `dvla-fast evaluate` does."""
 
     checkpoint: str = option("", "checkpoint to evaluate (required)")
+    checkpoints: list[str] = field(
+        default_factory=list,
+        metadata=about("more checkpoints of the same recipe (seeds); results are means over all"),
+    )
+    compare: str = option(
+        "",
+        "folder of another evaluation of the same episodes, to be compared with by a paired t test",
+    )
     data: DataConfig = field(default_factory=DataConfig)
     semantics: SemanticsConfig = field(default_factory=SemanticsConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

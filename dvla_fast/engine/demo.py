@@ -30,11 +30,13 @@ from dvla_fast.engine.build import (
     seed_everything,
 )
 from dvla_fast.engine.config import DemoRun, to_dict
-from dvla_fast.engine.evaluate import FIXED, INTERVAL, LEARNED, VISUAL, evaluate_shot, load_model
+from dvla_fast.engine.evaluate import Contender, Evaluation, load_model
 from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import metatune
+from dvla_fast.engine.predict import FIXED, LEARNED, VISUAL
 from dvla_fast.engine.pretrain import pretrain
+from dvla_fast.engine.statistics import INTERVAL
 
 BEFORE = "visual prototypes, before meta-tuning"
 # Shares of the time that the stages take, for the overall progress bar (measured on 2 cores).
@@ -86,10 +88,9 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
         folder.trim("evaluate", -1)
         progress.begin("evaluate", settings.episodes * len(settings.shots))
         results = []
+        evaluation = Evaluation([Contender(best, backbones)], data, texts, settings, config.seed)
         for shot in settings.shots:
-            result = evaluate_shot(
-                best, backbones, data, texts, settings, shot, config.seed, progress
-            )
+            result, _ = evaluation.shot(shot, progress)
             folder.log("evaluate", shot, accuracy=result["accuracy"], ci95=result["ci95"])
             progress.note(f"{shot}-shot {result['accuracy']:.1%} ± {result['ci95']:.1%}")
             results.append({**result, **_provenance(tuned, semantics, device)})

@@ -1,15 +1,17 @@
 """Evaluation on paired episodes: visual prototypes, a fixed gate, and the learned gate.
 
-All methods meet the same episodes, so their differences are taken episode by episode: the
-spread of the episodes' difficulty cancels, and a difference of tenths of a point can be told
-from chance. Intervals are 1.96 * s / sqrt(n), with s the standard deviation over the n episodes.
+All methods, checkpoints and compared runs meet the same episodes, so their differences are taken
+episode by episode: the spread of the episodes' difficulty cancels, and a difference of tenths of a
+point can be told from chance. ``engine.predict`` computes, ``engine.statistics`` has the formulas.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +22,8 @@ from dvla_fast.engine.build import (
     build_model,
     build_pretrain_model,
     build_texts,
-    check_weights,
     pick_device,
     seed_everything,
-    split_classes,
 )
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import (
@@ -33,143 +33,43 @@ from dvla_fast.engine.config import (
     UsageError,
     to_dict,
 )
+from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.logging import Progress, RunFolder
-from dvla_fast.errors import CheckpointError, TrainingError
-from dvla_fast.nn import DVLA, prototype_logits
+from dvla_fast.engine.predict import (
+    LEARNED,
+    VISUAL,
+    EpisodePredictor,
+    Predictions,
+    image_features,
+    predict_visual,
+)
+from dvla_fast.engine.records import (
+    EpisodeRecord,
+    check_comparable,
+    compare_runs,
+    write_confusion,
+)
+from dvla_fast.engine.statistics import (
+    INTERVAL,
+    PAIRED_INTERVAL,
+    checkpoint_interval,
+    mean_interval,
+    paired_difference,
+)
+from dvla_fast.errors import CheckpointError
+from dvla_fast.nn import DVLA
 from dvla_fast.semantics import EncodedTexts
 
-INTERVAL = "mean ± 1.96 * s / sqrt(n), s = sample standard deviation over the n episodes"
 
-VISUAL, FIXED, LEARNED = "visual prototypes", "fixed gate", "learned gate"
+class Contender(NamedTuple):
+    """A checkpoint to evaluate.
 
-
-def mean_interval(values: Tensor) -> tuple[float, float]:
-    """Return the mean of values (n,) and the half width of its 95 % interval, 1.96 s / sqrt(n)."""
-    values = values.double()
-    if len(values) < 2:
-        return values.mean().item(), math.inf
-    return values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
-
-
-def image_features(
-    backbone: nn.Module, data: FewShotData, images: ImageSet, batch: int = 512
-) -> Tensor:
-    """Compute the visual features (N, d) of a whole image set once, in evaluation mode.
-
-    Raises:
-        TrainingError: a feature is NaN or infinite.
+    model: gated model, or None for visual prototypes alone; backbones: name -> backbone to
+    evaluate with visual prototypes.
     """
-    training = backbone.training
-    backbone.eval()
-    with torch.inference_mode():
-        parts = [backbone(data.normalise(chunk)) for chunk in images.chunks(batch)]
-    backbone.train(training)
-    features = torch.cat(parts)
-    if not bool(features.isfinite().all()):
-        bad = int((~features.isfinite()).any(1).sum())
-        raise TrainingError(
-            f"{images.name}: features of {bad} of {len(features)} images are NaN or infinite; "
-            "the weights are broken: use an earlier checkpoint, or train with a lower rate"
-        )
-    return features
 
-
-@torch.inference_mode()
-def visual_accuracies(
-    features: Tensor,
-    sampler: EpisodeSampler,
-    episodes: int,
-    temperature: float = 0.2,
-    start: int = 0,
-) -> Tensor:
-    """Return each episode's accuracy (n,) with cosine prototypes of precomputed features."""
-    results = []
-    for first in range(start, start + episodes, 128):
-        batch = sampler.batch(first, min(128, start + episodes - first)).to(features.device)
-        logits = prototype_logits(
-            features[batch.support],
-            batch.support_labels,
-            features[batch.query],
-            sampler.way,
-            temperature,
-        )
-        results.append(_accuracy(logits, batch.query_labels))
-    return torch.cat(results)
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.argmax(-1) == labels).float().mean(-1)  # (E,)
-
-
-@torch.inference_mode()
-def gated_accuracies(
-    model: DVLA,
-    data: FewShotData,
-    texts: EncodedTexts,
-    split: str,
-    sampler: EpisodeSampler,
-    config: EvaluateConfig,
-    progress: Progress | None = None,
-    episodes: int | None = None,
-    fixed: bool = True,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Evaluate the gated model with its learned policy's mean, and with a fixed gate.
-
-    Returns:
-        Accuracies (n,) by method, on the CPU, and the learned alphas (n, L).
-
-    Raises:
-        TrainingError: logits are NaN or infinite.
-    """
-    training = model.training
-    model.eval()
-    images = data.split(split)
-    check_weights(model, images.name)
-    # What comes before the first gate depends on no episode: once per image, not per episode.
-    maps = torch.cat([model.prefix(data.normalise(x)) for x in images.chunks(512)])
-    if not bool(maps.isfinite().all()):
-        raise TrainingError(
-            f"{images.name}: image features are NaN or infinite; check the images, or use an "
-            "earlier checkpoint"
-        )
-    positions = split_classes(data, split)
-    modes = {LEARNED: None, **({FIXED: config.fixed_alpha} if fixed else {})}
-    scores: dict[str, list[Tensor]] = {name: [] for name in modes}
-    alphas: list[Tensor] = []
-    finite = torch.ones((), dtype=torch.bool, device=maps.device)
-    total = episodes or config.episodes
-    for first in range(0, total, config.batch_episodes):
-        count = min(config.batch_episodes, total - first)
-        batch = sampler.batch(first, count).to(maps.device)
-        text = texts.episodes(positions[batch.classes])
-        for name, alpha in modes.items():
-            output = model(
-                maps[batch.support],
-                batch.support_labels,
-                maps[batch.query],
-                text,
-                way=sampler.way,
-                alpha=alpha,
-                sample=False,
-                from_prefix=True,
-            )
-            finite &= output.logits.isfinite().all()
-            scores[name].append(_accuracy(output.logits, batch.query_labels))
-            if alpha is None:
-                alphas.append(torch.stack([_mean_alpha(t.alpha, count) for t in output.layers], 1))
-        if progress is not None:
-            progress.advance(count)
-    model.train(training)
-    if not bool(finite):
-        raise TrainingError(
-            f"{images.name}: the model's logits are NaN or infinite; the weights are broken: use "
-            "an earlier checkpoint, or train with a lower rate"
-        )
-    return {name: torch.cat(parts).cpu() for name, parts in scores.items()}, torch.cat(alphas).cpu()
-
-
-def _mean_alpha(alpha: Tensor, episodes: int) -> Tensor:
-    return alpha.float().reshape(episodes, -1).mean(1)  # one per episode, whatever the scope
+    model: DVLA | None
+    backbones: Mapping[str, nn.Module]
 
 
 def compare(accuracies: Mapping[str, Tensor], reference: str) -> dict[str, Any]:
@@ -187,70 +87,138 @@ def compare(accuracies: Mapping[str, Tensor], reference: str) -> dict[str, Any]:
         mean, half = mean_interval(values)
         methods[name] = {"accuracy": mean, "ci95": half}
         if name != reference:
-            mean, half = mean_interval(accuracies[reference] - values)
-            paired[f"{reference} - {name}"] = {"difference": mean, "ci95": half}
+            paired[f"{reference} - {name}"] = paired_difference(accuracies[reference], values)
     return {"methods": methods, "paired": paired}
 
 
-def evaluate_shot(
-    model: DVLA | None,
-    backbones: Mapping[str, nn.Module],
-    data: FewShotData,
-    texts: EncodedTexts | None,
-    config: EvaluateConfig,
-    shot: int,
-    seed: int,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Evaluate all methods on one list of episodes.
+class Evaluation:
+    """Evaluates checkpoints on lists of episodes of one split; images are computed once.
 
     Args:
-        model: gated model; None for visual prototypes alone.
-        backbones: name -> backbone to evaluate with visual prototypes.
-        texts: encoded texts of all classes; needed with a model.
-        shot: supports of a class.
-
-    Returns:
-        The result: settings, episode-list fingerprint, accuracy of the main method (learned gate,
-        or else the first backbone), all methods and paired differences.
+        contenders: the checkpoints, alike in their methods. Accuracies are means over them.
+        texts: encoded texts of all classes; needed with gated models.
+        config: split, ways and numbers; its ``shots`` are what :meth:`shot` takes one by one.
+        seed: of the episodes.
     """
-    images = data.split(config.split)
-    sampler = EpisodeSampler(images, config.way, shot, config.query, seed)
-    accuracies: dict[str, Tensor] = {}
-    for name, backbone in backbones.items():
-        features = image_features(backbone, data, images)
-        accuracies[name] = visual_accuracies(features, sampler, config.episodes).cpu()
-    main = next(iter(accuracies), LEARNED)
-    alpha: dict[str, Any] = {}
-    if model is not None and texts is not None:
-        gated, alphas = gated_accuracies(
-            model, data, texts, config.split, sampler, config, progress
+
+    def __init__(
+        self,
+        contenders: Sequence[Contender],
+        data: FewShotData,
+        texts: EncodedTexts | None,
+        config: EvaluateConfig,
+        seed: int,
+    ) -> None:
+        self.contenders, self.data, self.config, self.seed = contenders, data, config, seed
+        self.images = data.split(config.split)
+        self.predictors: list[EpisodePredictor | None] = []
+        self._features: dict[tuple[int, str], Tensor] = {}
+        for contender in contenders:
+            predictor = None
+            if contender.model is not None and texts is not None:
+                predictor = EpisodePredictor(
+                    contender.model,
+                    data,
+                    texts,
+                    config.split,
+                    fixed_alpha=config.fixed_alpha,
+                    visual=any(b is contender.model.backbone for b in contender.backbones.values()),
+                    cache_mib=config.cache_mib,
+                )
+            self.predictors.append(predictor)
+
+    def shot(
+        self, shot: int, progress: Progress | None = None
+    ) -> tuple[dict[str, Any], EpisodeRecord]:
+        """Evaluate all methods on one list of episodes with ``shot`` supports a class.
+
+        Returns:
+            The result (settings, episode-list fingerprint, accuracy of the main method, which is
+            the learned gate or else the first backbone, all methods and paired differences), and
+            the record of all predictions.
+        """
+        config = self.config
+        sampler = build_sampler(
+            config.episode_list, self.images, config.way, shot, config.query, self.seed
         )
-        accuracies |= gated
-        main = LEARNED
-        alpha = {
-            "mean": alphas.mean(0).tolist(),
-            "std": alphas.std(0, unbiased=False).tolist(),
+        found = [self._predictions(i, sampler, progress) for i in range(len(self.contenders))]
+        main = LEARNED if LEARNED in found[0] else next(iter(found[0]))
+        accuracies = {
+            name: torch.stack([each[name].accuracies for each in found]) for name in found[0]
         }
-    elif progress is not None:
-        progress.advance(config.episodes)
-    compared = compare(accuracies, main)
+        compared = compare({name: rows.mean(0) for name, rows in accuracies.items()}, main)
+        whole = sampler.batch(0, config.episodes)
+        record = EpisodeRecord(
+            whole.classes,
+            whole.query_labels,
+            {name: torch.stack([each[name].predicted for each in found]) for name in found[0]},
+        )
+        result = {
+            **identity(self.data, config, sampler),
+            "episode_list": config.episode_list,
+            "seed": self.seed,
+            "method": main,
+            **compared["methods"][main],
+            "interval": INTERVAL,
+            **compared,
+            "paired_interval": PAIRED_INTERVAL,
+            "fixed_alpha": config.fixed_alpha,
+            "alpha": _alphas(found[0].get(LEARNED)),
+        }
+        if self.predictors[0] is not None:
+            result["computed"] = self.predictors[0].plans
+        if len(found) > 1:
+            result["over_checkpoints"] = {
+                name: checkpoint_interval(rows.double().mean(1).tolist())
+                for name, rows in accuracies.items()
+            }
+        return result, record
+
+    def _predictions(
+        self, index: int, sampler: Any, progress: Progress | None
+    ) -> dict[str, Predictions]:
+        contender, predictor = self.contenders[index], self.predictors[index]
+        count, found = self.config.episodes, {}
+        for name, backbone in contender.backbones.items():
+            if predictor is not None and backbone is predictor.model.backbone:
+                found[name] = predictor.visual(sampler, count, 0.2)
+                continue
+            if (index, name) not in self._features:
+                self._features[index, name] = image_features(backbone, self.data, self.images)
+            found[name] = predict_visual(self._features[index, name], sampler, count)
+        if predictor is not None:
+            found |= predictor.predict(sampler, count, self.config.batch_episodes, progress)
+        elif progress is not None:
+            progress.advance(count)
+        return found
+
+
+def _alphas(predictions: Predictions | None) -> dict[str, Any]:
+    if predictions is None or predictions.alphas is None:
+        return {}
+    alphas = predictions.alphas
+    return {"mean": alphas.mean(0).tolist(), "std": alphas.std(0, unbiased=False).tolist()}
+
+
+def identity(data: FewShotData, config: EvaluateConfig, sampler: EpisodeSampler) -> dict[str, Any]:
+    """Describe a list of episodes: two evaluations may be paired when all of it agrees."""
     return {
         "dataset": data.name,
         "split": config.split,
-        "way": config.way,
-        "shot": shot,
-        "query": config.query,
+        "split_sha256": split_fingerprint(data.split(config.split)),
+        "way": sampler.way,
+        "shot": sampler.shot,
+        "query": sampler.query,
         "episodes": config.episodes,
-        "seed": seed,
         "episodes_sha256": sampler.fingerprint(config.episodes),
-        "method": main,
-        **compared["methods"][main],
-        "interval": INTERVAL,
-        **compared,
-        "fixed_alpha": config.fixed_alpha,
-        "alpha": alpha,
     }
+
+
+def split_fingerprint(images: ImageSet) -> str:
+    """Return a hash of a split's class names and labels in order, to know it in another run."""
+    digest = hashlib.sha256(json.dumps(images.class_names).encode())
+    digest.update(images.labels.cpu().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def load_model(path: str, data: FewShotData) -> tuple[DVLA | None, nn.Module, dict[str, Any]]:
@@ -299,46 +267,104 @@ def check_semantics(config: SemanticsConfig, info: dict[str, Any], path: str) ->
             )
 
 
+def trained_normalisation(data: FewShotData, info: Mapping[str, Any]) -> FewShotData:
+    """Give the data set the channel statistics that a checkpoint was trained with.
+
+    They matter across domains: a network expects its own base classes' statistics, whatever
+    images it meets. Checkpoints written before these were noted leave the data as it is.
+    """
+    known = info.get("normalisation")
+    if known is None:
+        return data
+    mean, std = (torch.tensor(known[key], device=data.mean.device) for key in ("mean", "std"))
+    return replace(data, mean=mean, std=std)
+
+
 def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast evaluate`` does; returns the summary that it writes."""
-    from dvla_fast import __version__
-
     if not config.checkpoint:
         raise UsageError("evaluate needs --checkpoint, a .safetensors file of a run's checkpoints/")
+    settings = config.evaluate
     device = pick_device(config.device)
     data = build_data(config.data, device)
-    model, backbone, info = load_model(config.checkpoint, data)
+    paths = [config.checkpoint, *config.checkpoints]
+    contenders, infos = [], []
+    for path in paths:
+        model, backbone, info = load_model(path, data)
+        if model is not None:
+            check_semantics(config.semantics, info, path)
+        contenders.append(Contender(model, {VISUAL: backbone}))
+        infos.append(info)
+    _check_alike(paths, infos)
     texts, semantics = None, None
-    if model is not None:
-        check_semantics(config.semantics, info, config.checkpoint)
+    if contenders[0].model is not None:
         texts, semantics = build_texts(config.semantics, data, device)
-    settings = config.evaluate
-    for shot in settings.shots:  # fail before the folder is made
-        EpisodeSampler(data.split(settings.split), settings.way, shot, settings.query, 0)
+    images = data.split(settings.split)
+    samplers = [  # fail before the folder is made
+        build_sampler(
+            settings.episode_list, images, settings.way, shot, settings.query, config.seed
+        )
+        for shot in settings.shots
+    ]
+    if config.compare:
+        described = [identity(data, settings, sampler) for sampler in samplers]
+        check_comparable(described, config.compare, "this evaluation")
+    data = trained_normalisation(data, infos[0])
+    facts = {
+        "checkpoint": config.checkpoint,
+        "checkpoints": paths,
+        "trained_on": infos[0].get("dataset"),
+        "cross_domain": infos[0].get("dataset", data.name) != data.name,
+        "semantics": semantics,
+        "device": str(device),
+    }
     folder = RunFolder(config.output, to_dict(config), resume=config.resume)
     seed_everything(config.seed)
     folder.trim("evaluate", -1)  # an evaluation is short: it begins anew
     results = []
+    evaluation = Evaluation(contenders, data, texts, settings, config.seed)
     with Progress({"evaluate": 1.0}, enabled=not quiet) as progress:
-        progress.begin("evaluate", settings.episodes * len(settings.shots))
+        progress.begin("evaluate", settings.episodes * len(settings.shots) * len(contenders))
         for shot in settings.shots:
-            result = evaluate_shot(
-                model, {VISUAL: backbone}, data, texts, settings, shot, config.seed, progress
-            )
-            result |= {
-                "checkpoint": config.checkpoint,
-                "semantics": semantics,
-                "device": str(device),
-                "dvla_fast": __version__,
-                "torch": torch.__version__,
-            }
-            folder.log("evaluate", shot, accuracy=result["accuracy"], ci95=result["ci95"])
+            result, record = evaluation.shot(shot, progress)
+            results.append({**result, **facts, **_versions()})
+            _keep(folder, results[-1], record, images.class_names)
             progress.note(
                 f"{shot}-shot {result['accuracy']:.2%} ± {result['ci95']:.2%} ({result['method']})"
             )
-            results.append(result)
     # The fields of the first shot stand at the top; all of them are in "results".
     summary = {"command": "evaluate", **results[0], "results": results}
     folder.write_summary(summary)
+    if config.compare:
+        summary["compared"] = compare_runs(folder.path, config.compare)
+        folder.write_summary(summary)
     folder.close()
     return summary
+
+
+def _keep(
+    folder: RunFolder, result: dict[str, Any], record: EpisodeRecord, names: Sequence[str]
+) -> None:
+    """Write what one list of episodes leaves: metrics, predictions, per-class figures."""
+    shot = result["shot"]
+    folder.log("evaluate", shot, accuracy=result["accuracy"], ci95=result["ci95"])
+    folder.write_file(f"episodes-{shot}shot.npz", record.write)
+    write_confusion(folder, record, names, result)
+
+
+def _check_alike(paths: Sequence[str], infos: Sequence[Mapping[str, Any]]) -> None:
+    """Check that checkpoints can be averaged: one kind, one training set, one normalisation."""
+    for path, info in zip(paths[1:], infos[1:]):
+        for key in ("kind", "dataset", "normalisation"):
+            if info.get(key) != infos[0].get(key):
+                raise CheckpointError(
+                    f"{path}: its {key} is {info.get(key)!r}, that of {paths[0]} is "
+                    f"{infos[0].get(key)!r}; average checkpoints of one recipe, and evaluate "
+                    "others in runs of their own (--compare puts two runs side by side)"
+                )
+
+
+def _versions() -> dict[str, str]:
+    from dvla_fast import __version__
+
+    return {"dvla_fast": __version__, "torch": torch.__version__}

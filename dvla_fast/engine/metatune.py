@@ -28,21 +28,22 @@ from dvla_fast.engine.build import (
     check_finite,
     load_backbone,
     model_spec,
+    normalisation,
     pick_device,
     seed_everything,
     split_classes,
+    without_test_split,
 )
 from dvla_fast.engine.config import (
-    EvaluateConfig,
     MetatuneConfig,
     MetatuneRun,
     PretrainConfig,
     UsageError,
     to_dict,
 )
-from dvla_fast.engine.evaluate import LEARNED, gated_accuracies
 from dvla_fast.engine.gating import Episodes, GateTraining
 from dvla_fast.engine.logging import Progress, RunFolder
+from dvla_fast.engine.predict import LEARNED, EpisodePredictor
 from dvla_fast.engine.pretrain import augment, monitor_sampler
 from dvla_fast.engine.state import TrainingState
 from dvla_fast.nn import DVLA
@@ -126,13 +127,19 @@ def metatune(
     Warns:
         RuntimeWarning: a gate's policy has collapsed; once a layer.
     """
+    data = without_test_split(data)
     gates = GateTraining(config, model)
     groups = parameter_groups(model, config, gates.baseline)
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     state = TrainingState(
         folder, "metatune", spec, {"model": model, **gates.modules}, optimizer, rng
     )
-    state.facts = {"dataset": data.name, "seed": seed, **(facts or {})}
+    state.facts = {
+        "dataset": data.name,
+        "normalisation": normalisation(data),
+        "seed": seed,
+        **(facts or {}),
+    }
     if folder.resume:
         state.restore()
     step = _Step(config, model, data, texts, optimizer, gates, augmentation, seed)
@@ -284,10 +291,9 @@ def _validate(
     model: DVLA, data: FewShotData, texts: EncodedTexts, sampler: EpisodeSampler, episodes: int
 ) -> tuple[float, list[float]]:
     """Return the accuracy and the mean alpha by layer of the policy's mean on monitor episodes."""
-    scores, alphas = gated_accuracies(
-        model, data, texts, "monitor", sampler, EvaluateConfig(), episodes=episodes, fixed=False
-    )
-    return scores[LEARNED].mean().item(), alphas.mean(0).tolist()
+    found = EpisodePredictor(model, data, texts, "monitor").predict(sampler, episodes)[LEARNED]
+    assert found.alphas is not None
+    return found.accuracies.mean().item(), found.alphas.mean(0).tolist()
 
 
 def _describe(row: dict[str, Any], epoch: int, epochs: int) -> str:

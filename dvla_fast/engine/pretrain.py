@@ -24,12 +24,14 @@ from dvla_fast.engine.build import (
     build_data,
     build_pretrain_model,
     check_finite,
+    normalisation,
     pick_device,
     seed_everything,
+    without_test_split,
 )
 from dvla_fast.engine.config import PretrainConfig, PretrainRun, to_dict
-from dvla_fast.engine.evaluate import image_features, visual_accuracies
 from dvla_fast.engine.logging import Progress, RunFolder
+from dvla_fast.engine.predict import image_features, predict_visual
 from dvla_fast.engine.state import TrainingState
 
 
@@ -114,6 +116,7 @@ def pretrain(
     Raises:
         TrainingError: the loss became NaN or infinite; the last good checkpoint stays.
     """
+    data = without_test_split(data)
     base = data.base
     outputs = len(base.class_names) * (3 if config.quarter_turns else 1)
     model = build_pretrain_model(spec, outputs).to(base.device)
@@ -122,7 +125,12 @@ def pretrain(
     )
     described = {"backbone": spec, "classes": outputs}
     state = TrainingState(folder, "pretrain", described, {"model": model}, optimizer, rng)
-    state.facts = {"dataset": data.name, "classes": list(base.class_names), "seed": seed}
+    state.facts = {
+        "dataset": data.name,
+        "classes": list(base.class_names),
+        "normalisation": normalisation(data),
+        "seed": seed,
+    }
     if folder.resume:
         state.restore()
     sampler = monitor_sampler(data, 5, 1, 15, seed)
@@ -179,7 +187,7 @@ def _validate(
 ) -> tuple[float, float]:
     """Return the 1-shot episode accuracy on monitor images, and their plain accuracy or -1."""
     features = image_features(model["backbone"], data, data.monitor)
-    score = visual_accuracies(features, sampler, episodes).mean().item()
+    score = predict_visual(features, sampler, episodes).accuracies.mean().item()
     if data.monitor.class_names != data.base.class_names:
         return score, -1.0
     with torch.inference_mode():

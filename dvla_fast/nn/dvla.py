@@ -204,17 +204,70 @@ class DVLA(nn.Module):
                 images, pass_.episode_gate, locations=self.gated_layers, start=start
             )
             return self._classify(features, counts, support_labels, way, tuple(pass_.traces))
-        pass_.select_classes(support_labels, way)
-        seen = self.backbone(
-            support.flatten(0, 1), pass_.class_gate, locations=self.gated_layers, start=start
-        )
+        seen = self._class_supports(pass_, support, support_labels, way, start)
         plain = self.backbone(
             query.flatten(0, 1), pass_.observe_query, locations=self.gated_layers, start=start
-        )
-        folded = (x.unflatten(0, (support.shape[0], -1)) for x in (seen, plain))
-        features = torch.cat(tuple(folded), dim=1).flatten(0, 1)
+        ).unflatten(0, (support.shape[0], -1))
+        features = torch.cat((seen, plain), dim=1).flatten(0, 1)
         output = self._classify(features, counts, support_labels, way, tuple(pass_.traces))
         return output._replace(aligned_labels=support_labels)
+
+    def supports_are_independent(self, alpha: Any = None) -> bool:
+        """Whether a support's feature is the same in every episode that draws the image.
+
+        It is in text scope "class", where a support sees its own class's text alone, when its gate
+        does not look at the episode either: alpha scope "image", a replayed ``alpha``, or
+        policies that read no state. In alpha scope "episode" the Beta, categorical and MLP
+        policies pool their state over all supports of the episode.
+        """
+        if self.text_scope != "class":
+            return False
+        reads = any(gate.policy.reads_state for gate in self.gates)  # type: ignore[union-attr]
+        return alpha is not None or self.alpha_scope == "image" or not reads
+
+    def support_features(
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        text: TextTokens,
+        *,
+        way: int,
+        alpha: Any = None,
+        sample: bool | None = None,
+        generator: torch.Generator | None = None,
+        from_prefix: bool = False,
+    ) -> tuple[Tensor, tuple[LayerTrace, ...]]:
+        """Features (E, S, feature_dim) of the supports alone, in text scope "class".
+
+        Queries see no text there: theirs are :meth:`features`. Where
+        :meth:`supports_are_independent` holds, every image can be an episode of its own (way 1,
+        S = 1), and its feature then serves all episodes. Arguments are those of :meth:`forward`;
+        the traces' query fields repeat the supports'.
+
+        Raises:
+            ValueError: another text scope, where supports and queries go through together.
+            TypeError, ValueError: arguments that do not fit together.
+        """
+        if self.text_scope != "class":
+            raise ValueError(
+                f"support_features: text_scope is {self.text_scope!r}, expected 'class'; call"
+                " the model with supports and queries"
+            )
+        self._check(support, support_labels, support, text, way)
+        options: dict[str, Any] = {"sample": sample, "generator": generator}
+        pass_ = _GatePass(self, text, (support.shape[1], 0), options, alpha, None)
+        start = self.gated_layers[0] if from_prefix else None
+        features = self._class_supports(pass_, support, support_labels, way, start)
+        return features, tuple(pass_.traces)
+
+    def _class_supports(
+        self, pass_: _GatePass, support: Tensor, labels: Tensor, way: int, start: Location | None
+    ) -> Tensor:
+        pass_.select_classes(labels, way)
+        features = self.backbone(
+            support.flatten(0, 1), pass_.class_gate, locations=self.gated_layers, start=start
+        )
+        return features.unflatten(0, (support.shape[0], -1))
 
     def _classify(
         self,

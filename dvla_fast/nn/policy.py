@@ -42,6 +42,8 @@ class GatePolicy(nn.Module):
 
     stochastic = False
     """Whether there is an action to draw, to score, and to re-evaluate."""
+    reads_state = True
+    """Whether the decision depends on the images and texts at all."""
 
     def forward(
         self,
@@ -279,6 +281,8 @@ class CategoricalPolicy(GatePolicy):
 class FixedPolicy(GatePolicy):
     """A constant α: the paper's ablation, and the plainest baseline."""
 
+    reads_state = False
+
     def __init__(self, alpha: float = 0.5) -> None:
         super().__init__()
         if not 0.0 <= alpha <= 1.0:
@@ -305,6 +309,8 @@ class FixedPolicy(GatePolicy):
 
 class StaticPolicy(GatePolicy):
     """One learned α for every input, trained by the ordinary gradient through α."""
+
+    reads_state = False
 
     def __init__(self) -> None:
         super().__init__()

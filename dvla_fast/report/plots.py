@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dvla_fast.data import FewShotData
 from dvla_fast.data.images import unit_range
-from dvla_fast.engine.evaluate import FIXED, LEARNED
 from dvla_fast.engine.logging import read_metrics
+from dvla_fast.engine.predict import FIXED, LEARNED
 from dvla_fast.errors import MissingDependencyError
 
 # Colour-blind safe (Okabe and Ito); grey for what is only there to compare with.

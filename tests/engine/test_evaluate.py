@@ -1,45 +1,188 @@
-"""Evaluation: the interval's formula, pairing, and agreement of its short cuts with the model."""
+"""Evaluation: short cuts that change no number, pairing, episode lists, and what is written."""
 
 from __future__ import annotations
 
+import csv
+import json
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from benchmarks.evaluation import predict_afresh
+from dvla_fast.cli import main
 from dvla_fast.data import EpisodeSampler, FewShotData
 from dvla_fast.engine.build import (
     backbone_spec,
     build_model,
     build_texts,
     model_spec,
-    split_classes,
+    without_test_split,
 )
-from dvla_fast.engine.config import DemoRun
-from dvla_fast.engine.evaluate import (
+from dvla_fast.engine.config import DemoRun, UsageError
+from dvla_fast.engine.episode_lists import AuthorsEpisodeSampler, build_sampler
+from dvla_fast.engine.evaluate import Contender, Evaluation, compare, trained_normalisation
+from dvla_fast.engine.predict import (
     FIXED,
     LEARNED,
-    compare,
-    evaluate_shot,
-    gated_accuracies,
+    ONCE,
+    PREFIX,
+    SUPPORTS,
+    VISUAL,
+    EpisodePredictor,
     image_features,
-    mean_interval,
-    visual_accuracies,
+    predict_visual,
 )
-from dvla_fast.errors import TrainingError
+from dvla_fast.engine.records import EpisodeRecord, compare_runs
+from dvla_fast.errors import DataError, OutputError, TrainingError
 from dvla_fast.nn import DVLA
+from dvla_fast.semantics import EncodedTexts
 
 
 @pytest.fixture
-def model(tiny: DemoRun) -> DVLA:
-    return build_model(model_spec(tiny.model, backbone_spec(tiny.model, 1, 16), 512))
+def make_model(tiny: DemoRun) -> Callable[..., DVLA]:
+    """A model whose policies have left their starting point, so that states matter."""
+
+    def make(**options: object) -> DVLA:
+        torch.manual_seed(0)
+        spec = model_spec(tiny.model, backbone_spec(tiny.model, 1, 16), 512)
+        model = build_model({**spec, **options})
+        for gate in model.gates:
+            for parameter in gate.policy.parameters():  # type: ignore[union-attr]
+                torch.nn.init.normal_(parameter, std=0.3)
+        return model
+
+    return make
 
 
-def test_interval_formula() -> None:
-    mean, half = mean_interval(torch.tensor([0.2, 0.4, 0.6, 0.8]))
-    assert mean == pytest.approx(0.5)
-    assert half == pytest.approx(1.96 * math.sqrt(0.2 / 3) / 2, rel=1e-6)
-    assert mean_interval(torch.tensor([0.3]))[1] == math.inf
+@pytest.fixture
+def texts(tiny: DemoRun, few_digits: FewShotData) -> EncodedTexts:
+    """The digits' texts, one class with an attribute less than the others."""
+    whole = build_texts(tiny.semantics, few_digits, torch.device("cpu"))[0]
+    mask, tokens = whole.mask.clone(), whole.tokens.clone()
+    mask[6, 1], tokens[6, 1] = False, 0.0
+    return replace(whole, mask=mask, tokens=tokens)
+
+
+PLANS = [
+    ("class", "image", "beta", ONCE, ONCE),
+    ("class", "image", "categorical", ONCE, ONCE),
+    ("class", "episode", "fixed", ONCE, ONCE),
+    ("class", "episode", "static", ONCE, ONCE),
+    ("class", "episode", "beta", SUPPORTS, ONCE),
+    ("class", "episode", "mlp", SUPPORTS, ONCE),
+    ("episode", "episode", "beta", PREFIX, PREFIX),
+    ("episode", "image", "beta", PREFIX, PREFIX),
+]
+
+
+@pytest.mark.parametrize(("text_scope", "alpha_scope", "policy", "learned", "fixed"), PLANS)
+@pytest.mark.parametrize(("way", "shot", "query"), [(5, 1, 4), (3, 2, 5)])
+@pytest.mark.parametrize("cache_mib", [8192, 0], ids=["maps kept", "no maps kept"])
+def test_short_cuts_change_no_number(
+    few_digits: FewShotData,
+    texts: EncodedTexts,
+    make_model: Callable[..., DVLA],
+    text_scope: str,
+    alpha_scope: str,
+    policy: str,
+    learned: str,
+    fixed: str,
+    way: int,
+    shot: int,
+    query: int,
+    cache_mib: int,
+) -> None:
+    """Every plan against the plain loop: all predictions, accuracies and gates, two lists."""
+    model = make_model(text_scope=text_scope, alpha_scope=alpha_scope, policy=policy).eval()
+    predictor = EpisodePredictor(
+        model, few_digits, texts, "novel", fixed_alpha=0.3, visual=True, cache_mib=cache_mib
+    )
+    assert predictor.plans == {LEARNED: learned, FIXED: fixed}
+    for seed in (0, 1):  # the second list finds most images known
+        sampler = EpisodeSampler(few_digits.novel, way, shot, query, seed)
+        found = predictor.predict(sampler, 9, 4)
+        for name, alpha in ((LEARNED, None), (FIXED, 0.3)):
+            slow = predict_afresh(model, few_digits, texts, "novel", sampler, 9, alpha)
+            torch.testing.assert_close(found[name].logits, slow.logits, rtol=1e-4, atol=1e-4)
+            assert torch.equal(found[name].predicted, slow.predicted)
+            assert torch.equal(found[name].accuracies, slow.accuracies)
+            torch.testing.assert_close(found[name].alphas, slow.alphas, rtol=1e-4, atol=1e-5)
+        whole = image_features(model.backbone, few_digits, few_digits.novel)
+        visual = predict_visual(whole, sampler, 9)
+        assert torch.equal(predictor.visual(sampler, 9, 0.2).predicted, visual.predicted)
+
+
+def test_each_image_goes_through_once(
+    few_digits: FewShotData, texts: EncodedTexts, make_model: Callable[..., DVLA]
+) -> None:
+    """Of 120 images: the prefix 120 times, the gated part 120 times, whatever the episodes."""
+    model = make_model(text_scope="class", alpha_scope="image")
+    counts = {"prefix": 0, "gate": 0}
+    prefix = model.prefix
+
+    def counted(images: torch.Tensor) -> torch.Tensor:
+        counts["prefix"] += len(images)
+        return prefix(images)
+
+    model.prefix = counted  # type: ignore[method-assign]
+    model.gates[0].register_forward_hook(
+        lambda _m, args, _out: counts.__setitem__("gate", counts["gate"] + len(args[0]))
+    )
+    predictor = EpisodePredictor(model, few_digits, texts, "novel")
+    for shot in (1, 5):
+        predictor.predict(EpisodeSampler(few_digits.novel, 5, shot, 15, 0), 60)
+    assert counts == {"prefix": 120, "gate": 120}
+
+
+def test_predictor_leaves_the_training_mode(
+    few_digits: FewShotData, texts: EncodedTexts, make_model: Callable[..., DVLA]
+) -> None:
+    model = make_model().train()
+    EpisodePredictor(model, few_digits, texts, "novel").predict(
+        EpisodeSampler(few_digits.novel, 5, 1, 2, 0), 2
+    )
+    assert model.training
+
+
+def test_paired_result_has_the_promised_fields(
+    tiny: DemoRun, few_digits: FewShotData, texts: EncodedTexts, make_model: Callable[..., DVLA]
+) -> None:
+    model = make_model()
+    contender = Contender(model, {VISUAL: model.backbone})
+    run = Evaluation([contender], few_digits, texts, tiny.evaluate, seed=3)
+    result, record = run.shot(1)
+    promised = {"dataset", "split", "way", "shot", "query", "episodes", "seed", "interval"}
+    assert promised | {"accuracy", "ci95"} <= set(result)
+    assert set(result["methods"]) == {VISUAL, FIXED, LEARNED}
+    assert set(result["paired"]) == {f"{LEARNED} - {VISUAL}", f"{LEARNED} - {FIXED}"}
+    assert record.accuracies(LEARNED).mean().item() == pytest.approx(result["accuracy"], abs=1e-6)
+    assert run.shot(1)[0] == result
+
+
+def test_checkpoints_are_averaged_episode_by_episode(
+    tiny: DemoRun, few_digits: FewShotData, texts: EncodedTexts, make_model: Callable[..., DVLA]
+) -> None:
+    first, second = make_model(), make_model(temperature=0.1)
+    with torch.no_grad():
+        for parameter in second.backbone.parameters():
+            parameter.mul_(1.5)
+    contenders = [Contender(m, {VISUAL: m.backbone}) for m in (first, second)]
+
+    def accuracy(chosen: list[Contender]) -> dict:
+        return Evaluation(chosen, few_digits, texts, tiny.evaluate, 0).shot(1)[0]
+
+    alone = [accuracy([contender])["accuracy"] for contender in contenders]
+    both = accuracy(contenders)
+    assert alone[0] != alone[1]
+    assert both["accuracy"] == pytest.approx(sum(alone) / 2, abs=1e-6)
+    found = both["over_checkpoints"][LEARNED]
+    assert found["accuracies"] == pytest.approx(alone, abs=1e-6)
+    assert found["std"] == pytest.approx(abs(alone[0] - alone[1]) / math.sqrt(2), abs=1e-6)
 
 
 def test_differences_are_paired() -> None:
@@ -50,64 +193,128 @@ def test_differences_are_paired() -> None:
     assert result["paired"]["b - a"]["ci95"] < 1e-6 < result["methods"]["a"]["ci95"]
 
 
-def test_gated_accuracies_match_the_plain_model(
-    tiny: DemoRun, few_digits: FewShotData, model: DVLA
-) -> None:
-    model.eval()
-    texts, _ = build_texts(tiny.semantics, few_digits, torch.device("cpu"))
-    sampler = EpisodeSampler(few_digits.novel, 5, 1, 4, 0)
-    scores, alphas = gated_accuracies(model, few_digits, texts, "novel", sampler, tiny.evaluate)
-    batch = sampler.batch(0, tiny.evaluate.episodes)
-    images = few_digits.normalise(few_digits.novel.images)
-    text = texts.episodes(split_classes(few_digits, "novel")[batch.classes])
-    for name, alpha in ((LEARNED, None), (FIXED, 0.5)):
-        with torch.no_grad():
-            output = model(
-                images[batch.support],
-                batch.support_labels,
-                images[batch.query],
-                text,
-                way=5,
-                alpha=alpha,
-            )
-        expected = (output.logits.argmax(-1) == batch.query_labels).float().mean(1)
-        torch.testing.assert_close(scores[name], expected, atol=0.051, rtol=0)
-        if alpha is None:
-            expected = torch.stack([trace.alpha for trace in output.layers], 1)
-            torch.testing.assert_close(alphas, expected, atol=1e-4, rtol=0)
-
-
-def test_result_has_the_promised_fields(
-    tiny: DemoRun, few_digits: FewShotData, model: DVLA
-) -> None:
-    texts, _ = build_texts(tiny.semantics, few_digits, torch.device("cpu"))
-    result = evaluate_shot(
-        model, {"visual": model.backbone}, few_digits, texts, tiny.evaluate, 1, seed=3
-    )
-    promised = {"dataset", "split", "way", "shot", "query", "episodes", "seed", "interval"}
-    assert promised | {"accuracy", "ci95"} <= set(result)
-    assert set(result["methods"]) == {"visual", FIXED, LEARNED}
-    assert set(result["paired"]) == {f"{LEARNED} - visual", f"{LEARNED} - {FIXED}"}
-    again = evaluate_shot(
-        model, {"visual": model.backbone}, few_digits, texts, tiny.evaluate, 1, seed=3
-    )
-    assert again == result
-
-
 def test_separable_features_are_classified(few_digits: FewShotData) -> None:
     features = torch.nn.functional.one_hot(few_digits.novel.labels, 5).float()
     sampler = EpisodeSampler(few_digits.novel, 5, 1, 4, 0)
-    assert visual_accuracies(features, sampler, 130).tolist() == [1.0] * 130
+    assert predict_visual(features, sampler, 130).accuracies.tolist() == [1.0] * 130
 
 
-def test_broken_weights_are_reported(tiny: DemoRun, few_digits: FewShotData, model: DVLA) -> None:
-    sampler = EpisodeSampler(few_digits.novel, 5, 1, 4, 0)
-    texts, _ = build_texts(tiny.semantics, few_digits, torch.device("cpu"))
+def test_broken_weights_are_reported(
+    few_digits: FewShotData, texts: EncodedTexts, make_model: Callable[..., DVLA]
+) -> None:
+    model = make_model()
     with torch.no_grad():
         model.gates[1].out_projection.weight[0, 0] = float("nan")  # type: ignore[union-attr,index]
     with pytest.raises(TrainingError, match=r"'gates\.1\.out_projection\.weight' hold NaN"):
-        gated_accuracies(model, few_digits, texts, "novel", sampler, tiny.evaluate)
+        EpisodePredictor(model, few_digits, texts, "novel")
     with torch.no_grad():
         next(model.backbone.parameters()).fill_(float("nan"))
     with pytest.raises(TrainingError, match="digits/novel: features of 120 of 120 images"):
         image_features(model.backbone, few_digits, few_digits.novel)
+
+
+def test_training_cannot_read_the_test_split(
+    few_digits: FewShotData, texts: EncodedTexts, make_model: Callable[..., DVLA]
+) -> None:
+    sealed = without_test_split(few_digits)
+    assert sealed.class_names == few_digits.class_names
+    assert len(sealed.novel) == 0
+    with pytest.raises(DataError, match="the test split is not read during training"):
+        EpisodePredictor(make_model(), sealed, texts, "novel")
+    assert len(sealed.split("monitor")) == len(few_digits.monitor)
+
+
+def test_authors_list_is_the_legacy_stream(few_digits: FewShotData) -> None:
+    """Drawn here as the authors' code draws it: classes, then each class's images in turn."""
+    images = few_digits.novel
+    sampler = AuthorsEpisodeSampler(images, 3, 2, 4)
+    stream = np.random.RandomState(0)
+    members = [np.flatnonzero(images.labels.numpy() == c) for c in range(5)]
+    for number in range(140):  # past the first block
+        classes = stream.choice(5, 3, replace=False)
+        drawn = [members[c][stream.choice(len(members[c]), 6, replace=False)] for c in classes]
+        batch = sampler.batch(number, 1)
+        assert batch.classes[0].tolist() == classes.tolist()
+        assert batch.support[0].tolist() == [i for row in drawn for i in row[:2]]
+        assert batch.query[0].tolist() == [i for row in drawn for i in row[2:]]
+    # Any part of the list can be asked for, in any order.
+    again = AuthorsEpisodeSampler(images, 3, 2, 4)
+    assert torch.equal(again.batch(130, 2).query, sampler.batch(130, 2).query)
+    assert again.fingerprint(20) == sampler.fingerprint(20)
+    with pytest.raises(UsageError, match="episode_list: 'other' is unknown"):
+        build_sampler("other", images, 3, 2, 4, 0)
+
+
+def test_checkpoint_brings_its_normalisation(few_digits: FewShotData) -> None:
+    info = {"normalisation": {"mean": [0.25], "std": [0.5]}}
+    data = trained_normalisation(few_digits, info)
+    assert data.normalise(torch.full((1, 1, 1, 1), 0.5)).item() == pytest.approx(0.5)
+    assert trained_normalisation(few_digits, {}) is few_digits
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("backbone") / "run"
+    tiny = ["--pretrain.epochs=1", "--pretrain.validation_episodes=4", "--model.width=8"]
+    assert main(["pretrain", "--device=cpu", f"--output={folder}", *tiny]) == 0
+    return str(folder / "checkpoints" / "pretrain-best.safetensors")
+
+
+def evaluate(checkpoint: str, output: Path, *more: str) -> list[str]:
+    return [
+        *("evaluate", f"--checkpoint={checkpoint}", f"--output={output}", "--device=cpu"),
+        *("--evaluate.episodes=30", "--evaluate.query=5", "--evaluate.shots=[1]", *more),
+    ]
+
+
+def test_run_leaves_predictions_and_confusion(backbone: str, tmp_path: Path) -> None:
+    assert main(evaluate(backbone, tmp_path / "a", "--evaluate.episode_list=authors")) == 0
+    summary = json.loads((tmp_path / "a/summary.json").read_text())
+    assert (summary["trained_on"], summary["cross_domain"]) == ("digits", False)
+    record = EpisodeRecord.read(tmp_path / "a/episodes-1shot.npz")
+    assert record.accuracies(VISUAL).mean().item() == pytest.approx(summary["accuracy"], abs=1e-6)
+    content = json.loads((tmp_path / "a/confusion-1shot.json").read_text())
+    counts = torch.tensor(content["counts"])
+    assert counts.sum() == 30 * 25
+    assert counts.diagonal().sum().item() / counts.sum().item() == pytest.approx(
+        summary["accuracy"], abs=1e-6
+    )
+    rows = list(csv.reader((tmp_path / "a/confusion-1shot.csv").open()))
+    assert [[int(cell) for cell in row[1:]] for row in rows[1:]] == content["counts"]
+    classes = list(csv.DictReader((tmp_path / "a/per_class-1shot.csv").open()))
+    assert [row["class"] for row in classes] == ["one", "three", "five", "seven", "nine"]
+    own = [float(row["accuracy"]) for row in classes]
+    assert own == pytest.approx((counts.diagonal() / counts.sum(1)).tolist(), abs=1e-5)
+    assert (tmp_path / "a/confusion-1shot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_comparing_two_runs(
+    backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(evaluate(backbone, tmp_path / "a")) == 0
+    assert main(evaluate(backbone, tmp_path / "b", f"--compare={tmp_path / 'a'}")) == 0
+    assert "compared with" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "b/summary.json").read_text())["compared"]["results"]
+    assert (row["difference"], row["ci95"], row["p_value"]) == (0.0, 0.0, 1.0)
+    assert main(evaluate(backbone, tmp_path / "c", "--seed=1")) == 0
+    with pytest.raises(OutputError, match=r"other episodes .*1-shot: episodes_sha256"):
+        compare_runs(tmp_path / "c", tmp_path / "a")
+    capsys.readouterr()
+    other = evaluate(backbone, tmp_path / "d", "--evaluate.way=3", f"--compare={tmp_path / 'a'}")
+    assert main(other) == 1
+    assert "1-shot: way 5, not 3" in capsys.readouterr().err
+    wrong = evaluate(backbone, tmp_path / "d", f"--compare={tmp_path / 'none'}")
+    assert main(wrong) == 1
+    assert "no finished evaluation here" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
+    (tmp_path / "a/episodes-1shot.npz").write_bytes(b"torn")
+    with pytest.raises(OutputError, match="no readable predictions"):
+        compare_runs(tmp_path / "b", tmp_path / "a")
+
+
+def test_several_checkpoints_on_the_command_line(backbone: str, tmp_path: Path) -> None:
+    assert main(evaluate(backbone, tmp_path / "a", f"--checkpoints=[{backbone}]")) == 0
+    summary = json.loads((tmp_path / "a/summary.json").read_text())
+    assert summary["checkpoints"] == [backbone, backbone]
+    assert summary["over_checkpoints"][VISUAL]["std"] == 0.0
+    assert json.loads((tmp_path / "a/confusion-1shot.json").read_text())["counts"]

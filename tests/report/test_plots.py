@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dvla_fast.data import load_digits
-from dvla_fast.engine.evaluate import FIXED, LEARNED, VISUAL
+from dvla_fast.engine.predict import FIXED, LEARNED, VISUAL
 from dvla_fast.report.plots import plot_run
 
 

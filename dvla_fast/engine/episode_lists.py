@@ -1,0 +1,63 @@
+"""Which list of episodes an evaluation runs on: ours, or the one of the method's authors."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dvla_fast.data import EpisodeSampler, ImageSet
+from dvla_fast.engine.config import UsageError
+
+EPISODE_LISTS = ("own", "authors")
+_BLOCK = 128  # episodes that EpisodeSampler asks _block for at a time
+
+
+class AuthorsEpisodeSampler(EpisodeSampler):
+    """The fixed list that the code of VT-FSL and DVLA-RL++ evaluates on, episode for episode.
+
+    NumPy's legacy generator, seeded once, draws each episode's classes and then, class by class,
+    its shot + query images without replacement; the first ``shot`` are the supports. Their lists
+    use seed 0. The same list needs the same images in the same order: classes sorted by folder
+    name and images by file name, as ``torchvision.datasets.ImageFolder`` does and
+    ``load_image_folder`` here.
+
+    Arguments and errors are those of :class:`~dvla_fast.data.EpisodeSampler`. Episode i costs the
+    draw of all episodes before it, once.
+    """
+
+    def __init__(self, images: ImageSet, way: int, shot: int, query: int, seed: int = 0) -> None:
+        super().__init__(images, way, shot, query, seed)
+        # RandomState is frozen by NumPy's compatibility policy: the stream cannot change.
+        self._stream = np.random.RandomState(seed)
+        self._drawn: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        while len(self._drawn) <= number:
+            classes = np.empty((_BLOCK, self.way), dtype=np.int64)
+            chosen = np.empty((_BLOCK, self.way, self.shot + self.query), dtype=np.int64)
+            for episode in range(_BLOCK):
+                drawn = self._stream.choice(len(self._counts), self.way, replace=False)
+                classes[episode] = drawn
+                for label, name in enumerate(drawn):
+                    places = self._stream.choice(
+                        self._counts[name], self.shot + self.query, replace=False
+                    )
+                    chosen[episode, label] = self._table[name, places]
+            self._drawn.append((classes, chosen))
+        return self._drawn[number]
+
+
+def build_sampler(
+    name: str, images: ImageSet, way: int, shot: int, query: int, seed: int
+) -> EpisodeSampler:
+    """Return the sampler of an episode list by name.
+
+    Raises:
+        UsageError: unknown name.
+        DataError: too few classes or images for the episodes.
+    """
+    if name not in EPISODE_LISTS:
+        raise UsageError(
+            f"evaluate.episode_list: {name!r} is unknown; choose one of {', '.join(EPISODE_LISTS)}"
+        )
+    kind = AuthorsEpisodeSampler if name == "authors" else EpisodeSampler
+    return kind(images, way, shot, query, seed)

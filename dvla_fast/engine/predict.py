@@ -1,0 +1,355 @@
+"""Predictions on a list of episodes, each image computed as seldom as the method allows.
+
+Three plans, chosen by what a feature depends on; all give the model's own numbers:
+
+- ``"once"``: supports do not depend on their episode (``DVLA.supports_are_independent``). Every
+  image goes through once as a support and once as a query; episodes are gathers and one batched
+  product with the prototypes.
+- ``"supports"``: queries see no text but the supports' gate looks at its episode. Queries once
+  per image; the supports, a few images, once per episode.
+- ``"prefix"``: every image sees the episode's texts. What comes before the first gate is computed
+  once per image, the rest once per episode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dvla_fast.data import EpisodeBatch, EpisodeSampler, FewShotData, ImageSet
+from dvla_fast.engine.build import check_weights, split_classes
+from dvla_fast.engine.logging import Progress
+from dvla_fast.errors import TrainingError
+from dvla_fast.nn import DVLA, prototype_logits
+from dvla_fast.semantics import EncodedTexts
+
+VISUAL, FIXED, LEARNED = "visual prototypes", "fixed gate", "learned gate"
+ONCE, SUPPORTS, PREFIX = "once", "supports", "prefix"
+_GATHERED = 128  # episodes of one batched prototype product: about 15 MB of features
+
+
+class Predictions(NamedTuple):
+    """What a method says about n episodes, on the CPU."""
+
+    logits: Tensor
+    """(n, Q, way)."""
+    labels: Tensor
+    """(n, Q) int64: the truth."""
+    alphas: Tensor | None = None
+    """(n, L): mean gate of each gated layer; None without gates."""
+
+    @property
+    def predicted(self) -> Tensor:
+        """(n, Q) int64 in [0, way)."""
+        return self.logits.argmax(-1)
+
+    @property
+    def accuracies(self) -> Tensor:
+        """(n,) float32."""
+        return (self.predicted == self.labels).float().mean(-1)
+
+
+def image_features(
+    backbone: nn.Module, data: FewShotData, images: ImageSet, batch: int | None = None
+) -> Tensor:
+    """Compute the visual features (N, d) of a whole image set once, in evaluation mode.
+
+    Raises:
+        TrainingError: a feature is NaN or infinite.
+    """
+    with _evaluating(backbone):
+        chunks = images.chunks(batch or _image_batch(images))
+        parts = [backbone(data.normalise(chunk)) for chunk in chunks]
+    features = torch.cat(parts)
+    if not bool(features.isfinite().all()):
+        bad = int((~features.isfinite()).any(1).sum())
+        raise TrainingError(
+            f"{images.name}: features of {bad} of {len(features)} images are NaN or infinite; "
+            "the weights are broken: use an earlier checkpoint, or train with a lower rate"
+        )
+    return features
+
+
+@torch.inference_mode()
+def predict_visual(
+    features: Tensor, sampler: EpisodeSampler, episodes: int, temperature: float = 0.2
+) -> Predictions:
+    """Classify with cosine prototypes of precomputed features (N, d)."""
+    logits, labels = [], []
+    for batch in _batches(sampler, episodes, _GATHERED, features.device):
+        logits.append(
+            prototype_logits(
+                features[batch.support],
+                batch.support_labels,
+                features[batch.query],
+                sampler.way,
+                temperature,
+            )
+        )
+        labels.append(batch.query_labels)
+    return Predictions(torch.cat(logits).cpu(), torch.cat(labels).cpu())
+
+
+def plan(model: DVLA, alpha: float | None = None) -> str:
+    """Say which plan of this module's description is exact for a model (and a replayed gate)."""
+    if model.text_scope == "episode":
+        return PREFIX
+    return ONCE if model.supports_are_independent(alpha) else SUPPORTS
+
+
+class EpisodePredictor:
+    """Predicts episodes of one split with one model; remembers images across lists of episodes.
+
+    Args:
+        model: on the data's device. Its weights must not change while the predictor is used.
+        texts: encoded texts of ``data.class_names``.
+        split: where the episodes are drawn from.
+        fixed_alpha: also predict with all gates fixed at this value.
+        visual: :meth:`visual` will be asked too.
+        image_batch: images of one pass through the backbone; None: 32 on a CPU, whose cache holds
+            their maps (Visformer-Tiny then takes half the time of 128), 512 on a GPU.
+        cache_mib: largest memory for feature maps of the plans that keep maps. A split that needs
+            more goes without: the same numbers, more slowly.
+
+    Raises:
+        TrainingError: a weight is NaN or infinite.
+    """
+
+    def __init__(
+        self,
+        model: DVLA,
+        data: FewShotData,
+        texts: EncodedTexts,
+        split: str,
+        *,
+        fixed_alpha: float | None = None,
+        visual: bool = False,
+        image_batch: int | None = None,
+        cache_mib: float = 8192,
+    ) -> None:
+        self.model, self.data, self.texts = model, data, texts
+        self.images = data.split(split)
+        check_weights(model, self.images.name)
+        self.modes: dict[str, float | None] = {LEARNED: None}
+        if fixed_alpha is not None:
+            self.modes[FIXED] = fixed_alpha
+        self.plans = {name: plan(model, alpha) for name, alpha in self.modes.items()}
+        self.image_batch = image_batch or _image_batch(self.images)
+        self.cache_mib = cache_mib
+        self.classes = split_classes(data, split)  # positions in texts of the split's classes
+        self._known = torch.zeros(len(self.images), dtype=torch.bool)
+        self._tables: dict[str, Tensor] = {}
+        self._map_mib = 0.0  # of one image, once known
+        self._keep_maps = set(self.plans.values()) != {ONCE}
+        self._plain = visual or set(self.plans.values()) != {PREFIX}
+
+    def predict(
+        self,
+        sampler: EpisodeSampler,
+        episodes: int,
+        batch_episodes: int = 0,
+        progress: Progress | None = None,
+    ) -> dict[str, Predictions]:
+        """Predict the first ``episodes`` episodes of a list.
+
+        Args:
+            batch_episodes: episodes of one pass, in the plans that compute images per episode; 0:
+                8, but on a CPU no more than keep their maps in its cache.
+            progress: advanced by ``episodes`` in all.
+
+        Returns:
+            Predictions by method: ``LEARNED`` (the policy's mean), and ``FIXED`` if asked for.
+
+        Raises:
+            TrainingError: features or logits are NaN or infinite.
+        """
+        with _evaluating(self.model):
+            self._fill(sampler, episodes)
+            results = {}
+            for name in self.modes:
+                counted = progress if name == next(reversed(self.modes)) else None
+                results[name] = self._predict(name, sampler, episodes, batch_episodes, counted)
+        return results
+
+    def visual(self, sampler: EpisodeSampler, episodes: int, temperature: float) -> Predictions:
+        """Predict with the model's backbone alone, its gates left out.
+
+        Raises:
+            ValueError: the predictor was built without ``visual``.
+        """
+        if not self._plain:
+            raise ValueError("visual: build the predictor with visual=True")
+        with _evaluating(self.model):
+            self._fill(sampler, episodes)
+            return predict_visual(self._tables["plain"], sampler, episodes, temperature)
+
+    def _predict(
+        self,
+        name: str,
+        sampler: EpisodeSampler,
+        episodes: int,
+        batch_episodes: int,
+        progress: Progress | None,
+    ) -> Predictions:
+        parts: list[tuple[Tensor, Tensor]] = []
+        labels: list[Tensor] = []
+        if self.plans[name] == ONCE:
+            size = _GATHERED
+        else:
+            size = batch_episodes or self._fitting(sampler)
+        for batch in _batches(sampler, episodes, size, self.classes.device):
+            if self.plans[name] == ONCE:
+                parts.append(self._gathered(name, batch, sampler.way))
+            elif self.plans[name] == SUPPORTS:
+                parts.append(self._supports(name, batch, sampler.way))
+            else:
+                parts.append(self._whole(name, batch, sampler.way))
+            labels.append(batch.query_labels)
+            if progress is not None:
+                progress.advance(len(batch.classes))
+        logits, alphas = (torch.cat(column).cpu() for column in zip(*parts))
+        if not bool(logits.isfinite().all()):
+            raise TrainingError(
+                f"{self.images.name}: the model's logits are NaN or infinite; the weights are "
+                "broken: use an earlier checkpoint, or train with a lower rate"
+            )
+        return Predictions(logits, torch.cat(labels).cpu(), alphas)
+
+    def _gathered(self, name: str, batch: EpisodeBatch, way: int) -> tuple[Tensor, Tensor]:
+        """Plan "once"."""
+        alphas = self._tables[f"alpha of {name}"][batch.support].mean(1)
+        return self._logits(self._tables[name][batch.support], batch, way), alphas
+
+    def _supports(self, name: str, batch: EpisodeBatch, way: int) -> tuple[Tensor, Tensor]:
+        """Plan "supports"."""
+        features, traces = self.model.support_features(
+            self._inputs(batch.support),
+            batch.support_labels,
+            self.texts.episodes(self.classes[batch.classes]),
+            way=way,
+            alpha=self.modes[name],
+            sample=False,
+            from_prefix=self._keep_maps,
+        )
+        alphas = torch.stack([_mean_alpha(trace.alpha, len(features)) for trace in traces], 1)
+        return self._logits(features, batch, way), alphas
+
+    def _whole(self, name: str, batch: EpisodeBatch, way: int) -> tuple[Tensor, Tensor]:
+        """Plan "prefix"."""
+        output = self.model(
+            self._inputs(batch.support),
+            batch.support_labels,
+            self._inputs(batch.query),
+            self.texts.episodes(self.classes[batch.classes]),
+            way=way,
+            alpha=self.modes[name],
+            sample=False,
+            from_prefix=self._keep_maps,
+        )
+        count = len(batch.classes)
+        alphas = torch.stack([_mean_alpha(trace.alpha, count) for trace in output.layers], 1)
+        return output.logits, alphas
+
+    def _logits(self, support: Tensor, batch: EpisodeBatch, way: int) -> Tensor:
+        query = self._tables["plain"][batch.query]
+        return prototype_logits(support, batch.support_labels, query, way, self.model.temperature)
+
+    def _inputs(self, index: Tensor) -> Tensor:
+        """Maps before the first gate of images (E, n), or the images where maps are not kept."""
+        if self._keep_maps:
+            return self._tables["maps"][index]
+        images = self.images.gather(index.flatten())
+        return self.data.normalise(images).unflatten(0, index.shape)
+
+    def _fill(self, sampler: EpisodeSampler, episodes: int) -> None:
+        """Compute all rows of the images that the episodes use and that are not known yet."""
+        self._limit_maps()
+        if not (self._keep_maps or self._plain):
+            return
+        whole = sampler.batch(0, episodes)
+        used = torch.zeros_like(self._known)
+        used[whole.support.flatten()] = True
+        used[whole.query.flatten()] = True
+        missing = (used & ~self._known).nonzero().squeeze(1)
+        if len(missing) == 0:
+            return
+        for part in missing.split(self.image_batch):
+            index = part.to(self.classes.device)
+            rows = self._rows(index)
+            if not all(bool(values.isfinite().all()) for values in rows.values()):
+                raise TrainingError(
+                    f"{self.images.name}: image features are NaN or infinite; check the images, "
+                    "or use an earlier checkpoint"
+                )
+            for key, values in rows.items():
+                if key not in self._tables:
+                    self._tables[key] = values.new_empty(len(self.images), *values.shape[1:])
+                self._tables[key][index] = values
+        self._known[missing] = True
+
+    def _limit_maps(self) -> None:
+        if self._keep_maps and not self._tables:
+            one = self.model.prefix(self.data.normalise(next(self.images.chunks(1))))
+            self._map_mib = one.numel() * one.element_size() / 2**20
+            self._keep_maps = self._map_mib * len(self.images) <= self.cache_mib
+
+    def _fitting(self, sampler: EpisodeSampler) -> int:
+        if self.images.device.type != "cpu":
+            return 8
+        episode = sampler.way * (sampler.shot + sampler.query) * self._map_mib
+        return min(8, max(1, int(8 / max(episode, 1e-9))))  # 8 MiB of maps in a pass
+
+    def _rows(self, index: Tensor) -> dict[str, Tensor]:
+        """Everything that is computed once per image, of images (n,)."""
+        maps = self.model.prefix(self.data.normalise(self.images.gather(index)))
+        rows = {"maps": maps} if self._keep_maps else {}
+        if self._plain:
+            rows["plain"] = self.model.backbone(maps, start=self.model.gated_layers[0])
+        text = self.texts.episodes(self.classes[self.images.labels[index]].unsqueeze(1))
+        for name, alpha in self.modes.items():
+            if self.plans[name] != ONCE:
+                continue
+            features, traces = self.model.support_features(
+                maps.unsqueeze(1),  # every image an episode of its own, one way and one shot
+                torch.zeros(len(maps), 1, dtype=torch.int64, device=maps.device),
+                text,
+                way=1,
+                alpha=alpha,
+                sample=False,
+                from_prefix=True,
+            )
+            rows[name] = features.squeeze(1)
+            alphas = [_mean_alpha(trace.alpha, len(maps)) for trace in traces]
+            rows[f"alpha of {name}"] = torch.stack(alphas, 1)
+        return rows
+
+
+def _image_batch(images: ImageSet) -> int:
+    return 32 if images.device.type == "cpu" else 512
+
+
+def _mean_alpha(alpha: Tensor, episodes: int) -> Tensor:
+    return alpha.float().reshape(episodes, -1).mean(1)  # one per episode, whatever the scope
+
+
+def _batches(
+    sampler: EpisodeSampler, episodes: int, size: int, device: torch.device
+) -> Iterator[EpisodeBatch]:
+    for first in range(0, episodes, size):
+        yield sampler.batch(first, min(size, episodes - first)).to(device)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; the mode from before afterwards."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        module.train(training)

@@ -1,0 +1,228 @@
+"""What an evaluation leaves on disk: every prediction, per-class figures, and paired comparison."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvla_fast.engine.logging import RunFolder
+from dvla_fast.engine.statistics import (
+    PAIRED_INTERVAL,
+    class_accuracies,
+    confusion,
+    paired_difference,
+)
+from dvla_fast.errors import MissingDependencyError, OutputError
+
+# Two evaluations meet the same episodes when all of these agree.
+_SAME = (
+    *("dataset", "split", "split_sha256", "way", "shot", "query", "episodes"),
+    *("episodes_sha256",),
+)
+
+
+@dataclass(frozen=True)
+class EpisodeRecord:
+    """Every prediction on one list of episodes.
+
+    Attributes:
+        classes: (n, way) int64, the split's class behind each episode label.
+        labels: (n, Q) int64 in [0, way), the truth.
+        predictions: method -> (K, n, Q) int64, for K checkpoints.
+    """
+
+    classes: Tensor
+    labels: Tensor
+    predictions: dict[str, Tensor]
+
+    def accuracies(self, method: str) -> Tensor:
+        """Accuracy of each episode (n,), the mean over checkpoints."""
+        return (self.predictions[method] == self.labels).double().mean((0, 2))
+
+    def write(self, path: Path) -> None:
+        """Write a compressed NumPy archive of int32 and int16 arrays."""
+        arrays: dict[str, Any] = {
+            f"predictions_{index}": predictions.short().numpy()
+            for index, predictions in enumerate(self.predictions.values())
+        }
+        with open(path, "wb") as stream:
+            np.savez_compressed(
+                stream,
+                classes=self.classes.int().numpy(),
+                labels=self.labels.short().numpy(),
+                methods=np.array(list(self.predictions)),
+                **arrays,
+            )
+
+    @classmethod
+    def read(cls, path: Path) -> EpisodeRecord:
+        """Read what :meth:`write` wrote; nothing is unpickled.
+
+        Raises:
+            OutputError: missing or damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                methods = [str(name) for name in file["methods"]]
+                predictions = {
+                    name: torch.from_numpy(file[f"predictions_{index}"]).long()
+                    for index, name in enumerate(methods)
+                }
+                classes, labels = (torch.from_numpy(file[k]).long() for k in ("classes", "labels"))
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise OutputError(
+                f"{path}: no readable predictions ({error}); run that evaluation again"
+            ) from error
+        return cls(classes, labels, predictions)
+
+
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    """Read the summary of an evaluation run.
+
+    Raises:
+        OutputError: the folder holds no finished evaluation.
+    """
+    path = Path(folder) / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"{folder}: no finished evaluation here ({path.name} is missing or damaged); give the "
+            "--output folder of a `dvla-fast evaluate` run"
+        ) from error
+    if not isinstance(summary, dict) or summary.get("command") != "evaluate":
+        raise OutputError(f"{folder}: not a `dvla-fast evaluate` run; give the folder of one")
+    return summary
+
+
+def check_comparable(
+    mine: Sequence[dict[str, Any]], other: str | Path, name: str
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Pair the results (or their descriptions) of an evaluation with another run's, by shot.
+
+    Raises:
+        OutputError: the other run is missing, no shot is in both, or their episodes differ.
+    """
+    theirs = {result["shot"]: result for result in read_summary(other)["results"]}
+    pairs = [(result, theirs[result["shot"]]) for result in mine if result["shot"] in theirs]
+    if not pairs:
+        raise OutputError(
+            f"{other}: evaluated with shots {sorted(theirs)}, but {name} with "
+            f"{sorted(result['shot'] for result in mine)}; compare runs that share a shot"
+        )
+    for first, second in pairs:
+        for key in _SAME:
+            if key not in second or first[key] != second[key]:
+                raise OutputError(
+                    f"{other}: other episodes than those of {name} ({first['shot']}-shot: {key} "
+                    f"{second.get(key)!r}, not {first[key]!r}); a paired comparison needs the same "
+                    "data set, settings, episode list and seed: evaluate one of the two again"
+                )
+    return pairs
+
+
+def compare_runs(folder: str | Path, other: str | Path) -> dict[str, Any]:
+    """Compare two evaluations episode by episode, main method against main method.
+
+    Returns:
+        ``{"with", "interval", "results": [{shot, methods, accuracies, difference, ci95,
+        p_value}]}``, with a result for every shot that both have; difference is ``folder`` minus
+        ``other``.
+
+    Raises:
+        OutputError: a run is missing, no shot is in both, or their episodes differ.
+    """
+    results = []
+    for first, second in check_comparable(read_summary(folder)["results"], other, str(folder)):
+        file = f"episodes-{first['shot']}shot.npz"
+        methods = [first["method"], second["method"]]
+        records = [EpisodeRecord.read(Path(path) / file) for path in (folder, other)]
+        values = [record.accuracies(name) for record, name in zip(records, methods)]
+        results.append(
+            {
+                "shot": first["shot"],
+                "methods": methods,
+                "accuracies": [value.mean().item() for value in values],
+                **paired_difference(values[0], values[1]),
+            }
+        )
+    return {"with": str(other), "interval": PAIRED_INTERVAL, "results": results}
+
+
+def comparison_table(compared: dict[str, Any]) -> str:
+    """Lay out the result of :func:`compare_runs` as lines of text, in percent."""
+    lines = [f"compared with {compared['with']}, on the same episodes (points)"]
+    for row in compared["results"]:
+        first, second = (f"{100 * value:.2f}" for value in row["accuracies"])
+        lines.append(
+            f"  {row['shot']}-shot  {first} - {second} = {100 * row['difference']:+.2f}"
+            f" ± {100 * row['ci95']:.2f}  p = {row['p_value']:.2g}"
+            f"  ({row['methods'][0]}, {row['methods'][1]})"
+        )
+    return "\n".join([*lines, compared["interval"]])
+
+
+def write_confusion(
+    folder: RunFolder, record: EpisodeRecord, names: Sequence[str], result: dict[str, Any]
+) -> None:
+    """Write per-class accuracy and the confusion matrix of the main method.
+
+    ``per_class-<shot>shot.csv``, ``confusion-<shot>shot.csv`` (counts, rows are the truth),
+    ``confusion-<shot>shot.json`` (counts, and how often each class was a choice), and
+    ``confusion-<shot>shot.png`` where matplotlib is installed.
+    """
+    from dvla_fast.report.confusion import plot_confusion
+
+    method, shot = result["method"], result["shot"]
+    given = (record.classes, record.labels, record.predictions[method], len(names))
+    matrix, rows = confusion(*given), class_accuracies(*given)
+    rates = matrix.rates
+    table: list[list[Any]] = [
+        ["class", "episodes", "accuracy", "ci95", "most_taken_for", "share_of_times_offered"]
+    ]
+    for index, (name, row) in enumerate(zip(names, rows)):
+        others = rates[index].clone().nan_to_num(-1.0)
+        others[index] = -1.0
+        worst = int(others.argmax())
+        rival = [names[worst], f"{others[worst]:.4f}"] if others[worst] > 0 else ["", ""]
+        table.append(
+            [name, row["episodes"], _number(row["accuracy"]), _number(row["ci95"]), *rival]
+        )
+    stem = f"confusion-{shot}shot"
+    folder.write_file(f"per_class-{shot}shot.csv", lambda path: _write_csv(path, table))
+    counts = [["true \\ predicted", *names]]
+    counts += [[name, *map(str, row)] for name, row in zip(names, matrix.counts.tolist())]
+    folder.write_file(f"{stem}.csv", lambda path: _write_csv(path, counts))
+    content = {
+        "method": method,
+        "classes": list(names),
+        "counts": matrix.counts.tolist(),
+        "offered": matrix.offered.tolist(),
+        "meaning": "counts[i][j]: queries of class i given class j; offered[i][j]: queries of "
+        "class i in episodes that held class j",
+    }
+    folder.write_file(f"{stem}.json", lambda path: path.write_text(json.dumps(content) + "\n"))
+    title = f"{result['dataset']}/{result['split']}, {result['way']}-way {shot}-shot, {method}"
+    with contextlib.suppress(MissingDependencyError):
+        folder.write_file(f"{stem}.png", lambda path: plot_confusion(rates, names, path, title))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.6f}"
+
+
+def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    path.write_text(text.getvalue(), encoding="utf-8")

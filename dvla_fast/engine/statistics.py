@@ -1,0 +1,162 @@
+"""Figures of an evaluation: intervals, paired differences, agreement of checkpoints, confusion."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvla_fast.errors import MissingDependencyError
+
+INTERVAL = "mean ± 1.96 * s / sqrt(n), s = sample standard deviation over the n episodes"
+PAIRED_INTERVAL = (
+    "mean ± t(0.975, n - 1) * s / sqrt(n), s = sample standard deviation of the n episodes' "
+    "differences; p of the two-sided paired t test"
+)
+CHECKPOINT_INTERVAL = (
+    "mean ± t(0.975, k - 1) * s / sqrt(k), s = sample standard deviation of the k checkpoints' "
+    "accuracies on the same episodes"
+)
+
+
+def mean_interval(values: Tensor) -> tuple[float, float]:
+    """Return the mean of values (n,) and the half width of its 95 % interval, 1.96 s / sqrt(n)."""
+    values = values.double()
+    if len(values) < 2:
+        return values.mean().item(), math.inf
+    return values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
+
+
+def paired_difference(first: Tensor, second: Tensor) -> dict[str, float]:
+    """Compare two accuracies (n,) on the same episodes by the paired t test.
+
+    The interval and p speak of episodes drawn from this split with these weights: not of other
+    classes, and not of training again with another seed.
+
+    Returns:
+        ``difference``: the mean of first − second; ``ci95``: half width of its 95 % t interval
+        (infinite for one episode); ``p_value``: two-sided, 1 where all differences are 0.
+
+    Raises:
+        ValueError: different lengths.
+        MissingDependencyError: SciPy is not installed.
+    """
+    if first.shape != second.shape or first.dim() != 1:
+        raise ValueError(
+            f"second: shape {tuple(second.shape)}, expected {tuple(first.shape)}, one accuracy an "
+            "episode"
+        )
+    difference = (first.double() - second.double()).cpu().numpy()
+    mean = float(difference.mean())
+    if len(difference) < 2:
+        return {"difference": mean, "ci95": math.inf, "p_value": 1.0}
+    if np.ptp(difference) == 0:  # the t statistic is 0/0 or infinite
+        return {"difference": mean, "ci95": 0.0, "p_value": 1.0 if mean == 0 else 0.0}
+    result = _stats().ttest_1samp(difference, 0.0)
+    low, high = result.confidence_interval(0.95)
+    return {
+        "difference": mean,
+        "ci95": float(high - low) / 2,
+        "p_value": float(result.pvalue),
+    }
+
+
+def checkpoint_interval(accuracies: list[float]) -> dict[str, Any]:
+    """Summarise the accuracies of k checkpoints, e.g. of several training seeds.
+
+    Returns:
+        ``accuracies``, ``accuracy`` (mean), ``std`` and ``ci95`` (t interval over checkpoints;
+        both infinite for one checkpoint, whose spread is unknown).
+    """
+    values = np.asarray(accuracies)
+    std = half = math.inf
+    if len(values) > 1:
+        std = float(values.std(ddof=1))
+        half = float(_stats().t.ppf(0.975, len(values) - 1)) * std / math.sqrt(len(values))
+    return {
+        "accuracies": [float(value) for value in values],
+        "accuracy": float(values.mean()),
+        "std": std,
+        "ci95": half,
+        "interval": CHECKPOINT_INTERVAL,
+    }
+
+
+def _stats() -> Any:
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise MissingDependencyError(
+            "t tests need SciPy, which is not installed; run pip install 'dvla-fast[train]'"
+        ) from error
+    return stats
+
+
+class Confusion(NamedTuple):
+    """Who is taken for whom, over all queries of all episodes."""
+
+    counts: Tensor
+    """(C, C) int64: queries of class i (row) that were given class j (column)."""
+    offered: Tensor
+    """(C, C) int64: queries of class i in episodes that held class j: could have been given it."""
+
+    @property
+    def rates(self) -> Tensor:
+        """(C, C) float64: counts / offered, the share of i taken for j where j was a choice.
+
+        An episode offers only some classes, so counts alone depend on which ones met. NaN where
+        the two never met.
+        """
+        return self.counts.double() / self.offered.double()
+
+
+def confusion(classes: Tensor, labels: Tensor, predictions: Tensor, count: int) -> Confusion:
+    """Count predictions class by class.
+
+    Args:
+        classes: (n, way) int64, the class of each episode label.
+        labels: (n, Q) int64 in [0, way), the truth.
+        predictions: (n, Q) int64 in [0, way); (K, n, Q) for K checkpoints, which are added up.
+        count: number of classes C.
+    """
+    models = predictions.reshape(-1, *labels.shape)
+    true = classes.gather(1, labels)  # (n, Q)
+    given = torch.stack([classes.gather(1, rows) for rows in models])  # (K, n, Q)
+    offered = true.unsqueeze(2) * count + classes.unsqueeze(1)  # (n, Q, way)
+    size = count * count
+    return Confusion(
+        (true * count + given).flatten().bincount(minlength=size).view(count, count),
+        offered.flatten().bincount(minlength=size).view(count, count) * len(models),
+    )
+
+
+def class_accuracies(
+    classes: Tensor, labels: Tensor, predictions: Tensor, count: int
+) -> list[dict[str, Any]]:
+    """Accuracy of each class over the episodes that hold it, with its 95 % interval.
+
+    Arguments are those of :func:`confusion`. An episode gives a class one value, the share of its
+    queries that were right (over all checkpoints); the interval is 1.96·s/√n over those.
+
+    Returns:
+        For each of the C classes ``episodes``, ``accuracy`` and ``ci95`` (None where no episode
+        holds the class, or only one).
+    """
+    models = predictions.reshape(-1, *labels.shape)
+    right = (models == labels).double().mean(0)  # (n, Q)
+    way = classes.shape[1]
+    sums = torch.zeros(classes.shape, dtype=torch.float64).scatter_add_(1, labels, right)
+    numbers = torch.zeros_like(sums).scatter_add_(1, labels, torch.ones_like(right))
+    values = (sums / numbers).flatten()  # (n * way,)
+    owner = classes.reshape(-1, way).flatten()
+    rows = []
+    for index in range(count):
+        mine = values[owner == index]
+        mean, half = mean_interval(mine) if len(mine) else (None, None)
+        if half == math.inf:
+            half = None
+        rows.append({"episodes": len(mine), "accuracy": mean, "ci95": half})
+    return rows

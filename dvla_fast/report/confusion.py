@@ -1,0 +1,62 @@
+"""The confusion matrix of an evaluation as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from dvla_fast.errors import MissingDependencyError
+
+_NAMED = 60  # classes whose names still fit on the axes
+_WRITTEN = 15  # classes whose cells still hold a number
+
+
+def plot_confusion(
+    rates: Tensor, names: Sequence[str], output: str | Path, title: str = ""
+) -> None:
+    """Draw a confusion matrix as a PNG file.
+
+    Args:
+        rates: (C, C): share of class i (row) taken for class j, of the times j was a choice; NaN
+            where it never was, left grey.
+        names: of the C classes.
+        output: file to write, whatever its suffix.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "pictures need matplotlib, which is not installed; run pip install 'dvla-fast[train]'"
+        ) from error
+    count = len(names)
+    side = min(16.0, 4.5 + 0.22 * count)
+    figure = Figure(figsize=(side + 1.2, side), dpi=120, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)  # no global state: safe in threads and without a display
+    axis = figure.add_subplot()
+    colours = colormaps["Blues"].with_extremes(bad="#E4E7EB")
+    picture = axis.imshow(100 * rates.numpy(), cmap=colours, vmin=0, vmax=100)
+    if count <= _NAMED:
+        size = 10 if count <= 20 else 6
+        axis.set_xticks(range(count), names, rotation=90 if count > 6 else 0, fontsize=size)
+        axis.set_yticks(range(count), names, fontsize=size)
+    if count <= _WRITTEN:
+        for row in range(count):
+            for column in range(count):
+                value = rates[row, column].item()
+                if value == value:  # not NaN
+                    ink = "white" if value > 0.55 else "#1F2933"
+                    text = f"{100 * value:.0f}"
+                    axis.text(column, row, text, ha="center", va="center", color=ink, fontsize=9)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    axis.set_title(title, loc="left", fontsize=11)
+    bar = figure.colorbar(picture, ax=axis, shrink=0.8)
+    bar.set_label("% of queries, where the class was a choice")
+    figure.savefig(output, format="png")

@@ -1,0 +1,79 @@
+"""The formulas of an evaluation, against hand-worked and SciPy's own numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from dvla_fast.engine.statistics import (
+    checkpoint_interval,
+    class_accuracies,
+    confusion,
+    mean_interval,
+    paired_difference,
+)
+
+
+def test_interval_formula() -> None:
+    mean, half = mean_interval(torch.tensor([0.2, 0.4, 0.6, 0.8]))
+    assert mean == pytest.approx(0.5)
+    assert half == pytest.approx(1.96 * math.sqrt(0.2 / 3) / 2, rel=1e-6)
+    assert mean_interval(torch.tensor([0.3]))[1] == math.inf
+
+
+def test_paired_t_test() -> None:
+    torch.manual_seed(0)
+    first, second = torch.rand(40).double(), torch.rand(40).double() - 0.2
+    found = paired_difference(first, second)
+    theirs = stats.ttest_rel(first.numpy(), second.numpy())
+    low, high = theirs.confidence_interval(0.95)
+    assert found["p_value"] == pytest.approx(theirs.pvalue)
+    assert found["difference"] - found["ci95"] == pytest.approx(low)
+    assert found["difference"] + found["ci95"] == pytest.approx(high)
+
+
+@pytest.mark.parametrize(
+    ("gap", "p_value"), [(0.0, 1.0), (0.25, 0.0)], ids=["no difference", "always the same"]
+)
+def test_differences_without_spread(gap: float, p_value: float) -> None:
+    base = torch.full((5,), 0.5)
+    assert paired_difference(base + gap, base) == {
+        "difference": gap,
+        "ci95": 0.0,
+        "p_value": p_value,
+    }
+    assert paired_difference(base[:1], base[:1])["ci95"] == math.inf
+
+
+def test_paired_lengths_must_agree() -> None:
+    with pytest.raises(ValueError, match="second: shape"):
+        paired_difference(torch.rand(3), torch.rand(4))
+
+
+def test_checkpoint_interval() -> None:
+    found = checkpoint_interval([0.5, 0.6, 0.7])
+    assert found["std"] == pytest.approx(0.1)
+    assert found["ci95"] == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-6)
+    assert checkpoint_interval([0.5])["ci95"] == math.inf
+
+
+def test_confusion_by_hand() -> None:
+    """Two 2-way episodes of three classes: (0, 1) with one mistake, (2, 0) without."""
+    classes = torch.tensor([[0, 1], [2, 0]])
+    labels = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1]])
+    predictions = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1]])
+    found = confusion(classes, labels, predictions, 3)
+    assert found.counts.tolist() == [[3, 1, 0], [0, 2, 0], [0, 0, 2]]
+    assert found.offered.tolist() == [[4, 2, 2], [2, 2, 0], [2, 0, 2]]
+    assert found.rates[0].tolist() == [0.75, 0.5, 0.0]
+    assert math.isnan(found.rates[1, 2].item())  # 1 and 2 never met
+    twice = confusion(classes, labels, predictions.repeat(2, 1, 1), 3)
+    assert torch.equal(twice.counts, 2 * found.counts)
+    assert torch.equal(twice.rates.nan_to_num(-1), found.rates.nan_to_num(-1))
+    rows = class_accuracies(classes, labels, predictions, 4)
+    assert [row["accuracy"] for row in rows] == [0.75, 1.0, 1.0, None]
+    assert [row["episodes"] for row in rows] == [2, 1, 1, 0]
+    assert rows[0]["ci95"] == pytest.approx(1.96 * math.sqrt(0.125) / math.sqrt(2))

@@ -71,7 +71,17 @@ def main() -> int:
     pytest = Path(sys.executable).with_name("pytest")
     tests = [f"tests/ops/test_{name}.py" for name in ("fuzz", "gated_attention", "gate_policy")]
     chosen = "fuzz or (values_and_gradients_float64 and cpp)"
-    command = [pytest, "-q", "-s", "-k", chosen, "-p", "no:cacheprovider", "-o", f"pythonpath={PACKAGE.parent}"]
+    command = [
+        pytest,
+        "-q",
+        "-s",
+        "-k",
+        chosen,
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        f"pythonpath={PACKAGE.parent}",
+    ]
     return subprocess.run(
         [*command, *tests, *sys.argv[1:]], env=env, cwd=native.ROOT, check=False
     ).returncode

@@ -85,7 +85,7 @@ def add_to_tokens(
 
     fused becomes 0 at masked text tokens; text_mask (T, P).
     """
-    count: Tensor | int = fused.shape[1]
+    count: Tensor | int = max(1, fused.shape[1])
     if text_mask is not None:
         groups, rows = text_mask.shape
         keep = text_mask.unsqueeze(1).expand(groups, fused.shape[0] // groups, rows).flatten(0, 1)

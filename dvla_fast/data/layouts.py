@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -188,17 +189,18 @@ def _resolve(
     form = next((form for form in forms if form(first, label).is_file()), forms[1])
     classes: dict[str, dict[str, list[Path]]] = {}
     missing: list[Path] = []
-    seen: dict[Path, str] = {}
+    seen: dict[str, str] = {}  # by the path without its detours
     for split, pairs in rows.items():
         classes[split] = {}
         for name, label in pairs:
             path = form(name, label)
             place = f"{split}, class {label!r}"
-            if path in seen:
+            known = os.path.normpath(path)
+            if known in seen:
                 raise DataError(
-                    f"{path}: listed in {seen[path]} and again in {place}; keep one of the lines"
+                    f"{path}: listed in {seen[known]} and again in {place}; keep one of the lines"
                 )
-            seen[path] = place
+            seen[known] = place
             if not path.is_file():
                 missing.append(path)
             classes[split].setdefault(label, []).append(path)

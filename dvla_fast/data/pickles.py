@@ -15,11 +15,27 @@ import numpy as np
 from dvla_fast.errors import DataError
 
 
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """Stand in for ``_codecs.encode``, by which Python 3 writes bytes under old protocols."""
-    if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"text encoding {encoding!r} is not allowed")
-    return text.encode("latin1")
+class _Encode:
+    """Stand in for ``_codecs.encode``, by which Python 3 writes bytes under old protocols.
+
+    A callable without attributes, as all that a pickle gets: it can set attributes of functions.
+    """
+
+    __slots__ = ()
+
+    def __call__(self, text: str, encoding: str = "latin1") -> bytes:
+        if encoding not in ("latin1", "latin-1"):
+            raise pickle.UnpicklingError(f"text encoding {encoding!r} is not allowed")
+        return text.encode("latin1")
+
+
+class _FromBuffer:
+    """Numpy's ``_frombuffer``, which is a Python function, likewise."""
+
+    __slots__ = ()
+
+    def __call__(self, *arguments: Any) -> Any:
+        return np._core.numeric._frombuffer(*arguments)  # type: ignore[attr-defined]
 
 
 def _allowed() -> dict[tuple[str, str], Any]:
@@ -27,13 +43,13 @@ def _allowed() -> dict[tuple[str, str], Any]:
     table: dict[tuple[str, str], Any] = {
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _encode,
+        ("_codecs", "encode"): _Encode(),
         ("collections", "OrderedDict"): dict,
     }
     for name in ("core", "_core"):  # numpy 1 and numpy 2
         table[f"numpy.{name}.multiarray", "_reconstruct"] = modern.multiarray._reconstruct
         table[f"numpy.{name}.multiarray", "scalar"] = modern.multiarray.scalar
-        table[f"numpy.{name}.numeric", "_frombuffer"] = modern.numeric._frombuffer
+        table[f"numpy.{name}.numeric", "_frombuffer"] = _FromBuffer()
     for kind in (dict, list, set, frozenset, tuple, bytearray):
         for module in ("builtins", "__builtin__"):
             table[module, kind.__name__] = kind

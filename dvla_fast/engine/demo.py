@@ -36,7 +36,7 @@ from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import metatune
 from dvla_fast.engine.predict import FIXED, LEARNED, VISUAL
 from dvla_fast.engine.pretrain import pretrain
-from dvla_fast.engine.statistics import INTERVAL
+from dvla_fast.engine.statistics import INTERVAL, PAIRED_INTERVAL
 
 BEFORE = "visual prototypes, before meta-tuning"
 # Shares of the time that the stages take, for the overall progress bar (measured on 2 cores).
@@ -147,6 +147,8 @@ def result_table(results: list[dict[str, Any]]) -> str:
         cells = [_cell(r["paired"][f"{main} - {name}"], "difference") for r in results]
         lines.append(f"  {labels[name]:<{width - 2}}" + "".join(cell.rjust(18) for cell in cells))
     lines += ["", f"{results[0]['episodes']} episodes each; {INTERVAL}"]
+    if len(names) > 1:
+        lines.append(f"differences: {PAIRED_INTERVAL}")
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ class AuthorsEpisodeSampler(EpisodeSampler):
     its shot + query images without replacement; the first ``shot`` are the supports. Their lists
     use seed 0. The same list needs the same images in the same order: classes sorted by folder
     name and images by file name, as ``torchvision.datasets.ImageFolder`` does and
-    ``load_image_folder`` here.
+    ``load_data`` here.
 
     Arguments and errors are those of :class:`~dvla_fast.data.EpisodeSampler`. Episode i costs the
     draw of all episodes before it, once.

@@ -55,6 +55,7 @@ from dvla_fast.engine.statistics import (
     checkpoint_interval,
     mean_interval,
     paired_difference,
+    require_scipy,
 )
 from dvla_fast.errors import CheckpointError
 from dvla_fast.nn import DVLA
@@ -123,7 +124,7 @@ class Evaluation:
                     config.split,
                     fixed_alpha=config.fixed_alpha,
                     visual=any(b is contender.model.backbone for b in contender.backbones.values()),
-                    cache_mib=config.cache_mib,
+                    cache_mib=config.cache_mib / len(contenders),
                 )
             self.predictors.append(predictor)
 
@@ -300,6 +301,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     if contenders[0].model is not None:
         texts, semantics = build_texts(config.semantics, data, device)
     images = data.split(settings.split)
+    require_scipy()
     samplers = [  # fail before the folder is made
         build_sampler(
             settings.episode_list, images, settings.way, shot, settings.query, config.seed

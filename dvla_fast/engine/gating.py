@@ -116,6 +116,11 @@ class GateTraining:
         )
         if name == "dpo" and self.samples != 2:
             raise ValueError(f"samples: dpo compares pairs, got {given}; leave it 0")
+        if not config.freeze_norm and (self.samples > 1 or name == "counterfactual"):
+            raise ValueError(
+                "freeze_norm: several passes over an episode would each move the BatchNorm"
+                f" statistics; keep it true for {name} with {self.samples} sample(s)"
+            )
         self.epochs = config.policy_epochs or objective.epochs
         if self.epochs > 1 and not objective.repeatable:
             raise ValueError(

@@ -7,10 +7,12 @@ import csv
 import io
 import json
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -80,7 +82,7 @@ class EpisodeRecord:
                     for index, name in enumerate(methods)
                 }
                 classes, labels = (torch.from_numpy(file[k]).long() for k in ("classes", "labels"))
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
             raise OutputError(
                 f"{path}: no readable predictions ({error}); run that evaluation again"
             ) from error

@@ -110,8 +110,9 @@ def _tail(
     a, b = kappa * torch.sigmoid(eta), kappa * torch.sigmoid(-eta)
     # The length over which h falls by 1, by bisection of its logarithm: h is concave, so that
     # beyond it h falls at least in proportion, and one set of nodes fits every case.
-    low, high = torch.full_like(a, -16.0), torch.full_like(a, 16.0)
-    for _ in range(16):
+    # Where a is tiny it falls over 1/a.
+    low, high = torch.full_like(a, -16.0), 16.0 + a.log().neg().clamp_min(0.0)
+    for _ in range(20):
         middle = (low + high) / 2
         short = _exponent(a, kappa, draw, middle.exp()) > -1.0
         low, high = torch.where(short, middle, low), torch.where(short, high, middle)

@@ -104,7 +104,8 @@ def gate_policy(
     Args:
         image_tokens: see :func:`gate_state`, as are the options up to ``text_mask``.
         text_tokens: see :func:`gate_state`.
-        hidden_weight: (K, 2·C + 1), any floating dtype, like the three that follow.
+        hidden_weight: (K, 2·C + 1), any floating dtype, like the three that follow; computed in
+            the state's.
         hidden_bias: (K,).
         out_weight: (1, K).
         out_bias: (1,).
@@ -124,11 +125,12 @@ def gate_policy(
         BackendError: the backend asked for cannot run with these inputs.
     """
     _check(image_tokens, text_tokens, groups_per_decision, state_images, image_mask, text_mask)
-    weights = (hidden_weight, hidden_bias, out_weight, out_bias)
-    _check_weights(image_tokens, *weights)
+    _check_weights(image_tokens, hidden_weight, hidden_bias, out_weight, out_bias)
     decisions = _decisions(image_tokens, text_tokens, groups_per_decision)
     _check_action(action_logit, deterministic, decisions, image_tokens.device)
     pooling = (image_mask, text_mask, groups_per_decision, state_images or 0)
+    wide = torch.promote_types(image_tokens.dtype, torch.float32)
+    weights = [x.to(wide) for x in (hidden_weight, hidden_bias, out_weight, out_bias)]
     if not _in_one_call(image_tokens, backend):
         state = reference.gate_state(image_tokens, text_tokens, *pooling)
         logits = reference.state_logits(state, *weights).squeeze(-1)
@@ -140,14 +142,13 @@ def gate_policy(
     kappa = float(concentration)
     if not 0.0 < kappa <= torch.finfo(torch.float32).max:
         raise ValueError(f"concentration: expected a positive finite number, got {kappa}")
-    wide = torch.promote_types(image_tokens.dtype, torch.float32)
     key = None
     if action_logit is not None:
         action_logit = action_logit.detach().to(wide)
     elif not deterministic:
         key = draw_key(image_tokens.device, generator)
     results = torch.ops.dvla_fast.gate_policy_forward.default(
-        image_tokens, text_tokens, *pooling, *(w.to(wide) for w in weights), kappa,
+        image_tokens, text_tokens, *pooling, *weights, kappa,
         action_logit, key, False,
     )  # fmt: skip
     return GatePolicyOutput(*results[:5])

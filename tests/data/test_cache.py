@@ -68,6 +68,18 @@ def test_of_arrays_and_of_a_published_split(tmp_path: Path) -> None:
     assert cache.verify_cache(tmp_path / "cache") == []
 
 
+def test_an_edited_split_file_is_noticed(tmp_path: Path) -> None:
+    trees.class_folders(tmp_path / "photos", "abc", 3)
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps({"splits": {"train": ["a", "b"], "test": ["c"]}}))
+    prepare_cache(tmp_path / "photos", tmp_path / "cache", 16, splits=str(mine))
+    opened = cache.open_cache(tmp_path / "cache", 16, splits=str(mine))
+    assert opened.novel.class_names == ("c",)
+    mine.write_text(json.dumps({"splits": {"train": ["a", "c"], "test": ["b"]}}))
+    with pytest.raises(DataError, match="was prepared with the split"):
+        cache.open_cache(tmp_path / "cache", 16, splits=str(mine))
+
+
 def test_without_validation_classes(tmp_path: Path) -> None:
     tree = trees.split_folders(tmp_path / "photos", {"train": "abc", "test": "de"})
     prepare_cache(tree, tmp_path / "cache", 16)

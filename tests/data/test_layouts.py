@@ -114,6 +114,10 @@ def test_csv_lists(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"{twice}0+\.jpg: listed in train, .* and again in test"):
         list_data(tmp_path)
     lines = (tmp_path / "test.csv").read_text().splitlines()
+    detour = lines[-1].replace(twice, f"../images/{twice}", 1)
+    (tmp_path / "test.csv").write_text("\n".join([*lines[:-1], detour]))
+    with pytest.raises(DataError, match=r"listed in train, .* and again in test"):
+        list_data(tmp_path)
     (tmp_path / "test.csv").write_text("\n".join(lines[:-1]))
     (tmp_path / "images" / f"{known.splits['val'][0]}{1:08d}.jpg").unlink()
     with pytest.raises(DataError, match=r"1\.jpg: listed, but not there \(1 of 200"):

@@ -45,6 +45,17 @@ def test_programs_are_refused(tmp_path: Path, content, monkeypatch: pytest.Monke
     assert not (tmp_path / "harm").exists()
 
 
+@pytest.mark.parametrize("name", ["numpy._core.numeric\n_frombuffer", "_codecs\nencode"])
+def test_nothing_in_the_process_is_changed(name: str, tmp_path: Path) -> None:
+    """The BUILD instruction sets attributes of what is on the stack, functions included."""
+    before = np._core.numeric._frombuffer.__defaults__
+    program = b"\x80\x02c" + name.encode() + b"\n(N}X\x0c\0\0\0__defaults__K\x01\x85stb."
+    (tmp_path / "x").write_bytes(program)
+    with pytest.raises(DataError, match="cannot read this pickle"):
+        load_pickle(tmp_path / "x")
+    assert np._core.numeric._frombuffer.__defaults__ == before
+
+
 def test_damaged_and_missing(tmp_path: Path) -> None:
     whole = pickle.dumps({"a": np.arange(100)})
     for content in (b"", whole[:-20], b"no pickle"):

@@ -307,9 +307,11 @@ def test_comparing_two_runs(
     assert main(wrong) == 1
     assert "no finished evaluation here" in capsys.readouterr().err
     assert not (tmp_path / "d").exists()
-    (tmp_path / "a/episodes-1shot.npz").write_bytes(b"torn")
-    with pytest.raises(OutputError, match="no readable predictions"):
-        compare_runs(tmp_path / "b", tmp_path / "a")
+    whole = (tmp_path / "a/episodes-1shot.npz").read_bytes()
+    for torn in (b"torn", whole[: len(whole) // 2]):
+        (tmp_path / "a/episodes-1shot.npz").write_bytes(torn)
+        with pytest.raises(OutputError, match="no readable predictions"):
+            compare_runs(tmp_path / "b", tmp_path / "a")
 
 
 def test_several_checkpoints_on_the_command_line(backbone: str, tmp_path: Path) -> None:

@@ -282,6 +282,8 @@ def test_collapse_is_warned_of_once_a_layer(
         ({"objective": "grpo", "baseline": "ema"}, "baseline: grpo takes none, got 'ema'"),
         ({"policy_epochs": 3}, "policy_epochs: reinforce is exact for fresh draws only"),
         ({"objective": "counterfactual", "reference_alpha": 1.0}, r"alpha: expected .* \(0, 1\)"),
+        ({"freeze_norm": False, "samples": 2}, "freeze_norm: several passes"),
+        ({"freeze_norm": False, "objective": "counterfactual"}, "freeze_norm: several passes"),
         ({"discount": 2.0}, r"discount: expected a number in \[0, 1\]"),
         ({"normalise_advantage": True, "episodes_per_step": 1}, "two or more episodes"),
         ({"normalise_advantage": True, "objective": "dpo"}, "normalise: PreferencePairs"),

@@ -35,6 +35,12 @@ def test_paired_t_test() -> None:
     assert found["difference"] + found["ci95"] == pytest.approx(high)
 
 
+def test_rounding_is_no_spread() -> None:
+    """0.8 − 0.6 and 0.6 − 0.4 differ in float32's last digit alone."""
+    found = paired_difference(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.4]))
+    assert (found["ci95"], found["p_value"]) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("gap", "p_value"), [(0.0, 1.0), (0.25, 0.0)], ids=["no difference", "always the same"]
 )

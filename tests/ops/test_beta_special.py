@@ -50,6 +50,18 @@ def test_cdf_and_implicit_derivatives_against_mpmath(
     assert float(got.concentration) == pytest.approx(by_kappa, rel=1e-9, abs=1e-12 / kappa)
 
 
+@pytest.mark.parametrize("eta", [-18.0, -25.0, -200.0])
+@pytest.mark.parametrize("kappa", [1e-8, 1.0, 10.0])
+def test_means_beyond_reach_of_a_draw(eta: float, kappa: float) -> None:
+    """The lower tail is 1/a long, a = κp: there F = e^(a·l)/(a·B(a, b)) to the last digit."""
+    with mpmath.workdps(40):
+        p = 1 / (1 + mpmath.exp(-mpmath.mpf(eta)))
+        a, b = kappa * p, kappa * (1 - p)
+        want = float(mpmath.exp(a * eta) / (a * mpmath.beta(a, b)))
+    assert float(beta_cdf(wide(eta), kappa, wide(eta))) == pytest.approx(want, rel=1e-6)
+    assert float(beta_implicit_derivatives(wide(eta), kappa, wide(eta)).logits) > 0
+
+
 @pytest.mark.parametrize("kappa", [0.05, 10.0, 1e6])
 def test_derivative_equals_finite_differences_of_betainc(kappa: float) -> None:
     """scipy's betainc in float64 reaches what mpmath does not: κ = 1e6."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +81,9 @@ def check_data(
             for name, entry in index["splits"].items()
         ]
         report.add(report.notes, [f"left out: {line}" for line in index["skipped"]])
+        for name, entry in index["splits"].items():
+            where = f"{root} ({name})"
+            report.add(report.problems, _small(where, entry["keys"], entry["counts"], shot + query))
         report.add(report.problems, verify_cache(root))
         return report
     listing = list_data(root, splits, strict=False)
@@ -143,16 +146,19 @@ def _check_counts(listing: Listing, report: Report) -> None:
             report.problems.append(f"{name}: {found} images, known: {expected}{published}")
 
 
+def _small(where: str, keys: Sequence[str], counts: Iterable[int], needed: int) -> list[str]:
+    return [
+        f"{where}: class {key!r} has {count} images, an episode takes {needed}; add images, or"
+        " lower --shot and --query"
+        for key, count in zip(keys, counts)
+        if count < needed
+    ]
+
+
 def _check_classes(listing: Listing, needed: int, report: Report) -> None:
     seen: dict[str, tuple[str, str]] = {}
     for name, split in listing.splits.items():
-        small = [
-            f"{split.where}: class {key!r} has {count} images, an episode takes {needed}; add "
-            "images, or lower --shot and --query"
-            for key, count in zip(split.keys, split.counts())
-            if count < needed
-        ]
-        report.add(report.problems, small)
+        report.add(report.problems, _small(split.where, split.keys, split.counts(), needed))
         for key in split.keys:
             if key.casefold() in seen:
                 other, twin = seen[key.casefold()]

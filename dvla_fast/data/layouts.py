@@ -134,8 +134,11 @@ def _csv_lists(root: Path) -> Found | None:
         if not path.is_file():
             continue
         where[split] = str(path)
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            lines = [row for row in csv.reader(stream) if row]
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as stream:
+                lines = [row for row in csv.reader(stream) if row]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{path}: no list in UTF-8 ({error}); save it as UTF-8") from error
         if lines and lines[0][:2] == ["filename", "label"]:
             lines = lines[1:]
         bad = next((row for row in lines if len(row) < 2), None)
@@ -160,12 +163,12 @@ def _json_lists(root: Path) -> Found | None:
         where[split] = str(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            labels = content["label_names"]
+            labels, numbers = content["label_names"], content["image_labels"]
+            if not numbers or min(numbers) < 0:
+                raise ValueError("no images, or a negative label")
             rows[split] = [
                 (image, str(labels[label]))
-                for image, label in zip(
-                    content["image_names"], content["image_labels"], strict=True
-                )
+                for image, label in zip(content["image_names"], numbers, strict=True)
             ]
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise DataError(

@@ -105,6 +105,8 @@ def test_arrays(tmp_path: Path) -> None:
 def test_cache(tree: Path, tmp_path: Path) -> None:
     prepare_cache(tree, tmp_path / "cache", 16)
     assert check(tmp_path / "cache").problems == []
+    few = check_data(tmp_path / "cache", shot=5, query=15).problems
+    assert "an episode takes 20" in few[0]
     with open(tmp_path / "cache" / "images.bin", "rb+") as stream:
         stream.write(b"x")
     assert "differ from their checksum" in check(tmp_path / "cache").text()

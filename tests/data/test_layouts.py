@@ -136,6 +136,10 @@ def test_json_lists(tmp_path: Path) -> None:
         }
         (tmp_path / f"{split}.json").write_text(json.dumps(content))
     assert sizes(list_data(tmp_path)) == {"train": (2, 4), "test": (2, 4)}
+    for wrong in ({"image_labels": [0, -1, 0, 0]}, {"image_labels": [], "image_names": []}):
+        (tmp_path / "base.json").write_text(json.dumps(content | wrong))
+        with pytest.raises(DataError, match=r"base\.json: .*negative label"):
+            list_data(tmp_path)
     (tmp_path / "base.json").write_text("{}")
     with pytest.raises(DataError, match=r"base\.json: expected the lists label_names"):
         list_data(tmp_path)

@@ -148,16 +148,16 @@ def test_named_rewards_and_their_weighted_sum(output: EpisodeOutput) -> None:
 def test_a_user_adds_a_reward(output: EpisodeOutput, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewards_module, "_REWARDS", dict(rewards_module._REWARDS))
 
-    @register_reward("moderation")
-    def moderation(inputs: RewardInputs) -> Tensor:
+    @register_reward("half_way")
+    def half_way(inputs: RewardInputs) -> Tensor:
         return -torch.stack([(t.alpha - 0.5).abs() for t in inputs.output.layers])
 
     inputs = RewardInputs(output, QUERY_LABELS, one_hot_text(2, 2))
-    total, _ = weighted_rewards({"moderation": 2.0}, inputs)
+    total, _ = weighted_rewards({"half_way": 2.0}, inputs)
     assert total.tolist() == [[0.0, 0.0], [0.0, 0.0]]
-    assert "moderation" in reward_names()
+    assert "half_way" in reward_names()
     with pytest.raises(ValueError, match="registered already"):
-        register_reward("moderation")(moderation)
+        register_reward("half_way")(half_way)
     register_reward("flat")(lambda inputs: torch.zeros(2))
     with pytest.raises(ValueError, match=r"reward 'flat': shape \(2,\), expected .* \(2, 2\)"):
         weighted_rewards({"flat": 1.0}, inputs)

@@ -30,7 +30,7 @@ from dvla_fast.data.images import FewShotData, ImageSet
 from dvla_fast.data.layouts import list_data
 from dvla_fast.data.listing import Listing, Split
 from dvla_fast.data.load import assemble, warn_if_enlarged
-from dvla_fast.data.splits import SPLITS, SplitList, load_split_list
+from dvla_fast.data.splits import SPLITS, is_split_of
 from dvla_fast.errors import DataError, OutputError
 
 if TYPE_CHECKING:
@@ -442,7 +442,8 @@ def open_cache(
             f"{path}: holds {index['image_size']}-pixel images, not {image_size}; set "
             f"--data.image_size {index['image_size']}, or prepare another cache"
         )
-    if splits and not _same_split(load_split_list(splits), index, Path(splits).suffix == ".json"):
+    keys = {name: entry["keys"] for name, entry in index["splits"].items()}
+    if splits and not is_split_of(splits, index["split_list"], keys):
         raise DataError(
             f"{path}: was prepared with the split {index['split_list'] or 'of its folders'}, not "
             f"{splits}; leave out --data.splits, or prepare another cache"
@@ -461,14 +462,6 @@ def open_cache(
     known = index["statistics"]
     statistics = (torch.tensor(known["mean"]), torch.tensor(known["std"])) if known else None
     return assemble(index["name"], sets, holdout, split_seed, statistics)
-
-
-def _same_split(wanted: SplitList, index: dict[str, Any], own: bool) -> bool:
-    """Whether a cache was made by this list; a user's own file is compared class by class."""
-    if wanted.name != index["split_list"]:
-        return False
-    kept = index["splits"].items()
-    return not own or all(set(x["keys"]) <= set(wanted.splits.get(name, ())) for name, x in kept)
 
 
 def verify_cache(path: str | Path) -> list[str]:

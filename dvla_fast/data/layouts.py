@@ -113,69 +113,65 @@ def _class_folder_root(root: Path) -> Found | None:
     return None
 
 
-def _list_files(root: Path, suffix: str) -> tuple[Path, tuple[str, ...]] | None:
+def _list_files(root: Path, suffix: str) -> dict[str, Path] | None:
+    """The list file of each split that has one; None without those of train and test."""
     for folder in (root, root / "split", root / "splits"):
         for names in _SPLIT_NAMES:
-            if all((folder / f"{names[i]}{suffix}").is_file() for i in (0, 2)):
-                return folder, names
+            paths = [folder / f"{name}{suffix}" for name in names]
+            if paths[0].is_file() and paths[2].is_file():
+                return {split: path for split, path in zip(SPLITS, paths) if path.is_file()}
     return None
 
 
 def _csv_lists(root: Path) -> Found | None:
     """``train.csv`` with the columns filename,label (Ravi and Larochelle; DN4; FEAT)."""
-    place = _list_files(root, ".csv")
-    if place is None:
+    files = _list_files(root, ".csv")
+    if files is None:
         return None
-    folder, names = place
-    rows: dict[str, list[tuple[str, str]]] = {}
-    where = {}
-    for split, name in zip(SPLITS, names):
-        path = folder / f"{name}.csv"
-        if not path.is_file():
-            continue
-        where[split] = str(path)
-        try:
-            with path.open(newline="", encoding="utf-8-sig") as stream:
-                lines = [row for row in csv.reader(stream) if row]
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{path}: no list in UTF-8 ({error}); save it as UTF-8") from error
-        if lines and lines[0][:2] == ["filename", "label"]:
-            lines = lines[1:]
-        bad = next((row for row in lines if len(row) < 2), None)
-        if bad is not None or not lines:
-            raise DataError(f"{path}: expected lines of filename,label, got {bad or 'none'}")
-        rows[split] = [(row[0], row[1]) for row in lines]
+    rows = {split: _csv_rows(path) for split, path in files.items()}
+    where = {split: str(path) for split, path in files.items()}
     return Found("CSV lists over a folder of images", _resolve(root, rows), where=where)
+
+
+def _csv_rows(path: Path) -> list[tuple[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            lines = [row for row in csv.reader(stream) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: no list in UTF-8 ({error}); save it as UTF-8") from error
+    if lines and lines[0][:2] == ["filename", "label"]:
+        lines = lines[1:]
+    bad = next((row for row in lines if len(row) < 2), None)
+    if bad is not None or not lines:
+        raise DataError(f"{path}: expected lines of filename,label, got {bad or 'none'}")
+    return [(row[0], row[1]) for row in lines]
 
 
 def _json_lists(root: Path) -> Found | None:
     """``base.json`` with label_names, image_names, image_labels (A Closer Look; FWT)."""
-    place = _list_files(root, ".json")
-    if place is None:
+    files = _list_files(root, ".json")
+    if files is None:
         return None
-    folder, names = place
-    rows: dict[str, list[tuple[str, str]]] = {}
-    where = {}
-    for split, name in zip(SPLITS, names):
-        path = folder / f"{name}.json"
-        if not path.is_file():
-            continue
-        where[split] = str(path)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            labels, numbers = content["label_names"], content["image_labels"]
-            if not numbers or min(numbers) < 0:
-                raise ValueError("no images, or a negative label")
-            rows[split] = [
-                (image, str(labels[label]))
-                for image, label in zip(content["image_names"], numbers, strict=True)
-            ]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise DataError(
-                f"{path}: expected the lists label_names, image_names and image_labels "
-                f"({error!r}); make it again with the script that made it"
-            ) from error
+    rows = {split: _json_rows(path) for split, path in files.items()}
+    where = {split: str(path) for split, path in files.items()}
     return Found("JSON lists of images", _resolve(root, rows), where=where)
+
+
+def _json_rows(path: Path) -> list[tuple[str, str]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        labels, numbers = content["label_names"], content["image_labels"]
+        if not numbers or min(numbers) < 0:
+            raise ValueError("no images, or a negative label")
+        return [
+            (image, str(labels[label]))
+            for image, label in zip(content["image_names"], numbers, strict=True)
+        ]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(
+            f"{path}: expected the lists label_names, image_names and image_labels "
+            f"({error!r}); make it again with the script that made it"
+        ) from error
 
 
 def _resolve(

@@ -418,7 +418,7 @@ def contact_sheet(path: str | Path, classes: int = 15, images: int = 5, size: in
         ) from error
     made = make_classes()
     columns, rows = 3, -(-classes // 3)
-    figure = Figure(figsize=(5.4 * columns, 1.72 * rows), dpi=110, facecolor="white")
+    figure = Figure(figsize=(5.4 * columns, 1.72 * rows), dpi=80, facecolor="white")
     FigureCanvasAgg(figure)
     for place in range(classes):
         item, text = made.classes[place], made.texts[place]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,3 +197,18 @@ def _imagenet() -> Any:
             "which is not installed; run pip install 'dvla-fast[vision]', or rename the folders"
         ) from error
     return ImageNetInfo("imagenet-21k")
+
+
+def is_split_of(option: str, name: str, keys: Mapping[str, Sequence[str]]) -> bool:
+    """Whether ``--data.splits`` means the list of that name by which classes were divided.
+
+    A user's own file may have been edited since, so its classes are compared with ``keys``.
+
+    Raises:
+        DataError: as ``load_split_list``.
+    """
+    wanted = load_split_list(option)
+    if wanted.name != name:
+        return False
+    own = Path(option).suffix == ".json"
+    return not own or all(set(x) <= set(wanted.splits.get(split, ())) for split, x in keys.items())

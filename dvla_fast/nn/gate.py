@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dvla_fast import functional
 from dvla_fast.nn.policy import PolicyStep, build_policy
+from dvla_fast.ops.gate_policy import check_groups_and_masks
 
 ALPHA_SCOPES = ("episode", "image")
 
@@ -220,25 +221,7 @@ class RLAGate(nn.Module):
                 raise TypeError(f"{name}: dtype {tensor.dtype}, the gate has {weight.dtype}")
             if tensor.device != weight.device:
                 raise ValueError(f"{name}: on {tensor.device}, the gate is on {weight.device}")
-        images, groups = image_tokens.shape[0], text_tokens.shape[0]
-        if groups == 0 or images == 0 or images % groups:
-            raise ValueError(
-                f"image_tokens: {images} images do not fall into {groups} text groups evenly"
-            )
-        for name, mask, tokens in (
-            ("image_mask", image_mask, image_tokens),
-            ("text_mask", text_mask, text_tokens),
-        ):
-            if mask is None:
-                continue
-            if mask.dtype != torch.bool:
-                raise TypeError(f"{name}: expected bool (True = a token), got {mask.dtype}")
-            if mask.shape != tokens.shape[:2]:
-                raise ValueError(
-                    f"{name}: shape {tuple(mask.shape)}, expected {tuple(tokens.shape[:2])}"
-                )
-            if mask.device != tokens.device:
-                raise ValueError(f"{name}: on {mask.device}, the tokens are on {tokens.device}")
+        check_groups_and_masks(image_tokens, text_tokens, image_mask, text_mask)
 
     def extra_repr(self) -> str:
         return (

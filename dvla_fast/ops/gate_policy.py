@@ -230,10 +230,7 @@ def _check(
         raise TypeError(
             f"text_tokens: dtype {text_tokens.dtype} does not go with {image_tokens.dtype}"
         )
-    if images == 0 or groups == 0 or images % groups:
-        raise ValueError(
-            f"image_tokens: {images} images do not fall into {groups} text groups evenly"
-        )
+    check_groups_and_masks(image_tokens, text_tokens, image_mask, text_mask)
     if groups_per_decision < 0 or (groups_per_decision and groups % groups_per_decision):
         raise ValueError(
             f"groups_per_decision: {groups} text groups do not fall into runs of"
@@ -244,6 +241,21 @@ def _check(
             raise ValueError("state_images: every image has its own decision")
         if not 1 <= state_images <= images // groups:
             raise ValueError(f"state_images: expected 1 to {images // groups}, got {state_images}")
+    _check_devices(image_tokens, text_tokens=text_tokens)
+
+
+def check_groups_and_masks(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+) -> None:
+    """The images fall into text groups, and masks (outer, tokens) fit the tokens they belong to."""
+    images, groups = image_tokens.shape[0], text_tokens.shape[0]
+    if images == 0 or groups == 0 or images % groups:
+        raise ValueError(
+            f"image_tokens: {images} images do not fall into {groups} text groups evenly"
+        )
     for name, mask, tokens in (
         ("image_mask", image_mask, image_tokens),
         ("text_mask", text_mask, text_tokens),
@@ -256,9 +268,7 @@ def _check(
             raise ValueError(
                 f"{name}: shape {tuple(mask.shape)}, expected {tuple(tokens.shape[:2])}"
             )
-    _check_devices(
-        image_tokens, text_tokens=text_tokens, image_mask=image_mask, text_mask=text_mask
-    )
+        _check_devices(tokens, **{name: mask})
 
 
 def _check_weights(

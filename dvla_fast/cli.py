@@ -55,7 +55,7 @@ the same command continues a build that was stopped""",
         "pre-train a backbone on base classes",
         "PretrainRun",
         """  dvla-fast pretrain --output runs/backbone
-  dvla-fast pretrain --data.dataset photos/ --data.image_size 84 --pretrain.flip true
+  dvla-fast pretrain --data.dataset photos/ --data.image_size 84 --pretrain.augment.flip true
   dvla-fast pretrain --config runs/backbone/config.yaml --seed 1
   dvla-fast pretrain --resume --output runs/backbone""",
     ),
@@ -207,6 +207,8 @@ def _parse(name: str, rest: list[str]) -> Any:
         from dvla_fast.engine.config import demo_config
 
         default = demo_config(quick="--quick" in rest)
+    for path in _config_files(rest):
+        default = configuration.read_settings(path, cls, default)
     parsed = _parse_with(name, rest, cls, default)
     if not getattr(parsed, "resume", False):
         return parsed
@@ -216,7 +218,15 @@ def _parse(name: str, rest: list[str]) -> Any:
             "--resume --output runs/..."
         )
     saved = configuration.from_mapping(cls, read_config(parsed.output), parsed.output)
+    for path in _config_files(rest):
+        saved = configuration.read_settings(path, cls, saved)
     return _parse_with(name, rest, cls, saved)
+
+
+def _config_files(rest: list[str]) -> list[str]:
+    """The files of ``--config FILE`` and ``--config=FILE``, in order; later ones win."""
+    files = [item.split("=", 1)[1] for item in rest if item.startswith("--config=")]
+    return files + [rest[i + 1] for i, item in enumerate(rest[:-1]) if item == "--config"]
 
 
 def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
@@ -243,8 +253,8 @@ def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
         epilog=f"examples:\n{command.examples}",
         formatter_class=Formatter,
     )
-    parser.add_argument(
-        "--config", action="config", metavar="FILE", help="YAML file with any of these settings"
+    parser.add_argument(  # read before, for the defaults that the other options override
+        "--config", metavar="FILE", help="YAML file with any of these settings"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     add_arguments(parser, cls, default)

@@ -75,7 +75,21 @@ def build_data(config: DataConfig, device: torch.device, *, training: bool = Fal
             f"{config.dataset}: no base classes to train on, only classes to evaluate; train on "
             "another data set and give this one to 'dvla-fast evaluate'"
         )
-    return data.to(device)
+    return _resident(data.to(device), config.resident, device)
+
+
+def _resident(data: FewShotData, wanted: str, device: torch.device) -> FewShotData:
+    """Bring the training images of a cache into GPU memory, where asked for or where they fit."""
+    if wanted not in ("auto", "yes", "no"):
+        raise UsageError(f"data.resident: expected auto, yes or no, got {wanted!r}")
+    sets = [data.base, data.monitor]
+    if wanted == "no" or device.type != "cuda" or not any(item.mapped for item in sets):
+        return data
+    free, _ = torch.cuda.mem_get_info(device)
+    if wanted == "auto" and sum(item.images.nbytes for item in sets) > free / 2:
+        return data
+    base, monitor = (replace(x, images=x.images.to(device), mapped=False) for x in sets)
+    return replace(data, base=base, monitor=monitor)
 
 
 def _bank(name: str) -> SemanticBank:
@@ -163,9 +177,14 @@ def backbone_spec(config: ModelConfig, channels: int, image_size: int) -> dict[s
     return spec
 
 
-def build_pretrain_model(spec: dict[str, Any], classes: int) -> nn.ModuleDict:
-    """Build ``{"backbone", "head"}``: the backbone and a linear classifier."""
-    backbone = _backbone(spec)
+def build_pretrain_model(
+    spec: dict[str, Any], classes: int, drop_path: float = 0.0
+) -> nn.ModuleDict:
+    """Build ``{"backbone", "head"}``: the backbone and a linear classifier.
+
+    Stochastic depth belongs to the training, not to the network: no checkpoint knows of it.
+    """
+    backbone = _backbone({**spec, "drop_path_rate": drop_path} if drop_path else spec)
     head = nn.Linear(backbone.feature_dim, classes)
     return nn.ModuleDict({"backbone": backbone, "head": head})
 

@@ -45,6 +45,10 @@ class DataConfig:
     holdout: float = option(0.25, "share of base images kept for monitoring (without val classes)")
     split_seed: int = option(0, "seed of that share")
     images_per_class: int = option(60, "images drawn for each class (shapes only)", 2)
+    resident: str = option(
+        "auto",
+        "keep a cache's images in GPU memory: yes, no, or auto: where they fit in half of it",
+    )
 
 
 @dataclass
@@ -80,20 +84,57 @@ class ModelConfig:
 
 
 @dataclass
+class AugmentConfig:
+    """Random changes of training images. What is off by default costs nothing."""
+
+    shift: float = option(0.0, "largest random shift, as a share of the side", 0)
+    rotate: float = option(0.0, "largest random rotation in degrees", 0)
+    scale: float = option(0.0, "largest random change of size", 0)
+    crop: float = option(
+        1.0, "smallest share of the area that a random crop keeps before it is resized; 1: no crop"
+    )
+    flip: bool = option(False, "mirror half of the images (not for digits)")
+    rand_augment: str = option(
+        "", "RandAugment as timm names it, e.g. rand-m9-mstd0.5-inc1; empty: none"
+    )
+    color_jitter: float = option(
+        0.0, "largest change of brightness, contrast and saturation, 0 to 1", 0
+    )
+    random_erasing: float = option(0.0, "share of images that get a rectangle of noise", 0)
+
+
+@dataclass
+class ExecutionConfig:
+    """How the arithmetic is done. The same training, faster or in less memory."""
+
+    precision: str = option(
+        "float32", "float32, or bfloat16: mixed precision (autocast), float32 weights and losses"
+    )
+    channels_last: bool = option(False, "keep images and feature maps with their channels last")
+    compile: bool = option(False, "torch.compile the model; the first steps take a minute or two")
+
+
+@dataclass
 class PretrainConfig:
     """Pre-training of the backbone on the base classes."""
 
     epochs: int = option(40, "passes over the base images", 1)
-    batch_size: int = option(128, "images of a step", 1)
+    batch_size: int = option(128, "distinct images of a step, over all processes", 1)
     lr: float = option(2e-3, "peak learning rate (AdamW)")
     weight_decay: float = option(5e-2, "weight decay")
     warmup_epochs: int = option(5, "epochs of linear warm-up", 0)
     warmup_lr: float = option(1e-6, "learning rate at the start of warm-up")
     label_smoothing: float = option(0.1, "label smoothing")
-    shift: float = option(0.1, "largest random shift, as a share of the side")
-    rotate: float = option(15.0, "largest random rotation in degrees")
-    scale: float = option(0.1, "largest random change of size")
-    flip: bool = option(False, "mirror half of the images (not for digits)")
+    augment: AugmentConfig = field(
+        default_factory=lambda: AugmentConfig(shift=0.1, rotate=15.0, scale=0.1)
+    )
+    views: int = option(1, "differently augmented copies of each image in a step", 1)
+    mixup: float = option(0.0, "parameter of mixup's Beta distribution; 0: none", 0)
+    cutmix: float = option(
+        0.0, "parameter of cutmix's Beta distribution; 0: none; with mixup: either, by a coin", 0
+    )
+    drop_path: float = option(0.0, "stochastic depth of the backbone, where it has one", 0)
+    clip_norm: float = option(0.0, "largest gradient norm; 0: no limit", 0)
     quarter_turns: bool = option(True, "learn each class turned by 90 and 270 degrees as two more")
     validate_every: int = option(5, "epochs between validations", 1)
     validation_episodes: int = option(200, "monitor episodes of a validation", 1)
@@ -105,7 +146,7 @@ class MetatuneConfig:
 
     epochs: int = option(20, "epochs", 1)
     steps_per_epoch: int = option(12, "optimiser steps of an epoch", 1)
-    episodes_per_step: int = option(4, "episodes of a step", 1)
+    episodes_per_step: int = option(4, "episodes of a step, over all processes", 1)
     way: int = option(5, "classes of an episode", 1)
     shots: list[int] = field(
         default_factory=lambda: [1],
@@ -116,7 +157,7 @@ class MetatuneConfig:
     backbone_lr: float = option(1e-6, "learning rate of the backbone")
     weight_decay: float = option(1e-4, "weight decay")
     clip_norm: float = option(1.0, "largest gradient norm")
-    augment: bool = option(False, "shift, rotate and scale images as pre-training does")
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     freeze_norm: bool = option(True, "keep the backbone's BatchNorm statistics of pre-training")
     objective: str = option(
         "reinforce", "policy objective: reinforce, ppo, grpo, counterfactual, dpo or pathwise"
@@ -193,6 +234,7 @@ class RunConfig:
     resume: bool = option(False, "continue the run in --output after an interruption")
     seed: int = option(0, "seed of weights, batches, episodes and gates", 0)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
+    wandb: str = option("", "Weights & Biases project to log to as well (needs wandb); empty: none")
 
 
 @dataclass
@@ -202,6 +244,7 @@ class PretrainRun(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
 
 @dataclass
@@ -212,8 +255,8 @@ class MetatuneRun(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     semantics: SemanticsConfig = field(default_factory=SemanticsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     metatune: MetatuneConfig = field(default_factory=MetatuneConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
 
 @dataclass
@@ -270,6 +313,7 @@ class DemoRun(RunConfig):
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     metatune: MetatuneConfig = field(default_factory=MetatuneConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
 
 def demo_config(quick: bool = False) -> DemoRun:
@@ -291,8 +335,41 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "configuration") -> T:
+# One file may describe a whole experiment: a command passes over the other commands' sections.
+SECTIONS = ("data", "semantics", "model", "pretrain", "metatune", "evaluate", "execution")
+
+
+def read_settings(path: str, cls: type[T], default: T) -> T:
+    """Read a YAML file of settings over ``default``.
+
+    Raises:
+        UsageError: unreadable, not YAML, or settings that ``from_mapping`` refuses.
+    """
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as stream:
+            content = yaml.safe_load(stream)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UsageError(f"--config {path}: cannot read these settings ({reason})") from error
+    if not isinstance(content, Mapping):
+        raise UsageError(f"--config {path}: expected settings as 'name: value', got {content!r}")
+    known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
+    mine = {key: value for key, value in content.items() if key in known or key not in SECTIONS}
+    return from_mapping(cls, mine, path, default)
+
+
+def from_mapping(
+    cls: type[T],
+    values: Mapping[str, Any],
+    where: str = "configuration",
+    default: T | None = None,
+) -> T:
     """Build a configuration dataclass from nested mappings; missing keys keep their defaults.
+
+    Args:
+        default: what missing keys keep; None: ``cls()``.
 
     Raises:
         UsageError: an unknown key, or a value below a field's minimum.
@@ -307,12 +384,16 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "configur
             f"{where}: unknown key(s) {', '.join(unknown)} in {cls.__name__}; known: "
             f"{', '.join(sorted(known))}"
         )
+    base: Any = cls() if default is None else default
     arguments = {
-        name: from_mapping(hints[name], value, where) if is_dataclass(hints[name]) else value
+        name: from_mapping(hints[name], value, where, getattr(base, name))
+        if is_dataclass(hints[name])
+        else value
         for name, value in values.items()
     }
     _check_minimums(cls, arguments, where)
-    return cls(**arguments)
+    result: T = dataclasses.replace(base, **arguments)
+    return result
 
 
 def _check_minimums(cls: type, arguments: Mapping[str, Any], where: str) -> None:
@@ -321,7 +402,8 @@ def _check_minimums(cls: type, arguments: Mapping[str, Any], where: str) -> None
         if minimum is None or value is None:
             continue
         entries = value if isinstance(value, list) else [value]
-        if not entries or any(entry < minimum for entry in entries):
+        number = all(isinstance(entry, int | float) for entry in entries)
+        if not entries or not number or any(entry < minimum for entry in entries):
             raise UsageError(f"{where}: {item.name} must be at least {minimum:g}, got {value!r}")
 
 

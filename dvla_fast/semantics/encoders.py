@@ -45,9 +45,14 @@ class TextEncoder(Protocol):
         truncated: texts cut so far.
     """
 
-    name: str
-    dim: int
-    truncated: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def truncated(self) -> int: ...
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Encode n phrases into float32 unit vectors (n, dim) on the CPU."""
@@ -175,7 +180,7 @@ ENCODERS = "hashed-ngram, open_clip:MODEL/WEIGHTS, transformers:MODEL"
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    """Split an encoder's name into family, model, and weights or folder (BankError if malformed)."""
+    """Split an encoder's name into family, model, and weights or folder (BankError otherwise)."""
     family, _, rest = name.partition(":")
     if family == "hashed-ngram" and not rest:
         return family, "", ""

@@ -120,8 +120,7 @@ class TransformersEncoder(LimitedEncoder):
             return result
         out = self._network(**masked)
         if self._pooled:
-            result = getattr(out, "text_embeds", None)
-            return out.pooler_output if result is None else result
+            return out.text_embeds if hasattr(out, "text_embeds") else out.pooler_output
         hidden, mask = out.last_hidden_state, tokens["attention_mask"]
         if self._pooling == "first":
             return hidden[:, 0]
@@ -137,8 +136,8 @@ def _check_loaded(source: str, loaded: Any) -> None:
     lacking = [key for key in sorted(keys) if "vision" not in key and "pooler" not in key]
     if lacking:
         raise BankError(
-            f"transformers:{source}: its weights lack {len(lacking)} tensor(s) of the text encoder, "
-            f"or hold them in another shape ({', '.join(lacking[:3])}); use a complete checkpoint"
+            f"transformers:{source}: its weights lack {len(lacking)} tensor(s) of the text "
+            f"encoder, or hold them in another shape ({', '.join(lacking[:3])}); use a complete checkpoint"
         )
 
 
@@ -179,7 +178,7 @@ def _limit(source: str, config: Any, tokenizer: Any) -> int:
 
 def _json(source: str, name: str) -> Any:
     """Read a JSON file of a model, None where it has no such file."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
     return json.loads(Path(path).read_text(encoding="utf-8")) if path else None

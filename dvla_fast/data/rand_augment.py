@@ -125,7 +125,7 @@ _OPERATIONS: tuple[_Operation, ...] = (
     lambda F, x, s, fill: F.equalize(x),
     lambda F, x, s, fill: F.invert(x),
     lambda F, x, s, fill: _moved(F, x, fill, angle=30 * s),
-    lambda F, x, s, fill: F.posterize(x, 4 - int(4 * abs(s))),
+    lambda F, x, s, fill: F.posterize(x, max(1, 4 - int(4 * abs(s)))),
     lambda F, x, s, fill: F.solarize(x, 256 - int(256 * abs(s))),
     lambda F, x, s, fill: _solarize_add(x, int(110 * abs(s))),
     lambda F, x, s, fill: F.adjust_saturation(x, _factor(s)) if x.shape[1] == 3 else x,

@@ -144,7 +144,7 @@ def metatune(
     }
     if folder.resume:
         state.restore()
-    step = _Step(config, model, data, texts, optimizer, gates, execution, seed)
+    step = Step(config, model, data, texts, optimizer, gates, execution, seed)
     collapsed: set[int] = set()
     monitor = monitor_sampler(data, config.way, config.shots[0], config.query, seed + 1)
     progress.begin("meta-tune", config.epochs, state.epoch)
@@ -200,7 +200,7 @@ def _warn_of_collapse(row: dict[str, Any], model: DVLA, warned: set[int]) -> Non
         warned.add(layer)
 
 
-def _guarded(step: _Step, number: int, epoch: int) -> tuple[dict[str, Tensor], Tensor]:
+def _guarded(step: Step, number: int, epoch: int) -> tuple[dict[str, Tensor], Tensor]:
     """Take a step; the policy's own complaint about NaN becomes the run's."""
     try:
         return step(number)
@@ -211,7 +211,7 @@ def _guarded(step: _Step, number: int, epoch: int) -> tuple[dict[str, Tensor], T
         raise
 
 
-class _Step:
+class Step:
     """One optimiser step on a few base-class episodes."""
 
     def __init__(

@@ -129,7 +129,7 @@ def pretrain(
     }
     if folder.resume:
         state.restore()
-    epoch = _Epoch(config, model, data, optimizer, execution, outputs)
+    epoch = Epoch(config, model, data, optimizer, execution, outputs)
     sampler = monitor_sampler(data, 5, 1, 15, seed)
     progress.begin("pre-train", config.epochs, state.epoch)
     while state.epoch < config.epochs:
@@ -148,7 +148,7 @@ def pretrain(
     return state.best_path
 
 
-class _Epoch:
+class Epoch:
     """One pass over the base images."""
 
     def __init__(

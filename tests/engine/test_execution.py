@@ -178,7 +178,7 @@ def test_a_step_never_waits_for_the_gpu(few_digits: FewShotData, tiny: DemoRun) 
     execution = Execution(ExecutionConfig(precision="bfloat16"), Processes("cuda"))
     gates = metatune_module.GateTraining(config, model)
     optimizer = torch.optim.AdamW(metatune_module.parameter_groups(model, config, gates.baseline))
-    step = metatune_module._Step(config, model, data, texts, optimizer, gates, execution, 0)
+    step = metatune_module.Step(config, model, data, texts, optimizer, gates, execution, 0)
     gates.begin_epoch()
     step(0)
     with no_waiting():

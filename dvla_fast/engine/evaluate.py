@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +48,7 @@ from dvla_fast.engine.records import (
     compare_runs,
     write_confusion,
 )
+from dvla_fast.engine.starting import trained_normalisation
 from dvla_fast.engine.statistics import (
     INTERVAL,
     PAIRED_INTERVAL,
@@ -234,7 +234,7 @@ def load_model(path: str, data: FewShotData) -> tuple[DVLA | None, nn.Module, di
     """
     tensors, info = load_checkpoint(path, ("pretrain", "metatune"))
     spec = info["model"]["backbone"]
-    shape = (spec.get("in_channels", data.channels), spec["image_size"])
+    shape = (spec.get("in_channels", 3), spec["image_size"])
     if shape != (data.channels, data.image_size):
         raise CheckpointError(
             f"{path}: made for images of {shape[0]} channel(s) and {shape[1]} pixels, but the "
@@ -266,19 +266,6 @@ def check_semantics(config: SemanticsConfig, info: dict[str, Any], path: str) ->
                 f"{path}: its gates read texts with {key}={theirs[key]!r}, not {value!r}; set "
                 f"--semantics.{key} {theirs[key]}"
             )
-
-
-def trained_normalisation(data: FewShotData, info: Mapping[str, Any]) -> FewShotData:
-    """Give the data set the channel statistics that a checkpoint was trained with.
-
-    They matter across domains: a network expects its own base classes' statistics, whatever
-    images it meets. Checkpoints written before these were noted leave the data as it is.
-    """
-    known = info.get("normalisation")
-    if known is None:
-        return data
-    mean, std = (torch.tensor(known[key], device=data.mean.device) for key in ("mean", "std"))
-    return replace(data, mean=mean, std=std)
 
 
 def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from dvla_fast.engine.build import (
     build_model,
     build_texts,
     check_finite,
-    load_backbone,
     model_spec,
     normalisation,
     pick_device,
@@ -38,13 +37,13 @@ from dvla_fast.engine.config import (
     MetatuneConfig,
     MetatuneRun,
     PretrainConfig,
-    UsageError,
     to_dict,
 )
 from dvla_fast.engine.gating import Episodes, GateTraining
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor
 from dvla_fast.engine.pretrain import augment, monitor_sampler
+from dvla_fast.engine.starting import begin_metatuning
 from dvla_fast.engine.state import TrainingState
 from dvla_fast.nn import DVLA
 from dvla_fast.rl import collapsed_layers, total_loss
@@ -128,6 +127,7 @@ def metatune(
         RuntimeWarning: a gate's policy has collapsed; once a layer.
     """
     data = without_test_split(data)
+    model.backbone.requires_grad_(config.backbone_lr > 0)  # frozen: no gradients are computed
     gates = GateTraining(config, model)
     groups = parameter_groups(model, config, gates.baseline)
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
@@ -306,11 +306,6 @@ def _describe(row: dict[str, Any], epoch: int, epochs: int) -> str:
 
 def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast metatune`` does; returns the summary that it writes."""
-    if not config.checkpoint:
-        raise UsageError(
-            "metatune needs --checkpoint, the pretrain-best.safetensors of a `dvla-fast pretrain` "
-            "run"
-        )
     device = pick_device(config.device)
     data = build_data(config.data, device, training=True)
     texts, semantics = build_texts(config.semantics, data, device)
@@ -321,8 +316,9 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     )
     rng = seed_everything(config.seed)
     model = build_model(spec)
-    load_backbone(model, spec["backbone"], config.checkpoint)
+    data, start = begin_metatuning(model, spec["backbone"], data, config.model, config.checkpoint)
     model.to(device)
+    started = config.checkpoint or config.model.pretrained
     tuning = config.metatune
     for shot in tuning.shots:  # fail before the folder is made
         EpisodeSampler(data.base, tuning.way, shot, tuning.query, 0)
@@ -340,7 +336,7 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
             config.seed,
             progress,
             config.pretrain,
-            {"semantics": semantics, "started_from": config.checkpoint},
+            {"semantics": semantics, "started_from": started, "start": start},
         )
     rows = folder.rows("metatune")
     summary = {
@@ -352,7 +348,7 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
         "monitor": data.monitor_kind,
         "monitor_accuracy": max(row.get("monitor_accuracy", -1.0) for row in rows),
         "checkpoint": str(best),
-        "started_from": config.checkpoint,
+        "started_from": started,
         "semantics": semantics,
         "device": str(device),
         "torch": torch.__version__,

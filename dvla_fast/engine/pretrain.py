@@ -32,6 +32,7 @@ from dvla_fast.engine.build import (
 from dvla_fast.engine.config import PretrainConfig, PretrainRun, to_dict
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.predict import image_features, predict_visual
+from dvla_fast.engine.starting import load_published, normalise_for
 from dvla_fast.engine.state import TrainingState
 
 
@@ -98,6 +99,7 @@ def pretrain(
     rng: np.random.Generator,
     seed: int,
     progress: Progress,
+    pretrained: str = "",
 ) -> Path:
     """Pre-train a backbone.
 
@@ -109,6 +111,7 @@ def pretrain(
         rng: the run's NumPy generator (image order).
         seed: seed of the validation episodes.
         progress: display; the stage name is "pre-train".
+        pretrained: published weights to start from (``ModelConfig.pretrained``).
 
     Returns:
         Path of the checkpoint that validated best.
@@ -119,7 +122,10 @@ def pretrain(
     data = without_test_split(data)
     base = data.base
     outputs = len(base.class_names) * (3 if config.quarter_turns else 1)
-    model = build_pretrain_model(spec, outputs).to(base.device)
+    model = build_pretrain_model(spec, outputs)
+    if pretrained and not folder.resume:
+        load_published(model["backbone"], pretrained)
+    model.to(base.device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
@@ -206,13 +212,15 @@ def _describe(row: dict[str, float], epoch: int, epochs: int) -> str:
 def run_pretrain(config: PretrainRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast pretrain`` does; returns the summary that it writes."""
     device = pick_device(config.device)
-    data = build_data(config.data, device, training=True)
+    data = normalise_for(build_data(config.data, device, training=True), config.model)
     spec = backbone_spec(config.model, data.channels, data.image_size)
     build_pretrain_model(spec, 1)  # settings that fit no model fail before the folder is made
     folder = RunFolder(config.output, to_dict(config), resume=config.resume)
     rng = seed_everything(config.seed)
     with Progress({"pre-train": 1.0}, enabled=not quiet) as progress:
-        best = pretrain(config.pretrain, data, spec, folder, rng, config.seed, progress)
+        best = pretrain(
+            config.pretrain, data, spec, folder, rng, config.seed, progress, config.model.pretrained
+        )
     rows = folder.rows("pretrain")
     validated = [row for row in rows if "monitor_episode_accuracy" in row]
     summary = {

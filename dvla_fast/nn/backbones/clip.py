@@ -179,7 +179,10 @@ def clip_vit(
         raise ValueError(f"image_size: expected at least one patch of {patch}, got {image_size}")
     with _quiet():
         model: Any = open_clip.create_model(
-            architecture, force_image_size=image_size, force_patch_dropout=0.0, pretrained_text=False
+            architecture,
+            force_image_size=image_size,
+            force_patch_dropout=0.0,
+            pretrained_text=False,
         )
     return ClipViT(model.visual, architecture, projection, locations)
 

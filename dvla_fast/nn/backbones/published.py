@@ -1,9 +1,10 @@
 """Visformer-Tiny checkpoints of the method's authors, read into timm's network.
 
-The files ``visformer-<dataset>.pth`` (VT-FSL, DVLA-RL) and ``dvla_rl-<dataset>-<shot>shot.pth`` hold
-``{"state_dict": ..., "optimizer": ..., "epoch": ...}`` of a Visformer that derives from danczs's,
-as timm's does. Its parameters have timm's names but for one thing: each BatchNorm sits in a wrapper
-as ``bn`` (``norm.bn.weight`` for ``norm.weight``). docs/backbones.md says what was compared.
+The files ``visformer-<dataset>.pth`` (VT-FSL, DVLA-RL) and ``dvla_rl-<dataset>-<shot>shot.pth``
+hold ``{"state_dict": ..., "optimizer": ..., "epoch": ...}`` of a Visformer that derives from
+danczs's, as timm's does. Its parameters have timm's names but for one thing: each BatchNorm sits in
+a wrapper as ``bn`` (``norm.bn.weight`` for ``norm.weight``). docs/backbones.md says what was
+compared.
 
 Nothing is unpickled but tensors and plain values.
 """
@@ -125,7 +126,7 @@ def _state_dict(content: Mapping[Any, Any], path: Any) -> dict[str, Tensor]:
 
 
 def _prefix(state: Mapping[str, Tensor], path: Any) -> str:
-    found = sorted((n[: -len(_STEM)] for n in state if n == _STEM or n.endswith(f".{_STEM}")))
+    found = sorted(n[: -len(_STEM)] for n in state if n == _STEM or n.endswith(f".{_STEM}"))
     if not found:
         raise CheckpointError(
             f"{path}: not a Visformer checkpoint: no {_STEM!r} among its tensors ({_few(state)})"

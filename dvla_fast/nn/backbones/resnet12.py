@@ -43,6 +43,7 @@ class ResNet12(GatedBackbone):
         ValueError: sizes or rates out of range.
     """
 
+    passes: Tensor
     deep_from = (4, 0)
     regularisers = ("drop_rate", "drop_block", "block_size", "ramp_steps")
 
@@ -67,14 +68,17 @@ class ResNet12(GatedBackbone):
         if min(in_channels, block_size, ramp_steps) < 1:
             raise ValueError("in_channels, block_size, ramp_steps: expected positive numbers")
         self.image_size, self.in_channels = image_size, in_channels
+        self.drop_rate, self.ramp_steps = float(drop_rate), ramp_steps
+        self.block_size = block_size if drop_block else 0
+        # Training passes so far, saved with the weights: a resumed run continues the ramp.
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
         self.feature_dim = widths[3]
         self.depths = (1, 1, 1, 1)
         entering = (in_channels, *widths[:3])
         self.widths = {(stage + 1, 0): width for stage, width in enumerate(entering)}
         self.locations = self.check_locations(locations)
         self.stages = nn.ModuleList(
-            _Block(before, after, _drop(drop_rate, stage, drop_block, block_size, ramp_steps))
-            for stage, (before, after) in enumerate(zip(entering, widths))
+            _Block(before, after) for before, after in zip(entering, widths)
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -100,12 +104,22 @@ class ResNet12(GatedBackbone):
         self, location: Location, x: Tensor, extra: Tensor | None, extra_mask: Tensor | None
     ) -> Tensor:
         """See :class:`GatedBackbone`."""
-        result: Tensor = self.stages[location[0] - 1](x)
-        return result
+        return self._drop(self.stages[location[0] - 1](x), location[0])
 
     def pool(self, x: Tensor) -> Tensor:
         """See :class:`GatedBackbone`."""
         return x.mean((2, 3))
+
+    def _drop(self, x: Tensor, stage: int) -> Tensor:
+        if not self.training or self.drop_rate == 0.0:
+            return x
+        if stage == 4:  # it runs in every pass, whatever was computed before
+            self.passes += 1
+        if stage <= 2 or not self.block_size:
+            return F.dropout(x, self.drop_rate)
+        # On the device: the ramp costs no synchronisation.
+        rate = self.drop_rate * (self.passes / self.ramp_steps).clamp(max=1.0)
+        return drop_block(x, rate, self.block_size)
 
     def carries_extra(self, location: Location) -> bool:
         """See :class:`GatedBackbone`."""
@@ -113,70 +127,41 @@ class ResNet12(GatedBackbone):
 
 
 class _Block(nn.Module):
-    """Three 3 × 3 convolutions beside a 1 × 1 one, then a 2 × 2 max-pool and dropout."""
+    """Three 3 × 3 convolutions beside a 1 × 1 one, then a 2 × 2 max-pool."""
 
-    def __init__(self, before: int, after: int, drop: nn.Module) -> None:
+    def __init__(self, before: int, after: int) -> None:
         super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(before, after, 3, padding=1, bias=False), _norm(after)
-        self.conv2, self.norm2 = nn.Conv2d(after, after, 3, padding=1, bias=False), _norm(after)
-        self.conv3, self.norm3 = nn.Conv2d(after, after, 3, padding=1, bias=False), _norm(after)
-        self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, bias=False), _norm(after))
-        self.drop = drop
+        self.conv1 = nn.Conv2d(before, after, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(after)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(after)
+        self.conv3 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.norm3 = nn.BatchNorm2d(after)
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         branch = F.leaky_relu(self.norm1(self.conv1(x)), _SLOPE)
         branch = F.leaky_relu(self.norm2(self.conv2(branch)), _SLOPE)
         branch = self.norm3(self.conv3(branch))
         out = F.leaky_relu(branch + self.shortcut(x), _SLOPE)
-        result: Tensor = self.drop(F.max_pool2d(out, 2))
-        return result
+        return F.max_pool2d(out, 2)
 
 
-def _norm(width: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(width)
-
-
-def _drop(rate: float, stage: int, blocks: bool, size: int, ramp: int) -> nn.Module:
-    if rate == 0.0:
-        return nn.Identity()
-    return DropBlock(rate, size, ramp) if blocks and stage >= 2 else nn.Dropout(rate)
-
-
-class DropBlock(nn.Module):
-    """Zeroes squares of a map in training (Ghiasi et al. 2018), and rescales what is kept.
-
-    A share ``rate`` of a map is removed on average, if squares did not overlap. The rate grows
-    linearly from 0 over the first ``ramp_steps`` training passes; ``steps`` counts them and is
-    saved with the weights, so that a resumed run continues the ramp.
+def drop_block(x: Tensor, rate: Tensor, size: int) -> Tensor:
+    """DropBlock (Ghiasi et al. 2018): zero squares of a map, and rescale what is kept.
 
     Args:
-        rate: share of a map to remove, in the end.
+        x: (B, C, H, W).
+        rate: (), the share of a map that would be removed if squares did not overlap.
         size: side of a square; on smaller maps, the map's side.
-        ramp_steps: passes until ``rate`` is reached.
     """
-
-    steps: Tensor
-
-    def __init__(self, rate: float, size: int = 5, ramp_steps: int = 40_000) -> None:
-        super().__init__()
-        self.rate, self.size, self.ramp_steps = rate, size, ramp_steps
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        if not self.training:
-            return x
-        self.steps += 1  # on the device: the ramp costs no synchronisation
-        rate = self.rate * (self.steps / self.ramp_steps).clamp(max=1.0)
-        height, width = x.shape[2:]
-        size = min(self.size, height, width)
-        corners = (height - size + 1, width - size + 1)  # where a whole square fits
-        density = rate / size**2 * (height * width) / (corners[0] * corners[1])
-        seeds = torch.rand(*x.shape[:2], *corners, device=x.device) < density
-        padded = F.pad(seeds.to(x.dtype), [size - 1] * 4)
-        kept = 1 - F.max_pool2d(padded, size, stride=1)
-        share = kept.sum(dtype=torch.float32).clamp_min(1.0) / kept.numel()
-        return x * (kept / share).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:g}, size={self.size}, ramp_steps={self.ramp_steps}"
+    height, width = x.shape[2:]
+    size = min(size, height, width)
+    corners = (height - size + 1, width - size + 1)  # where a whole square fits
+    density = rate / size**2 * (height * width) / (corners[0] * corners[1])
+    seeds = torch.rand(*x.shape[:2], *corners, device=x.device) < density
+    kept = 1 - F.max_pool2d(F.pad(seeds.to(x.dtype), [size - 1] * 4), size, stride=1)
+    share = kept.mean(dtype=torch.float32).clamp_min(1.0 / kept.numel())
+    return x * (kept / share).to(x.dtype)

@@ -31,7 +31,8 @@ class Visformer(GatedBackbone):
 
     Args:
         net: a ``timm.models.visformer.Visformer`` with a convolutional stem.
-        locations: where gates are called.
+        locations: where gates are called; default: last block of stage 2, first of stage 3, which
+            are the paper's (2, 3) and (3, 0) in Visformer-Tiny.
 
     Raises:
         ValueError: a location that does not exist.
@@ -39,14 +40,15 @@ class Visformer(GatedBackbone):
 
     regularisers = ("drop_path_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate")
 
-    def __init__(self, net: Any, locations: Sequence[Sequence[int]] = ((2, 3), (3, 0))) -> None:
+    def __init__(self, net: Any, locations: Sequence[Sequence[int]] | None = None) -> None:
         super().__init__()
         self.net = net
         self.depths = (len(net.stage1), len(net.stage2), len(net.stage3))
         self.feature_dim = net.num_features
         dims = tuple(info["num_chs"] for info in net.feature_info)
         self.widths = {(s, b): dims[s - 1] for s, b in self.blocks}
-        self.locations = self.check_locations(locations)
+        default = ((2, self.depths[1] - 1), (3, 0))
+        self.locations = self.check_locations(default if locations is None else locations)
 
     def enter(self, stage: int, x: Tensor) -> Tensor:
         """See :class:`GatedBackbone`."""
@@ -128,7 +130,7 @@ def visformer_tiny(
     in_channels: int = 3,
     *,
     small_stem: bool | None = None,
-    locations: Sequence[Sequence[int]] = ((2, 3), (3, 0)),
+    locations: Sequence[Sequence[int]] | None = None,
     **kwargs: Any,
 ) -> Visformer:
     """Visformer-Tiny (about 10 M parameters), randomly initialised.

@@ -12,7 +12,7 @@ import torch
 
 from dvla_fast.cli import main
 from dvla_fast.data import FewShotData
-from dvla_fast.data.shapes import load_shapes
+from dvla_fast.data.shapes import load_shapes, make_classes
 from dvla_fast.engine import build
 from dvla_fast.engine.build import backbone_spec, build_model, model_spec
 from dvla_fast.engine.checkpoint import load_checkpoint
@@ -34,12 +34,13 @@ MODELS: dict[str, list[str]] = {
 }
 
 
-_drawn_once = functools.cache(load_shapes)
+_drawn_once, _made_once = functools.cache(load_shapes), functools.cache(make_classes)
 
 
 @pytest.fixture(autouse=True)
 def _shapes_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "load_shapes", _drawn_once)
+    monkeypatch.setattr(build, "make_classes", _made_once)
 
 
 def model(backbone: str) -> list[str]:
@@ -104,6 +105,11 @@ def test_visformer_from_the_authors_file(
     for name, tensor in theirs.state_dict().items():  # frozen: still theirs, to the bit
         if "num_batches" not in name:
             assert torch.equal(tensors[f"model.backbone.{name}"], tensor), name
+    last = tmp_path / "tuned" / "checkpoints" / "metatune-last.safetensors"
+    tensors, resumed = load_checkpoint(last)
+    frozen = resumed["resume"]["optimizer"]["groups"][1]["params"]
+    assert frozen
+    assert not any(f"optimizer.{index}.exp_avg" in tensors for index in frozen)
     assert info["normalisation"]["mean"] == pytest.approx(STATISTICS["imagenet"][0])
     assert info["started_from"] == str(path)
     assert info["start"]["left_out"].keys() == {"head", "log_tau"}

@@ -74,8 +74,8 @@ class ModelConfig:
     )
     normalisation: str = option(
         "auto",
-        "channel statistics of the images: data (of the base images), clip, imagenet, cifar, sp, or "
-        "auto: what the backbone's weights expect, otherwise data",
+        "channel statistics of the images: data (of the base images), clip, imagenet, cifar, sp, "
+        "or auto: what the backbone's weights expect, otherwise data",
     )
     backbone_options: dict[str, Any] = field(
         default_factory=dict,

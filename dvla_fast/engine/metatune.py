@@ -177,7 +177,9 @@ def _training_mode(model: DVLA, freeze_norm: bool) -> None:
     would still drift to those of few-class episodes within tens of steps.
     """
     model.train()
-    if freeze_norm:
+    if not any(parameter.requires_grad for parameter in model.backbone.parameters()):
+        model.backbone.eval()  # frozen: neither its statistics move nor does it drop anything
+    elif freeze_norm:
         for module in model.backbone.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()

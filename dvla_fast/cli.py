@@ -78,6 +78,7 @@ the same command continues a build that was stopped""",
   dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.shots [5] --evaluate.episodes 2000
   dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.split monitor
   dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.episode_list authors
+  dvla-fast evaluate --checkpoint visformer-CUB.pth --data.dataset caches/cub-224
   dvla-fast evaluate --checkpoint SEED0.safetensors --checkpoints [SEED1.safetensors]
   dvla-fast evaluate --checkpoint TUNED.safetensors --compare runs/other-evaluation""",
     ),

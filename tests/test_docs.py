@@ -66,6 +66,8 @@ ELSEWHERE = {
     " --data.dataset caches/cub-224 --data.image_size 224 --semantics.bank bank.json": (
         "tests/engine/test_starting.py::test_visformer_from_the_authors_file"
     ),
+    "dvla-fast evaluate --checkpoint visformer-CUB.pth --data.dataset caches/cub-224"
+    " --data.image_size 224": "tests/engine/test_starting.py::test_authors_backbone_alone",
     "dvla-fast metatune --resume --output runs/tuned": "tests/engine/test_resume.py::resume",
 }
 

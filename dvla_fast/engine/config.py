@@ -242,7 +242,9 @@ class MetatuneRun(RunConfig):
 class EvaluateRun(RunConfig):
     """Everything `dvla-fast evaluate` does."""
 
-    checkpoint: str = option("", "checkpoint to evaluate (required)")
+    checkpoint: str = option(
+        "", "checkpoint to evaluate, or the backbone of an authors' visformer-*.pth file (required)"
+    )
     checkpoints: list[str] = field(
         default_factory=list,
         metadata=about("more checkpoints of the same recipe (seeds); results are means over all"),

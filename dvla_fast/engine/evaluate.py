@@ -48,7 +48,7 @@ from dvla_fast.engine.records import (
     compare_runs,
     write_confusion,
 )
-from dvla_fast.engine.starting import trained_normalisation
+from dvla_fast.engine.starting import published, published_visformer, trained_normalisation
 from dvla_fast.engine.statistics import (
     INTERVAL,
     PAIRED_INTERVAL,
@@ -225,6 +225,8 @@ def split_fingerprint(images: ImageSet) -> str:
 def load_model(path: str, data: FewShotData) -> tuple[DVLA | None, nn.Module, dict[str, Any]]:
     """Rebuild the model of a checkpoint from its own description.
 
+    The path may also name a ``.pth`` file of the method's authors: its backbone is evaluated.
+
     Returns:
         (gated model or None for a pre-training checkpoint, backbone, description), on the
         data's device.
@@ -232,6 +234,9 @@ def load_model(path: str, data: FewShotData) -> tuple[DVLA | None, nn.Module, di
     Raises:
         CheckpointError: unreadable, foreign, or made for images of another size.
     """
+    if published(path):
+        backbone, info = published_visformer(path, data)
+        return None, backbone.to(data.base.device), info
     tensors, info = load_checkpoint(path, ("pretrain", "metatune"))
     spec = info["model"]["backbone"]
     shape = (spec.get("in_channels", 3), spec["image_size"])

@@ -13,7 +13,7 @@ from torch import nn
 from dvla_fast.data import FewShotData
 from dvla_fast.engine.build import load_backbone
 from dvla_fast.engine.config import ModelConfig, UsageError
-from dvla_fast.nn import DVLA, GatedBackbone, clip_statistics
+from dvla_fast.nn import DVLA, GatedBackbone, build_backbone, clip_statistics, has_small_stem
 
 # The authors meta-tune and evaluate with ImageNet's, and on CIFAR-FS and FC100 with CIFAR's; SP
 # (Semantic Prompt, their network's origin) has its own.
@@ -65,11 +65,35 @@ def normalise_for(data: FewShotData, config: ModelConfig, checkpoint: str = "") 
     if name == "auto" and config.backbone == "clip":
         name = "clip"
     elif name == "auto" and config.backbone == "visformer_tiny" and published(start):
-        stem = Path(start).stem.lower()
-        name = "cifar" if "cifar" in stem or "fc100" in stem else "imagenet"
+        name = _authors_statistics(start)
     if name == "clip":
         return with_statistics(data, *clip_statistics(config.clip_model, config.pretrained))
     return with_statistics(data, *STATISTICS[name]) if name in STATISTICS else data
+
+
+def _authors_statistics(path: str) -> str:
+    stem = Path(path).stem.lower()
+    return "cifar" if "cifar" in stem or "fc100" in stem else "imagenet"
+
+
+def published_visformer(path: str, data: FewShotData) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the backbone of an authors' ``.pth`` file for a data set's images.
+
+    Returns:
+        The backbone on the CPU, and a description as that of a pre-training checkpoint.
+
+    Raises:
+        CheckpointError: unreadable, or not of their network.
+    """
+    spec = {"image_size": data.image_size, "small_stem": has_small_stem(path)}
+    backbone = build_backbone("visformer_tiny", **spec)
+    start = backbone.load_pretrained(path)
+    mean, std = STATISTICS[_authors_statistics(path)]
+    statistics = {"mean": list(mean), "std": list(std)}
+    model = {"backbone": {"name": "visformer_tiny", **spec}}
+    return backbone, {
+        "kind": "pretrain", "model": model, "normalisation": statistics, "start": start,
+    }  # fmt: skip
 
 
 def trained_normalisation(data: FewShotData, info: Mapping[str, Any]) -> FewShotData:

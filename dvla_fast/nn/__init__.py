@@ -13,6 +13,7 @@ from dvla_fast.nn.backbones import (
     build_backbone,
     clip_statistics,
     clip_vit,
+    has_small_stem,
     visformer_tiny,
 )
 from dvla_fast.nn.dvla import DVLA, EpisodeOutput, LayerTrace, TextTokens
@@ -60,6 +61,7 @@ __all__ = [
     "clip_statistics",
     "clip_vit",
     "frozen_policy",
+    "has_small_stem",
     "prototype_logits",
     "prototypes",
     "visformer_tiny",

@@ -17,7 +17,9 @@ from dvla_fast.engine import build
 from dvla_fast.engine.build import backbone_spec, build_model, model_spec
 from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import ModelConfig, UsageError
-from dvla_fast.engine.starting import STATISTICS, normalise_for, published
+from dvla_fast.engine.episode_lists import build_sampler
+from dvla_fast.engine.predict import image_features, predict_visual
+from dvla_fast.engine.starting import STATISTICS, normalise_for, published, with_statistics
 from dvla_fast.engine.state import TrainingState
 from dvla_fast.errors import DVLAError
 from dvla_fast.nn import visformer_tiny
@@ -115,6 +117,21 @@ def test_visformer_from_the_authors_file(
     assert info["started_from"] == str(path)
     assert info["start"]["left_out"].keys() == {"head", "log_tau"}
     assert evaluate(tuned, tmp_path / "result")["episodes"] == 3
+
+
+@pytest.mark.parametrize("small_stem", [True, False])
+def test_authors_backbone_alone(
+    small_stem: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = visformer_tiny(32, small_stem=small_stem)
+    path = save_their_checkpoint(tmp_path / "visformer-CUB.pth", their_layout(theirs))
+    summary = evaluate(path, tmp_path / "result", "--evaluate.split=monitor")
+    assert summary["methods"].keys() == {"visual prototypes"}
+    data = with_statistics(_drawn_once(32, 4), *STATISTICS["imagenet"])
+    sampler = build_sampler("own", data.monitor, 5, 1, 2, 0)
+    features = image_features(theirs, data, data.monitor)
+    expected = predict_visual(features, sampler, 3).accuracies.mean().item()
+    assert summary["accuracy"] == pytest.approx(expected)
 
 
 def test_backbone_of_a_dvla_rl_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dvla_fast.nn.backbones.base import GatedBackbone, GatedTokens, GateFn, Location
 from dvla_fast.nn.backbones.clip import ClipViT, clip_statistics, clip_vit
+from dvla_fast.nn.backbones.published import has_small_stem
 from dvla_fast.nn.backbones.resnet12 import ResNet12
 from dvla_fast.nn.backbones.small import SmallConvAttention
 from dvla_fast.nn.backbones.visformer import Visformer, visformer_tiny
@@ -24,6 +25,7 @@ __all__ = [
     "build_backbone",
     "clip_statistics",
     "clip_vit",
+    "has_small_stem",
     "visformer_tiny",
 ]
 

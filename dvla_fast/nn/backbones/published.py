@@ -91,6 +91,16 @@ def load_visformer(net: nn.Module, path: str | Path) -> dict[str, Any]:
     }
 
 
+def has_small_stem(path: str | Path) -> bool:
+    """Whether an authors' checkpoint has their stem for small images: two 3 × 3 convolutions.
+
+    Raises:
+        CheckpointError: unreadable, unsafe to load, or no Visformer.
+    """
+    state = _state_dict(_read(Path(path)), path)
+    return f"{_prefix(state, path)}stem.3.weight" in state
+
+
 def _read(path: Path) -> Mapping[Any, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give the path of a visformer-*.pth file")

@@ -25,6 +25,9 @@ class _Command:
     examples: str
 
 
+# Commands of two words, with what their overview adds.
+_GROUPS = ("data", "semantics")
+
 _COMMANDS = {
     "demo": _Command(
         "learn to read digits never seen in training, in minutes on a CPU",
@@ -51,11 +54,18 @@ _COMMANDS = {
 
 the same command continues a build that was stopped""",
     ),
+    "semantics show": _Command(
+        "show a bank of class texts: candidates with scores, what was chosen, where it is from",
+        "SemanticsShow",
+        """  dvla-fast semantics show digits
+  dvla-fast semantics show digits eight
+  dvla-fast semantics show banks/birds.json 'Sooty Albatross'""",
+    ),
     "pretrain": _Command(
         "pre-train a backbone on base classes",
         "PretrainRun",
         """  dvla-fast pretrain --output runs/backbone
-  dvla-fast pretrain --data.dataset photos/ --data.image_size 84 --pretrain.flip true
+  dvla-fast pretrain --data.dataset photos/ --data.image_size 84 --pretrain.augment.flip true
   dvla-fast pretrain --model.backbone resnet12 --data.dataset photos/ --data.image_size 84
   dvla-fast pretrain --config runs/backbone/config.yaml --seed 1
   dvla-fast pretrain --resume --output runs/backbone""",
@@ -127,11 +137,11 @@ def _dispatch(given: list[str]) -> int:
         print(f"dvla-fast {__version__}")
         return 0
     name, rest = given[0], given[1:]
-    if name == "data":
+    if name in _GROUPS:
         if not rest or rest[0] in ("-h", "--help"):
-            print(_data_overview())
+            print(_group_overview(name))
             return 0 if rest else 2
-        name, rest = f"data {rest[0]}", rest[1:]
+        name, rest = f"{name} {rest[0]}", rest[1:]
     if name not in _COMMANDS:
         near = difflib.get_close_matches(name, _COMMANDS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -139,7 +149,7 @@ def _dispatch(given: list[str]) -> int:
     if name == "doctor":
         return _doctor(rest)
     config = _parse(name, rest)
-    if name.startswith("data "):
+    if not hasattr(config, "resume"):  # no run, no run folder
         return _RUNNERS[name](config)
     if not config.output:
         config.output = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -151,24 +161,27 @@ def _dispatch(given: list[str]) -> int:
         return _fail(f"interrupted; continue: dvla-fast {name} --resume --output {config.output}")
 
 
-def _data_overview() -> str:
+def _group_overview(group: str) -> str:
     from dvla_fast.data import split_list_names
+    from dvla_fast.semantics import bundled_banks
 
-    rows = "\n".join(
-        f"  {name:<14} {command.summary}"
-        for name, command in _COMMANDS.items()
-        if name.startswith("data ")
-    )
+    known = {
+        "data": ("published split lists, for --splits", split_list_names()),
+        "semantics": ("banks that come with the package", bundled_banks()),
+    }
+    commands = {n: c for n, c in _COMMANDS.items() if n.startswith(f"{group} ")}
+    width = max(map(len, commands)) + 1
+    rows = "\n".join(f"  {name:<{width}} {command.summary}" for name, command in commands.items())
+    examples = "\n".join(command.examples.splitlines()[0] for command in commands.values())
+    title, names = known[group]
     return (
-        "usage: dvla-fast data check|prepare PATH [options]\n\n"
-        f"commands:\n{rows}\n\n"
-        f"published split lists, for --splits:\n  {', '.join(split_list_names())}\n\n"
-        "examples:\n  dvla-fast data check photos/\n  dvla-fast data prepare --help"
+        f"usage: dvla-fast {group} {'|'.join(name.split()[1] for name in commands)} [options]\n\n"
+        f"commands:\n{rows}\n\n{title}:\n  {', '.join(names)}\n\nexamples:\n{examples}"
     )
 
 
 def _overview() -> str:
-    rows = "\n".join(f"  {name:<13} {command.summary}" for name, command in _COMMANDS.items())
+    rows = "\n".join(f"  {name:<17} {command.summary}" for name, command in _COMMANDS.items())
     return (
         "usage: dvla-fast COMMAND [options]\n\n"
         "Few-shot image classification with text, gated by reinforcement learning (DVLA-RL).\n\n"
@@ -211,6 +224,8 @@ def _parse(name: str, rest: list[str]) -> Any:
         from dvla_fast.engine.config import demo_config
 
         default = demo_config(quick="--quick" in rest)
+    for path in _config_files(rest):
+        default = configuration.read_settings(path, cls, default)
     parsed = _parse_with(name, rest, cls, default)
     if not getattr(parsed, "resume", False):
         return parsed
@@ -220,7 +235,15 @@ def _parse(name: str, rest: list[str]) -> Any:
             "--resume --output runs/..."
         )
     saved = configuration.from_mapping(cls, read_config(parsed.output), parsed.output)
+    for path in _config_files(rest):
+        saved = configuration.read_settings(path, cls, saved)
     return _parse_with(name, rest, cls, saved)
+
+
+def _config_files(rest: list[str]) -> list[str]:
+    """The files of ``--config FILE`` and ``--config=FILE``, in order; later ones win."""
+    files = [item.split("=", 1)[1] for item in rest if item.startswith("--config=")]
+    return files + [rest[i + 1] for i, item in enumerate(rest[:-1]) if item == "--config"]
 
 
 def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
@@ -233,22 +256,23 @@ def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
             f"'dvla-fast {name}' needs jsonargparse, which is not installed; run "
             "pip install 'dvla-fast[train]'"
         ) from error
-    from dvla_fast.engine.config import add_arguments, from_mapping
+    from dvla_fast.engine.config import add_arguments, from_mapping, positionals
 
     command = _COMMANDS[name]
+    places = positionals(cls)
 
     class Formatter(argparse.RawDescriptionHelpFormatter):
         """Keeps the examples' line breaks; the defaults are already in each help text."""
 
     parser = ArgumentParser(
         prog=f"dvla-fast {name}",
-        usage=f"dvla-fast {name}{' PATH' if name.startswith('data ') else ''} [options]",
+        usage=f"dvla-fast {name}{f' {places}' if places else ''} [options]",
         description=f"{command.summary[0].upper()}{command.summary[1:]}.",
         epilog=f"examples:\n{command.examples}",
         formatter_class=Formatter,
     )
-    parser.add_argument(
-        "--config", action="config", metavar="FILE", help="YAML file with any of these settings"
+    parser.add_argument(  # read before, for the defaults that the other options override
+        "--config", metavar="FILE", help="YAML file with any of these settings"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     add_arguments(parser, cls, default)
@@ -344,6 +368,12 @@ def _counter(progress: Any, stage: str) -> Any:
     return advance
 
 
+def _semantics_show(config: Any) -> int:
+    from dvla_fast.engine.bank_commands import show
+
+    return show(config)
+
+
 def _pretrain(config: Any) -> int:
     from dvla_fast.engine.pretrain import run_pretrain
 
@@ -385,6 +415,7 @@ _RUNNERS = {
     "data check": _data_check,
     "data prepare": _data_prepare,
     "demo": _demo,
+    "semantics show": _semantics_show,
     "pretrain": _pretrain,
     "metatune": _metatune,
     "evaluate": _evaluate,

@@ -39,7 +39,8 @@ ELSEWHERE = {
     "dvla-fast data prepare CUB_200_2011/ --splits cub_100_50_50 --output caches/cub-224": (
         "tests/test_cli.py::test_prepared_cache_from_pretraining_to_evaluation"
     ),
-    "dvla-fast pretrain --data.dataset caches/cub-224 --data.image_size 224 --pretrain.flip true": (
+    "dvla-fast pretrain --data.dataset caches/cub-224 --data.image_size 224"
+    " --pretrain.augment.flip true": (
         "tests/test_cli.py::test_prepared_cache_from_pretraining_to_evaluation"
     ),
     "pytest benchmarks/test_image_cache.py --benchmark-only": (

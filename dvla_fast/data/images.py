@@ -44,8 +44,11 @@ class ImageSet:
         return self.labels.device
 
     def gather(self, index: Tensor) -> Tensor:
-        """Return the images at ``index`` (n,) int64 as (n, C, H, W) on ``device``."""
-        return self.images[index.to(self.images.device)].to(self.device)
+        """Return the images at ``index`` (n,) int64 as (n, C, H, W) on ``device``.
+
+        An index on the CPU never makes the host wait for a GPU.
+        """
+        return to_device_of(self.labels, self.images[to_device_of(self.images, index)])
 
     def chunks(self, size: int) -> Iterator[Tensor]:
         """Yield all images in order, (at most size, C, H, W) at a time, on ``device``."""
@@ -118,6 +121,13 @@ class FewShotData:
         """Turn stored images (..., C, H, W) into float32 network input of zero mean, unit std."""
         images = unit_range(images)
         return (images - self.mean[:, None, None]) / self.std[:, None, None]
+
+
+def to_device_of(target: Tensor, values: Tensor) -> Tensor:
+    """Bring a tensor to another one's device; from the CPU without waiting for a GPU."""
+    if values.device.type == "cpu" and target.device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(target.device, non_blocking=True)
 
 
 def unit_range(images: Tensor) -> Tensor:

@@ -30,6 +30,11 @@ def option(default: Any, help: str, minimum: float | None = None) -> Any:
     return field(default=default, metadata=about(help, minimum))
 
 
+def positional(help: str, optional: bool = False) -> Any:
+    """Declare a text that is given by its place on the command line, without a dash."""
+    return field(default="", metadata={"help": help, "positional": "?" if optional else "1"})
+
+
 @dataclass
 class DataConfig:
     """Which images."""
@@ -45,6 +50,10 @@ class DataConfig:
     holdout: float = option(0.25, "share of base images kept for monitoring (without val classes)")
     split_seed: int = option(0, "seed of that share")
     images_per_class: int = option(60, "images drawn for each class (shapes only)", 2)
+    resident: str = option(
+        "auto",
+        "keep a cache's images in GPU memory: yes, no, or auto: where they fit in half of it",
+    )
 
 
 @dataclass
@@ -56,7 +65,17 @@ class SemanticsConfig:
         "bundled bank name, shapes, shapes-true (no hallucinations), or path of a bank JSON file",
     )
     encoder: str = option("hashed-ngram", "text encoder")
-    dim: int = option(512, "length of a text vector")
+    dim: int = option(
+        0, "length of a text vector; 0: the encoder's own (hashed-ngram: any, 512 if 0)", 0
+    )
+    top_k: int = option(
+        0,
+        "attributes that progressive selection chooses of each class; 0: the bank's own choice",
+        0,
+    )
+    template: str = option(
+        "all", "chosen attributes that the template of that selection names: all, or the last"
+    )
     truncate: bool = option(False, "cut texts longer than the encoder reads instead of failing")
 
 
@@ -80,7 +99,7 @@ class ModelConfig:
     backbone_options: dict[str, Any] = field(
         default_factory=dict,
         metadata=about(
-            "more arguments of the backbone, e.g. {drop_path_rate: 0.5} (visformer_tiny), "
+            "more arguments of the backbone, e.g. {small_stem: false} (visformer_tiny), "
             "{drop_block: false} (resnet12), {projection: false} (clip)"
         ),
     )
@@ -98,20 +117,57 @@ class ModelConfig:
 
 
 @dataclass
+class AugmentConfig:
+    """Random changes of training images. What is off by default costs nothing."""
+
+    shift: float = option(0.0, "largest random shift, as a share of the side", 0)
+    rotate: float = option(0.0, "largest random rotation in degrees", 0)
+    scale: float = option(0.0, "largest random change of size", 0)
+    crop: float = option(
+        1.0, "smallest share of the area that a random crop keeps before it is resized; 1: no crop"
+    )
+    flip: bool = option(False, "mirror half of the images (not for digits)")
+    rand_augment: str = option(
+        "", "RandAugment as timm names it, e.g. rand-m9-mstd0.5-inc1; empty: none"
+    )
+    color_jitter: float = option(
+        0.0, "largest change of brightness, contrast and saturation, 0 to 1", 0
+    )
+    random_erasing: float = option(0.0, "share of images that get a rectangle of noise", 0)
+
+
+@dataclass
+class ExecutionConfig:
+    """How the arithmetic is done. The same training, faster or in less memory."""
+
+    precision: str = option(
+        "float32", "float32, or bfloat16: mixed precision (autocast), float32 weights and losses"
+    )
+    channels_last: bool = option(False, "keep images and feature maps with their channels last")
+    compile: bool = option(False, "torch.compile the model; the first steps take a minute or two")
+
+
+@dataclass
 class PretrainConfig:
     """Pre-training of the backbone on the base classes."""
 
     epochs: int = option(40, "passes over the base images", 1)
-    batch_size: int = option(128, "images of a step", 1)
+    batch_size: int = option(128, "distinct images of a step, over all processes", 1)
     lr: float = option(2e-3, "peak learning rate (AdamW)")
     weight_decay: float = option(5e-2, "weight decay")
     warmup_epochs: int = option(5, "epochs of linear warm-up", 0)
     warmup_lr: float = option(1e-6, "learning rate at the start of warm-up")
     label_smoothing: float = option(0.1, "label smoothing")
-    shift: float = option(0.1, "largest random shift, as a share of the side")
-    rotate: float = option(15.0, "largest random rotation in degrees")
-    scale: float = option(0.1, "largest random change of size")
-    flip: bool = option(False, "mirror half of the images (not for digits)")
+    augment: AugmentConfig = field(
+        default_factory=lambda: AugmentConfig(shift=0.1, rotate=15.0, scale=0.1)
+    )
+    views: int = option(1, "differently augmented copies of each image in a step", 1)
+    mixup: float = option(0.0, "parameter of mixup's Beta distribution; 0: none", 0)
+    cutmix: float = option(
+        0.0, "parameter of cutmix's Beta distribution; 0: none; with mixup: either, by a coin", 0
+    )
+    drop_path: float = option(0.0, "stochastic depth of the backbone, where it has one", 0)
+    clip_norm: float = option(0.0, "largest gradient norm; 0: no limit", 0)
     quarter_turns: bool = option(True, "learn each class turned by 90 and 270 degrees as two more")
     validate_every: int = option(5, "epochs between validations", 1)
     validation_episodes: int = option(200, "monitor episodes of a validation", 1)
@@ -123,7 +179,7 @@ class MetatuneConfig:
 
     epochs: int = option(20, "epochs", 1)
     steps_per_epoch: int = option(12, "optimiser steps of an epoch", 1)
-    episodes_per_step: int = option(4, "episodes of a step", 1)
+    episodes_per_step: int = option(4, "episodes of a step, over all processes", 1)
     way: int = option(5, "classes of an episode", 1)
     shots: list[int] = field(
         default_factory=lambda: [1],
@@ -134,7 +190,7 @@ class MetatuneConfig:
     backbone_lr: float = option(1e-6, "learning rate of the backbone; 0 freezes it")
     weight_decay: float = option(1e-4, "weight decay")
     clip_norm: float = option(1.0, "largest gradient norm")
-    augment: bool = option(False, "shift, rotate and scale images as pre-training does")
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     freeze_norm: bool = option(True, "keep the backbone's BatchNorm statistics of pre-training")
     objective: str = option(
         "reinforce", "policy objective: reinforce, ppo, grpo, counterfactual, dpo or pathwise"
@@ -211,6 +267,7 @@ class RunConfig:
     resume: bool = option(False, "continue the run in --output after an interruption")
     seed: int = option(0, "seed of weights, batches, episodes and gates", 0)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
+    wandb: str = option("", "Weights & Biases project to log to as well (needs wandb); empty: none")
 
 
 @dataclass
@@ -220,6 +277,7 @@ class PretrainRun(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
 
 @dataclass
@@ -234,8 +292,8 @@ class MetatuneRun(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     semantics: SemanticsConfig = field(default_factory=SemanticsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     metatune: MetatuneConfig = field(default_factory=MetatuneConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
 
 @dataclass
@@ -262,7 +320,7 @@ class EvaluateRun(RunConfig):
 class DataCheck:
     """Everything `dvla-fast data check` does."""
 
-    path: str = option("", "folder of a data set or of a cache")
+    path: str = positional("folder of a data set or of a cache")
     splits: str = option("", "published split list, or a JSON file; empty: the one that fits")
     shot: int = option(5, "supports that an episode takes of a class", 1)
     query: int = option(15, "queries that an episode takes of a class", 1)
@@ -275,12 +333,20 @@ class DataCheck:
 class DataPrepare:
     """Everything `dvla-fast data prepare` does."""
 
-    path: str = option("", "folder of a data set")
+    path: str = positional("folder of a data set")
     output: str = option("", "folder of the cache, new (required)")
     splits: str = option("", "published split list, or a JSON file; empty: the one that fits")
     image_size: int = option(224, "side of the square images in pixels", 1)
     skip_unreadable: bool = option(False, "leave unreadable images out instead of failing")
     workers: int = option(0, "threads; 0: one for each core", 0)
+
+
+@dataclass
+class SemanticsShow:
+    """Everything `dvla-fast semantics show` does."""
+
+    bank: str = positional("bundled bank name, or path of a bank JSON file")
+    name: str = positional("class; all of them in short if left out", optional=True)
 
 
 @dataclass
@@ -294,6 +360,7 @@ class DemoRun(RunConfig):
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     metatune: MetatuneConfig = field(default_factory=MetatuneConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
 
 def demo_config(quick: bool = False) -> DemoRun:
@@ -315,8 +382,41 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "configuration") -> T:
+# One file may describe a whole experiment: a command passes over the other commands' sections.
+SECTIONS = ("data", "semantics", "model", "pretrain", "metatune", "evaluate", "execution")
+
+
+def read_settings(path: str, cls: type[T], default: T) -> T:
+    """Read a YAML file of settings over ``default``.
+
+    Raises:
+        UsageError: unreadable, not YAML, or settings that ``from_mapping`` refuses.
+    """
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as stream:
+            content = yaml.safe_load(stream)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UsageError(f"--config {path}: cannot read these settings ({reason})") from error
+    if not isinstance(content, Mapping):
+        raise UsageError(f"--config {path}: expected settings as 'name: value', got {content!r}")
+    known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
+    mine = {key: value for key, value in content.items() if key in known or key not in SECTIONS}
+    return from_mapping(cls, mine, path, default)
+
+
+def from_mapping(
+    cls: type[T],
+    values: Mapping[str, Any],
+    where: str = "configuration",
+    default: T | None = None,
+) -> T:
     """Build a configuration dataclass from nested mappings; missing keys keep their defaults.
+
+    Args:
+        default: what missing keys keep; None: ``cls()``.
 
     Raises:
         UsageError: an unknown key, or a value below a field's minimum.
@@ -331,12 +431,16 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "configur
             f"{where}: unknown key(s) {', '.join(unknown)} in {cls.__name__}; known: "
             f"{', '.join(sorted(known))}"
         )
+    base: Any = cls() if default is None else default
     arguments = {
-        name: from_mapping(hints[name], value, where) if is_dataclass(hints[name]) else value
+        name: from_mapping(hints[name], value, where, getattr(base, name))
+        if is_dataclass(hints[name])
+        else value
         for name, value in values.items()
     }
     _check_minimums(cls, arguments, where)
-    return cls(**arguments)
+    result: T = dataclasses.replace(base, **arguments)
+    return result
 
 
 def _check_minimums(cls: type, arguments: Mapping[str, Any], where: str) -> None:
@@ -345,7 +449,8 @@ def _check_minimums(cls: type, arguments: Mapping[str, Any], where: str) -> None
         if minimum is None or value is None:
             continue
         entries = value if isinstance(value, list) else [value]
-        if not entries or any(entry < minimum for entry in entries):
+        number = all(isinstance(entry, int | float) for entry in entries)
+        if not entries or not number or any(entry < minimum for entry in entries):
             raise UsageError(f"{where}: {item.name} must be at least {minimum:g}, got {value!r}")
 
 
@@ -369,8 +474,10 @@ def add_arguments(parser: Any, cls: Any, default: Any, prefix: str = "") -> None
         text = f"{item.metadata.get('help', '')} (default: {value!r})"
         if is_dataclass(kind):
             nested.append((kind, value, f"{name}."))
-        elif name == "path":
-            group.add_argument(name, metavar="PATH", help=item.metadata["help"])
+        elif "positional" in item.metadata:
+            number = {"nargs": "?", "default": value} if item.metadata["positional"] == "?" else {}
+            text = item.metadata["help"]
+            group.add_argument(name, metavar=item.name.upper(), help=text, **number)
         elif kind is bool and not prefix:  # --resume, --quick: plain switches
             group.add_argument(f"--{name}", action="store_true", default=value, help=text)
         else:
@@ -378,6 +485,13 @@ def add_arguments(parser: Any, cls: Any, default: Any, prefix: str = "") -> None
             group.add_argument(f"--{name}", type=kind, default=value, metavar=metavar, help=text)
     for kind, value, nested_prefix in nested:
         add_arguments(parser, kind, value, nested_prefix)
+
+
+def positionals(cls: Any) -> str:
+    """Return the arguments of a configuration that have no dash, as a usage line shows them."""
+    shown = {"1": "{}", "?": "[{}]"}
+    kinds = [(item.name.upper(), item.metadata.get("positional")) for item in fields(cls)]
+    return " ".join(shown[kind].format(name) for name, kind in kinds if kind)
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> list[str]:

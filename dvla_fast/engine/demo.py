@@ -26,11 +26,12 @@ from dvla_fast.engine.build import (
     build_texts,
     load_backbone,
     model_spec,
-    pick_device,
     seed_everything,
 )
-from dvla_fast.engine.config import DemoRun, to_dict
+from dvla_fast.engine.config import DemoRun, UsageError, to_dict
+from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.evaluate import Contender, Evaluation, load_model
+from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import metatune
@@ -48,11 +49,15 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     from dvla_fast.report.plots import plot_run
 
     started = time.monotonic()
-    device = pick_device(config.device)
+    processes = Processes(config.device)
+    if processes.count > 1:
+        raise UsageError("the demo runs in one process; launch pretrain and metatune instead")
+    execution = Execution(config.execution, processes)
+    device = processes.device
     data = build_data(config.data, device)
     texts, semantics = build_texts(config.semantics, data, device)
     backbone = backbone_spec(config.model, data.channels, data.image_size)
-    spec = model_spec(config.model, backbone, config.semantics.dim)
+    spec = model_spec(config.model, backbone, semantics["dim"])
     # Settings that fit no model must not show up after the training.
     GateTraining(config.metatune, build_model(spec))
     settings = config.evaluate
@@ -60,10 +65,12 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
         EpisodeSampler(data.split(settings.split), settings.way, shot, settings.query, 0)
     for shot in config.metatune.shots:
         EpisodeSampler(data.base, config.metatune.way, shot, config.metatune.query, 0)
-    folder = RunFolder(config.output, to_dict(config), resume=config.resume)
+    folder = RunFolder(config.output, to_dict(config), resume=config.resume, wandb=config.wandb)
     with Progress(_SHARES, enabled=not quiet) as progress:
         rng = seed_everything(config.seed)
-        pretrained = pretrain(config.pretrain, data, backbone, folder, rng, config.seed, progress)
+        pretrained = pretrain(
+            config.pretrain, data, backbone, folder, rng, config.seed, progress, execution
+        )
         rng = seed_everything(config.seed + 1)
         model = build_model(spec)
         load_backbone(model, backbone, pretrained)
@@ -79,8 +86,8 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
             rng,
             config.seed,
             progress,
-            config.pretrain,
             facts,
+            execution,
         )
         best, tuned_backbone, _ = load_model(str(tuned), data)
         _, first_backbone, _ = load_model(str(pretrained), data)

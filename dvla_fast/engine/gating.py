@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from dvla_fast.engine.config import MetatuneConfig, UsageError
+from dvla_fast.engine.distributed import Processes
 from dvla_fast.nn import DVLA, BetaPolicy, EpisodeOutput, GatePolicy, TextTokens, frozen_policy
 from dvla_fast.rl import (
+    EMABaseline,
     PolicyLoss,
     Reference,
     RewardInputs,
@@ -77,13 +79,17 @@ class GateTraining:
     Args:
         config: the recipe.
         model: whose gates learn; on its device.
+        processes: who plays the other episodes of a step; None: nobody.
 
     Raises:
         UsageError: unknown names, values out of range, or settings that do not fit together.
     """
 
-    def __init__(self, config: MetatuneConfig, model: DVLA) -> None:
+    def __init__(
+        self, config: MetatuneConfig, model: DVLA, processes: Processes | None = None
+    ) -> None:
         self.config, self.model = config, model
+        self.processes = processes or Processes()
         self._gates: list[Any] = list(model.gates)
         try:
             self._build()
@@ -98,6 +104,7 @@ class GateTraining:
         for gate in self._gates:
             if isinstance(gate.policy, BetaPolicy):
                 gate.policy.pathwise = config.objective == "pathwise"
+            gate.policy.share = (self.processes.rank, self.processes.count)
 
     def _build(self) -> None:
         config = self.config
@@ -188,6 +195,10 @@ class GateTraining:
             frozen_policy(policies[0], config.reference_alpha)  # checks the value
 
     @property
+    def _averages(self) -> bool:
+        return isinstance(self.baseline, EMABaseline)
+
+    @property
     def modules(self) -> dict[str, nn.Module]:
         """What a checkpoint must hold to continue, by prefix."""
         kept: dict[str, nn.Module] = {}
@@ -233,7 +244,9 @@ class GateTraining:
         level = None
         if self.baseline is not None:
             states = (gate_states(output),) if getattr(self.baseline, "needs_states", False) else ()
-            level = self.baseline(signal, *states)
+            # A moving average follows the whole step; the others stay within an episode.
+            seen = self.processes.gather(signal, 1) if self._averages else signal
+            level = self.baseline(seen, *states)
         return Rollout(
             output, repeated.query_labels, repeated.text, rewards, parts, reference, level, signal,
             before, scores,
@@ -338,7 +351,7 @@ class GateTraining:
     def _remember(self, inputs: RewardInputs) -> None:
         if self.history is not None:
             accuracy = episode_accuracy(inputs.output.logits.detach(), inputs.query_labels)
-            self.history.accuracy.copy_(accuracy.mean())
+            self.history.accuracy.copy_(self.processes.mean(accuracy.mean()))
 
 
 def _rows(state: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ than the checkpoint are cut, so the file reads as if the run had never stopped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -15,9 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dvla_fast.engine.checkpoint import write_atomic, write_text_atomic
 from dvla_fast.engine.config import differences
+from dvla_fast.engine.distributed import Processes
 from dvla_fast.errors import MissingDependencyError, OutputError
+from dvla_fast.files import write_atomic, write_text_atomic
 
 # What may differ between a run and its continuation.
 _FREE_KEYS = ("output", "resume")
@@ -30,21 +32,37 @@ class RunFolder:
         path: the folder.
         config: the resolved configuration, saved as ``config.yaml``.
         resume: continue the run in the folder instead of starting one.
+        writes: False in all but one of several processes: such a folder is read, never written.
+        wandb: Weights & Biases project that gets the figures too.
 
     Raises:
         OutputError: not writable, not empty, nothing to resume, or settings that differ from
             those of the run to resume.
     """
 
-    def __init__(self, path: str | Path, config: dict[str, Any], *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        config: dict[str, Any],
+        *,
+        resume: bool = False,
+        writes: bool = True,
+        wandb: str = "",
+    ) -> None:
         self.path = Path(path)
         self.resume = resume
+        self.writes = writes
+        self.checkpoints = self.path / "checkpoints"
+        self._metrics = self.path / "metrics.jsonl"
+        self._writer: Any = None
+        self._wandb: Any = None
+        if not writes:
+            return
         kept = {key: value for key, value in config.items() if key not in _FREE_KEYS}
         if resume:
             self._check_resumable(kept)
         else:
             self._check_new()
-        self.checkpoints = self.path / "checkpoints"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -52,8 +70,8 @@ class RunFolder:
         self._probe()
         if not resume:
             write_text_atomic(self.path / "config.yaml", _to_yaml(kept))
-        self._metrics = self.path / "metrics.jsonl"
-        self._writer: Any = None
+        if wandb:
+            self._wandb = _start_wandb(wandb, self.path, kept)
 
     def _check_new(self) -> None:
         try:
@@ -91,16 +109,23 @@ class RunFolder:
 
     def log(self, stage: str, step: int, **values: Any) -> None:
         """Append one line to ``metrics.jsonl``, and the numbers to TensorBoard if installed."""
+        if not self.writes:
+            return
         row = {"stage": stage, "step": step, **values}
         with self._metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
+        figures = {}
+        for key, value in values.items():
+            for index, item in enumerate(value if isinstance(value, list) else [value]):
+                name = f"{stage}/{key}" + (f"_{index}" if isinstance(value, list) else "")
+                if isinstance(item, int | float):
+                    figures[name] = item
         writer = self._tensorboard()
         if writer is not None:
-            for key, value in values.items():
-                for index, item in enumerate(value if isinstance(value, list) else [value]):
-                    name = f"{stage}/{key}" + (f"_{index}" if isinstance(value, list) else "")
-                    if isinstance(item, int | float):
-                        writer.add_scalar(name, item, step)
+            for name, item in figures.items():
+                writer.add_scalar(name, item, step)
+        if self._wandb is not None:  # stages count their own steps: no common one
+            self._wandb.log({**figures, f"{stage}/step": step})
 
     def rows(self, stage: str | None = None) -> list[dict[str, Any]]:
         """Read the metrics back, optionally of one stage; a torn last line is left out."""
@@ -108,7 +133,7 @@ class RunFolder:
 
     def trim(self, stage: str, last_step: int) -> None:
         """Cut the lines of a stage after ``last_step``, and the torn line a kill may leave."""
-        if not self._metrics.exists():
+        if not self.writes or not self._metrics.exists():
             return
         rows = [row for row in self.rows() if row["stage"] != stage or row["step"] <= last_step]
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -117,20 +142,25 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> Path:
         """Write ``summary.json`` atomically and return its path."""
         path = self.path / "summary.json"
+        if not self.writes:
+            return path
         write_text_atomic(path, json.dumps(summary, indent=2) + "\n")
         return path
 
     def write_file(self, name: str, write: Any) -> Path:
         """Write another file atomically through ``write(path)`` and return its path."""
         path = self.path / name
-        write_atomic(path, write)
+        if self.writes:
+            write_atomic(path, write)
         return path
 
     def close(self) -> None:
-        """Flush TensorBoard."""
+        """Flush TensorBoard and end the Weights & Biases run."""
         if self._writer:
             self._writer.close()
-        self._writer = None
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._writer = self._wandb = None
 
     def _tensorboard(self) -> Any:
         if self._writer is None:
@@ -141,6 +171,38 @@ class RunFolder:
             else:
                 self._writer = SummaryWriter(str(self.path / "tensorboard"))
         return self._writer or None
+
+
+def open_folder(
+    path: str,
+    config: dict[str, Any],
+    processes: Processes,
+    resume: bool = False,
+    wandb: str = "",
+) -> RunFolder:
+    """Open one run folder for all processes; the main one makes it, and alone writes.
+
+    Raises:
+        OutputError, MissingDependencyError: as RunFolder and ``wandb``.
+    """
+    path = processes.same(path)  # a default name holds the time, which differs
+    made = processes.first(lambda: RunFolder(path, config, resume=resume, wandb=wandb))
+    return made or RunFolder(path, config, resume=resume, writes=False)
+
+
+def _start_wandb(project: str, path: Path, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"--wandb {project} needs wandb, which is not installed; run pip install wandb, or "
+            "leave the option out"
+        ) from error
+    # The path is the identity of a run: a resumed one continues its curves.
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(
+        project=project, name=path.name, id=name, resume="allow", config=config, dir=str(path)
+    )
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

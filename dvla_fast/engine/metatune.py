@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dvla_fast.data import EpisodeSampler, FewShotData
-from dvla_fast.data.images import unit_range
+from dvla_fast.data import EpisodeBatch, EpisodeSampler, FewShotData
+from dvla_fast.data.augment import Draws
+from dvla_fast.data.images import to_device_of
+from dvla_fast.engine.augmentation import Augmentation
 from dvla_fast.engine.build import (
     backbone_spec,
     build_data,
@@ -28,21 +30,17 @@ from dvla_fast.engine.build import (
     check_finite,
     model_spec,
     normalisation,
-    pick_device,
     seed_everything,
     split_classes,
     without_test_split,
 )
-from dvla_fast.engine.config import (
-    MetatuneConfig,
-    MetatuneRun,
-    PretrainConfig,
-    to_dict,
-)
-from dvla_fast.engine.gating import Episodes, GateTraining
-from dvla_fast.engine.logging import Progress, RunFolder
+from dvla_fast.engine.config import MetatuneConfig, MetatuneRun, to_dict
+from dvla_fast.engine.distributed import Processes
+from dvla_fast.engine.execution import Execution
+from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
+from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor
-from dvla_fast.engine.pretrain import augment, monitor_sampler
+from dvla_fast.engine.pretrain import monitor_sampler
 from dvla_fast.engine.starting import begin_metatuning
 from dvla_fast.engine.state import TrainingState
 from dvla_fast.nn import DVLA
@@ -80,10 +78,13 @@ class _Totals:
         self.alphas.append(alphas.detach())
         self.count += 1
 
-    def row(self) -> dict[str, Any]:
+    def row(self, processes: Processes) -> dict[str, Any]:
         """Read everything: means of the figures, and mean and spread of alpha by layer."""
-        row = {name: (value / self.count).tolist() for name, value in self.values.items()}
-        alphas = torch.cat(self.alphas, 1)  # (L, episodes)
+        row = {
+            name: (processes.mean(value) / self.count).tolist()
+            for name, value in self.values.items()
+        }
+        alphas = processes.gather(torch.cat(self.alphas, 1), dim=1)  # (L, episodes)
         row["alpha_mean"] = alphas.mean(1).tolist()
         row["alpha_std"] = alphas.std(1, unbiased=False).tolist()
         return row
@@ -99,8 +100,8 @@ def metatune(
     rng: np.random.Generator,
     seed: int,
     progress: Progress,
-    augmentation: PretrainConfig | None = None,
     facts: dict[str, Any] | None = None,
+    execution: Execution | None = None,
 ) -> Path:
     """Meta-tune a model whose backbone is pre-trained.
 
@@ -113,8 +114,8 @@ def metatune(
         rng: the run's NumPy generator (saved with the checkpoint).
         seed: seed of the training and validation episodes.
         progress: display; the stage name is "meta-tune".
-        augmentation: amounts for ``config.augment``.
         facts: more to note in the checkpoints.
+        execution: precision, compilation, processes; None: float32 in one process.
 
     Returns:
         Path of the checkpoint that validated best on monitor episodes.
@@ -128,7 +129,9 @@ def metatune(
     """
     data = without_test_split(data)
     model.backbone.requires_grad_(config.backbone_lr > 0)  # frozen: no gradients are computed
-    gates = GateTraining(config, model)
+    execution = execution or Execution()
+    execution.prepare(model)
+    gates = GateTraining(config, model, execution.processes)
     groups = parameter_groups(model, config, gates.baseline)
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     state = TrainingState(
@@ -142,7 +145,7 @@ def metatune(
     }
     if folder.resume:
         state.restore()
-    step = _Step(config, model, data, texts, optimizer, gates, augmentation, seed)
+    step = _Step(config, model, data, texts, optimizer, gates, execution, seed)
     collapsed: set[int] = set()
     monitor = monitor_sampler(data, config.way, config.shots[0], config.query, seed + 1)
     progress.begin("meta-tune", config.epochs, state.epoch)
@@ -153,7 +156,7 @@ def metatune(
         for _ in range(config.steps_per_epoch):
             totals.add(*_guarded(step, state.step, state.epoch + 1))
             state.step += 1
-        row = totals.row()
+        row = totals.row(execution.processes)
         state.epoch += 1
         check_finite({"loss": row["loss"]}, "meta-tuning", f"epoch {state.epoch}")
         if gates.stochastic:
@@ -161,7 +164,8 @@ def metatune(
             _warn_of_collapse(row, model, collapsed)
         score = None
         if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
-            score, alphas = _validate(model, data, texts, monitor, config.validation_episodes)
+            with execution.eager():
+                score, alphas = _validate(model, data, texts, monitor, config.validation_episodes)
             row.update(monitor_accuracy=score, monitor_alpha=alphas)
         folder.log("metatune", state.epoch, **row)
         state.save(score)
@@ -221,36 +225,70 @@ class _Step:
         texts: EncodedTexts,
         optimizer: torch.optim.Optimizer,
         gates: GateTraining,
-        augmentation: PretrainConfig | None,
+        execution: Execution,
         seed: int,
     ) -> None:
         self.config, self.model, self.data, self.texts = config, model, data, texts
-        self.optimizer, self.gates, self.augmentation = optimizer, gates, augmentation
-        self.positions = split_classes(data, "base")
+        self.optimizer, self.gates, self.execution = optimizer, gates, execution
+        self.augmentation = Augmentation(config.augment, data)
+        self.positions = split_classes(data, "base").cpu()
         self.samplers = [
             EpisodeSampler(data.base, config.way, shot, config.query, seed) for shot in config.shots
         ]
+        self.share = execution.processes.share(
+            config.episodes_per_step, "metatune.episodes_per_step"
+        )
+        baseline = [] if gates.baseline is None else list(gates.baseline.parameters())
+        self.clip_norms = [
+            (list(model.parameters()), config.clip_norm),
+            (baseline, config.clip_norm),
+        ]
 
     def images(self, index: Tensor) -> Tensor:
-        """Gather and normalise images: index (E, n) -> (E, n, C, H, W)."""
-        images = self.data.base.gather(index.flatten())
-        if self.config.augment and self.augmentation is not None:
-            images = augment(images, self.augmentation)
-        return self.data.normalise(unit_range(images)).unflatten(0, index.shape)
+        """Gather, augment and normalise images: index (E, n) on the CPU -> (E, n, C, H, W)."""
+        count = index.numel()
+        first = self.share.start * index.shape[1]
+        draws = Draws(count, first, count * self.execution.processes.count)
+        images = self.augmentation(self.data.base.gather(index.flatten()), draws)
+        return self.execution.images(images).unflatten(0, index.shape)
 
     def __call__(self, number: int) -> tuple[dict[str, Tensor], Tensor]:
         """Take step ``number`` of the run; returns figures and alphas (L, E), on the device."""
+        with self.execution.autocast():
+            rollout, loss, figures = self._loss(number)
+        self.execution.update(loss, self.optimizer, self.clip_norms)
+        for _ in range(self.gates.epochs - 1):
+            with self.execution.autocast():
+                policy_loss, latest = self.gates.again(rollout)
+            self.execution.update(policy_loss, self.optimizer, self.clip_norms)
+            if "clip_fraction" in latest:  # of the last epoch: in the first one nothing is clipped
+                figures["clip_fraction"] = latest["clip_fraction"]
+        figures.update(self.gates.movement(rollout))
+        episodes = rollout.rewards.shape[1]
+        with torch.no_grad():
+            alphas = torch.stack(
+                [t.alpha.float().reshape(episodes, -1).mean(1) for t in rollout.output.layers]
+            )
+        return figures, alphas
+
+    def _loss(self, number: int) -> tuple[Rollout, Tensor, dict[str, Tensor]]:
         config = self.config
         turn, sampler = divmod(number, len(self.samplers))
         count = config.episodes_per_step
-        batch = self.samplers[sampler].batch(turn * count, count).to(self.positions.device)
+        batch = self.samplers[sampler].batch(turn * count, count)
+        batch = EpisodeBatch(*(part[self.share] for part in batch))
+        labels = [
+            to_device_of(self.data.base.labels, part)
+            for part in (batch.support_labels, batch.query_labels, self.positions[batch.classes])
+        ]
+        support_labels, query_labels, classes = labels
         rollout = self.gates.play(
             Episodes(
                 self.images(batch.support),
-                batch.support_labels,
+                support_labels,
                 self.images(batch.query),
-                batch.query_labels,
-                self.texts.episodes(self.positions[batch.classes]),
+                query_labels,
+                self.texts.episodes(classes),
             ),
             config.way,
         )
@@ -265,28 +303,8 @@ class _Step:
             scores=rollout.scores,
         )
         extra, more = self.gates.extra_loss(rollout)
-        self._update(loss if extra is None else loss + extra)
-        for _ in range(self.gates.epochs - 1):
-            policy_loss, latest = self.gates.again(rollout)
-            self._update(policy_loss)
-            if "clip_fraction" in latest:  # of the last epoch: in the first one nothing is clipped
-                more["clip_fraction"] = latest["clip_fraction"]
-        more.update(self.gates.movement(rollout))
-        episodes = rollout.rewards.shape[1]
-        with torch.no_grad():
-            alphas = torch.stack(
-                [t.alpha.float().reshape(episodes, -1).mean(1) for t in rollout.output.layers]
-            )
-        return {**figures, **more, "loss": loss.detach()}, alphas
-
-    def _update(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        values = list(self.gates.baseline.parameters()) if self.gates.baseline is not None else []
-        if values:
-            nn.utils.clip_grad_norm_(values, self.config.clip_norm)
-        self.optimizer.step()
+        figures = {**figures, **more, "loss": loss.detach()}
+        return rollout, loss if extra is None else loss + extra, figures
 
 
 def _validate(
@@ -308,13 +326,15 @@ def _describe(row: dict[str, Any], epoch: int, epochs: int) -> str:
 
 def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast metatune`` does; returns the summary that it writes."""
-    device = pick_device(config.device)
+    processes = Processes(config.device)
+    execution = Execution(config.execution, processes)
+    device = processes.device
     data = build_data(config.data, device, training=True)
     texts, semantics = build_texts(config.semantics, data, device)
     spec = model_spec(
         config.model,
         backbone_spec(config.model, data.channels, data.image_size),
-        config.semantics.dim,
+        semantics["dim"],
     )
     rng = seed_everything(config.seed)
     model = build_model(spec)
@@ -324,22 +344,16 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     tuning = config.metatune
     for shot in tuning.shots:  # fail before the folder is made
         EpisodeSampler(data.base, tuning.way, shot, tuning.query, 0)
-    GateTraining(tuning, model)  # likewise
-    folder = RunFolder(config.output, to_dict(config), resume=config.resume)
-    with Progress({"meta-tune": 1.0}, enabled=not quiet) as progress:
+    GateTraining(tuning, model, processes)  # likewise
+    Augmentation(tuning.augment, data)
+    processes.share(tuning.episodes_per_step, "metatune.episodes_per_step")
+    folder = open_folder(config.output, to_dict(config), processes, config.resume, config.wandb)
+    facts = {"semantics": semantics, "started_from": started, "start": start}
+    with Progress({"meta-tune": 1.0}, enabled=not quiet and processes.main) as progress:
         best = metatune(
-            config.metatune,
-            model,
-            spec,
-            data,
-            texts,
-            folder,
-            rng,
-            config.seed,
-            progress,
-            config.pretrain,
-            {"semantics": semantics, "started_from": started, "start": start},
+            tuning, model, spec, data, texts, folder, rng, config.seed, progress, facts, execution
         )
+    processes.wait()
     rows = folder.rows("metatune")
     summary = {
         "command": "metatune",
@@ -353,6 +367,8 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
         "started_from": started,
         "semantics": semantics,
         "device": str(device),
+        "processes": processes.count,
+        "precision": config.execution.precision,
         "torch": torch.__version__,
     }
     folder.write_summary(summary)

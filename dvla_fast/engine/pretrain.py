@@ -1,8 +1,9 @@
 """Pre-training: the backbone and a linear classifier learn the base classes by cross-entropy.
 
-Recipe of method §6 at a small scale: AdamW, linear warm-up then a cosine schedule, label
-smoothing, light augmentation in batches on the device. Selection uses only monitor images
-(validation classes, or held-out images of the base classes), never the novel classes.
+Recipe of method §6: AdamW, linear warm-up then a cosine schedule, label smoothing, mixup and
+cutmix, augmentation in batches on the device. The defaults are a small recipe for digits; configs/
+holds the published ones. Selection uses only monitor images (validation classes, or held-out images
+of the base classes), never the novel classes.
 """
 
 from __future__ import annotations
@@ -17,20 +18,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dvla_fast.data import EpisodeSampler, FewShotData
-from dvla_fast.data.augment import random_affine
-from dvla_fast.data.images import unit_range
+from dvla_fast.data.augment import Draws
+from dvla_fast.data.images import to_device_of
+from dvla_fast.engine.augmentation import Augmentation, build_mixer
 from dvla_fast.engine.build import (
     backbone_spec,
     build_data,
     build_pretrain_model,
     check_finite,
     normalisation,
-    pick_device,
     seed_everything,
     without_test_split,
 )
 from dvla_fast.engine.config import PretrainConfig, PretrainRun, to_dict
-from dvla_fast.engine.logging import Progress, RunFolder
+from dvla_fast.engine.distributed import Processes
+from dvla_fast.engine.execution import Execution
+from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.predict import image_features, predict_visual
 from dvla_fast.engine.starting import load_published, normalise_for
 from dvla_fast.engine.state import TrainingState
@@ -56,21 +59,9 @@ def monitor_sampler(data: FewShotData, way: int, shot: int, query: int, seed: in
     return EpisodeSampler(data.monitor, way, shot, query, seed)
 
 
-def augment(images: torch.Tensor, config: PretrainConfig) -> torch.Tensor:
-    """Apply the configured augmentation to stored images; returns float images in [0, 1]."""
-    # Digits have a black background, which zeros continue; photographs are mirrored outwards.
-    padding = "zeros" if images.shape[1] == 1 else "reflection"
-    return random_affine(
-        unit_range(images),
-        shift=config.shift,
-        rotate=config.rotate,
-        scale=config.scale,
-        flip=config.flip,
-        padding=padding,
-    )
-
-
-def turn_classes(images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+def turn_classes(
+    images: Tensor, labels: Tensor, classes: int, draws: Draws | None = None
+) -> tuple[Tensor, Tensor]:
     """Turn each image by 0, 90 or 270 degrees at random; a turned class is a class of its own.
 
     Three times as many classes from the same images: with few base classes, features otherwise
@@ -81,11 +72,12 @@ def turn_classes(images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, 
     Args:
         images: (B, C, S, S).
         labels: (B,) int64 in [0, classes).
+        draws: random numbers of the images.
 
     Returns:
         Images, and labels in [0, 3 * classes).
     """
-    turn = torch.randint(0, 3, labels.shape).to(labels.device)  # CPU stream, saved with the run
+    turn = to_device_of(labels, (draws or Draws(len(labels))).integers(3))
     turned = torch.stack([images, images.rot90(1, (2, 3)), images.rot90(3, (2, 3))])
     rows = torch.arange(len(labels), device=labels.device)
     return turned[turn, rows], labels + classes * turn
@@ -99,6 +91,7 @@ def pretrain(
     rng: np.random.Generator,
     seed: int,
     progress: Progress,
+    execution: Execution | None = None,
     pretrained: str = "",
 ) -> Path:
     """Pre-train a backbone.
@@ -111,6 +104,7 @@ def pretrain(
         rng: the run's NumPy generator (image order).
         seed: seed of the validation episodes.
         progress: display; the stage name is "pre-train".
+        execution: precision, compilation, processes; None: float32 in one process.
         pretrained: published weights to start from (``ModelConfig.pretrained``).
 
     Returns:
@@ -118,14 +112,16 @@ def pretrain(
 
     Raises:
         TrainingError: the loss became NaN or infinite; the last good checkpoint stays.
+        UsageError: settings that do not fit together.
     """
     data = without_test_split(data)
-    base = data.base
-    outputs = len(base.class_names) * (3 if config.quarter_turns else 1)
-    model = build_pretrain_model(spec, outputs)
+    execution = execution or Execution()
+    outputs = len(data.base.class_names) * (3 if config.quarter_turns else 1)
+    model = build_pretrain_model(spec, outputs, config.drop_path)
     if pretrained and not folder.resume:
         load_published(model["backbone"], pretrained)
-    model.to(base.device)
+    model.to(data.base.device)
+    execution.prepare(model["backbone"])
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
@@ -133,21 +129,23 @@ def pretrain(
     state = TrainingState(folder, "pretrain", described, {"model": model}, optimizer, rng)
     state.facts = {
         "dataset": data.name,
-        "classes": list(base.class_names),
+        "classes": list(data.base.class_names),
         "normalisation": normalisation(data),
         "seed": seed,
     }
     if folder.resume:
         state.restore()
+    epoch = _Epoch(config, model, data, optimizer, execution, outputs)
     sampler = monitor_sampler(data, 5, 1, 15, seed)
     progress.begin("pre-train", config.epochs, state.epoch)
     while state.epoch < config.epochs:
-        row = _train_epoch(model, optimizer, data, config, state)
+        row = epoch(state)
         state.epoch += 1
         check_finite(row, "pre-training", f"epoch {state.epoch}")
         score = None
         if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
-            score, held_out = _validate(model, data, sampler, config.validation_episodes)
+            with execution.eager():
+                score, held_out = _validate(model, data, sampler, config.validation_episodes)
             row.update(monitor_episode_accuracy=score, monitor_accuracy=held_out)
         folder.log("pretrain", state.epoch, **row)
         state.save(score)
@@ -156,36 +154,68 @@ def pretrain(
     return state.best_path
 
 
-def _train_epoch(
-    model: nn.ModuleDict,
-    optimizer: torch.optim.Optimizer,
-    data: FewShotData,
-    config: PretrainConfig,
-    state: TrainingState,
-) -> dict[str, float]:
-    model.train()
-    base = data.base
-    order = torch.from_numpy(state.rng.permutation(len(base))).to(base.labels.device)
-    batches = [batch for batch in order.split(config.batch_size) if len(batch) > 1]
-    totals = torch.zeros(2, device=base.labels.device)
-    for index in batches:
-        rate = learning_rate(config, state.step, len(batches))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        images = data.normalise(augment(base.gather(index), config))
-        labels = base.labels[index]
-        if config.quarter_turns:
-            images, labels = turn_classes(images, labels, len(base.class_names))
-        logits = model["head"](model["backbone"](images))
-        loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        state.step += 1
-        correct = (logits.detach().argmax(1) == labels).float().mean()
-        totals += torch.stack([loss.detach(), correct])
-    loss_mean, accuracy = (totals / len(batches)).tolist()  # the one synchronisation of the epoch
-    return {"loss": loss_mean, "accuracy": accuracy, "lr": rate}
+class _Epoch:
+    """One pass over the base images."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        model: nn.ModuleDict,
+        data: FewShotData,
+        optimizer: torch.optim.Optimizer,
+        execution: Execution,
+        outputs: int,
+    ) -> None:
+        self.config, self.model, self.data = config, model, data
+        self.optimizer, self.execution = optimizer, execution
+        self.augmentation = Augmentation(config.augment, data)
+        self.mixer = build_mixer(config, outputs)
+        self.parameters = list(model.parameters())
+        execution.processes.share(config.batch_size, "pretrain.batch_size")
+
+    def __call__(self, state: TrainingState) -> dict[str, float]:
+        """Train; returns the epoch's mean loss and accuracy, and its last learning rate."""
+        self.model.train()
+        config, base, processes = self.config, self.data.base, self.execution.processes
+        order = torch.from_numpy(state.rng.permutation(len(base)))
+        smallest = 2 * processes.count  # BatchNorm needs two images
+        batches = [x for x in order.split(config.batch_size) if len(x) >= smallest]
+        totals = torch.zeros(2, device=base.device)
+        for index in batches:
+            rate = learning_rate(config, state.step, len(batches))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            # The last batch may not divide evenly: it gives up what is left over.
+            share = processes.share(len(index) // processes.count * processes.count, "batch")
+            images, labels = self._views(index[share], len(index), share)
+            hard = labels
+            if self.mixer is not None:
+                images, labels = self.mixer(images, labels)
+            with self.execution.autocast():
+                logits = self.model["head"](self.model["backbone"](self.execution.images(images)))
+                loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+            self.execution.update(loss, self.optimizer, [(self.parameters, config.clip_norm)])
+            state.step += 1
+            correct = (logits.detach().argmax(1) == hard).float().mean()
+            totals += torch.stack([loss.detach().float(), correct])
+        # The one synchronisation of the epoch.
+        loss_mean, accuracy = (processes.mean(totals) / len(batches)).tolist()
+        return {"loss": loss_mean, "accuracy": accuracy, "lr": rate}
+
+    def _views(self, index: Tensor, total: int, share: slice) -> tuple[Tensor, Tensor]:
+        """Augmented images (views * n, C, H, W) and labels of this process's part of a batch."""
+        base = self.data.base
+        stored, labels = base.gather(index), base.labels[to_device_of(base.labels, index)]
+        views = []
+        for _ in range(self.config.views):
+            draws = Draws(len(index), share.start, total)
+            images, seen = self.augmentation(stored, draws), labels
+            if self.config.quarter_turns:
+                images, seen = turn_classes(images, seen, len(base.class_names), draws)
+            views.append((images, seen))
+        if len(views) == 1:
+            return views[0]
+        return torch.cat([view[0] for view in views]), torch.cat([view[1] for view in views])
 
 
 def _validate(
@@ -211,16 +241,23 @@ def _describe(row: dict[str, float], epoch: int, epochs: int) -> str:
 
 def run_pretrain(config: PretrainRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast pretrain`` does; returns the summary that it writes."""
-    device = pick_device(config.device)
-    data = normalise_for(build_data(config.data, device, training=True), config.model)
+    processes = Processes(config.device)
+    execution = Execution(config.execution, processes)
+    data = build_data(config.data, processes.device, training=True)
+    data = normalise_for(data, config.model)
     spec = backbone_spec(config.model, data.channels, data.image_size)
-    build_pretrain_model(spec, 1)  # settings that fit no model fail before the folder is made
-    folder = RunFolder(config.output, to_dict(config), resume=config.resume)
+    # Settings that fit no model or no batch fail before the folder is made.
+    build_pretrain_model(spec, 1, config.pretrain.drop_path)
+    Augmentation(config.pretrain.augment, data)
+    processes.share(config.pretrain.batch_size, "pretrain.batch_size")
+    folder = open_folder(config.output, to_dict(config), processes, config.resume, config.wandb)
     rng = seed_everything(config.seed)
-    with Progress({"pre-train": 1.0}, enabled=not quiet) as progress:
+    with Progress({"pre-train": 1.0}, enabled=not quiet and processes.main) as progress:
         best = pretrain(
-            config.pretrain, data, spec, folder, rng, config.seed, progress, config.model.pretrained
-        )
+            config.pretrain, data, spec, folder, rng, config.seed, progress, execution,
+            config.model.pretrained,
+        )  # fmt: skip
+    processes.wait()
     rows = folder.rows("pretrain")
     validated = [row for row in rows if "monitor_episode_accuracy" in row]
     summary = {
@@ -232,7 +269,9 @@ def run_pretrain(config: PretrainRun, *, quiet: bool = False) -> dict[str, Any]:
         "monitor": data.monitor_kind,
         "monitor_episode_accuracy": max(row["monitor_episode_accuracy"] for row in validated),
         "checkpoint": str(best),
-        "device": str(device),
+        "device": str(processes.device),
+        "processes": processes.count,
+        "precision": config.execution.precision,
         "torch": torch.__version__,
     }
     folder.write_summary(summary)

@@ -89,7 +89,10 @@ class TrainingState:
         """
         if score is not None and score >= self.best:
             self.best, self.best_epoch = score, self.epoch
-            save_checkpoint(self.best_path, self._weights(), self._info())
+            if self.folder.writes:
+                save_checkpoint(self.best_path, self._weights(), self._info())
+        if not self.folder.writes:
+            return
         optimizer_tensors, optimizer_info = pack_optimizer(self.optimizer)
         rng_tensors, rng_info = pack_rng(self.rng)
         info = {**self._info(), "resume": {"optimizer": optimizer_info, "rng": rng_info}}

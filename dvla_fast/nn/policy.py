@@ -44,6 +44,9 @@ class GatePolicy(nn.Module):
     """Whether there is an action to draw, to score, and to re-evaluate."""
     reads_state = True
     """Whether the decision depends on the images and texts at all."""
+    share = (0, 1)
+    """(i, n): of n equal parts of a batch, this process decides part i. Random numbers are drawn
+    for all, so that n processes with one seed draw what one would."""
 
     def forward(
         self,
@@ -155,13 +158,17 @@ class BetaPolicy(GatePolicy):
     ) -> PolicyStep:
         """See :class:`GatePolicy`."""
         logits = self.network(state).squeeze(-1)
+        count, (part, parts) = logits.shape[0], self.share
+        others = parts > 1 and sample and action_logit is None
         step = functional.beta_policy(
-            logits,
+            F.pad(logits, (part * count, (parts - 1 - part) * count)) if others else logits,
             self.concentration,
             action_logit=action_logit,
             deterministic=action_logit is None and not sample,
             generator=generator,
         )
+        if others:  # an element's random numbers go by its place: the others' logits do not matter
+            step = type(step)(*(x[part * count : (part + 1) * count] for x in step))
         if self.pathwise and sample and action_logit is None:
             alpha, drawn = step.alpha, step.action_logit
             slope = functional.beta_implicit_derivatives(logits, self.concentration, drawn).logits
@@ -181,7 +188,7 @@ class BetaPolicy(GatePolicy):
         **pooling: Any,
     ) -> tuple[PolicyStep, Tensor]:
         """See :meth:`GatePolicy.decide`: here state, network and policy are one call."""
-        if self.pathwise and sample and action_logit is None:
+        if (self.pathwise or self.share[1] > 1) and sample and action_logit is None:
             return super().decide(image_tokens, text_tokens, generator=generator, **pooling)
         *step, state = functional.gate_policy(
             image_tokens,
@@ -249,9 +256,10 @@ class CategoricalPolicy(GatePolicy):
             index = action_logit.detach().long()
         elif sample:
             # Inverse of the distribution function: one draw a row, and no host synchronisation.
+            count, (part, parts) = probs.shape[0], self.share
             draw = torch.rand(
-                probs.shape[:1], dtype=probs.dtype, device=probs.device, generator=generator
-            )
+                count * parts, dtype=probs.dtype, device=probs.device, generator=generator
+            )[part * count : (part + 1) * count]
             below = probs.detach().cumsum(-1)[:, :-1] <= draw.unsqueeze(-1)
             index = below.sum(-1)
         else:

@@ -24,6 +24,7 @@ from dvla_fast.engine.build import (
 )
 from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import DemoRun, MetatuneConfig, ModelConfig, UsageError
+from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.nn import DVLA
@@ -43,7 +44,7 @@ def tune(folder: RunFolder, data: FewShotData, config: DemoRun) -> Path:
     model, spec = make_model(config)
     rng = seed_everything(2)
     return metatune_module.metatune(
-        config.metatune, model, spec, data, texts, folder, rng, 0, SILENT, config.pretrain
+        config.metatune, model, spec, data, texts, folder, rng, 0, SILENT
     )
 
 
@@ -255,8 +256,8 @@ def test_collapse_is_warned_of_once_a_layer(
     real = metatune_module.GateTraining
 
     class Collapsed(real):
-        def __init__(self, config: MetatuneConfig, model: DVLA) -> None:
-            super().__init__(config, model)
+        def __init__(self, config: MetatuneConfig, model: DVLA, processes: Processes) -> None:
+            super().__init__(config, model, processes)
             with torch.no_grad():
                 model.gates[1].policy.network.out.bias.fill_(-9.0)
 
@@ -335,7 +336,7 @@ def test_documented_digits_table(tmp_path: Path, tiny: DemoRun) -> None:
 
 
 def test_help_names_every_choice() -> None:
-    texts = {f.name: f.metadata["help"] for f in dataclasses.fields(MetatuneConfig)}
+    texts = {f.name: f.metadata.get("help", "") for f in dataclasses.fields(MetatuneConfig)}
     for field, names in (
         ("objective", OBJECTIVES),
         ("baseline", BASELINES),

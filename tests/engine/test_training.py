@@ -40,7 +40,7 @@ def run_metatune(folder: RunFolder, data: FewShotData, config: DemoRun, start: P
     model = build_model(spec)
     load_backbone(model, spec["backbone"], start)
     return metatune_module.metatune(
-        config.metatune, model, spec, data, texts, folder, rng, 0, SILENT, config.pretrain
+        config.metatune, model, spec, data, texts, folder, rng, 0, SILENT
     )
 
 

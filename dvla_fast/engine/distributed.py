@@ -1,0 +1,193 @@
+"""Training on several processes: the same steps on the same global batch as one process takes.
+
+Every process holds the model and the optimiser, computes its share of each batch, and averages
+gradients before the update, so all weights stay equal. ``accelerate launch`` (or torchrun) starts
+the processes; the commands and their settings stay the same. The first process alone writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+from dvla_fast.engine.build import pick_device
+from dvla_fast.engine.config import UsageError
+from dvla_fast.errors import MissingDependencyError
+
+T = TypeVar("T")
+_BUCKET = 64 * 2**20  # bytes of gradients that travel together
+
+
+class Processes:
+    """The processes of a run; one, unless a launcher started several.
+
+    Args:
+        device: cpu, cuda, cuda:N or auto; with several processes, each takes the GPU of its local
+            rank.
+
+    Raises:
+        MissingDependencyError: several processes, and accelerate is not installed.
+        DVLAError: no such device.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = 0
+        self.device = pick_device(device)
+        if self.count == 1:
+            return
+        try:
+            from accelerate import PartialState
+        except ImportError as error:
+            raise MissingDependencyError(
+                "several processes need accelerate, which is not installed; run "
+                "pip install 'dvla-fast[distributed]'"
+            ) from error
+        state: Any = PartialState(cpu=self.device.type == "cpu")
+        self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def share(self, total: int, what: str) -> slice:
+        """This process's rows of a batch of ``total``.
+
+        Raises:
+            UsageError: ``total`` does not fall into equal shares.
+        """
+        if total % self.count:
+            raise UsageError(
+                f"{what}: {total} do not fall into equal shares for {self.count} processes; give a "
+                f"multiple of {self.count}"
+            )
+        size = total // self.count
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def first(self, work: Callable[[], T]) -> T | None:
+        """Let the main process work while the others wait; its result there, None elsewhere."""
+        result = work() if self.main else None
+        self.wait()
+        return result
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.count > 1:
+            distributed.barrier()
+
+    def same(self, value: T) -> T:
+        """The main process's value (picklable), everywhere."""
+        if self.count == 1:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Mean over the processes, without gradient."""
+        if self.count == 1:
+            return tensor
+        total = tensor.detach().clone()
+        distributed.all_reduce(total)
+        return total / self.count
+
+    def gather(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """The processes' tensors of one shape, side by side along ``dim``, without gradient."""
+        if self.count == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.count)]
+        distributed.all_gather(parts, tensor.detach().contiguous())
+        return torch.cat(parts, dim)
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace every gradient by its mean over the processes; a missing one counts as zero."""
+        if self.count == 1:
+            return
+        bucket: list[Tensor] = []
+        size = 0
+        for parameter in parameters:
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is None:  # unused here, perhaps not elsewhere
+                parameter.grad = torch.zeros_like(parameter)
+            gradient = parameter.grad
+            if bucket and (size > _BUCKET or gradient.dtype != bucket[0].dtype):
+                self._average(bucket)
+                bucket, size = [], 0
+            bucket.append(gradient)
+            size += gradient.numel() * gradient.element_size()
+        if bucket:
+            self._average(bucket)
+
+    def _average(self, gradients: list[Tensor]) -> None:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(flat)
+        flat /= self.count
+        for gradient, part in zip(gradients, flat.split([x.numel() for x in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+    def synchronise_norms(self, module: T) -> T:
+        """Give BatchNorm layers the statistics of the whole batch; in place where it can be."""
+        if self.count == 1:
+            return module
+        if self.device.type == "cuda":
+            return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        for part in module.modules():  # type: ignore[attr-defined]
+            if isinstance(part, nn.BatchNorm2d):
+                part.__class__ = _SyncBatchNorm2d
+        return module
+
+    def close(self) -> None:
+        """Leave the group; the process may go on alone."""
+        if self.count > 1:
+            distributed.destroy_process_group()
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the processes; every process's loss sends its gradient to all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        distributed.all_reduce(total)
+        return total
+
+
+class _SyncBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over all processes' images where nn.SyncBatchNorm, made for GPUs, does not run."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(images)
+        moments = torch.stack([images.mean((0, 2, 3)), images.square().mean((0, 2, 3))])
+        total: Tensor = _Sum.apply(moments)
+        mean, square = (total / distributed.get_world_size()).unbind()
+        variance = square - mean.square()
+        self._track(mean.detach(), variance.detach(), images)
+        scale = (variance + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -mean * scale if self.bias is None else self.bias - mean * scale
+        return images * scale[:, None, None] + shift[:, None, None]
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, images: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None:
+            return
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        count = images.numel() // images.shape[1] * distributed.get_world_size()
+        keep = 0.1 if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, keep)
+        self.running_var.lerp_(variance * count / max(count - 1, 1), keep)

@@ -1,0 +1,85 @@
+"""How a training step is computed: precision, memory format, compilation, processes, the update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dvla_fast.engine.config import ExecutionConfig, UsageError
+from dvla_fast.engine.distributed import Processes
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+class Execution:
+    """Runs the steps of a training stage as configured.
+
+    Args:
+        config: precision, memory format, compilation.
+        processes: who takes part, and on which device.
+
+    Raises:
+        UsageError: unknown precision.
+    """
+
+    def __init__(
+        self, config: ExecutionConfig | None = None, processes: Processes | None = None
+    ) -> None:
+        self.config = config or ExecutionConfig()
+        self.processes = processes or Processes()
+        if self.config.precision not in PRECISIONS:
+            raise UsageError(
+                f"execution.precision: {self.config.precision!r} is unknown; choose one of "
+                f"{', '.join(PRECISIONS)} (float16 would need its losses scaled)"
+            )
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Ready a module for training: memory format, shared norms, compilation.
+
+        Names of weights stay as they are, and so do checkpoints.
+        """
+        if self.config.channels_last:
+            module = module.to(memory_format=torch.channels_last)
+        module = self.processes.synchronise_norms(module)
+        if self.config.compile:
+            module.compile()
+        return module
+
+    def images(self, images: Tensor) -> Tensor:
+        """Network input (B, C, H, W) in the memory format of the model."""
+        if self.config.channels_last:
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of a forward pass and its loss."""
+        dtype = PRECISIONS[self.config.precision]
+        return torch.autocast(self.processes.device.type, dtype, enabled=dtype is not None)
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Validation: its batches have other sizes, which are not worth compiling for."""
+        if not self.config.compile:
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
+
+    def update(
+        self,
+        loss: Tensor,
+        optimizer: torch.optim.Optimizer,
+        clip_norms: Sequence[tuple[Sequence[nn.Parameter], float]] = (),
+    ) -> None:
+        """One optimiser step; ``clip_norms`` limits the gradient norms of sets of parameters."""
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        groups = optimizer.param_groups
+        self.processes.average_gradients(p for group in groups for p in group["params"])
+        for parameters, limit in clip_norms:
+            if limit and parameters:
+                nn.utils.clip_grad_norm_(parameters, limit)
+        optimizer.step()

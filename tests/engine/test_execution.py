@@ -1,0 +1,185 @@
+"""Mixed precision, channels last and compilation train the same model under the same names."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dvla_fast.data import FewShotData
+from dvla_fast.engine import build
+from dvla_fast.engine import metatune as metatune_module
+from dvla_fast.engine.build import (
+    backbone_spec,
+    build_model,
+    build_texts,
+    model_spec,
+    seed_everything,
+)
+from dvla_fast.engine.checkpoint import load_checkpoint
+from dvla_fast.engine.config import AugmentConfig, DataConfig, DemoRun, ExecutionConfig, UsageError
+from dvla_fast.engine.distributed import Processes
+from dvla_fast.engine.execution import Execution
+from dvla_fast.engine.logging import Progress, RunFolder
+from dvla_fast.engine.pretrain import pretrain
+from dvla_fast.errors import MissingDependencyError
+
+SILENT = Progress({}, enabled=False)
+
+
+def trained(
+    folder: Path, data: FewShotData, config: DemoRun, execution: Execution
+) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    spec = backbone_spec(config.model, 1, 16)
+    run = RunFolder(folder / "pretrain", {})
+    start = pretrain(config.pretrain, data, spec, run, seed_everything(0), 0, SILENT, execution)
+    rows = run.rows()
+    texts, _ = build_texts(config.semantics, data, torch.device("cpu"))
+    rng = seed_everything(1)
+    described = model_spec(config.model, spec, 512)
+    model = build_model(described)
+    build.load_backbone(model, spec, start)
+    run = RunFolder(folder / "metatune", {})
+    best = metatune_module.metatune(
+        config.metatune, model, described, data, texts, run, rng, 0, SILENT, None, execution
+    )
+    return rows + run.rows(), load_checkpoint(best)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        ({"precision": "bfloat16", "channels_last": True}, 0.05),
+        ({"channels_last": True}, 2e-3),
+        ({"compile": True}, 2e-3),
+    ],
+)
+def test_same_training(
+    settings: dict[str, Any], tolerance: float, tmp_path: Path, few_digits: FewShotData,
+    tiny: DemoRun, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    # Captures the graphs, forward and backward, without a minute of code generation.
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda x: compiled(x, backend="aot_eager"))
+    expected, weights = trained(tmp_path / "plain", few_digits, tiny, Execution())
+    rows, others = trained(
+        tmp_path / "other", few_digits, tiny, Execution(ExecutionConfig(**settings))
+    )
+    assert [row["loss"] for row in rows] == pytest.approx(
+        [row["loss"] for row in expected], abs=tolerance
+    )
+    assert {k: (v.dtype, v.shape) for k, v in others.items()} == {
+        k: (v.dtype, v.shape) for k, v in weights.items()
+    }
+
+
+def test_unknown_precision() -> None:
+    with pytest.raises(UsageError, match="precision: 'float16' is unknown; choose one of float32"):
+        Execution(ExecutionConfig(precision="float16"))
+
+
+def test_everything_on_still_learns(tmp_path: Path, few_digits: FewShotData, tiny: DemoRun) -> None:
+    pytest.importorskip("torchvision")
+    recipe = dataclasses.replace(
+        tiny.pretrain, epochs=6, views=2, mixup=0.3, cutmix=1.0, clip_norm=5.0,
+        quarter_turns=False,
+        augment=AugmentConfig(
+            crop=0.5, rand_augment="rand-m5-mstd0.5-inc1", color_jitter=0.4, random_erasing=0.25
+        ),
+    )  # fmt: skip
+    spec = backbone_spec(tiny.model, 1, 16)
+    run = RunFolder(tmp_path / "run", {})
+    execution = Execution(ExecutionConfig(precision="bfloat16", channels_last=True))
+    pretrain(recipe, few_digits, spec, run, seed_everything(0), 0, SILENT, execution)
+    losses = [row["loss"] for row in run.rows()]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("augment", "message"),
+    [
+        ({"crop": 0.0}, "augment.crop: expected 0.01 to 1"),
+        ({"color_jitter": 1.5}, "augment.color_jitter: expected 0 to 1"),
+        ({"rand_augment": "auto"}, "augment.rand_augment: 'auto' is not of the form"),
+    ],
+)
+def test_wrong_augmentation(
+    augment: dict[str, Any], message: str, tmp_path: Path, few_digits: FewShotData, tiny: DemoRun
+) -> None:
+    recipe = dataclasses.replace(tiny.pretrain, augment=AugmentConfig(**augment))
+    spec = backbone_spec(tiny.model, 1, 16)
+    with pytest.raises(UsageError, match=message):
+        pretrain(
+            recipe, few_digits, spec, RunFolder(tmp_path / "run", {}), seed_everything(0), 0, SILENT
+        )
+
+
+def test_residence_is_checked() -> None:
+    with pytest.raises(UsageError, match="resident: expected auto, yes or no, got 'maybe'"):
+        build.build_data(DataConfig(resident="maybe"), torch.device("cpu"))
+
+
+def test_wandb_gets_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[dict[str, float]] = []
+    ended: list[bool] = []
+    run = SimpleNamespace(log=logged.append, finish=lambda: ended.append(True))
+    started: dict[str, Any] = {}
+
+    def init(**arguments: Any) -> SimpleNamespace:
+        started.update(arguments)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    folder = RunFolder(tmp_path / "run", {"seed": 1}, wandb="birds")
+    folder.log("pretrain", 3, loss=1.5, alpha=[0.25, 0.5], note="text")
+    folder.close()
+    assert started["project"] == "birds"
+    assert started["config"] == {"seed": 1}
+    assert logged == [
+        {
+            "pretrain/loss": 1.5,
+            "pretrain/alpha_0": 0.25,
+            "pretrain/alpha_1": 0.5,
+            "pretrain/step": 3,
+        }
+    ]
+    assert ended == [True]
+
+
+def test_missing_wandb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingDependencyError, match="--wandb birds needs wandb"):
+        RunFolder(tmp_path / "run", {}, wandb="birds")
+
+
+@contextlib.contextmanager
+def no_waiting() -> Any:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_gpu(few_digits: FewShotData, tiny: DemoRun) -> None:
+    """After the first step, which allocates and compiles, nothing in a step synchronises."""
+    device = torch.device("cuda")
+    data = build.without_test_split(few_digits.to(device))
+    texts, _ = build_texts(tiny.semantics, few_digits, device)
+    model = build_model(model_spec(tiny.model, backbone_spec(tiny.model, 1, 16), 512)).to(device)
+    config = dataclasses.replace(tiny.metatune, augment=AugmentConfig(shift=0.1))
+    execution = Execution(ExecutionConfig(precision="bfloat16"), Processes("cuda"))
+    gates = metatune_module.GateTraining(config, model)
+    optimizer = torch.optim.AdamW(metatune_module.parameter_groups(model, config, gates.baseline))
+    step = metatune_module._Step(config, model, data, texts, optimizer, gates, execution, 0)
+    gates.begin_epoch()
+    step(0)
+    with no_waiting():
+        step(1)

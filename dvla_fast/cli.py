@@ -66,6 +66,7 @@ the same command continues a build that was stopped""",
         "PretrainRun",
         """  dvla-fast pretrain --output runs/backbone
   dvla-fast pretrain --data.dataset photos/ --data.image_size 84 --pretrain.augment.flip true
+  dvla-fast pretrain --model.backbone resnet12 --data.dataset photos/ --data.image_size 84
   dvla-fast pretrain --config runs/backbone/config.yaml --seed 1
   dvla-fast pretrain --resume --output runs/backbone""",
     ),
@@ -76,6 +77,8 @@ the same command continues a build that was stopped""",
   dvla-fast metatune --checkpoint PRE.safetensors --metatune.shots [5] --metatune.epochs 40
   dvla-fast metatune --checkpoint PRE.safetensors --metatune.objective ppo --metatune.baseline value
   dvla-fast metatune --checkpoint PRE.safetensors --data.dataset photos/ --semantics.bank bank.json
+  dvla-fast metatune --checkpoint visformer-CUB.pth --model.backbone visformer_tiny
+  dvla-fast metatune --model.backbone clip --model.pretrained laion2b_s34b_b88k
   dvla-fast metatune --resume --output runs/tuned""",
     ),
     "evaluate": _Command(
@@ -85,6 +88,7 @@ the same command continues a build that was stopped""",
   dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.shots [5] --evaluate.episodes 2000
   dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.split monitor
   dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.episode_list authors
+  dvla-fast evaluate --checkpoint visformer-CUB.pth --data.dataset caches/cub-224
   dvla-fast evaluate --checkpoint SEED0.safetensors --checkpoints [SEED1.safetensors]
   dvla-fast evaluate --checkpoint TUNED.safetensors --compare runs/other-evaluation""",
     ),

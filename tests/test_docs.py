@@ -60,6 +60,15 @@ ELSEWHERE = {
     " runs/other/checkpoints/metatune-best.safetensors --compare runs/result": (
         "tests/engine/test_evaluate.py::--compare"
     ),
+    "dvla-fast metatune --model.backbone clip --model.clip_model ViT-B-16-quickgelu"
+    " --model.pretrained openai --data.dataset photos/ --data.image_size 224"
+    " --semantics.bank bank.json": ("tests/engine/test_starting.py::test_clip_without_pretraining"),
+    "dvla-fast metatune --model.backbone visformer_tiny --checkpoint visformer-CUB.pth"
+    " --data.dataset caches/cub-224 --data.image_size 224 --semantics.bank bank.json": (
+        "tests/engine/test_starting.py::test_visformer_from_the_authors_file"
+    ),
+    "dvla-fast evaluate --checkpoint visformer-CUB.pth --data.dataset caches/cub-224"
+    " --data.image_size 224": "tests/engine/test_starting.py::test_authors_backbone_alone",
     "dvla-fast metatune --resume --output runs/tuned": "tests/engine/test_resume.py::resume",
 }
 

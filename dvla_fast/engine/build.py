@@ -39,6 +39,11 @@ from dvla_fast.semantics.tokens import stored_tokens
 from dvla_fast.semantics.topk import TEMPLATES
 from dvla_fast.semantics.vectors import CachedEncoder, vectors_path
 
+# Of ModelConfig: what describes the backbone and its start, and not the gates.
+_BACKBONE_FIELDS = (
+    "backbone", "width", "clip_model", "pretrained", "normalisation", "backbone_options",
+)  # fmt: skip
+
 
 def seed_everything(seed: int) -> np.random.Generator:
     """Seed torch and Python; return the run's own NumPy generator."""
@@ -223,9 +228,18 @@ def split_classes(data: FewShotData, split: str) -> Tensor:
 def backbone_spec(config: ModelConfig, channels: int, image_size: int) -> dict[str, Any]:
     """Describe a backbone completely: ``build_backbone(**spec)`` builds it."""
     spec: dict[str, Any] = {"name": config.backbone, "image_size": image_size}
+    if config.backbone == "clip":
+        spec["architecture"] = config.clip_model
+        if channels != 3:
+            raise UsageError(f"the clip backbone takes 3 colours, the images have {channels}")
+    elif channels != 3 or config.backbone in ("small", "resnet12"):
+        spec["in_channels"] = channels
     if config.backbone == "small":
-        spec.update(in_channels=channels, width=config.width)
-    return spec
+        spec["width"] = config.width
+    taken = sorted(set(spec) & set(config.backbone_options))
+    if taken:
+        raise UsageError(f"--model.backbone_options: {', '.join(taken)} has its own option")
+    return spec | config.backbone_options
 
 
 def build_pretrain_model(
@@ -243,7 +257,7 @@ def build_pretrain_model(
 def model_spec(config: ModelConfig, spec: dict[str, Any], text_dim: int) -> dict[str, Any]:
     """Describe a DVLA model completely: ``build_model`` builds it from this alone."""
     gate = asdict(config)
-    for key in ("backbone", "width"):
+    for key in _BACKBONE_FIELDS:
         gate.pop(key)
     return {"backbone": spec, "text_dim": text_dim, **gate}
 
@@ -276,15 +290,26 @@ def fingerprint(spec: dict[str, Any]) -> str:
 def load_backbone(model: DVLA, spec: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """Load the backbone of a pre-training (or meta-tuning) checkpoint into a model.
 
+    The path may also name a ``.pth`` file of published weights (``GatedBackbone.load_pretrained``).
+    Regularisation such as drop-path may differ from what the checkpoint was trained with.
+
     Returns:
         The checkpoint's description.
 
     Raises:
         CheckpointError: unreadable, or of another backbone than ``spec`` describes.
     """
+    if Path(path).suffix in (".pth", ".pt"):
+        try:
+            return model.backbone.load_pretrained(str(path))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
     tensors, info = load_checkpoint(path, ("pretrain", "metatune"))
-    theirs = info["model"]["backbone"]
-    changed = differences(theirs, spec)
+    theirs, ours = (
+        {key: value for key, value in item.items() if key not in model.backbone.regularisers}
+        for item in (info["model"]["backbone"], spec)
+    )
+    changed = differences(theirs, ours)
     if changed:
         raise CheckpointError(
             f"{path}: of another model ({'; '.join(changed[:3])}); use the --model and --data "

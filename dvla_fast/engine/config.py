@@ -83,8 +83,26 @@ class SemanticsConfig:
 class ModelConfig:
     """Backbone, gates and classifier. The backbone part must match a checkpoint that is loaded."""
 
-    backbone: str = option("small", "backbone: small or visformer_tiny")
+    backbone: str = option("small", "backbone: small, resnet12, visformer_tiny or clip")
     width: int = option(24, "width of the small backbone's first stage")
+    clip_model: str = option("ViT-B-16", "open_clip's name of the clip backbone's architecture")
+    pretrained: str = option(
+        "",
+        "published weights that the backbone starts from: open_clip's tag or a file (clip), or a "
+        "visformer-*.pth file (visformer_tiny)",
+    )
+    normalisation: str = option(
+        "auto",
+        "channel statistics of the images: data (of the base images), clip, imagenet, cifar, sp, "
+        "or auto: what the backbone's weights expect, otherwise data",
+    )
+    backbone_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=about(
+            "more arguments of the backbone, e.g. {small_stem: false} (visformer_tiny), "
+            "{drop_block: false} (resnet12), {projection: false} (clip)"
+        ),
+    )
     gated_layers: list[list[int]] = field(
         default_factory=list,
         metadata=about("[stage, block] pairs to gate, e.g. [[2,1],[3,0]]; empty: the default"),
@@ -169,7 +187,7 @@ class MetatuneConfig:
     )
     query: int = option(15, "queries of a class", 1)
     lr: float = option(5e-4, "learning rate of the new modules")
-    backbone_lr: float = option(1e-6, "learning rate of the backbone")
+    backbone_lr: float = option(1e-6, "learning rate of the backbone; 0 freezes it")
     weight_decay: float = option(1e-4, "weight decay")
     clip_norm: float = option(1.0, "largest gradient norm")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -266,7 +284,11 @@ class PretrainRun(RunConfig):
 class MetatuneRun(RunConfig):
     """Everything `dvla-fast metatune` does."""
 
-    checkpoint: str = option("", "pre-training checkpoint to start from (required)")
+    checkpoint: str = option(
+        "",
+        "pre-training checkpoint to start from, or a visformer-*.pth file of the method's authors "
+        "(required, unless --model.pretrained is given)",
+    )
     data: DataConfig = field(default_factory=DataConfig)
     semantics: SemanticsConfig = field(default_factory=SemanticsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -278,7 +300,9 @@ class MetatuneRun(RunConfig):
 class EvaluateRun(RunConfig):
     """Everything `dvla-fast evaluate` does."""
 
-    checkpoint: str = option("", "checkpoint to evaluate (required)")
+    checkpoint: str = option(
+        "", "checkpoint to evaluate, or the backbone of an authors' visformer-*.pth file (required)"
+    )
     checkpoints: list[str] = field(
         default_factory=list,
         metadata=about("more checkpoints of the same recipe (seeds); results are means over all"),

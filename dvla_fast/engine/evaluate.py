@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +47,7 @@ from dvla_fast.engine.records import (
     compare_runs,
     write_confusion,
 )
+from dvla_fast.engine.starting import published, published_visformer, trained_normalisation
 from dvla_fast.engine.statistics import (
     INTERVAL,
     PAIRED_INTERVAL,
@@ -224,6 +224,8 @@ def split_fingerprint(images: ImageSet) -> str:
 def load_model(path: str, data: FewShotData) -> tuple[DVLA | None, nn.Module, dict[str, Any]]:
     """Rebuild the model of a checkpoint from its own description.
 
+    The path may also name a ``.pth`` file of the method's authors: its backbone is evaluated.
+
     Returns:
         (gated model or None for a pre-training checkpoint, backbone, description), on the
         data's device.
@@ -231,9 +233,12 @@ def load_model(path: str, data: FewShotData) -> tuple[DVLA | None, nn.Module, di
     Raises:
         CheckpointError: unreadable, foreign, or made for images of another size.
     """
+    if published(path):
+        backbone, info = published_visformer(path, data)
+        return None, backbone.to(data.base.device), info
     tensors, info = load_checkpoint(path, ("pretrain", "metatune"))
     spec = info["model"]["backbone"]
-    shape = (spec.get("in_channels", data.channels), spec["image_size"])
+    shape = (spec.get("in_channels", 3), spec["image_size"])
     if shape != (data.channels, data.image_size):
         raise CheckpointError(
             f"{path}: made for images of {shape[0]} channel(s) and {shape[1]} pixels, but the "
@@ -269,19 +274,6 @@ def check_semantics(semantics: Mapping[str, Any], info: Mapping[str, Any], path:
                 f"--semantics.{key} {theirs[key]}, or give the bank of vectors that it was trained "
                 "with"
             )
-
-
-def trained_normalisation(data: FewShotData, info: Mapping[str, Any]) -> FewShotData:
-    """Give the data set the channel statistics that a checkpoint was trained with.
-
-    They matter across domains: a network expects its own base classes' statistics, whatever
-    images it meets. Checkpoints written before these were noted leave the data as it is.
-    """
-    known = info.get("normalisation")
-    if known is None:
-        return data
-    mean, std = (torch.tensor(known[key], device=data.mean.device) for key in ("mean", "std"))
-    return replace(data, mean=mean, std=std)
 
 
 def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:

@@ -28,20 +28,20 @@ from dvla_fast.engine.build import (
     build_model,
     build_texts,
     check_finite,
-    load_backbone,
     model_spec,
     normalisation,
     seed_everything,
     split_classes,
     without_test_split,
 )
-from dvla_fast.engine.config import MetatuneConfig, MetatuneRun, UsageError, to_dict
+from dvla_fast.engine.config import MetatuneConfig, MetatuneRun, to_dict
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
 from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor
 from dvla_fast.engine.pretrain import monitor_sampler
+from dvla_fast.engine.starting import begin_metatuning
 from dvla_fast.engine.state import TrainingState
 from dvla_fast.nn import DVLA
 from dvla_fast.rl import collapsed_layers, total_loss
@@ -128,6 +128,7 @@ def metatune(
         RuntimeWarning: a gate's policy has collapsed; once a layer.
     """
     data = without_test_split(data)
+    model.backbone.requires_grad_(config.backbone_lr > 0)  # frozen: no gradients are computed
     execution = execution or Execution()
     execution.prepare(model)
     gates = GateTraining(config, model, execution.processes)
@@ -180,7 +181,9 @@ def _training_mode(model: DVLA, freeze_norm: bool) -> None:
     would still drift to those of few-class episodes within tens of steps.
     """
     model.train()
-    if freeze_norm:
+    if not any(parameter.requires_grad for parameter in model.backbone.parameters()):
+        model.backbone.eval()  # frozen: neither its statistics move nor does it drop anything
+    elif freeze_norm:
         for module in model.backbone.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
@@ -323,11 +326,6 @@ def _describe(row: dict[str, Any], epoch: int, epochs: int) -> str:
 
 def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast metatune`` does; returns the summary that it writes."""
-    if not config.checkpoint:
-        raise UsageError(
-            "metatune needs --checkpoint, the pretrain-best.safetensors of a `dvla-fast pretrain` "
-            "run"
-        )
     processes = Processes(config.device)
     execution = Execution(config.execution, processes)
     device = processes.device
@@ -340,8 +338,9 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     )
     rng = seed_everything(config.seed)
     model = build_model(spec)
-    load_backbone(model, spec["backbone"], config.checkpoint)
+    data, start = begin_metatuning(model, spec["backbone"], data, config.model, config.checkpoint)
     model.to(device)
+    started = config.checkpoint or config.model.pretrained
     tuning = config.metatune
     for shot in tuning.shots:  # fail before the folder is made
         EpisodeSampler(data.base, tuning.way, shot, tuning.query, 0)
@@ -349,7 +348,7 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     Augmentation(tuning.augment, data)
     processes.share(tuning.episodes_per_step, "metatune.episodes_per_step")
     folder = open_folder(config.output, to_dict(config), processes, config.resume, config.wandb)
-    facts = {"semantics": semantics, "started_from": config.checkpoint}
+    facts = {"semantics": semantics, "started_from": started, "start": start}
     with Progress({"meta-tune": 1.0}, enabled=not quiet and processes.main) as progress:
         best = metatune(
             tuning, model, spec, data, texts, folder, rng, config.seed, progress, facts, execution
@@ -365,7 +364,7 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
         "monitor": data.monitor_kind,
         "monitor_accuracy": max(row.get("monitor_accuracy", -1.0) for row in rows),
         "checkpoint": str(best),
-        "started_from": config.checkpoint,
+        "started_from": started,
         "semantics": semantics,
         "device": str(device),
         "processes": processes.count,

@@ -35,6 +35,7 @@ from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.predict import image_features, predict_visual
+from dvla_fast.engine.starting import load_published, normalise_for
 from dvla_fast.engine.state import TrainingState
 
 
@@ -91,6 +92,7 @@ def pretrain(
     seed: int,
     progress: Progress,
     execution: Execution | None = None,
+    pretrained: str = "",
 ) -> Path:
     """Pre-train a backbone.
 
@@ -103,6 +105,7 @@ def pretrain(
         seed: seed of the validation episodes.
         progress: display; the stage name is "pre-train".
         execution: precision, compilation, processes; None: float32 in one process.
+        pretrained: published weights to start from (``ModelConfig.pretrained``).
 
     Returns:
         Path of the checkpoint that validated best.
@@ -114,7 +117,10 @@ def pretrain(
     data = without_test_split(data)
     execution = execution or Execution()
     outputs = len(data.base.class_names) * (3 if config.quarter_turns else 1)
-    model = build_pretrain_model(spec, outputs, config.drop_path).to(data.base.device)
+    model = build_pretrain_model(spec, outputs, config.drop_path)
+    if pretrained and not folder.resume:
+        load_published(model["backbone"], pretrained)
+    model.to(data.base.device)
     execution.prepare(model["backbone"])
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay
@@ -238,6 +244,7 @@ def run_pretrain(config: PretrainRun, *, quiet: bool = False) -> dict[str, Any]:
     processes = Processes(config.device)
     execution = Execution(config.execution, processes)
     data = build_data(config.data, processes.device, training=True)
+    data = normalise_for(data, config.model)
     spec = backbone_spec(config.model, data.channels, data.image_size)
     # Settings that fit no model or no batch fail before the folder is made.
     build_pretrain_model(spec, 1, config.pretrain.drop_path)
@@ -246,7 +253,10 @@ def run_pretrain(config: PretrainRun, *, quiet: bool = False) -> dict[str, Any]:
     folder = open_folder(config.output, to_dict(config), processes, config.resume, config.wandb)
     rng = seed_everything(config.seed)
     with Progress({"pre-train": 1.0}, enabled=not quiet and processes.main) as progress:
-        best = pretrain(config.pretrain, data, spec, folder, rng, config.seed, progress, execution)
+        best = pretrain(
+            config.pretrain, data, spec, folder, rng, config.seed, progress, execution,
+            config.model.pretrained,
+        )  # fmt: skip
     processes.wait()
     rows = folder.rows("pretrain")
     validated = [row for row in rows if "monitor_episode_accuracy" in row]

@@ -80,6 +80,8 @@ class DVLA(nn.Module):
     Args:
         backbone: the image network.
         gated_layers: (stage, block) pairs, in the backbone's order; None: ``backbone.locations``.
+            Where the block is convolutional, no text tokens ride through it: there the gate acts
+            through z + mean(H) alone.
         text_dim: width of the text tokens.
         num_heads: attention heads of each gate.
         concentration: κ of the Beta policy.
@@ -88,8 +90,8 @@ class DVLA(nn.Module):
         text_scope: "episode": every image sees the texts of all the episode's classes; "class":
             supports see their own class's texts, queries none.
         level_weights: (attribute, description) weights for each gated layer; they scale the text
-            tokens, and equal weights leave them alone. Default: (0.7, 0.3) up to stage 2, then
-            (0.3, 0.7).
+            tokens, and equal weights leave them alone. Default: (0.7, 0.3) before the backbone's
+            ``deep_from`` (stage 3 of Visformer), then (0.3, 0.7).
         policy: of the gates: "beta", "categorical", "fixed", "static" or "mlp".
         hidden_dim: hidden width of the policy networks.
         fixed_alpha: the gate of policy "fixed".
@@ -141,7 +143,7 @@ class DVLA(nn.Module):
         self.alignments = nn.ModuleList(
             nn.Linear(width, text_dim, bias=False) for width in widths
         )  # U of the similarity reward
-        scales = _level_scales(level_weights, self.gated_layers)
+        scales = _level_scales(level_weights, self.gated_layers, backbone.deep_from)
         self.register_buffer("level_scales", scales, persistent=False)
 
     def features(self, images: Tensor) -> Tensor:
@@ -150,7 +152,7 @@ class DVLA(nn.Module):
         return result
 
     def prefix(self, images: Tensor) -> Tensor:
-        """Maps (B, C', H', W') just before the first gate, which no text and no episode changes.
+        """States (B, ·, ·, ·) just before the first gate, which no text and no episode changes.
 
         Compute them once per image and give them to :meth:`forward` with ``from_prefix=True``:
         an evaluation in which images recur then pays for the early stages once.
@@ -373,7 +375,7 @@ class _GatePass:
             query_added,
             aligned[:, self.counts[0] :],
         )
-        return self._handed_back(out)
+        return self._handed_back(location, out)
 
     def class_gate(self, location: Location, tokens: Tensor) -> GatedTokens:
         """Supports alone, each its own text group; an episode's groups share a decision."""
@@ -382,7 +384,7 @@ class _GatePass:
             scope["episodes"] = self.episodes
         out, before, fused, aligned = self._run(location, tokens, scope)
         self._record(location, out, (before, before + fused, before, before), fused, aligned)
-        return self._handed_back(out)
+        return self._handed_back(location, out)
 
     def observe_query(self, location: Location, tokens: Tensor) -> None:
         """Queries see no text: their pooled tokens are the same before and after the gate."""
@@ -431,7 +433,9 @@ class _GatePass:
             state = state.unflatten(0, (self.episodes, -1))
         self.traces.append(LayerTrace(location, *decision, *pooled, fused, aligned, state))
 
-    def _handed_back(self, out: GateOutput) -> GatedTokens:
+    def _handed_back(self, location: Location, out: GateOutput) -> GatedTokens:
+        if not self.model.backbone.carries_extra(location):
+            return GatedTokens(out.image_tokens)
         return GatedTokens(out.image_tokens, out.fused, per_image(self.mask, out.fused.shape[0]))
 
 
@@ -462,21 +466,15 @@ def _checked_layers(
         raise ValueError("gated_layers: expected at least one (stage, block)")
     if list(checked) != sorted(checked):
         raise ValueError(f"gated_layers: {checked} are not in the order of the backbone's blocks")
-    for location in checked:
-        if not backbone.carries_extra(location):
-            raise ValueError(
-                f"gated_layers: {location} has a spatial convolution, through which text tokens"
-                " cannot ride; choose an attention block"
-            )
     return checked
 
 
 def _level_scales(
-    weights: Sequence[Sequence[float]] | None, layers: tuple[Location, ...]
+    weights: Sequence[Sequence[float]] | None, layers: tuple[Location, ...], deep_from: Location
 ) -> Tensor:
     """(L, 2) factors for attributes and descriptions, of mean 1 at each layer."""
     if weights is None:
-        weights = [(0.7, 0.3) if stage <= 2 else (0.3, 0.7) for stage, _ in layers]
+        weights = [(0.7, 0.3) if layer < deep_from else (0.3, 0.7) for layer in layers]
     if len(weights) != len(layers):
         raise ValueError(f"level_weights: {len(weights)} pairs for {len(layers)} gated layers")
     for pair in weights:

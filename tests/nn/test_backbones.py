@@ -60,6 +60,7 @@ def test_visformer_tiny_is_timms(size: int, sides: tuple[int, int, int]) -> None
         assert torch.equal(features, net(x))
     assert backbone.feature_dim == features.shape[1] == 384
     assert backbone.locations == ((2, 3), (3, 0))
+    assert len(net.stem) == (6 if size == 84 else 3)  # the authors' 84 px stem has two convolutions
     assert [seen[s, 0] for s in (1, 2, 3)] == [
         (1, side**2, width) for side, width in zip(sides, (96, 192, 384))
     ]

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 import dvla_fast
-from dvla_fast.nn import DVLA, SmallConvAttention, TextTokens, prototype_logits, visformer_tiny
+from dvla_fast.nn import (
+    DVLA,
+    ResNet12,
+    SmallConvAttention,
+    TextTokens,
+    prototype_logits,
+    visformer_tiny,
+)
 from dvla_fast.nn.policy import POLICIES
 
 from .conftest import TEXT_DIM, make_episodes, make_text
@@ -234,10 +241,36 @@ def test_over_visformer() -> None:
     assert [t.fused.shape[-1] for t in output.layers] == [192, 384]
 
 
+def test_gates_before_convolutions_act_through_the_image_tokens_alone() -> None:
+    torch.manual_seed(0)
+    backbone = ResNet12(16, 1, widths=(8, 8, 16, 16))
+    model = DVLA(backbone, text_dim=TEXT_DIM, num_heads=2, hidden_dim=8).eval()
+    assert model.level_scales.tolist() == [
+        pytest.approx([1.4, 0.6]),
+        pytest.approx([0.6, 1.4]),
+    ]
+    support, labels, query, _ = make_episodes(2, 3, 1, 2, side=16)
+    text = make_text(2, 3, masked=True)
+    output = model(support, labels, query, text, way=3)
+    assert [t.location for t in output.layers] == [(3, 0), (4, 0)]
+    plain = model(support, labels, query, way=3)
+    assert not torch.allclose(output.logits, plain.logits, atol=1e-4)
+    trace = output.layers[1]  # z + GAP(H), and nothing else of the text
+    torch.testing.assert_close(trace.query_after, trace.query_before + trace.fused)
+    split = model(
+        model.prefix(support.flatten(0, 1)).unflatten(0, (2, -1)),
+        labels,
+        model.prefix(query.flatten(0, 1)).unflatten(0, (2, -1)),
+        text,
+        way=3,
+        from_prefix=True,
+    )
+    torch.testing.assert_close(split.logits, output.logits)
+
+
 @pytest.mark.parametrize(
     ("match", "options"),
     [
-        ("spatial convolution", {"gated_layers": [(1, 0)]}),
         ("no such", {"gated_layers": [(2, 9)]}),
         ("not in the order", {"gated_layers": [(3, 0), (2, 0)]}),
         ("at least one", {"gated_layers": []}),

@@ -1,14 +1,16 @@
 """What a backbone must offer so that gates can sit before any of its blocks.
 
-A backbone is stages of blocks over feature maps (B, C, H, W). Before a gated block a callback sees
-the image tokens, may replace them, and may append extra tokens that ride along through that one
-block (method §3, "back into the image stream").
+A backbone is stages of blocks over a state: a feature map (B, C, H, W), unless a backbone says
+otherwise. Before a gated block a callback sees the image tokens, may replace them, and may append
+extra tokens that ride along through that one block (method §3, "back into the image stream").
+They ride as further keys and values of the block's attention. A block without attention has
+nothing that could read them: there a gate acts through the image tokens alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,30 +42,58 @@ class GatedBackbone(nn.Module):
         depths: number of blocks of each stage.
         widths: width d of the tokens before each block.
         locations: where gates are called unless a call says otherwise.
+        deep_from: gates from this block on weigh descriptions higher than attributes (method §4).
+        regularisers: constructor arguments that act in training alone: backbones that differ in
+            them share their weights.
     """
 
     feature_dim: int
     depths: tuple[int, ...]
     widths: dict[Location, int]
     locations: tuple[Location, ...]
+    deep_from: Location = (3, 0)
+    regularisers: tuple[str, ...] = ()
 
     def enter(self, stage: int, x: Tensor) -> Tensor:
-        """The map (B, C, H, W) that the first block of a stage sees; x: image, or last stage."""
+        """The state that the first block of a stage sees; x: images, or the last stage's state."""
         raise NotImplementedError
 
     def run_block(
         self, location: Location, x: Tensor, extra: Tensor | None, extra_mask: Tensor | None
     ) -> Tensor:
-        """One block on a map (B, C, H, W), extra tokens (B, P, C) riding along if given."""
+        """One block on a state, extra tokens (B, P, C) riding along if given."""
         raise NotImplementedError
 
     def pool(self, x: Tensor) -> Tensor:
-        """The last map (B, C, H, W) to features (B, feature_dim)."""
+        """The last state to features (B, feature_dim)."""
         raise NotImplementedError
 
     def carries_extra(self, location: Location) -> bool:
         """Whether extra tokens can ride through this block (not through a spatial convolution)."""
         raise NotImplementedError
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The image tokens (B, N, C) of a state."""
+        return to_tokens(x)
+
+    def with_tokens(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """The state with other image tokens (B, N, C)."""
+        return to_map(tokens, x.shape[2], x.shape[3])
+
+    def load_pretrained(self, source: str) -> dict[str, Any]:
+        """Load published weights of this network.
+
+        Returns:
+            What was loaded and what of it was left out, ready for JSON.
+
+        Raises:
+            ValueError: no weights are published for this backbone.
+            CheckpointError: a file or name that holds no such weights.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no published weights to start from (got {source!r});"
+            " pre-train it"
+        )
 
     @property
     def blocks(self) -> tuple[Location, ...]:
@@ -81,7 +111,7 @@ class GatedBackbone(nn.Module):
         """Features (B, feature_dim) of images (B, C, H, W).
 
         Args:
-            images: the images; with ``start``, the map that :meth:`prefix` returned for it.
+            images: the images; with ``start``, the state that :meth:`prefix` returned for it.
             gate_fn: called as ``gate_fn(location, tokens (B, N, d))`` before each block of
                 ``locations``.
             locations: default ``self.locations``.
@@ -105,7 +135,7 @@ class GatedBackbone(nn.Module):
         return self.pool(x)
 
     def prefix(self, images: Tensor, stop: Location) -> Tensor:
-        """The map (B, C, H, W) just before the block ``stop``: work that no later gate changes.
+        """The state just before the block ``stop``: work that no later gate changes.
 
         ``forward(prefix(images, location), gate_fn, start=location)`` equals
         ``forward(images, gate_fn)`` when no gate sits before ``location``.
@@ -145,7 +175,7 @@ class GatedBackbone(nn.Module):
         return blocks[blocks.index(start) :]
 
     def _gated_block(self, location: Location, x: Tensor, gate_fn: GateFn) -> Tensor:
-        tokens = to_tokens(x)
+        tokens = self.tokens(x)
         result = gate_fn(location, tokens)
         if result is None:
             return self.run_block(location, x, None, None)
@@ -167,8 +197,7 @@ class GatedBackbone(nn.Module):
                     f"gate at {location}: extra tokens {tuple(extra.shape)}, expected"
                     f" ({tokens.shape[0]}, P, {tokens.shape[2]})"
                 )
-        x = to_map(new.tokens, x.shape[2], x.shape[3])
-        return self.run_block(location, x, extra, new.extra_mask)
+        return self.run_block(location, self.with_tokens(x, new.tokens), extra, new.extra_mask)
 
 
 def to_tokens(x: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ class SmallConvAttention(GatedBackbone):
         ValueError: sizes that do not fit together.
     """
 
+    regularisers = ("drop_path_rate",)
+
     def __init__(
         self,
         in_channels: int = 1,

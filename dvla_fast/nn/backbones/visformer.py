@@ -1,8 +1,9 @@
 """Visformer-Tiny, the paper's backbone, over timm's implementation, with gates before any block.
 
-timm's modules and parameter names are kept (under ``net.``), so its checkpoints load. Stage 1 is
-convolutional; gates with extra tokens go to stages 2 and 3 (method §5). The ImageNet weights
-that timm offers have seen the novel classes of every benchmark here, and are never fetched.
+timm's modules and parameter names are kept (under ``net.``), so its checkpoints load; those of the
+method's authors are converted by ``published``. Stage 1 is convolutional; gates with extra tokens
+go to stages 2 and 3 (method §5). The ImageNet weights that timm offers have seen the novel classes
+of every benchmark here, and are never fetched.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dvla_fast.nn.backbones.base import (
     to_map,
     to_tokens,
 )
+from dvla_fast.nn.backbones.published import load_visformer
 
 
 class Visformer(GatedBackbone):
@@ -29,20 +31,24 @@ class Visformer(GatedBackbone):
 
     Args:
         net: a ``timm.models.visformer.Visformer`` with a convolutional stem.
-        locations: where gates are called.
+        locations: where gates are called; default: last block of stage 2, first of stage 3, which
+            are the paper's (2, 3) and (3, 0) in Visformer-Tiny.
 
     Raises:
         ValueError: a location that does not exist.
     """
 
-    def __init__(self, net: Any, locations: Sequence[Sequence[int]] = ((2, 3), (3, 0))) -> None:
+    regularisers = ("drop_path_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate")
+
+    def __init__(self, net: Any, locations: Sequence[Sequence[int]] | None = None) -> None:
         super().__init__()
         self.net = net
         self.depths = (len(net.stage1), len(net.stage2), len(net.stage3))
         self.feature_dim = net.num_features
         dims = tuple(info["num_chs"] for info in net.feature_info)
         self.widths = {(s, b): dims[s - 1] for s, b in self.blocks}
-        self.locations = self.check_locations(locations)
+        default = ((2, self.depths[1] - 1), (3, 0))
+        self.locations = self.check_locations(default if locations is None else locations)
 
     def enter(self, stage: int, x: Tensor) -> Tensor:
         """See :class:`GatedBackbone`."""
@@ -88,6 +94,13 @@ class Visformer(GatedBackbone):
         block = self._block(location)
         return block.attn is not None and not block.spatial_conv
 
+    def load_pretrained(self, source: str) -> dict[str, Any]:
+        """Load the backbone of an authors' ``visformer-*.pth`` or ``dvla_rl-*.pth`` file.
+
+        See :func:`dvla_fast.nn.backbones.published.load_visformer`.
+        """
+        return load_visformer(self.net, source)
+
     def _block(self, location: Location) -> Any:
         return getattr(self.net, f"stage{location[0]}")[location[1]]
 
@@ -117,7 +130,7 @@ def visformer_tiny(
     in_channels: int = 3,
     *,
     small_stem: bool | None = None,
-    locations: Sequence[Sequence[int]] = ((2, 3), (3, 0)),
+    locations: Sequence[Sequence[int]] | None = None,
     **kwargs: Any,
 ) -> Visformer:
     """Visformer-Tiny (about 10 M parameters), randomly initialised.
@@ -127,7 +140,8 @@ def visformer_tiny(
     Args:
         image_size: side of the images.
         in_channels: colours.
-        small_stem: a 3 × 3 stem of stride 1 in place of 7 × 7 of stride 2; default: under 128 px.
+        small_stem: two 3 × 3 convolutions of stride 1, as the authors have for 84 px, in place of
+            one 7 × 7 of stride 2; default: under 128 px.
         locations: where gates are called.
         kwargs: for ``timm.create_model``, e.g. ``drop_path_rate=0.5``.
 
@@ -155,7 +169,14 @@ def visformer_tiny(
         **kwargs,
     )  # fmt: skip
     if small:
-        stem = nn.Conv2d(in_channels, net.stem[0].out_channels, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-        net.stem[0] = stem
+        net.stem = _small_stem(in_channels, net.stem[0].out_channels)
     return Visformer(net, locations)
+
+
+def _small_stem(in_channels: int, width: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for entering in (in_channels, width):
+        convolution = nn.Conv2d(entering, width, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+        layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)

@@ -1,0 +1,156 @@
+"""Where a training run begins: the weights of its backbone, and the statistics its images get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dvla_fast.data import FewShotData
+from dvla_fast.engine.build import load_backbone
+from dvla_fast.engine.config import ModelConfig, UsageError
+from dvla_fast.nn import DVLA, GatedBackbone, build_backbone, clip_statistics, has_small_stem
+
+# The authors meta-tune and evaluate with ImageNet's, and on CIFAR-FS and FC100 with CIFAR's; SP
+# (Semantic Prompt, their network's origin) has its own.
+STATISTICS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar": ((0.5071, 0.4866, 0.4409), (0.2009, 0.1984, 0.2023)),
+    "sp": ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),
+}
+NORMALISATIONS = ("auto", "data", "clip", *STATISTICS)
+
+
+def published(path: str) -> bool:
+    """Whether a checkpoint is not one of ours but a PyTorch file that others published."""
+    return Path(path).suffix in (".pth", ".pt")
+
+
+def with_statistics(data: FewShotData, mean: Sequence[float], std: Sequence[float]) -> FewShotData:
+    """Return the data set with other channel statistics; no image is copied.
+
+    Raises:
+        UsageError: for images of another number of channels.
+    """
+    if len(mean) != data.channels:
+        raise UsageError(
+            f"{data.name}: images of {data.channels} channel(s), but the backbone's statistics are "
+            f"for {len(mean)}; choose another --model.backbone or --model.normalisation data"
+        )
+    device = data.mean.device
+    return replace(
+        data, mean=torch.tensor(mean, device=device), std=torch.tensor(std, device=device)
+    )
+
+
+def normalise_for(data: FewShotData, config: ModelConfig, checkpoint: str = "") -> FewShotData:
+    """Return the data set with the channel statistics that the backbone expects.
+
+    ``auto`` means CLIP's for the clip backbone (those of its weights), the authors' for their
+    files, and otherwise those of the base images.
+
+    Raises:
+        UsageError: an unknown name, or statistics of another number of channels.
+    """
+    name = config.normalisation
+    if name not in NORMALISATIONS:
+        raise UsageError(
+            f"--model.normalisation: unknown {name!r}; choose one of {', '.join(NORMALISATIONS)}"
+        )
+    start = checkpoint or config.pretrained
+    if name == "auto" and config.backbone == "clip":
+        name = "clip"
+    elif name == "auto" and config.backbone == "visformer_tiny" and published(start):
+        name = _authors_statistics(start)
+    if name == "clip":
+        return with_statistics(data, *clip_statistics(config.clip_model, config.pretrained))
+    return with_statistics(data, *STATISTICS[name]) if name in STATISTICS else data
+
+
+def _authors_statistics(path: str) -> str:
+    stem = Path(path).stem.lower()
+    return "cifar" if "cifar" in stem or "fc100" in stem else "imagenet"
+
+
+def published_visformer(path: str, data: FewShotData) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the backbone of an authors' ``.pth`` file for a data set's images.
+
+    Returns:
+        The backbone on the CPU, and a description as that of a pre-training checkpoint.
+
+    Raises:
+        CheckpointError: unreadable, or not of their network.
+    """
+    spec = {"image_size": data.image_size, "small_stem": has_small_stem(path)}
+    backbone = build_backbone("visformer_tiny", **spec)
+    start = backbone.load_pretrained(path)
+    mean, std = STATISTICS[_authors_statistics(path)]
+    statistics = {"mean": list(mean), "std": list(std)}
+    model = {"backbone": {"name": "visformer_tiny", **spec}}
+    return backbone, {
+        "kind": "pretrain", "model": model, "normalisation": statistics, "start": start,
+    }  # fmt: skip
+
+
+def trained_normalisation(data: FewShotData, info: Mapping[str, Any]) -> FewShotData:
+    """Give the data set the channel statistics that a checkpoint was trained with.
+
+    They matter across domains: a network expects its own base classes' statistics, whatever
+    images it meets. Checkpoints written before these were noted leave the data as it is.
+    """
+    known = info.get("normalisation")
+    return data if known is None else with_statistics(data, known["mean"], known["std"])
+
+
+def begin_metatuning(
+    model: DVLA, spec: dict[str, Any], data: FewShotData, config: ModelConfig, checkpoint: str
+) -> tuple[FewShotData, dict[str, Any]]:
+    """Give a model its backbone's first weights: of a checkpoint, or published ones.
+
+    Args:
+        model: the model, changed in place.
+        spec: description of its backbone.
+        data: the data set.
+        config: names the published weights, and the normalisation.
+        checkpoint: of a run, or a ``.pth`` file of the authors; empty: ``config.pretrained``.
+
+    Returns:
+        The data set with the statistics that go with the weights, and facts for the run's records.
+
+    Raises:
+        UsageError: neither a checkpoint nor published weights are named.
+        CheckpointError: unreadable, or of another backbone.
+    """
+    if not checkpoint and not config.pretrained:
+        raise UsageError(
+            "metatune needs --checkpoint, the pretrain-best.safetensors of a `dvla-fast pretrain` "
+            "run or a visformer-*.pth file of the method's authors; or, for CLIP, "
+            "--model.backbone clip --model.pretrained TAG_OR_FILE"
+        )
+    data = normalise_for(data, config, checkpoint)
+    if not checkpoint:
+        return data, load_published(model.backbone, config.pretrained)
+    info = load_backbone(model, spec, checkpoint)
+    if published(checkpoint):
+        return data, info
+    if config.normalisation == "auto":
+        data = trained_normalisation(data, info)
+    return data, {}
+
+
+def load_published(backbone: nn.Module, source: str) -> dict[str, Any]:
+    """Load published weights into a backbone.
+
+    Raises:
+        UsageError: none are published for this backbone.
+        CheckpointError: no such weights, or of another backbone.
+    """
+    assert isinstance(backbone, GatedBackbone)
+    try:
+        return backbone.load_pretrained(source)
+    except ValueError as error:
+        raise UsageError(f"--model.pretrained: {error}") from error

@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each row")
     parser.add_argument("--texts", default="clip", choices=("clip", "none"))
     parser.add_argument(
-        "--malloc", default="keeps", choices=("keeps", "returns"), help="what malloc does with memory"
+        "--malloc", default="keeps", choices=("keeps", "returns"), help="what malloc does"
     )
     parser.add_argument("--stage", action="append", choices=("pretrain", "metatune"))
     arguments = parser.parse_args()

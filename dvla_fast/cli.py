@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
     try:
-        return _dispatch(given)
+        return _dispatch(given, owns_process=arguments is None)
     except SystemExit as stop:  # from the argument parser: --help (0) or wrong usage (2)
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:
@@ -127,7 +127,7 @@ def _fail(message: str, status: int = 1) -> int:
     return status
 
 
-def _dispatch(given: list[str]) -> int:
+def _dispatch(given: list[str], owns_process: bool) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(_overview())
         return 0 if given else 2
@@ -151,6 +151,10 @@ def _dispatch(given: list[str]) -> int:
     config = _parse(name, rest)
     if not hasattr(config, "resume"):  # no run, no run folder
         return _RUNNERS[name](config)
+    if owns_process:
+        from dvla_fast.engine.memory import keep_freed_memory
+
+        keep_freed_memory()
     if not config.output:
         config.output = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:

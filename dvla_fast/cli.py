@@ -59,7 +59,7 @@ the same command continues a build that was stopped""",
         "SemanticsShow",
         """  dvla-fast semantics show digits
   dvla-fast semantics show digits eight
-  dvla-fast semantics show shapes babo --top_k 6
+  dvla-fast semantics show shapes rokobu --top_k 6
   dvla-fast semantics show banks/birds.json 'Sooty Albatross'""",
     ),
     "semantics diff": _Command(

@@ -59,6 +59,12 @@ ELSEWHERE = {
     " runs/other/checkpoints/metatune-best.safetensors --compare runs/result": (
         "tests/engine/test_evaluate.py::--compare"
     ),
+    "dvla-fast semantics encode birds.json --encoder open_clip:ViT-B-16/openai": (
+        "tests/engine/test_bank_commands.py::test_encode_with_a_model"
+    ),
+    "dvla-fast semantics import semantic.pth --attributes attributes.pth --output banks/cub.json": (
+        "tests/semantics/test_importing.py::test_import_command"
+    ),
     "dvla-fast metatune --resume --output runs/tuned": "tests/engine/test_resume.py::resume",
 }
 

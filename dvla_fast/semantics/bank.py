@@ -25,6 +25,7 @@ a JSON Schema.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -201,7 +202,9 @@ class SemanticBank:
         alike: dict[str, list[str]] = {}
         for own in self.classes:
             alike.setdefault(normalised_name(own), []).append(own)
-        found, missing, ambiguous = [], [], []
+        found: list[str] = []
+        missing: list[str] = []
+        ambiguous: list[str] = []
         for name in class_names:
             matches = [name] if name in self.classes else alike.get(normalised_name(name), [])
             if len(matches) == 1:
@@ -209,16 +212,19 @@ class SemanticBank:
             elif matches:
                 ambiguous.append(f"{name!r} fits {' and '.join(map(repr, matches))}")
             else:
-                missing.append(repr(name))
+                missing.append(name)
         if ambiguous:
             raise BankError(
                 f"{self.source}: {_some(ambiguous, '; ')}; rename the bank's classes as the data "
                 "set has them"
             )
         if missing:
+            near = difflib.get_close_matches(missing[0], self.classes, 3)
+            hint = f" (near {missing[0]!r}: {', '.join(map(repr, near))})" if near else ""
             raise BankError(
                 f"{self.source}: the bank lacks {len(missing)} class(es) of the data set: "
-                f"{_some(missing)}; add them to its 'classes', or give another bank"
+                f"{_some(list(map(repr, missing)))}{hint}; add them to its 'classes', or give "
+                "another bank"
             )
         return found
 

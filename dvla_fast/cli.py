@@ -137,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
+        if given[:1] == ["semantics"]:
+            return _fail("interrupted; the same command continues")
         return _fail("interrupted; continue with --resume and the same --output")
     except DVLAError as error:
         if debug:

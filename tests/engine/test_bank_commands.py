@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from dvla_fast.cli import main
-from dvla_fast.semantics import load_bank
+from dvla_fast.engine import bank_commands
+from dvla_fast.semantics import HashedNGramEncoder, load_bank
 
 BIRDS: dict[str, Any] = {
     "format": "dvla-fast-bank/1",
@@ -202,6 +203,23 @@ def test_encode(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "longer than the 77 words" in run(capsys, "encode", long_bank(birds), status=1)
     with pytest.warns(UserWarning, match="longer than the 77 words"):
         assert "cut         1 texts" in run(capsys, "encode", long_bank(birds), "--truncate")
+
+
+def test_a_stopped_encode_keeps_what_is_done(
+    birds: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, calls = HashedNGramEncoder.encode, []
+
+    def stops(self: HashedNGramEncoder, texts: Any) -> Any:
+        calls.append(texts)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, texts)
+
+    monkeypatch.setattr(bank_commands, "_BATCH", 2)
+    monkeypatch.setattr(HashedNGramEncoder, "encode", stops)
+    assert "interrupted" in run(capsys, "encode", birds, status=1)
+    assert "(2 encoded now)" in run(capsys, "encode", birds)
 
 
 def long_bank(birds: Path) -> Path:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-TINY = "dvla-fast-tiny"
+TINY = "dvla-fast-tiny-tower"
 
 _TEXT = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
 _VISION: dict[str, Any] = {

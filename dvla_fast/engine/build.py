@@ -32,6 +32,7 @@ from dvla_fast.semantics import (
     encode_bank,
     load_bank,
 )
+from dvla_fast.semantics.topk import TEMPLATES
 
 
 def seed_everything(seed: int) -> np.random.Generator:
@@ -135,14 +136,23 @@ def build_texts(
     Raises:
         BankError: missing bank, class or text, or a text longer than the encoder reads.
     """
+    if config.template not in TEMPLATES:
+        raise UsageError(
+            f"semantics.template: {config.template!r} is unknown; choose one of "
+            f"{', '.join(TEMPLATES)}"
+        )
     bank = _bank(config.bank)
     encoder = build_encoder(config.encoder, config.dim, truncate=config.truncate)
-    texts = encode_bank(bank, data.class_names, encoder)
+    texts = encode_bank(
+        bank, data.class_names, encoder, top_k=config.top_k, template=config.template
+    )
     described = {
         "bank": bank.name,
         "bank_sha256": bank.fingerprint(),
         "encoder": encoder.name,
         "dim": encoder.dim,
+        "top_k": config.top_k,
+        "template": config.template if config.top_k else None,
         "truncated_texts": encoder.truncated,
     }
     return texts.to(device), described

@@ -30,6 +30,11 @@ def option(default: Any, help: str, minimum: float | None = None) -> Any:
     return field(default=default, metadata=about(help, minimum))
 
 
+def positional(help: str, optional: bool = False) -> Any:
+    """Declare a text that is given by its place on the command line, without a dash."""
+    return field(default="", metadata={"help": help, "positional": "?" if optional else "1"})
+
+
 @dataclass
 class DataConfig:
     """Which images."""
@@ -56,7 +61,17 @@ class SemanticsConfig:
         "bundled bank name, shapes, shapes-true (no hallucinations), or path of a bank JSON file",
     )
     encoder: str = option("hashed-ngram", "text encoder")
-    dim: int = option(512, "length of a text vector")
+    dim: int = option(
+        0, "length of a text vector; 0: the encoder's own (hashed-ngram: any, 512 if 0)", 0
+    )
+    top_k: int = option(
+        0,
+        "attributes that progressive selection chooses of each class; 0: the bank's own choice",
+        0,
+    )
+    template: str = option(
+        "all", "chosen attributes that the template of that selection names: all, or the last"
+    )
     truncate: bool = option(False, "cut texts longer than the encoder reads instead of failing")
 
 
@@ -238,7 +253,7 @@ class EvaluateRun(RunConfig):
 class DataCheck:
     """Everything `dvla-fast data check` does."""
 
-    path: str = option("", "folder of a data set or of a cache")
+    path: str = positional("folder of a data set or of a cache")
     splits: str = option("", "published split list, or a JSON file; empty: the one that fits")
     shot: int = option(5, "supports that an episode takes of a class", 1)
     query: int = option(15, "queries that an episode takes of a class", 1)
@@ -251,12 +266,20 @@ class DataCheck:
 class DataPrepare:
     """Everything `dvla-fast data prepare` does."""
 
-    path: str = option("", "folder of a data set")
+    path: str = positional("folder of a data set")
     output: str = option("", "folder of the cache, new (required)")
     splits: str = option("", "published split list, or a JSON file; empty: the one that fits")
     image_size: int = option(224, "side of the square images in pixels", 1)
     skip_unreadable: bool = option(False, "leave unreadable images out instead of failing")
     workers: int = option(0, "threads; 0: one for each core", 0)
+
+
+@dataclass
+class SemanticsShow:
+    """Everything `dvla-fast semantics show` does."""
+
+    bank: str = positional("bundled bank name, or path of a bank JSON file")
+    name: str = positional("class; all of them in short if left out", optional=True)
 
 
 @dataclass
@@ -345,8 +368,10 @@ def add_arguments(parser: Any, cls: Any, default: Any, prefix: str = "") -> None
         text = f"{item.metadata.get('help', '')} (default: {value!r})"
         if is_dataclass(kind):
             nested.append((kind, value, f"{name}."))
-        elif name == "path":
-            group.add_argument(name, metavar="PATH", help=item.metadata["help"])
+        elif "positional" in item.metadata:
+            number = {"nargs": "?", "default": value} if item.metadata["positional"] == "?" else {}
+            text = item.metadata["help"]
+            group.add_argument(name, metavar=item.name.upper(), help=text, **number)
         elif kind is bool and not prefix:  # --resume, --quick: plain switches
             group.add_argument(f"--{name}", action="store_true", default=value, help=text)
         else:
@@ -354,6 +379,13 @@ def add_arguments(parser: Any, cls: Any, default: Any, prefix: str = "") -> None
             group.add_argument(f"--{name}", type=kind, default=value, metavar=metavar, help=text)
     for kind, value, nested_prefix in nested:
         add_arguments(parser, kind, value, nested_prefix)
+
+
+def positionals(cls: Any) -> str:
+    """Return the arguments of a configuration that have no dash, as a usage line shows them."""
+    shown = {"1": "{}", "?": "[{}]"}
+    kinds = [(item.name.upper(), item.metadata.get("positional")) for item in fields(cls)]
+    return " ".join(shown[kind].format(name) for name, kind in kinds if kind)
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Text encoders: one unit vector per phrase, and the text tokens of an episode.
+"""Text encoders: one unit vector per phrase.
 
 The offline encoder hashes word and character n-grams into a fixed number of signed buckets
 (the "hashing trick"). It needs no weights and no network, and gives related phrases related
@@ -12,19 +12,13 @@ import hashlib
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dvla_fast.errors import BankError
-from dvla_fast.semantics.bank import SemanticBank
-
-if TYPE_CHECKING:
-    from dvla_fast.nn import TextTokens
 
 _WORD = re.compile(r"[^\W_]+")
 # Function words carry no class information and would make every pair of phrases look alike.
@@ -132,98 +126,15 @@ def _features(words: Sequence[str]) -> Iterator[tuple[str, float]]:
 _ENCODERS = {"hashed-ngram": HashedNGramEncoder}
 
 
-def build_encoder(name: str, dim: int = 512, *, truncate: bool = False) -> TextEncoder:
+def build_encoder(name: str, dim: int = 0, *, truncate: bool = False) -> TextEncoder:
     """Build a text encoder by name.
+
+    Args:
+        dim: length of a vector; 0: the encoder's own.
 
     Raises:
         BankError: unknown name.
     """
     if name not in _ENCODERS:
         raise BankError(f"text encoder {name!r} is unknown; choose one of {', '.join(_ENCODERS)}")
-    return _ENCODERS[name](dim, truncate=truncate)
-
-
-@dataclass(frozen=True)
-class EncodedTexts:
-    """The encoded texts of C classes: k attributes (padded) and one description each.
-
-    Attributes:
-        tokens: (C, k + 1, dim) float32 unit vectors, zero where padded; the description is last.
-        mask: (C, k + 1) bool, True for a text.
-        levels: (k + 1,) int64, 0 = attribute, 1 = description.
-        class_embedding: (C, dim), unit mean of the class's texts: the target of the similarity
-            reward.
-    """
-
-    class_names: tuple[str, ...]
-    tokens: Tensor
-    mask: Tensor
-    levels: Tensor
-    class_embedding: Tensor
-
-    def to(self, device: torch.device | str) -> EncodedTexts:
-        """Return a copy on another device."""
-        return EncodedTexts(
-            self.class_names,
-            self.tokens.to(device),
-            self.mask.to(device),
-            self.levels.to(device),
-            self.class_embedding.to(device),
-        )
-
-    def episodes(self, classes: Tensor) -> TextTokens:
-        """Gather the text tokens of episodes.
-
-        Args:
-            classes: (E, way) int64 indices into ``class_names``.
-
-        Returns:
-            TextTokens with tokens (E, way * (k + 1), dim), class by class; ``mask`` is None when
-            no class is padded.
-        """
-        from dvla_fast.nn import TextTokens
-
-        episodes, way = classes.shape
-        per_class = self.tokens.shape[1]
-        tokens = self.tokens[classes].reshape(episodes, way * per_class, -1)
-        mask = None
-        if not self._full:
-            mask = self.mask[classes].reshape(episodes, way * per_class)
-        return TextTokens(tokens, self.levels.repeat(way), self.class_embedding[classes], mask)
-
-    @cached_property
-    def _full(self) -> bool:
-        return bool(self.mask.all())  # waits for a GPU: once, not in every step
-
-
-def encode_bank(
-    bank: SemanticBank, class_names: Sequence[str], encoder: TextEncoder
-) -> EncodedTexts:
-    """Encode the texts of the named classes once; episodes then only gather.
-
-    Raises:
-        BankError: a class missing from the bank, or a text that the encoder cannot read whole.
-    """
-    entries = bank.select(class_names)
-    most = max(len(entry.attributes) for entry in entries)
-    texts: list[str] = []
-    slots: list[int] = []  # row * (most + 1) + position of each text
-    for row, entry in enumerate(entries):
-        first = row * (most + 1)
-        texts.extend([*entry.attributes, entry.description])
-        slots.extend([*range(first, first + len(entry.attributes)), first + most])
-    try:
-        vectors = encoder.encode(texts)
-    except BankError as error:
-        raise BankError(f"{bank.source}: {error}") from error
-    flat = torch.zeros(len(entries) * (most + 1), encoder.dim)
-    flat[slots] = vectors
-    mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[slots] = True
-    tokens = flat.view(len(entries), most + 1, encoder.dim)
-    levels = torch.zeros(most + 1, dtype=torch.int64)
-    levels[-1] = 1
-    class_embedding = torch.nn.functional.normalize(tokens.sum(1), dim=-1)
-    return EncodedTexts(
-        tuple(class_names), tokens, mask.view(len(entries), most + 1), levels, class_embedding
-    )
+    return _ENCODERS[name](dim or 512, truncate=truncate)

@@ -102,7 +102,12 @@ setup(
     ],
     package_dir={"dvla_fast": "dvla_fast", "dvla_fast.kernels": "kernels"},
     package_data={
-        "dvla_fast": ["py.typed", "semantics/banks/*.json", "data/split_lists/*.json"],
+        "dvla_fast": [
+            "py.typed",
+            "semantics/banks/*.json",
+            "semantics/prompts/*.txt",
+            "data/split_lists/*.json",
+        ],
         "dvla_fast.kernels.dual_attention": ["*.json"],
     },
     ext_modules=[Extension("dvla_fast._build_info", sources=[])],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,11 @@ def serve(
     class Server(ThreadingHTTPServer):
         request_queue_size = 64
         daemon_threads = True
+        connections: ClassVar[list[socket.socket]] = []
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            self.connections.append(request)
+            super().process_request(request, client_address)
 
     server = Server(("127.0.0.1", 0), Handler)
     state.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
@@ -144,4 +150,7 @@ def serve(
     finally:
         server.shutdown()
         server.server_close()
+        for connection in server.connections:  # else those kept alive would still be served
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         thread.join()

@@ -156,8 +156,11 @@ class LanguageModel(Protocol):
         usage: what was asked so far.
     """
 
-    identity: dict[str, Any]
-    usage: Usage
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
+    @property
+    def usage(self) -> Usage: ...
 
     def check(self) -> None:
         """Find out before the work whether the model can be used.

@@ -34,7 +34,7 @@ class AnswerFile:
         self.path = Path(path)
         if not str(path):
             raise LanguageModelError(
-                "back end 'files' needs --language_model.answers, the .json or .jsonl file of answers"
+                "back end 'files' needs --language_model.answers, the .json or .jsonl file of them"
             )
         try:
             content = self.path.read_bytes()
@@ -116,12 +116,8 @@ class AnswerFile:
             text = self._answers.get((request.stage, request.subject))
             if text is None:
                 self.usage.failures += 1
-                yield (
-                    index,
-                    LanguageModelError(
-                        f"{self.path}: no {request.stage} answer for class {request.subject!r}; add it"
-                    ),
-                )
+                about = f"{request.stage} answer for class {request.subject!r}"
+                yield index, LanguageModelError(f"{self.path}: no {about}; add it")
                 continue
             answer = Answer(text, model=self.path.name)
             self.usage.count(answer)

@@ -24,6 +24,8 @@ DEFAULT_URL = "https://api.openai.com/v1"
 _FIRST_DELAY, _LONGEST_DELAY = 1.0, 60.0
 # A server that asks to wait longer than this is out of quota rather than busy.
 _LONGEST_RETRY_AFTER = 300.0
+# What reading a reply raises that is not as the protocol says.
+_MALFORMED = (ValueError, TypeError, AttributeError, LookupError)
 _RETRIED_STATUS = (408, 409, 425, 429)
 # What a server may refuse although the protocol has it; left out from then on.
 _OPTIONAL = ("response_format", "seed", "temperature", "max_tokens")
@@ -100,6 +102,7 @@ class OpenAIServer:
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.temperature, self.seed = temperature, seed
         self._wait = wait
+        self._checked = False
         self._random = random.Random()  # jitter only: no answer depends on it
         self._lock = threading.Lock()
         # For each parameter that servers may refuse, how it is sent; None: left out.
@@ -111,6 +114,8 @@ class OpenAIServer:
     @property
     def identity(self) -> dict[str, Any]:
         """Model, temperature and seed; not the address, so a build can go on elsewhere."""
+        if not self.model:
+            self.check()
         return {
             "backend": "openai",
             "model": self.model,
@@ -137,8 +142,9 @@ class OpenAIServer:
             raise LanguageModelError(self._key_refused(refused)) from refused
         except error.APIConnectionError as failed:
             raise LanguageModelError(self._unreachable(failed)) from failed
-        except (error.OpenAIError, ValueError, TypeError, AttributeError):
+        except (error.OpenAIError, *_MALFORMED):
             served = []  # not every server lists its models
+        self._checked = True
         if self.model:
             return
         if len(served) != 1:
@@ -157,7 +163,7 @@ class OpenAIServer:
             LanguageModelError: key, model or address refused, the quota used up, or the server no
                 longer reachable after all retries.
         """
-        if not self.model:
+        if not self._checked:
             self.check()
         results: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
         stop = threading.Event()
@@ -243,7 +249,7 @@ class OpenAIServer:
                         f"{self.base_url}: asks to wait {delay:.0f} s ({_short(failed)}); run the "
                         "same command again then: answers so far are kept"
                     ) from failed
-            except (error.OpenAIError, ValueError, TypeError, AttributeError, LookupError) as failed:
+            except (error.OpenAIError, *_MALFORMED) as failed:
                 # A proxy's page, a cut-off reply, an answer without a message.
                 problem = LanguageModelError(
                     f"{self._about(request)}: {self.base_url} sent a reply that is none "
@@ -273,14 +279,9 @@ class OpenAIServer:
                 },
             }
         options = {sent[key]: value for key, value in values.items() if sent[key] is not None}
-        return self._client.chat.completions.create(
-            model=self.model,
-            # plain text where there is no image: some text-only servers know no parts
-            messages=[
-                {"role": "user", "content": content if request.images else request.prompt},
-            ],
-            **options,
-        )
+        # plain text where there is no image: some text-only servers know no parts
+        message: Any = {"role": "user", "content": content if request.images else request.prompt}
+        return self._client.chat.completions.create(model=self.model, messages=[message], **options)
 
     def _answer(self, reply: Any) -> Answer:
         choice = reply.choices[0]
@@ -358,7 +359,8 @@ class OpenAIServer:
             raise _Stopped(f"{self.base_url}: the work was stopped")
 
     def _about(self, request: Request) -> str:
-        return f"{request.stage or 'request'} of {request.subject!r}" if request.subject else "request"
+        subject = f" of {request.subject!r}" if request.subject else ""
+        return f"{request.stage or 'request'}{subject}"
 
     def _unreachable(self, failed: Exception) -> str:
         reason = failed.__cause__ or failed

@@ -266,7 +266,8 @@ def check_semantics(semantics: Mapping[str, Any], info: Mapping[str, Any], path:
         if key in theirs and theirs[key] != value:
             raise CheckpointError(
                 f"{path}: its gates read texts with {key}={theirs[key]!r}, not {value!r}; set "
-                f"--semantics.{key} {theirs[key]}"
+                f"--semantics.{key} {theirs[key]}, or give the bank of vectors that it was trained "
+                "with"
             )
 
 

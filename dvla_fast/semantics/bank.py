@@ -12,6 +12,15 @@ them, in order; a class with at least two candidates need not have chosen yet. `
 language model's own words, ``images`` the support images that it was shown. ``provenance`` says who
 or what wrote the texts: text written with a look at the images of an evaluation would leak them
 into it. A bank of format /1 is one of /2 without the optional parts.
+
+A bank of published vectors has no words (``semantics.importing`` makes them)::
+
+    {"format": "dvla-fast-bank/2", "name": "...", "provenance": {...},
+     "vectors": {"encoder": "...", "dim": 512, "sha256": "..."},
+     "classes": {"apple": {"vectors": {"attributes": 0, "description": 1}}}}
+
+Its vectors are in the file beside it (``semantics.vectors``). ``bank.schema.json`` is the format as
+a JSON Schema.
 """
 
 from __future__ import annotations
@@ -20,9 +29,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dvla_fast.errors import BankError
 from dvla_fast.files import write_text_atomic
@@ -46,6 +55,22 @@ class Candidate:
     scores: tuple[float | None, ...] = ()
 
 
+class StoredCount(NamedTuple):
+    """How many vectors a class of a bank without words has of each level."""
+
+    attributes: int
+    description: int
+
+
+@dataclass(frozen=True)
+class StoredVectors:
+    """What a bank without words says about its vectors: encoder, length, and their SHA-256."""
+
+    encoder: str
+    dim: int
+    sha256: str
+
+
 @dataclass(frozen=True)
 class ClassEntry:
     """The texts of one class.
@@ -57,6 +82,7 @@ class ClassEntry:
         answers: raw answers of the language model, by stage.
         images: ids of the support images that the texts were written from.
         extra: other keys of the entry in the file, kept as they are.
+        stored: numbers of vectors, in a bank without words; else None.
     """
 
     attributes: tuple[str, ...]
@@ -65,6 +91,7 @@ class ClassEntry:
     answers: Mapping[str, Any] = field(default_factory=dict)
     images: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    stored: StoredCount | None = None
 
     @property
     def proposals(self) -> tuple[str, ...]:
@@ -81,7 +108,10 @@ class ClassEntry:
             ]
         if self.attributes:
             content["attributes"] = list(self.attributes)
-        content["description"] = self.description
+        if self.stored:
+            content["vectors"] = self.stored._asdict()
+        else:
+            content["description"] = self.description
         if self.answers:
             content["answers"] = dict(self.answers)
         if self.images:
@@ -91,12 +121,18 @@ class ClassEntry:
 
 @dataclass(frozen=True)
 class SemanticBank:
-    """Texts of a set of classes, by class name, with a note on where they come from."""
+    """Texts of a set of classes, by class name, with a note on where they come from.
+
+    Attributes:
+        source: the file, for messages and for the vectors beside it.
+        vectors: of a bank that has vectors and no words; else None.
+    """
 
     name: str
     classes: dict[str, ClassEntry]
     provenance: dict[str, Any] = field(default_factory=dict)
     source: str = "<memory>"
+    vectors: StoredVectors | None = None
 
     @classmethod
     def from_dict(cls, content: Any, source: str = "<memory>") -> SemanticBank:
@@ -117,20 +153,22 @@ class SemanticBank:
             )
         if not content["classes"]:
             raise BankError(f"{source}: the bank holds no class; add at least one")
+        vectors = _stored_vectors(content["vectors"], source) if "vectors" in content else None
         classes = {}
         problems: list[str] = []
         for name, entry in content["classes"].items():
-            problem = entry_problem(entry) if name.strip() else "is no name"
+            problem = entry_problem(entry, vectors is not None) if name.strip() else "is no name"
             if problem:
                 problems.append(f"{name!r} {problem}")
             else:
-                classes[name] = _entry(entry)
+                classes[name] = _entry(entry, vectors is not None)
         if problems:
             raise BankError(f"{source}: fix these classes: {_some(problems, '; ')}")
         provenance = content.get("provenance") or {}
         if not isinstance(provenance, dict):
             raise BankError(f"{source}: 'provenance' must be an object, got {provenance!r}")
-        return cls(str(content.get("name", Path(source).stem)), classes, provenance, source)
+        name = str(content.get("name", Path(source).stem))
+        return cls(name, classes, provenance, source, vectors)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the bank's file, in format /2."""
@@ -138,6 +176,7 @@ class SemanticBank:
             "format": FORMAT,
             "name": self.name,
             "provenance": self.provenance,
+            **({"vectors": asdict(self.vectors)} if self.vectors else {}),
             "classes": {name: entry.to_dict() for name, entry in self.classes.items()},
         }
 
@@ -182,6 +221,11 @@ class SemanticBank:
             )
         return found
 
+    @property
+    def kind(self) -> str:
+        """What the texts were made from, as the provenance says: "unknown" where it does not."""
+        return str(self.provenance.get("kind", "unknown"))
+
     def require(self, class_names: Iterable[str]) -> None:
         """Check that every named class is in the bank (BankError as :meth:`resolve`)."""
         self.resolve(class_names)
@@ -192,6 +236,8 @@ class SemanticBank:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the texts, to tie a result to the bank that it used."""
+        if self.vectors:
+            return self.vectors.sha256
         content = {
             name: [list(entry.attributes), entry.description]
             + ([[item.text for item in entry.candidates]] if entry.candidates else [])
@@ -285,7 +331,22 @@ def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     return result
 
 
-def _entry(content: Mapping[str, Any]) -> ClassEntry:
+def _stored_vectors(content: Any, source: str) -> StoredVectors:
+    keys = {"encoder": str, "dim": int, "sha256": str}
+    sound = isinstance(content, dict) and set(content) == set(keys)
+    sound = sound and all(isinstance(content[key], kind) for key, kind in keys.items())
+    if not sound or content["dim"] < 1 or isinstance(content["dim"], bool):
+        raise BankError(
+            f"{source}: 'vectors' must be {{encoder, dim, sha256}} of a bank without words, got "
+            f"{content!r}; import the bank again, or remove 'vectors' from a bank of words"
+        )
+    return StoredVectors(**content)
+
+
+def _entry(content: Mapping[str, Any], stored: bool) -> ClassEntry:
+    if stored:
+        images = tuple(content.get("images") or ())
+        return ClassEntry((), "", (), {}, images, stored=StoredCount(**content["vectors"]))
     candidates = []
     for item in content.get("candidates") or ():
         text, scores = (item, ()) if isinstance(item, str) else (item["text"], item.get("scores"))
@@ -300,8 +361,16 @@ def _entry(content: Mapping[str, Any]) -> ClassEntry:
     )
 
 
-def entry_problem(entry: Any) -> str | None:
-    """Say what is wrong with a class's content in a bank file; None: nothing."""
+def entry_problem(entry: Any, stored: bool = False) -> str | None:
+    """Say what is wrong with a class's content in a bank file; None: nothing.
+
+    Args:
+        stored: the bank has vectors and no words.
+    """
+    if stored:
+        if not _is_stored(entry):
+            return "is not {vectors: {attributes: n, description: 0 or 1}}"
+        return _images_problem(entry)
     if not isinstance(entry, dict):
         return "is not an object with 'attributes' and 'description'"
     attributes, candidates = entry.get("attributes", []), entry.get("candidates", [])
@@ -317,10 +386,16 @@ def entry_problem(entry: Any) -> str | None:
         return "has an empty description"
     if not isinstance(entry.get("answers", {}), dict):
         return "has 'answers' that are not an object {stage: answer}"
-    images = entry.get("images", [])
-    if not isinstance(images, list) or not all(_is_text(image) for image in images):
-        return "has 'images' that are not a list of image ids"
-    return None
+    return _images_problem(entry)
+
+
+def _is_stored(entry: Any) -> bool:
+    counts = entry.get("vectors") if isinstance(entry, dict) else None
+    if not isinstance(counts, dict) or set(counts) != {"attributes", "description"}:
+        return False
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in counts.values()):
+        return False
+    return counts["attributes"] >= 0 and counts["description"] in (0, 1) and any(counts.values())
 
 
 def _candidates_problem(candidates: Any) -> str | None:
@@ -333,6 +408,13 @@ def _candidates_problem(candidates: Any) -> str | None:
         scores = item.get("scores", []) if isinstance(item, dict) else []
         if not isinstance(scores, list) or not all(_is_score(score) for score in scores):
             return f"has candidate number {index + 1} with scores that are not numbers or null"
+    return None
+
+
+def _images_problem(entry: Mapping[str, Any]) -> str | None:
+    images = entry.get("images", [])
+    if not isinstance(images, list) or not all(_is_text(image) for image in images):
+        return "has 'images' that are not a list of image ids"
     return None
 
 

@@ -14,6 +14,7 @@ from dvla_fast.errors import BankError
 from dvla_fast.semantics.bank import SemanticBank
 from dvla_fast.semantics.encoders import TextEncoder
 from dvla_fast.semantics.topk import progressive_top_k
+from dvla_fast.semantics.vectors import ClassVectors, read_stored
 
 if TYPE_CHECKING:
     from dvla_fast.nn import TextTokens
@@ -89,6 +90,8 @@ def choose_attributes(
     Raises:
         BankError: a class missing from the bank, or a text that the encoder cannot read whole.
     """
+    if bank.vectors:
+        raise BankError(f"{bank.source}: has vectors and no words")
     names = bank.resolve(class_names)
     entries = [bank.classes[name] for name in names]
     if top_k == 0:
@@ -112,32 +115,63 @@ def encode_bank(
     """Encode the texts of the named classes once; episodes then only gather.
 
     Args:
+        encoder: not asked where the bank has vectors and no words.
         top_k, template: which attributes; see ``choose_attributes``.
 
     Raises:
         BankError: a class missing from the bank, or a text that the encoder cannot read whole.
     """
-    entries = bank.select(class_names)
     try:
+        if bank.vectors:
+            return stored_tokens(bank, class_names, top_k)
+        entries = bank.select(class_names)
         attributes = choose_attributes(bank, class_names, encoder, top_k, template)
-        most = max(map(len, attributes))
-        texts: list[str] = []
-        slots: list[int] = []  # row * (most + 1) + position of each text
-        for row, entry in enumerate(entries):
-            first, chosen = row * (most + 1), attributes[row]
-            texts.extend([*chosen, entry.description])
-            slots.extend([*range(first, first + len(chosen)), first + most])
+        texts = [
+            text
+            for chosen, entry in zip(attributes, entries)
+            for text in (*chosen, entry.description)
+        ]
         vectors = encoder.encode(texts)
     except BankError as error:
+        if str(error).startswith(bank.source):
+            raise
         raise BankError(f"{bank.source}: {error}") from error
-    flat = torch.zeros(len(entries) * (most + 1), encoder.dim)
-    flat[slots] = vectors.cpu()
-    mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[slots] = True
-    tokens = flat.view(len(entries), most + 1, encoder.dim)
+    classes = [
+        ClassVectors(part[:-1], part[-1:])
+        for part in vectors.split([len(chosen) + 1 for chosen in attributes])
+    ]
+    return _assemble(class_names, classes, encoder.dim)
+
+
+def stored_tokens(bank: SemanticBank, class_names: Sequence[str], top_k: int = 0) -> EncodedTexts:
+    """Return the tokens of a bank that has vectors and no words.
+
+    Raises:
+        BankError: a class missing from the bank, missing or damaged vectors, or ``top_k`` > 0.
+    """
+    assert bank.vectors is not None
+    if top_k:
+        raise BankError(
+            f"{bank.source}: has vectors and no words, so there is nothing for top-k selection to "
+            "choose from; leave top_k at 0"
+        )
+    names = bank.resolve(class_names)
+    found = read_stored(bank)
+    return _assemble(class_names, [found[name] for name in names], bank.vectors.dim)
+
+
+def _assemble(
+    class_names: Sequence[str], classes: Sequence[ClassVectors], dim: int
+) -> EncodedTexts:
+    most = max(len(item.attributes) for item in classes)
+    tokens = torch.zeros(len(classes), most + 1, dim)
+    mask = torch.zeros(len(classes), most + 1, dtype=torch.bool)
+    for row, item in enumerate(classes):
+        count = len(item.attributes)
+        tokens[row, :count], mask[row, :count] = item.attributes, True
+        if len(item.description):
+            tokens[row, -1], mask[row, -1] = item.description[0], True
     levels = torch.zeros(most + 1, dtype=torch.int64)
     levels[-1] = 1
     class_embedding = torch.nn.functional.normalize(tokens.sum(1), dim=-1)
-    return EncodedTexts(
-        tuple(class_names), tokens, mask.view(len(entries), most + 1), levels, class_embedding
-    )
+    return EncodedTexts(tuple(class_names), tokens, mask, levels, class_embedding)

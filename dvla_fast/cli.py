@@ -61,6 +61,19 @@ the same command continues a build that was stopped""",
   dvla-fast semantics show digits eight
   dvla-fast semantics show banks/birds.json 'Sooty Albatross'""",
     ),
+    "semantics build": _Command(
+        "write a bank with a language model, from class names and support images",
+        "SemanticsBuild",
+        """  dvla-fast semantics build --data.dataset photos/ --output bank.json \\
+      --language_model.base_url http://localhost:8000/v1
+  dvla-fast semantics build --data.dataset CUB_200_2011/ --data.splits cub_100_50_50 \\
+      --construct.split [test] --construct.images 1 --output cub-novel.json \\
+      --language_model.backend transformers --construct.encoder open_clip:ViT-B-16/openai
+  dvla-fast semantics build --construct.classes names.txt --output bank.json \\
+      --language_model.backend files --language_model.answers answers.json
+
+the same command continues a build that was stopped: no answer is asked for twice""",
+    ),
     "pretrain": _Command(
         "pre-train a backbone on base classes",
         "PretrainRun",
@@ -360,6 +373,15 @@ def _semantics_show(config: Any) -> int:
     return show(config)
 
 
+def _semantics_build(config: Any) -> int:
+    from dvla_fast.engine.bank_build import build
+
+    try:
+        return build(config)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command continues")
+
+
 def _pretrain(config: Any) -> int:
     from dvla_fast.engine.pretrain import run_pretrain
 
@@ -402,6 +424,7 @@ _RUNNERS = {
     "data prepare": _data_prepare,
     "demo": _demo,
     "semantics show": _semantics_show,
+    "semantics build": _semantics_build,
     "pretrain": _pretrain,
     "metatune": _metatune,
     "evaluate": _evaluate,

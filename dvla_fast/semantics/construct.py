@@ -8,6 +8,8 @@ before it is used (``dvla_fast.semantics.journal``), so the same call continues 
 from __future__ import annotations
 
 import datetime
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dvla_fast.errors import LanguageModelError
-from dvla_fast.semantics.bank import ClassEntry, SemanticBank
+from dvla_fast.errors import BankError, LanguageModelError, OutputError
+from dvla_fast.semantics.bank import ClassEntry, SemanticBank, load_bank
 from dvla_fast.semantics.encoders import TextEncoder
 from dvla_fast.semantics.journal import Journal, JournaledModel
 from dvla_fast.semantics.language_models.base import LanguageModel, ShownImage
@@ -73,7 +75,7 @@ def journal_path(output: str | Path) -> Path:
     return path.with_name(f"{path.name}.journal.jsonl")
 
 
-def build_bank(
+def construct_bank(
     classes: Sequence[ClassSource],
     model: LanguageModel,
     encoder: TextEncoder,
@@ -97,18 +99,42 @@ def build_bank(
     Raises:
         DataError: a class without a name, or named twice.
         LanguageModelError: the model cannot be used (any more); answers so far are kept.
-        OutputError: bank or journal cannot be written, or another process builds this bank.
+        OutputError: bank or journal cannot be written, another process builds this bank, or the
+            file at ``output`` is not as the build left it: it may have been edited by hand.
     """
     check_classes(classes)
     prompts, settings = prompts or Prompts.load(), settings or Settings()
+    output = Path(output)
     with Journal(journal_path(output)) as journal:
+        _check_own(output, journal)
         asked = JournaledModel(model, journal)
         bank, failures = _construct(
-            classes, asked, encoder, prompts, settings, Path(output).stem, provenance, progress
+            classes, asked, encoder, prompts, settings, output.stem, provenance, progress
         )
         if bank is not None:
+            journal.mark(_mark(bank))  # before the file: what is there is always on record
             bank.save(output)
         return Built(bank, failures, asked.reused)
+
+
+def _check_own(output: Path, journal: Journal) -> None:
+    if output.is_dir():
+        raise OutputError(f"{output}: is a folder; give --output the JSON file of the bank")
+    if not output.exists():
+        return
+    try:
+        known = _mark(load_bank(output)) in journal.marks
+    except BankError:
+        known = False
+    if not known:
+        raise OutputError(
+            f"{output}: was not written by this build, or was edited since; a build would replace "
+            "it: move it away, or give --output another file"
+        )
+
+
+def _mark(bank: SemanticBank) -> str:
+    return hashlib.sha256(json.dumps(bank.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
 class EpisodeSemantics:

@@ -34,6 +34,7 @@ class Journal:
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = Path(path) if path is not None else None
         self._answers: dict[str, Answer] = {}
+        self.marks: set[str] = set()
         self._file = -1
         if self.path is None:
             return
@@ -89,6 +90,12 @@ class Journal:
             if self._answers.pop(key, None) is not None:
                 self._write({"forget": key})
 
+    def mark(self, text: str) -> None:
+        """Keep a note for the next call, in ``marks``."""
+        if text not in self.marks:
+            self._write({"mark": text})
+            self.marks.add(text)
+
     def close(self) -> None:
         """Close the file; the answers stay readable."""
         if self._file >= 0:
@@ -123,6 +130,8 @@ class Journal:
             if number == 1:
                 if row["format"] != FORMAT:
                     raise ValueError
+            elif "mark" in row:
+                self.marks.add(row["mark"])
             elif "forget" in row:
                 self._answers.pop(row["forget"], None)
             else:

@@ -11,7 +11,7 @@ import torch
 
 from dvla_fast.errors import LanguageModelError
 from dvla_fast.semantics import build_encoder
-from dvla_fast.semantics.construct import build_bank
+from dvla_fast.semantics.construct import construct_bank
 from dvla_fast.semantics.language_models import local
 from dvla_fast.semantics.language_models.base import Answer, Request, ShownImage, answer_all
 from dvla_fast.semantics.language_models.local import TransformersModel
@@ -87,7 +87,9 @@ def test_garbage_of_a_random_model_is_reported_class_by_class(
     loaded: TransformersModel, tmp_path: Path
 ) -> None:
     classes = [ClassSource("Crow", (image(0),)), ClassSource("Gull", (image(1), image(2)))]
-    built = build_bank(classes, _short(loaded), build_encoder("hashed-ngram"), tmp_path / "b.json")
+    built = construct_bank(
+        classes, _short(loaded), build_encoder("hashed-ngram"), tmp_path / "b.json"
+    )
     assert built.bank is None
     assert list(built.failures) == ["Crow", "Gull"]
     for failure in built.failures.values():
@@ -175,9 +177,7 @@ def test_memory_that_runs_out_while_answering(
     assert len(answers) == 4
     assert sizes == [4, 2, 1, 1, 1, 1]
     fits = 0
-    with pytest.raises(
-        LanguageModelError, match=r"does not fit .* fewer or smaller images"
-    ):
+    with pytest.raises(LanguageModelError, match=r"does not fit .* fewer or smaller images"):
         answer_all(loaded, [Request("?", max_tokens=1)])
 
 

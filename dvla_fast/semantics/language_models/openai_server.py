@@ -168,12 +168,17 @@ class OpenAIServer:
         results: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
         stop = threading.Event()
         todo = iter(enumerate(requests))
+        # A place is free again when its answer was taken and, by then, kept: what a kill can cost
+        # is never more than ``concurrency`` answers.
+        places = threading.Semaphore(self.concurrency)
 
         def work() -> None:
-            while not stop.is_set():
+            while True:
+                places.acquire()
                 with self._lock:
-                    item = next(todo, None)
+                    item = None if stop.is_set() else next(todo, None)
                 if item is None:
+                    places.release()
                     break
                 index, request = item
                 try:
@@ -188,9 +193,10 @@ class OpenAIServer:
             results.put(None)
 
         # Daemons: an interrupted program does not wait for answers that nobody will read.
-        running = min(self.concurrency, len(requests))
-        for _ in range(running):
+        threads = min(self.concurrency, len(requests))
+        for _ in range(threads):
             threading.Thread(target=work, daemon=True).start()
+        running = threads
         failure: BaseException | None = None
         try:
             while running:
@@ -207,8 +213,10 @@ class OpenAIServer:
                     yield index, answer
                 else:  # the others under way are still awaited: their answers count
                     failure = failure or answer
+                places.release()
         finally:
             stop.set()
+            places.release(max(1, threads))  # whoever waits for a place: go home
         if isinstance(failure, _Stopped):
             raise LanguageModelError(str(failure)) from failure.__cause__
         if failure is not None:

@@ -162,6 +162,10 @@ class EpisodeSemantics:
         self.encoder = encoder
         self.prompts, self.settings = prompts or Prompts.load(), settings or Settings()
 
+    def close(self) -> None:
+        """Close the journal."""
+        self.model.journal.close()
+
     def bank(
         self, class_names: Sequence[str], images: Sequence[Sequence[ShownImage]]
     ) -> SemanticBank:

@@ -77,7 +77,8 @@ def image_set_classes(
         for label, name in enumerate(images.class_names):
             picked = pick(np.flatnonzero(labels == label), count, seed, name)
             shown = (
-                shown_tensor(images.images[int(row)], f"{where}[{row}]", max_side) for row in picked
+                shown_tensor(images.images[row], _id(images, row, where), max_side)
+                for row in picked
             )
             classes.append(ClassSource(name, tuple(shown)))
     check_classes(classes, with_images=count > 0)
@@ -95,7 +96,7 @@ def episode_images(
     gathered = images.gather(support).cpu()
     shot = len(support) // way
     shown = [
-        shown_tensor(image, f"{images.name}[{place}]", max_side)
+        shown_tensor(image, _id(images, place, images.name), max_side)
         for image, place in zip(gathered, support.tolist())
     ]
     return [tuple(shown[start : start + shot]) for start in range(0, len(shown), shot)]
@@ -163,6 +164,12 @@ def _cache_classes(
             classes.append(ClassSource(name, tuple(shown)))
             row += size
     return classes
+
+
+def _id(images: ImageSet, row: int, where: str) -> str:
+    """The image's own id where the set knows them, as evaluations compare them."""
+    ids = getattr(images, "ids", ())
+    return ids[row] if ids else f"{where}[{row}]"
 
 
 def _present(parts: Sequence[str], there: Iterable[str], where: str) -> list[str]:

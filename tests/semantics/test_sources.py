@@ -51,7 +51,9 @@ def test_only_the_splits_asked_for(folder: Path) -> None:
 
 def test_the_seed_chooses_and_other_classes_do_not_matter(folder: Path) -> None:
     def ids(seed: int, parts: list[str]) -> list[list[str]]:
-        return [[s.id for s in item.images] for item in folder_classes(folder, "", parts, 2, seed, 9)]
+        return [
+            [s.id for s in item.images] for item in folder_classes(folder, "", parts, 2, seed, 9)
+        ]
 
     assert ids(0, ["test"]) == ids(0, ["test"]) == ids(0, [])[-5:]
     assert ids(0, ["test"]) != ids(1, ["test"])

@@ -303,7 +303,7 @@ def _accelerate() -> None:
     except ImportError as error:
         raise MissingDependencyError(
             "--language_model.device_map auto needs accelerate, which is not installed; run "
-            "pip install 'dvla-fast[semantics,distributed]', or use cpu or cuda"
+            "pip install 'dvla-fast[semantics]', or use cpu or cuda"
         ) from error
 
 

@@ -106,6 +106,7 @@ setup(
             "py.typed",
             "semantics/banks/*.json",
             "semantics/prompts/*.txt",
+            "semantics/*.json",
             "data/split_lists/*.json",
         ],
         "dvla_fast.kernels.dual_attention": ["*.json"],

@@ -20,6 +20,7 @@ from dvla_fast.engine.config import (
     DataConfig,
     ModelConfig,
     SemanticsConfig,
+    TextOptions,
     UsageError,
     differences,
 )
@@ -124,7 +125,7 @@ def without_test_split(data: FewShotData) -> TrainingData:
     """Return the data set as training may see it; no image is copied."""
     parts = {item.name: getattr(data, item.name) for item in fields(data)}
     novel = data.novel
-    empty = replace(novel, images=novel.images[:0], labels=novel.labels[:0])
+    empty = replace(novel, images=novel.images[:0], labels=novel.labels[:0], ids=())
     return TrainingData(**{**parts, "novel": empty})
 
 
@@ -174,7 +175,7 @@ def build_texts(
 
 
 def bank_encoder(
-    config: SemanticsConfig, bank: SemanticBank, device: torch.device, *, cache: bool = False
+    config: TextOptions, bank: SemanticBank, device: torch.device, *, cache: bool = False
 ) -> TextEncoder:
     """Build the encoder of a bank's texts, over the vectors beside the bank where there are any.
 

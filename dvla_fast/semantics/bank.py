@@ -38,6 +38,7 @@ from dvla_fast.files import write_text_atomic
 
 FORMAT = "dvla-fast-bank/2"
 FORMATS = ("dvla-fast-bank/1", FORMAT)
+SCHEMA = Path(__file__).parent / "bank.schema.json"
 _BUNDLED = Path(__file__).parent / "banks"
 _ENTRY_KEYS = ("candidates", "attributes", "description", "answers", "images")
 _LINE = 100
@@ -164,7 +165,7 @@ class SemanticBank:
                 classes[name] = _entry(entry, vectors is not None)
         if problems:
             raise BankError(f"{source}: fix these classes: {_some(problems, '; ')}")
-        provenance = content.get("provenance") or {}
+        provenance = {} if content.get("provenance") is None else content["provenance"]
         if not isinstance(provenance, dict):
             raise BankError(f"{source}: 'provenance' must be an object, got {provenance!r}")
         name = str(content.get("name", Path(source).stem))

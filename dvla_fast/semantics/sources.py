@@ -17,7 +17,6 @@ from torch import Tensor
 from dvla_fast.data.cache import is_cache, map_images, read_index
 from dvla_fast.data.images import ImageSet
 from dvla_fast.data.layouts import list_data
-from dvla_fast.data.listing import Listing, Split
 from dvla_fast.data.splits import SPLITS
 from dvla_fast.errors import DataError
 from dvla_fast.semantics.language_models.base import ShownImage
@@ -60,8 +59,10 @@ def folder_classes(
             split = listing.splits[part]
             for label, (key, name) in enumerate(zip(split.keys, split.names)):
                 rows = np.flatnonzero(split.labels == label)
-                picked = pick(rows, count, seed, key)
-                shown = (_shown(listing, split, int(row), max_side) for row in picked)
+                shown = (
+                    ShownImage(listing.image_id(split, row), split.source(row), max_side)
+                    for row in pick(rows, count, seed, key)
+                )
                 classes.append(ClassSource(name, tuple(shown)))
     check_classes(classes, with_images=count > 0)
     return classes
@@ -168,8 +169,7 @@ def _cache_classes(
 
 def _id(images: ImageSet, row: int, where: str) -> str:
     """The image's own id where the set knows them, as evaluations compare them."""
-    ids = getattr(images, "ids", ())
-    return ids[row] if ids else f"{where}[{row}]"
+    return images.ids[row] if images.ids else f"{where}[{row}]"
 
 
 def _present(parts: Sequence[str], there: Iterable[str], where: str) -> list[str]:
@@ -180,14 +180,3 @@ def _present(parts: Sequence[str], there: Iterable[str], where: str) -> list[str
             f"{where}: has no split {', '.join(map(repr, missing))}; it has {', '.join(present)}"
         )
     return list(parts) or present
-
-
-def _shown(listing: Listing, split: Split, row: int, max_side: int) -> ShownImage:
-    reference = split.references[row]
-    source = split.source(row)
-    if not isinstance(reference, Path):
-        return ShownImage(f"{Path(split.where).name}[{reference}]", source, max_side)
-    root = listing.root
-    inside = reference.is_relative_to(root)
-    name = reference.relative_to(root).as_posix() if inside else str(reference)
-    return ShownImage(name, source, max_side)

@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dvla_fast.cli import main
+from dvla_fast.data import prepare_cache
 from dvla_fast.engine import bank_build
+from dvla_fast.engine.build import build_data
+from dvla_fast.engine.config import DataConfig
+from dvla_fast.engine.leaks import seen_images
 from dvla_fast.semantics import load_bank
 from tests.data.trees import split_folders
 from tests.semantics.loopback import Reply, images_of, prompt_of, serve
@@ -72,6 +77,39 @@ def test_bank_of_a_folder(photos: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert (record["dataset"], record["images_per_class"], record["seed"]) == (str(photos), 2, 3)
     assert record["model"] == "tiny-vl"
     assert str(server.url) not in path.read_text()
+
+
+@pytest.mark.parametrize("dataset", ["folder", "cache", "digits", "shapes"])
+def test_evaluation_knows_the_images_again(dataset: str, photos: Path, tmp_path: Path) -> None:
+    options = DataConfig(dataset, images_per_class=4)
+    if dataset == "folder":
+        options.dataset = str(photos)
+    if dataset == "cache":
+        options.dataset = str(tmp_path / "cache")
+        prepare_cache(photos, options.dataset, options.image_size)
+    more = [f"--data.dataset={options.dataset}", "--data.images_per_class=4"]
+    with serve(answer) as server:
+        assert build(server.url, tmp_path / "b.json", *more, "--construct.images=2") == 0
+    bank = load_bank(tmp_path / "b.json")
+    data = build_data(options, torch.device("cpu"))
+    mask, facts = seen_images(bank, data, "novel")
+    assert facts["unmatched"] == 0
+    assert facts["verdict"] == "overlap"
+    assert mask.sum() == 2 * len(data.novel.class_names)
+    for name, label in zip(data.novel.class_names, range(99)):
+        seen = {data.novel.ids[place] for place in (mask & (data.novel.labels == label)).nonzero()}
+        assert seen == set(bank.classes[name].images)
+
+
+def test_bank_follows_the_published_schema(photos: Path, tmp_path: Path) -> None:
+    from jsonschema import validate
+
+    import dvla_fast.semantics.bank as module
+
+    with serve(answer) as server:
+        assert build(server.url, tmp_path / "b.json", f"--data.dataset={photos}") == 0
+    schema = Path(module.__file__).parent / "bank.schema.json"
+    validate(json.loads((tmp_path / "b.json").read_text()), json.loads(schema.read_text()))
 
 
 def test_one_split_and_class_names_alone(photos: Path, tmp_path: Path) -> None:

@@ -341,6 +341,15 @@ def test_answers_under_way_are_delivered_before_the_work_stops() -> None:
     assert sorted(found) == [0, 1, 3]
 
 
+def test_requests_prepared_ahead_are_not_sent_once_the_work_stops() -> None:
+    shown = (ShownImage("x", np.zeros((8, 8, 3), np.uint8)),)
+    with serve(lambda *_: Reply(status=401)) as server:
+        work = model(server, concurrency=1).answers([Request(str(i), shown) for i in range(9)])
+        with pytest.raises(LanguageModelError, match="refuses the key"):
+            next(work)
+        assert len(server.requests) == 1
+
+
 @pytest.mark.parametrize(
     ("reply", "message"),
     [

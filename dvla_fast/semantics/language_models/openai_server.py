@@ -174,26 +174,35 @@ class OpenAIServer:
 
         def work() -> None:
             while True:
-                places.acquire()
                 with self._lock:
                     item = None if stop.is_set() else next(todo, None)
                 if item is None:
-                    places.release()
                     break
                 index, request = item
+                result: Any
                 try:
-                    results.put((index, self._ask(request, stop)))
-                except LanguageModelError as error:
-                    results.put((index, error))
-                except DataError as error:  # an image that cannot be read
-                    results.put((index, LanguageModelError(str(error))))
-                except BaseException as error:  # _Stopped, or a mistake in here
+                    content = _content(request)
+                except Exception as error:
+                    content, result = None, error
+                places.acquire()
+                if stop.is_set():
+                    places.release()  # for the next that waits, to find the same
+                    break
+                try:
+                    result = self._ask(request, content, stop) if content else result
+                except BaseException as error:  # told apart where it arrives
+                    result = error
+                if isinstance(result, DataError):  # an image that cannot be read
+                    result = LanguageModelError(str(result))
+                if not isinstance(result, Answer | LanguageModelError):  # _Stopped, or a mistake
                     stop.set()
-                    results.put((index, error))
+                results.put((index, result))
             results.put(None)
 
         # Daemons: an interrupted program does not wait for answers that nobody will read.
-        threads = min(self.concurrency, len(requests))
+        # A few more than places: they prepare images while others wait for answers.
+        ahead = 4 if any(request.images for request in requests) else 0
+        threads = min(self.concurrency + ahead, len(requests))
         for _ in range(threads):
             threading.Thread(target=work, daemon=True).start()
         running = threads
@@ -222,15 +231,15 @@ class OpenAIServer:
         if failure is not None:
             raise failure
 
-    def _ask(self, request: Request, stop: threading.Event) -> Answer:
+    def _ask(
+        self, request: Request, content: list[dict[str, Any]], stop: threading.Event
+    ) -> Answer:
         """Send one request until it is answered.
 
         Raises:
             LanguageModelError: this request cannot be answered; _Stopped: none can.
         """
         error = self._openai
-        content: list[dict[str, Any]] = [_image_part(*image.encoded()) for image in request.images]
-        content.append({"type": "text", "text": request.prompt})
         tries = 0
         while True:
             sent = dict(self._sent)
@@ -384,6 +393,12 @@ class OpenAIServer:
             f"{self.base_url}: refuses the key ({_short(failed)}); environment variable "
             f"{self._key_env} {held}: set it to this server's key"
         )
+
+
+def _content(request: Request) -> list[dict[str, Any]]:
+    """Return the parts of a message: images, then text (DataError for an unreadable image)."""
+    content: list[dict[str, Any]] = [_image_part(*image.encoded()) for image in request.images]
+    return [*content, {"type": "text", "text": request.prompt}]
 
 
 def _image_part(content: bytes, media_type: str) -> dict[str, Any]:

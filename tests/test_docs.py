@@ -59,6 +59,12 @@ ELSEWHERE = {
     " runs/other/checkpoints/metatune-best.safetensors --compare runs/result": (
         "tests/engine/test_evaluate.py::--compare"
     ),
+    "dvla-fast semantics build --data.dataset photos/ --output bank.json": (
+        "tests/engine/test_bank_build.py::test_bank_of_a_folder"
+    ),
+    "dvla-fast semantics build --construct.classes names.txt --output bank.json": (
+        "tests/engine/test_bank_build.py::test_settings_from_a_file"
+    ),
     "dvla-fast metatune --resume --output runs/tuned": "tests/engine/test_resume.py::resume",
 }
 

@@ -73,7 +73,7 @@ the same command continues a build that was stopped: no answer is asked for twic
         "SemanticsShow",
         """  dvla-fast semantics show digits
   dvla-fast semantics show digits eight
-  dvla-fast semantics show shapes babo --top_k 6
+  dvla-fast semantics show shapes rokobu --top_k 6
   dvla-fast semantics show banks/birds.json 'Sooty Albatross'""",
     ),
     "semantics diff": _Command(
@@ -151,6 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
+        if given[:1] == ["semantics"]:
+            return _fail("interrupted; the same command continues")
         return _fail("interrupted; continue with --resume and the same --output")
     except DVLAError as error:
         if debug:

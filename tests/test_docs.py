@@ -64,6 +64,11 @@ ELSEWHERE = {
     ),
     "dvla-fast semantics build --construct.classes names.txt --output bank.json": (
         "tests/engine/test_bank_build.py::test_settings_from_a_file"
+    "dvla-fast semantics encode birds.json --encoder open_clip:ViT-B-16/openai": (
+        "tests/engine/test_bank_commands.py::test_encode_with_a_model"
+    ),
+    "dvla-fast semantics import semantic.pth --attributes attributes.pth --output banks/cub.json": (
+        "tests/semantics/test_importing.py::test_import_command"
     ),
     "dvla-fast metatune --resume --output runs/tuned": "tests/engine/test_resume.py::resume",
 }

@@ -46,6 +46,8 @@ from dvla_fast.semantics.topk import Selection, progressive_top_k
 from dvla_fast.semantics.vectors import CachedEncoder
 
 _BAR = 20
+# Texts of which a stopped `encode` loses at most one lot.
+_BATCH = 1024
 
 
 def show(config: SemanticsShow) -> int:
@@ -256,9 +258,11 @@ def encode(config: SemanticsEncode) -> int:
     missing = encoder.missing(texts)
     with Progress({"encode": 1.0}) as progress:
         progress.begin("encode", len(missing))
-        for start in range(0, len(missing), 256):
-            encoder.add(missing[start : start + 256])
-            progress.advance(len(missing[start : start + 256]))
+        for start in range(0, len(missing), _BATCH):
+            part = missing[start : start + _BATCH]
+            encoder.add(part)
+            encoder.save(prune=False)  # what a kill may cost
+            progress.advance(len(part))
         # what is left: the templates of top-k selection, one round after another
         encode_bank(bank, list(bank.classes), encoder, top_k=config.top_k, template=config.template)
     held = encoder.save()

@@ -312,7 +312,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     check_seen_images(config.semantics.seen_images)
     texts, semantics, leaks, seen, barred = None, None, None, None, None
     if contenders[0].model is not None:
-        texts, semantics = build_texts(config.semantics, data, device)
+        texts, semantics = build_texts(config.semantics, data, device, settings.split)
         bank = build_bank(config.semantics.bank)
         seen, leaks = seen_images(bank, data, settings.split)
         barred = seen if config.semantics.seen_images == "exclude" else None

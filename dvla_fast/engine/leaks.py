@@ -30,7 +30,9 @@ def seen_images(bank: SemanticBank, data: FewShotData, split: str) -> tuple[Tens
         split was seen), "overlap" (some were), or "unknown" (the bank does not say what it has
         seen, or names images that the data set does not have).
     """
-    seen = {image for entry in bank.select(data.class_names) for image in entry.images}
+    lacking = set(bank.missing(data.class_names))
+    entries = bank.select(name for name in data.class_names if name not in lacking)
+    seen = {image for entry in entries for image in entry.images}
     images = data.split(split)
     mask = torch.tensor([image in seen for image in images.ids], dtype=torch.bool)
     if not images.ids:

@@ -25,6 +25,7 @@ a JSON Schema.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -198,29 +199,41 @@ class SemanticBank:
         Raises:
             BankError: classes that the bank lacks, or a name that fits several of its classes.
         """
-        alike: dict[str, list[str]] = {}
-        for own in self.classes:
-            alike.setdefault(normalised_name(own), []).append(own)
-        found, missing, ambiguous = [], [], []
-        for name in class_names:
-            matches = [name] if name in self.classes else alike.get(normalised_name(name), [])
-            if len(matches) == 1:
-                found.append(matches[0])
-            elif matches:
-                ambiguous.append(f"{name!r} fits {' and '.join(map(repr, matches))}")
-            else:
-                missing.append(repr(name))
+        names = list(class_names)
+        matches = self._matches(names)
+        ambiguous = [
+            f"{name!r} fits {' and '.join(map(repr, own))}"
+            for name, own in matches.items()
+            if len(own) > 1
+        ]
         if ambiguous:
             raise BankError(
                 f"{self.source}: {_some(ambiguous, '; ')}; rename the bank's classes as the data "
                 "set has them"
             )
+        missing = [name for name, own in matches.items() if not own]
         if missing:
+            near = difflib.get_close_matches(missing[0], self.classes, 3)
+            hint = f" (near {missing[0]!r}: {', '.join(map(repr, near))})" if near else ""
             raise BankError(
                 f"{self.source}: the bank lacks {len(missing)} class(es) of the data set: "
-                f"{_some(missing)}; add them to its 'classes', or give another bank"
+                f"{_some(list(map(repr, missing)))}{hint}; add them to its 'classes', or give "
+                "another bank"
             )
-        return found
+        return [matches[name][0] for name in names]
+
+    def missing(self, class_names: Iterable[str]) -> list[str]:
+        """Return the named classes that are not in the bank."""
+        return [name for name, own in self._matches(class_names).items() if not own]
+
+    def _matches(self, class_names: Iterable[str]) -> dict[str, list[str]]:
+        alike: dict[str, list[str]] = {}
+        for own in self.classes:
+            alike.setdefault(normalised_name(own), []).append(own)
+        return {
+            name: [name] if name in self.classes else alike.get(normalised_name(name), [])
+            for name in class_names
+        }
 
     @property
     def kind(self) -> str:

@@ -214,6 +214,25 @@ def test_unknown_action_is_refused_before_work(checkpoint: Path, tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
+def test_only_the_evaluated_classes_need_texts(checkpoint: Path, tmp_path: Path) -> None:
+    from dvla_fast.errors import BankError
+    from dvla_fast.semantics import load_bank
+
+    content = load_bank("digits").to_dict()
+    for name in load_digits().base.class_names:
+        del content["classes"][name]
+    (tmp_path / "odd.json").write_text(json.dumps(content))
+    odd = evaluate(checkpoint, tmp_path / "odd", bank=str(tmp_path / "odd.json"))
+    whole = evaluate(checkpoint, tmp_path / "whole", bank="digits")
+    assert odd["accuracy"] == whole["accuracy"]
+    assert odd["alpha"]["mean"] == pytest.approx(whole["alpha"]["mean"], abs=1e-6)
+    assert odd["leaks"]["verdict"] == "clean"
+    del content["classes"]["one"]
+    (tmp_path / "none.json").write_text(json.dumps(content))
+    with pytest.raises(BankError, match=r"lacks 6 class\(es\)"):
+        evaluate(checkpoint, tmp_path / "none", bank=str(tmp_path / "none.json"))
+
+
 def test_another_width_is_named(checkpoint: Path, tmp_path: Path) -> None:
     from dvla_fast.errors import CheckpointError
 

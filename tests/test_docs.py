@@ -64,6 +64,7 @@ ELSEWHERE = {
     ),
     "dvla-fast semantics build --construct.classes names.txt --output bank.json": (
         "tests/engine/test_bank_build.py::test_settings_from_a_file"
+    ),
     "dvla-fast semantics encode birds.json --encoder open_clip:ViT-B-16/openai": (
         "tests/engine/test_bank_commands.py::test_encode_with_a_model"
     ),

@@ -31,6 +31,12 @@ ELSEWHERE = {
         "tests/test_benchmarks.py::test_every_benchmark_runs"
     ),
     "python -m benchmarks.ratios run.json": "tests/test_benchmarks.py::test_ratio_table",
+    "dvla-fast semantics encode birds.json --encoder open_clip:ViT-B-16/openai": (
+        "tests/engine/test_bank_commands.py::test_encode_with_a_model"
+    ),
+    "dvla-fast semantics import semantic.pth --attributes attributes.pth --output banks/cub.json": (
+        "tests/semantics/test_importing.py::test_import_command"
+    ),
     "dvla-fast data check photos/": "tests/test_cli.py::test_data_check",
     "dvla-fast data check CUB_200_2011/ --splits cub_100_50_50": (
         "tests/data/test_layouts.py::test_cub"
@@ -64,12 +70,6 @@ ELSEWHERE = {
     ),
     "dvla-fast semantics build --construct.classes names.txt --output bank.json": (
         "tests/engine/test_bank_build.py::test_settings_from_a_file"
-    ),
-    "dvla-fast semantics encode birds.json --encoder open_clip:ViT-B-16/openai": (
-        "tests/engine/test_bank_commands.py::test_encode_with_a_model"
-    ),
-    "dvla-fast semantics import semantic.pth --attributes attributes.pth --output banks/cub.json": (
-        "tests/semantics/test_importing.py::test_import_command"
     ),
     "dvla-fast metatune --resume --output runs/tuned": "tests/engine/test_resume.py::resume",
 }

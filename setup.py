@@ -105,6 +105,7 @@ setup(
         "dvla_fast": [
             "py.typed",
             "semantics/banks/*.json",
+            "semantics/prompts/*.txt",
             "semantics/*.json",
             "data/split_lists/*.json",
         ],

@@ -54,6 +54,20 @@ _COMMANDS = {
 
 the same command continues a build that was stopped""",
     ),
+    "semantics build": _Command(
+        "write a bank with a language model, from class names and support images",
+        "SemanticsBuild",
+        """  dvla-fast semantics build --data.dataset photos/ --output bank.json
+  dvla-fast semantics build --data.dataset photos/ --output bank.json \\
+      --language_model.base_url http://localhost:8000/v1 --construct.images 3
+  dvla-fast semantics build --data.dataset CUB_200_2011/ --data.splits cub_100_50_50 \\
+      --construct.split [test] --construct.images 1 --output cub-novel.json \\
+      --language_model.backend transformers --construct.encoder open_clip:ViT-B-16/openai
+  dvla-fast semantics build --construct.classes names.txt --output bank.json \\
+      --language_model.backend files --language_model.answers answers.json
+
+the same command continues a build that was stopped: no answer is asked for twice""",
+    ),
     "semantics show": _Command(
         "show a bank of class texts: candidates with scores, what was chosen, where it is from",
         "SemanticsShow",
@@ -417,6 +431,15 @@ def _bank_command(name: str) -> Callable[[Any], int]:
     return run
 
 
+def _semantics_build(config: Any) -> int:
+    from dvla_fast.engine.bank_build import build
+
+    try:
+        return build(config)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command continues")
+
+
 def _pretrain(config: Any) -> int:
     from dvla_fast.engine.pretrain import run_pretrain
 
@@ -458,6 +481,7 @@ _RUNNERS = {
     "data check": _data_check,
     "data prepare": _data_prepare,
     "demo": _demo,
+    "semantics build": _semantics_build,
     "semantics show": _bank_command("show"),
     "semantics diff": _bank_command("diff"),
     "semantics edit": _bank_command("edit"),

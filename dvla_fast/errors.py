@@ -19,6 +19,10 @@ class BankError(DVLAError):
     """A semantic bank is missing, malformed, lacks a class or holds an unreadable text."""
 
 
+class LanguageModelError(DVLAError):
+    """A language model cannot be reached or loaded, or does not give an answer that is of use."""
+
+
 class CheckpointError(DVLAError):
     """A checkpoint is missing, truncated, or belongs to another model or run."""
 

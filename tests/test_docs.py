@@ -75,6 +75,12 @@ ELSEWHERE = {
     ),
     "dvla-fast evaluate --checkpoint visformer-CUB.pth --data.dataset caches/cub-224"
     " --data.image_size 224": "tests/engine/test_starting.py::test_authors_backbone_alone",
+    "dvla-fast semantics build --data.dataset photos/ --output bank.json": (
+        "tests/engine/test_bank_build.py::test_bank_of_a_folder"
+    ),
+    "dvla-fast semantics build --construct.classes names.txt --output bank.json": (
+        "tests/engine/test_bank_build.py::test_settings_from_a_file"
+    ),
     "dvla-fast metatune --resume --output runs/tuned": "tests/engine/test_resume.py::resume",
 }
 

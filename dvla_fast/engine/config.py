@@ -409,6 +409,76 @@ class SemanticsImport:
 
 
 @dataclass
+class LanguageModelConfig:
+    """Who writes the texts."""
+
+    backend: str = option(
+        "openai", "openai (any server that speaks its protocol), transformers, or files"
+    )
+    model: str = option(
+        "",
+        "name of the model; empty: the only one that the server has, or Qwen2.5-VL-7B-Instruct "
+        "(transformers)",
+    )
+    temperature: float = option(0.0, "0: the most likely answer; higher: more varied", 0)
+    seed: int = option(0, "seed of answers, for back ends that have one", 0)
+    answers: str = option("", "the .json or .jsonl file of answers (files)")
+    base_url: str = option("", "address of the server; empty: OPENAI_BASE_URL (openai)")
+    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the key (openai)")
+    concurrency: int = option(16, "requests under way at one time (openai)", 1)
+    timeout: float = option(120.0, "seconds to wait for one answer (openai)", 0.001)
+    retries: int = option(6, "times that a failed request is sent again (openai)", 0)
+    structured: bool = option(True, "ask for JSON by schema, until a server refuses (openai)")
+    input_price: float = option(0.0, "price of a million tokens read, for the cost (openai)", 0)
+    output_price: float = option(0.0, "price of a million tokens written (openai)", 0)
+    device_map: str = option("auto", "auto, cpu, cuda or cuda:N (transformers)")
+    dtype: str = option("auto", "auto, bfloat16, float16 or float32 (transformers)")
+    batch_size: int = option(4, "requests of one forward pass (transformers)", 1)
+
+
+@dataclass
+class ConstructConfig:
+    """Which classes, which of their images are shown, and how attributes are chosen."""
+
+    split: list[str] = field(
+        default_factory=list,
+        metadata=about("splits to write for, e.g. [test]; empty: all of the data set"),
+    )
+    images: int = option(
+        5, "support images shown of each class, chosen by --seed; 0: class names alone", 0
+    )
+    max_side: int = option(512, "longer side in pixels of an image that is shown", 1)
+    classes: str = option(
+        "", "text file with one class name a line, instead of a data set; nothing is shown"
+    )
+    candidates: int = option(16, "attributes asked for", 2)
+    top_k: int = option(8, "attributes chosen of them by progressive selection", 1)
+    template: str = option(
+        "all", "chosen attributes that the selection's template names: all, last"
+    )
+    attempts: int = option(2, "answers asked for before a class fails", 1)
+    candidates_prompt: str = option("", "file of the first question; empty: the package's own")
+    description_prompt: str = option("", "file of the second question; empty: the package's own")
+    encoder: str = option(
+        "hashed-ngram", "text encoder of the selection, as in --semantics.encoder"
+    )
+    dim: int = option(0, "length of its vectors; 0: its own", 0)
+    truncate: bool = option(False, "cut texts longer than it reads instead of failing")
+    device: str = option("auto", "where it runs: cpu, cuda, or auto")
+
+
+@dataclass
+class SemanticsBuild:
+    """Everything `dvla-fast semantics build` does."""
+
+    output: str = option("", "JSON file of the bank (required)")
+    seed: int = option(0, "seed of the choice of images", 0)
+    data: DataConfig = field(default_factory=DataConfig)
+    language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    construct: ConstructConfig = field(default_factory=ConstructConfig)
+
+
+@dataclass
 class DemoRun(RunConfig):
     """Everything `dvla-fast demo` does."""
 

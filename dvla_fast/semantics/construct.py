@@ -1,0 +1,317 @@
+"""A whole bank from class names and support images, resumable; and the texts of one episode.
+
+The build goes step by step over all classes (``dvla_fast.semantics.stages``): all candidates, one
+selection for all classes together, all descriptions. Every answer is in a journal beside the bank
+before it is used (``dvla_fast.semantics.journal``), so the same call continues after a kill.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dvla_fast.errors import BankError, LanguageModelError, OutputError
+from dvla_fast.semantics.bank import ClassEntry, SemanticBank, load_bank
+from dvla_fast.semantics.encoders import TextEncoder
+from dvla_fast.semantics.journal import Journal, JournaledModel
+from dvla_fast.semantics.language_models.base import LanguageModel, ShownImage
+from dvla_fast.semantics.parsing import Attributes
+from dvla_fast.semantics.sources import check_classes
+from dvla_fast.semantics.stages import (
+    Chosen,
+    ClassSource,
+    Failure,
+    Prompts,
+    StageResult,
+    Written,
+    candidate_attributes,
+    describe,
+    prompt_records,
+    select_attributes,
+)
+from dvla_fast.semantics.tokens import EncodedTexts, encode_bank
+
+if TYPE_CHECKING:
+    from dvla_fast.nn import TextTokens
+
+STAGES = ("candidates", "selection", "description")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How texts are made: attributes asked for and chosen, answers asked for before giving up."""
+
+    top_k: int = 8
+    template: str = "all"
+    count: int = 16
+    attempts: int = 2
+
+
+@dataclass
+class Built:
+    """The outcome of a build.
+
+    Attributes:
+        bank: the finished classes; None when there is none.
+        failures: the others, with the reason.
+        reused: answers taken from the journal.
+    """
+
+    bank: SemanticBank | None
+    failures: dict[str, Failure] = field(default_factory=dict)
+    reused: int = 0
+
+
+def journal_path(output: str | Path) -> Path:
+    """Return the journal of a bank: beside it."""
+    path = Path(output)
+    return path.with_name(f"{path.name}.journal.jsonl")
+
+
+def construct_bank(
+    classes: Sequence[ClassSource],
+    model: LanguageModel,
+    encoder: TextEncoder,
+    output: str | Path,
+    *,
+    prompts: Prompts | None = None,
+    settings: Settings | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Built:
+    """Write the bank of these classes to ``output``; the same call continues a build.
+
+    A class that fails is left out, and asked about again by the next call; the others are written.
+
+    Args:
+        classes: names, and the images that may be shown.
+        encoder: of the selection.
+        provenance: more to record, e.g. the data set and split.
+        progress: called with stage, classes through and all of them.
+
+    Raises:
+        DataError: a class without a name, or named twice.
+        LanguageModelError: the model cannot be used (any more); answers so far are kept.
+        OutputError: bank or journal cannot be written, another process builds this bank, or the
+            file at ``output`` is not as the build left it: it may have been edited by hand.
+    """
+    check_classes(classes)
+    prompts, settings = prompts or Prompts.load(), settings or Settings()
+    output = Path(output)
+    with Journal(journal_path(output)) as journal:
+        _check_own(output, journal)
+        asked = JournaledModel(model, journal)
+        bank, failures = _construct(
+            classes, asked, encoder, prompts, settings, output.stem, provenance, progress
+        )
+        if bank is not None:
+            journal.mark(_mark(bank))  # before the file: what is there is always on record
+            bank.save(output)
+        return Built(bank, failures, asked.reused)
+
+
+def _check_own(output: Path, journal: Journal) -> None:
+    if output.is_dir():
+        raise OutputError(f"{output}: is a folder; give --output the JSON file of the bank")
+    if not output.exists():
+        return
+    try:
+        known = _mark(load_bank(output)) in journal.marks
+    except BankError:
+        known = False
+    if not known:
+        raise OutputError(
+            f"{output}: was not written by this build, or was edited since; a build would replace "
+            "it: move it away, or give --output another file"
+        )
+
+
+def _mark(bank: SemanticBank) -> str:
+    return hashlib.sha256(json.dumps(bank.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+class EpisodeSemantics:
+    """Texts of single episodes, from their own class names and support images alone.
+
+    For strictly inductive evaluation: nothing but the episode's supports is ever shown. Answers are
+    kept by what was asked, so an episode that comes again asks nothing.
+
+    Args:
+        model: the language model.
+        encoder: of the selection and of the tokens.
+        journal: file of the answers; None: kept in memory.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        encoder: TextEncoder,
+        *,
+        prompts: Prompts | None = None,
+        settings: Settings | None = None,
+        journal: str | Path | None = None,
+    ) -> None:
+        self.model = JournaledModel(model, Journal(journal))
+        self.encoder = encoder
+        self.prompts, self.settings = prompts or Prompts.load(), settings or Settings()
+
+    def close(self) -> None:
+        """Close the journal."""
+        self.model.journal.close()
+
+    def bank(
+        self, class_names: Sequence[str], images: Sequence[Sequence[ShownImage]]
+    ) -> SemanticBank:
+        """Return the bank of one episode.
+
+        Args:
+            class_names: the episode's classes.
+            images: of each class its support images (``sources.episode_images``), or none.
+
+        Raises:
+            DataError: a class without a name, or named twice.
+            LanguageModelError: a class that has no texts: an episode cannot go without one.
+        """
+        classes = [
+            ClassSource(name, tuple(shown)) for name, shown in zip(class_names, images, strict=True)
+        ]
+        check_classes(classes)
+        bank, failures = _construct(
+            classes, self.model, self.encoder, self.prompts, self.settings, "episode"
+        )
+        if failures or bank is None:
+            name, failure = next(iter(failures.items()))
+            raise LanguageModelError(
+                f"an episode has no texts for {len(failures)} of its classes: {failure.stage} of "
+                f"{name!r}: {failure.message}"
+            )
+        return bank
+
+    def texts(
+        self, class_names: Sequence[str], images: Sequence[Sequence[ShownImage]]
+    ) -> EncodedTexts:
+        """Return the encoded texts of one episode, class by class; errors as ``bank``."""
+        return encode_bank(self.bank(class_names, images), class_names, self.encoder)
+
+    def tokens(
+        self, class_names: Sequence[str], images: Sequence[Sequence[ShownImage]]
+    ) -> TextTokens:
+        """Return the text tokens (1, way * (k + 1), dim) of one episode; errors as ``bank``."""
+        return self.texts(class_names, images).episodes(torch.arange(len(class_names))[None])
+
+
+def _construct(
+    classes: Sequence[ClassSource],
+    model: JournaledModel,
+    encoder: TextEncoder,
+    prompts: Prompts,
+    settings: Settings,
+    name: str,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> tuple[SemanticBank | None, dict[str, Failure]]:
+    proposed = candidate_attributes(
+        model,
+        classes,
+        prompts,
+        count=settings.count,
+        attempts=settings.attempts,
+        advance=_counter(progress, "candidates", len(classes)),
+    )
+    chosen: StageResult[Chosen] = StageResult()
+    described: StageResult[Written[str]] = StageResult()
+    if proposed.done:
+        candidates = {key: item.value.kept for key, item in proposed.done.items()}
+        chosen = select_attributes(candidates, encoder, settings.top_k, settings.template)
+        progress("selection", len(candidates), len(candidates))
+    if chosen.done:
+        described = describe(
+            model,
+            {key: item.attributes for key, item in chosen.done.items()},
+            prompts,
+            attempts=settings.attempts,
+            advance=_counter(progress, "description", len(chosen.done)),
+        )
+    model.forget([*proposed.unusable, *described.unusable])
+    failures = {**proposed.failures, **chosen.failures, **described.failures}
+    failures = {item.name: failures[item.name] for item in classes if item.name in failures}
+    entries = {
+        item.name: _entry(
+            item, proposed.done[item.name], chosen.done[item.name], described.done[item.name]
+        )
+        for item in classes
+        if item.name in described.done
+    }
+    if not entries:
+        return None, failures
+    texts: list[Written[Any]] = [*proposed.done.values(), *described.done.values()]
+    record = _provenance(classes, model, encoder, prompts, settings, texts)
+    if failures:
+        record["failed"] = list(failures)
+    return SemanticBank(name, entries, {**record, **(provenance or {})}), failures
+
+
+def _counter(
+    progress: Callable[[str, int, int], None], stage: str, total: int
+) -> Callable[[], None]:
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        progress(stage, done, total)
+
+    return advance
+
+
+def _entry(
+    item: ClassSource, proposed: Written[Attributes], chosen: Chosen, described: Written[str]
+) -> ClassEntry:
+    dropped = [{"text": text, "reason": reason} for text, reason in proposed.value.dropped]
+    return ClassEntry(
+        chosen.attributes,
+        described.value,
+        chosen.candidates,
+        {
+            "candidates": list(proposed.answers),
+            "description": described.answers[0]
+            if len(described.answers) == 1
+            else list(described.answers),
+        },
+        tuple(image.id for image in item.images),
+        {"dropped": dropped} if dropped else {},
+    )
+
+
+def _provenance(
+    classes: Sequence[ClassSource],
+    model: LanguageModel,
+    encoder: TextEncoder,
+    prompts: Prompts,
+    settings: Settings,
+    texts: Sequence[Written[Any]],
+) -> dict[str, Any]:
+    from dvla_fast import __version__
+
+    return {
+        "kind": "support-images" if any(item.images for item in classes) else "class-names",
+        "model": model.identity["model"],
+        "language_model": {
+            **model.identity,
+            "answered_as": sorted({item.model for item in texts if item.model}),
+            "input_tokens": sum(item.tokens[0] for item in texts),
+            "output_tokens": sum(item.tokens[1] for item in texts),
+        },
+        "encoder": encoder.name,
+        "selection": asdict(settings),
+        "prompts": prompt_records(prompts, classes),
+        "date": datetime.date.today().isoformat(),
+        "dvla_fast": __version__,
+    }

@@ -1,0 +1,326 @@
+"""From a language model's words to attributes and a description, or to what is wrong with them.
+
+Models wrap JSON in prose and code fences, write numbered lists instead, stop in the middle, repeat
+themselves, refuse, or answer in another language. What can be read without guessing is read; the
+rest is an error that says what came, so that the model can be asked again and a person can see why.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dvla_fast.errors import LanguageModelError
+from dvla_fast.semantics.bank import normalised_name
+from dvla_fast.semantics.language_models.base import Answer
+
+MAX_WORDS, MAX_CHARACTERS = 16, 160  # of an attribute
+MAX_ATTRIBUTES = 64
+DESCRIPTION_WORDS = 60  # CLIP reads 77 tokens
+_FEWEST_DESCRIPTION_WORDS = 4
+
+_THINKING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"```[a-zA-Z]*\n?|```")
+_BULLET = re.compile(r"^\s*(?:[-*•–▪◦]\s+|\(?\d{1,3}[.):]\s*|[a-zA-Z][.)]\s+)(.+)$")
+_COMPLETE_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"\s*(?=[,\]])')
+_REFUSAL = re.compile(
+    r"\b(?:i['’]?m (?:very )?sorry|i am sorry|i apologi[sz]e|sorry, (?:but|i)|as an ai\b"
+    r"|i (?:cannot|can['’]?t|can not|could not|am unable|['’]m unable|am not able|won['’]t)"
+    r"|(?:unable|not able) to (?:help|assist|identify|provide|comply))",
+    re.IGNORECASE,
+)
+_NOT_AN_ATTRIBUTE = re.compile(
+    r"^(?:none|unknown|n/?a|null|nil|other|others|etc|attributes?|candidates?|features?|text|\W*"
+    r"|attribute ?\d+)$"
+    r"|^(?:the|this|these|in the|given|provided) (?:given |provided )?(?:image|photo|picture)s?\b"
+    r"|^(?:here (?:are|is)|sure|certainly|of course|based on|let me)\b"
+    r"|\bnot (?:visible|provided|applicable|available|possible)\b|https?://",
+    re.IGNORECASE,
+)
+_LEADING = re.compile(r"^(?:it |they )?(?:has|have|having|with|its|their)\s+", re.IGNORECASE)
+_LIST_KEYS = ("attributes", "candidates", "features", "characteristics", "answer", "items", "list")
+_TEXT_KEYS = ("attribute", "text", "name", "feature", "value", "description")
+# Frequent words of languages in Latin letters that are no English words, and of English.
+_FOREIGN = frozenset(
+    (
+        *("el", "los", "las", "una", "del", "con", "por", "muy", "sus", "y", "le", "les", "des"),
+        *("et", "avec", "dans", "une", "sur", "aux", "du", "plus", "der", "das", "und", "mit"),
+        *("ein", "eine", "einen", "einem", "ist", "auf", "dem", "den", "von", "zu", "il", "lo"),
+        *("della", "delle", "degli", "nel", "sono", "di", "che", "um", "uma", "com", "seu", "sua"),
+        *("não", "em", "os", "het", "een", "op", "voor", "niet", "jest", "oraz", "och", "med"),
+    )
+)
+_ENGLISH = frozenset(
+    (
+        *("the", "a", "an", "and", "of", "with", "in", "on", "its", "has", "have", "is", "are"),
+        *("that", "which", "to", "from", "by", "at", "as", "or", "for", "it"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """Attributes read from an answer.
+
+    Attributes:
+        kept: normalised, without repetition, in the order of the answer.
+        dropped: (what came, why it was dropped).
+        cut: the answer ended in the middle; what was complete is kept.
+    """
+
+    kept: tuple[str, ...]
+    dropped: tuple[tuple[str, str], ...] = ()
+    cut: bool = False
+
+
+def parse_attributes(answer: Answer, class_name: str, minimum: int = 2) -> Attributes:
+    """Read the candidate attributes of an answer.
+
+    Understood are a JSON list, an object that holds one, either inside prose or code fences, one
+    that is cut off (its complete texts count), bulleted and numbered lists, and a sentence that
+    enumerates after "are", "include" or a colon.
+
+    Args:
+        class_name: no attribute by itself.
+        minimum: attributes that must remain.
+
+    Raises:
+        LanguageModelError: a refusal, no list, another language, or fewer than ``minimum`` left;
+            says what came.
+    """
+    text = _plain(answer)
+    items, cut = _items(text)
+    if items is None:
+        raise LanguageModelError(f"the answer holds no list of attributes but {_quote(text)}")
+    kept: dict[str, str] = {}
+    dropped: list[tuple[str, str]] = []
+    for item in items:
+        attribute = clean_attribute(item)
+        key = _comparable(attribute)
+        problem = _problem(attribute, class_name)
+        if problem is None and key in kept:
+            problem = "repeated"
+        if problem is None and len(kept) == MAX_ATTRIBUTES:
+            problem = f"more than {MAX_ATTRIBUTES}"
+        if problem is None:
+            kept[key] = attribute
+        else:
+            dropped.append((item if len(item) <= 80 else f"{item[:80]}...", problem))
+    if _is_foreign(" ".join(kept.values())):
+        raise LanguageModelError(f"the answer is not in English: {_quote(text)}")
+    if len(kept) < minimum:
+        why = "; ".join(f"{_quote(item, 40)} is {problem}" for item, problem in dropped[:4])
+        raise LanguageModelError(
+            f"{len(kept)} usable attribute(s) in the answer, at least {minimum} needed"
+            + (f" ({why})" if why else " (its list is empty)")
+        )
+    return Attributes(tuple(kept.values()), tuple(dropped), cut or answer.finish == "length")
+
+
+def parse_description(answer: Answer, *, trim: bool = False) -> str:
+    """Read the description of an answer: an object that holds it, a JSON text, or plain prose.
+
+    Args:
+        trim: shorten a description that is too long or cut off to its whole sentences, where at
+            least one fits; else it is an error.
+
+    Raises:
+        LanguageModelError: a refusal, a list, too short, too long, cut off, or another language.
+    """
+    text = _plain(answer)
+    found, cut = _description_text(text)
+    found = " ".join(unicodedata.normalize("NFC", found).split())
+    found = re.sub(r"^\W*description\W*:\s*", "", found, flags=re.IGNORECASE)
+    found = found.strip(" \"'“”*_`")
+    cut = cut or answer.finish == "length"
+    words = len(found.split())
+    if _is_foreign(found):
+        raise LanguageModelError(f"the description is not in English: {_quote(text)}")
+    if words > DESCRIPTION_WORDS or (cut and not re.search(r"[.!?]$", found)):
+        shorter = _whole_sentences(found)
+        if not trim or not shorter:
+            what = f"is {words} words long" if words > DESCRIPTION_WORDS else "is cut off"
+            raise LanguageModelError(
+                f"the description {what}, at most {DESCRIPTION_WORDS} can be used: {_quote(text)}"
+            )
+        found = shorter
+    if len(found.split()) < _FEWEST_DESCRIPTION_WORDS:
+        raise LanguageModelError(f"the answer is no description: {_quote(text)}")
+    return found
+
+
+def clean_attribute(text: str) -> str:
+    """Normalise an attribute: one line, no bullet, quotes, mark-up, leading "has", final stop."""
+    text = unicodedata.normalize("NFC", text)
+    text = "".join(" " if unicodedata.category(char)[0] == "C" else char for char in text)
+    text = re.sub(r"\*\*|__|`", "", " ".join(text.split()))
+    bullet = _BULLET.match(text)
+    text = (bullet[1] if bullet else text).strip(" \"'“”‘’*_•-–.,;:")
+    return _LEADING.sub("", text)
+
+
+def _plain(answer: Answer) -> str:
+    """Return the answer without its thinking; raises for a refusal or nothing."""
+    text = _THINKING.sub("", answer.text).strip()
+    if answer.finish == "refusal":
+        raise LanguageModelError(f"the model refused: {_quote(text or 'no reason given')}")
+    if not text:
+        reason = "all its tokens went into thinking" if answer.text.strip() else "no text"
+        raise LanguageModelError(f"the answer is empty ({reason})")
+    refusal = _REFUSAL.search(text[:300])
+    if refusal and "[" not in text:
+        raise LanguageModelError(f"the model refused: {_quote(text)}")
+    return text
+
+
+def _items(text: str) -> tuple[list[str] | None, bool]:
+    """Find the list of an answer: (its texts, whether it was cut off)."""
+    for value in _json_values(text):
+        found = _texts(value)
+        if found is not None:
+            return found, False
+    if re.search(r'\[\s*"', text):
+        complete = _COMPLETE_STRING.findall(text[text.index("[") :])
+        if complete:
+            return [_unescape(item) for item in complete], True
+    lines = [line for line in _FENCE.sub("", text).splitlines() if line.strip()]
+    bullets = [match[1] for line in lines if (match := _BULLET.match(line))]
+    if len(bullets) >= 2:
+        return bullets, False
+    return _enumeration(" ".join(lines)), False
+
+
+def _json_values(text: str) -> Iterator[Any]:
+    """Yield the JSON lists and objects in a text, outermost first."""
+    decoder = json.JSONDecoder()
+    position, tries = 0, 0
+    while tries < 50 and (match := re.compile(r"[\[{]").search(text, position)):
+        tries += 1
+        try:
+            value, position = decoder.raw_decode(text, match.start())
+        except (ValueError, RecursionError):
+            position = match.end()
+            continue
+        yield value
+
+
+def _texts(value: Any) -> list[str] | None:
+    """Return the texts of a JSON value that is, or holds, a list; None: it does not."""
+    if isinstance(value, dict):
+        lists = [value[key] for key in _LIST_KEYS if isinstance(value.get(key), list)]
+        lists = lists or [item for item in value.values() if isinstance(item, list)]
+        if lists:
+            return _texts(lists[0])
+        if len(value) >= 2 and all(isinstance(item, str) for item in value.values()):
+            return [f"{key}: {item}" for key, item in value.items()]
+        return None
+    if not isinstance(value, list):
+        return None
+    found: list[str] = []
+    for item in value:
+        if isinstance(item, dict):
+            texts = [item[key] for key in _TEXT_KEYS if isinstance(item.get(key), str)]
+            found.append(texts[0] if texts else json.dumps(item, ensure_ascii=False))
+        elif isinstance(item, list):
+            found += _texts(item) or []
+        else:
+            found.append(item if isinstance(item, str) else json.dumps(item))
+    return found
+
+
+def _enumeration(text: str) -> list[str] | None:
+    """Read "..., are a long bill, dark wings, and a white face": at least three short parts."""
+    match = re.search(r"(?:\b(?:are|is|includes?|including|has|have)\b|:)\s+(.+)$", text)
+    sentence = match[1] if match else text
+    if re.search(r"[.!?]\s", sentence.strip()):
+        return None  # several sentences: which of it is the list would be a guess
+    parts = [re.sub(r"^and\s+", "", part.strip()) for part in re.split(r"[,;]", sentence)]
+    if len(parts) < 3 or any(not 0 < len(part.split()) <= 8 for part in parts):
+        return None
+    return parts
+
+
+def _description_text(text: str) -> tuple[str, bool]:
+    """Find the description of an answer: (its words, whether it was cut off)."""
+    for value in _json_values(text):
+        if isinstance(value, dict):
+            texts = [item for item in value.values() if isinstance(item, str)]
+            if isinstance(value.get("description"), str):
+                return value["description"], False
+            if len(value) == 1 and texts:
+                return texts[0], False
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+            return value[0], False
+        raise LanguageModelError(f"the answer holds no description but {_quote(text)}")
+    match = re.search(r'"description"\s*:\s*"((?:[^"\\]|\\.)*)', text)
+    if match:
+        return _unescape(match[1]), True
+    plain = _FENCE.sub("", text).strip()
+    if plain.startswith(("{", "[")):
+        raise LanguageModelError(f"the answer is broken JSON: {_quote(text)}")
+    if len([line for line in plain.splitlines() if _BULLET.match(line)]) >= 2:
+        raise LanguageModelError(f"the answer is a list, not a description: {_quote(text)}")
+    return plain, False
+
+
+def _whole_sentences(text: str) -> str:
+    """Return the leading sentences that fit into ``DESCRIPTION_WORDS``; empty: none does."""
+    kept = ""
+    for match in re.finditer(r".+?[.!?](?=\s|$)", text):
+        if len(text[: match.end()].split()) > DESCRIPTION_WORDS:
+            break
+        kept = text[: match.end()]
+    return kept
+
+
+def _problem(attribute: str, class_name: str) -> str | None:
+    """Say why a text is no attribute; None: it is one."""
+    if not attribute:
+        return "empty"
+    if len(attribute) > MAX_CHARACTERS or len(attribute.split()) > MAX_WORDS:
+        return f"too long ({len(attribute)} characters, {len(attribute.split())} words)"
+    if _other_script(attribute):
+        return "not in English"
+    if not re.search(r"[A-Za-z]{2}", attribute):
+        return "no words"
+    if _comparable(attribute) == _comparable(normalised_name(class_name)):
+        return "the name of the class"
+    if _NOT_AN_ATTRIBUTE.search(attribute) or _REFUSAL.search(attribute):
+        return "not about an attribute"
+    return None
+
+
+def _comparable(text: str) -> str:
+    text = re.sub(r"[\W_]+", " ", text).strip().casefold()
+    return re.sub(r"^(?:an?|the) ", "", text)
+
+
+def _other_script(text: str) -> bool:
+    letters = [char for char in text if char.isalpha()]
+    other = sum(char > "ɏ" for char in letters)  # beyond Latin Extended-B
+    return bool(letters) and other > 0.3 * len(letters)
+
+
+def _is_foreign(text: str) -> bool:
+    """Whether a text is in another language, as far as script and frequent words tell."""
+    if _other_script(text):
+        return True
+    words = re.findall(r"[^\W\d_]+", text.lower())
+    foreign = sum(word in _FOREIGN for word in words)
+    return foreign >= 2 and foreign > sum(word in _ENGLISH for word in words)
+
+
+def _unescape(text: str) -> str:
+    try:
+        return str(json.loads(f'"{text}"'))
+    except ValueError:
+        return text.rstrip("\\")
+
+
+def _quote(text: str, length: int = 100) -> str:
+    text = " ".join(text.split())
+    return repr(text if len(text) <= length else f"{text[:length]}...")

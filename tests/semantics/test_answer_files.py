@@ -1,0 +1,81 @@
+"""Answers from files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dvla_fast.errors import LanguageModelError
+from dvla_fast.semantics.language_models.base import Request, answer_all
+from dvla_fast.semantics.language_models.files import AnswerFile
+
+
+def request(stage: str, name: str) -> Request:
+    return Request("?", (), stage, name)
+
+
+def test_object_and_lines_say_the_same(tmp_path: Path) -> None:
+    answers = {"candidates": {"Crow": ["a", "b"], "Gull": "- c"}, "description": {"Crow": "é"}}
+    whole, lines = tmp_path / "a.json", tmp_path / "a.jsonl"
+    whole.write_text(json.dumps(answers))
+    rows = [
+        json.dumps({"stage": stage, "class": name, "answer": answer})
+        for stage, by_class in answers.items()
+        for name, answer in by_class.items()
+    ]
+    lines.write_text("\n\n".join(rows) + "\n")
+    for path in (whole, lines):
+        model = AnswerFile(path)
+        model.check()
+        found = answer_all(
+            model, [request("description", "Crow"), request("candidates", "Crow")]
+        )  # fmt: skip
+        assert [answer.text for answer in found] == ["é", '["a", "b"]']
+        assert model.usage.answers == 2
+
+
+def test_class_without_an_answer_fails_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"candidates": {"Crow": "x"}}')
+    found = dict(
+        AnswerFile(path).answers([request("candidates", "Gull"), request("candidates", "Crow")])
+    )
+    assert "a.json: no candidates answer for class 'Gull'; add it" in str(found[0])
+    assert found[1].text == "x"  # type: ignore[union-attr]
+
+
+def test_edited_file_is_another_model(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"candidates": {"Crow": "x"}}')
+    before = AnswerFile(path).identity
+    path.write_text('{"candidates": {"Crow": "y"}}')
+    assert AnswerFile(path).identity != before
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", "{", r"a.json: not valid JSON \(line 1"),
+        ("a.json", "[]", "no answers; expected {"),
+        ("a.json", '{"Crow": ["x"]}', "'Crow' is no stage's answers"),
+        ("a.json", '{"candidates": {"a": "x", "a": "y"}}', "'a' appears twice"),
+        ("a.jsonl", '{"stage": "candidates"}', "line 1: no answer; expected"),
+        ("a.jsonl", "\n{oops", "line 2: not valid JSON"),
+        ("a.jsonl", '{"stage": "x", "class": "a", "answer": ""}', "stage 'x' is unknown"),
+        ("a.jsonl", '{"stage": "candidates", "class": "a", "answer": ""}\n' * 2, "line 2: cand"),
+    ],
+)
+def test_malformed_files(tmp_path: Path, name: str, text: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(LanguageModelError, match=message):
+        AnswerFile(path)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(LanguageModelError, match="cannot read the answers"):
+        AnswerFile(tmp_path / "none.json")
+    with pytest.raises(LanguageModelError, match=r"needs --language_model\.answers"):
+        AnswerFile("")

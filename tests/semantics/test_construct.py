@@ -1,0 +1,331 @@
+"""The three stages, the build over all classes, and the texts of one episode."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dvla_fast.errors import BankError, DataError, LanguageModelError, OutputError
+from dvla_fast.semantics import build_encoder, load_bank
+from dvla_fast.semantics.construct import (
+    EpisodeSemantics,
+    Settings,
+    construct_bank,
+    journal_path,
+)
+from dvla_fast.semantics.journal import Journal, JournaledModel
+from dvla_fast.semantics.language_models.base import Answer, Request, ShownImage
+from dvla_fast.semantics.stages import (
+    ClassSource,
+    Prompts,
+    candidate_attributes,
+    describe,
+    select_attributes,
+)
+from dvla_fast.semantics.topk import one_by_one_top_k
+from tests.semantics.scripted import Scripted, attributes_of, good_answer
+
+NAMES = ("Crow", "Gull", "Owl")
+CLASSES = [ClassSource(name) for name in NAMES]
+ENCODER = build_encoder("hashed-ngram", 128)
+PROMPTS = Prompts.load()
+
+
+def image(seed: int) -> ShownImage:
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return ShownImage(f"image-{seed}", pixels)
+
+
+def spoil(stage: str, name: str, answer: Any, times: int = 99) -> Scripted:
+    """Good answers but for one class at one stage."""
+
+    def answers(request: Request) -> Any:
+        nonlocal times
+        if (request.stage, request.subject) == (stage, name) and times > 0:
+            times -= 1
+            return answer
+        return good_answer(request.stage, request.subject)
+
+    return Scripted(answers)
+
+
+def test_candidates_of_all_classes() -> None:
+    model = Scripted()
+    classes = [ClassSource("Crow", (image(0), image(1))), ClassSource("Gull")]
+    found = candidate_attributes(model, classes, PROMPTS, count=7)
+    assert list(found.done) == ["Crow", "Gull"]  # in order, though answers came in reverse
+    crow = found.done["Crow"]
+    assert crow.value.kept == tuple(attributes_of("Crow"))
+    assert crow.answers == (good_answer("candidates", "Crow"),)
+    assert crow.tokens == (100, 10)
+    gull, shown = model.asked
+    assert shown.images == classes[0].images
+    assert "Crow in the given image?" in shown.prompt
+    assert "Name 7 attributes" in shown.prompt
+    assert gull.images == ()
+    assert "image" not in gull.prompt
+
+
+def test_unusable_answer_is_asked_for_again_with_the_reason() -> None:
+    model = spoil("candidates", "Gull", "I like gulls. They are nice.", times=1)
+    found = candidate_attributes(model, CLASSES, PROMPTS)
+    assert found.failures == {}
+    assert found.done["Gull"].answers == (
+        "I like gulls. They are nice.",
+        good_answer("candidates", "Gull"),
+    )
+    assert found.done["Gull"].tokens == (200, 20)
+    again = model.asked[-1].prompt
+    assert "could not be used: the answer holds no list of attributes but 'I like" in again
+    assert "distinguishing attributes of the Gull" in again
+
+
+def test_class_that_fails_leaves_the_others() -> None:
+    refused = spoil("candidates", "Gull", Answer("No.", "refusal"))
+    found = candidate_attributes(refused, CLASSES, PROMPTS, attempts=3)
+    assert list(found.done) == ["Crow", "Owl"]
+    assert found.failures["Gull"].message == "the model refused: 'No.'"
+    assert len(found.unusable) == 3
+    broken = spoil("candidates", "Gull", LanguageModelError("the server answered 500"))
+    found = candidate_attributes(broken, CLASSES, PROMPTS)
+    assert found.failures["Gull"].message == "the server answered 500"
+    assert len(broken.asked) == 3  # an error is not an answer: nothing to ask again about
+
+
+def test_selection_is_that_of_the_definition() -> None:
+    candidates = {name: attributes_of(name) for name in NAMES}
+    found = select_attributes(candidates, ENCODER, 3).done
+    expected = one_by_one_top_k(list(NAMES), list(candidates.values()), ENCODER, 3)
+    for name, selection in zip(NAMES, expected):
+        assert found[name].attributes == tuple(candidates[name][i] for i in selection.order)
+        assert [item.text for item in found[name].candidates] == candidates[name]
+        assert [item.scores for item in found[name].candidates] == list(selection.scores)
+
+
+def test_selection_fails_class_by_class() -> None:
+    candidates = {"Crow": attributes_of("Crow"), "Gull": ["!!!", "white face"]}
+    found = select_attributes(candidates, ENCODER, 2)
+    assert list(found.done) == ["Crow"]
+    assert "holds no word to encode" in found.failures["Gull"].message
+
+
+def test_description_of_the_chosen_attributes() -> None:
+    model = Scripted()
+    found = describe(model, {"Crow": ["black bill", "white face"]}, PROMPTS)
+    assert found.done["Crow"].value.startswith("The Crow is a bird with")
+    (asked,) = model.asked
+    assert "for the class Crow:\n- black bill\n- white face\n" in asked.prompt
+    assert asked.images == ()
+
+
+def test_long_description_is_shortened_only_at_the_last_attempt() -> None:
+    long = "A black bird with a thick bill. " * 12
+    found = describe(spoil("description", "Crow", long, 1), {"Crow": ["a"]}, PROMPTS)
+    assert found.done["Crow"].value.startswith("The Crow is")
+    found = describe(spoil("description", "Crow", long), {"Crow": ["a"]}, PROMPTS)
+    assert found.done["Crow"].value.count("thick bill") == 8
+
+
+def test_bank_records_everything(tmp_path: Path) -> None:
+    path = tmp_path / "birds.json"
+    classes = [ClassSource(name, (image(i), image(9 + i))) for i, name in enumerate(NAMES)]
+    steps: list[tuple[str, int, int]] = []
+    built = construct_bank(
+        classes,
+        Scripted(),
+        ENCODER,
+        path,
+        settings=Settings(top_k=3),
+        provenance={"dataset": "photos"},
+        progress=lambda *step: steps.append(step),
+    )
+    bank = load_bank(path)
+    assert built.failures == {}
+    assert bank.to_dict() == built.bank.to_dict()  # type: ignore[union-attr]
+    entry = bank.classes["Owl"]
+    assert len(entry.attributes) == 3
+    assert len(entry.candidates) == 6
+    assert entry.images == ("image-2", "image-11")
+    assert entry.answers["candidates"] == [good_answer("candidates", "Owl")]
+    assert entry.answers["description"] == good_answer("description", "Owl")
+    record = bank.provenance
+    assert record["kind"] == "support-images"
+    assert record["model"] == "scripted"
+    assert record["language_model"]["answered_as"] == ["scripted-1"]
+    assert record["language_model"]["input_tokens"] == 600
+    assert record["encoder"] == "hashed-ngram"
+    assert record["prompts"]["candidates"] == PROMPTS.candidates.record()
+    assert set(record["prompts"]) == {"candidates", "description", "again"}
+    assert record["dataset"] == "photos"
+    assert {"date", "dvla_fast"} <= set(record)
+    assert steps[0] == ("candidates", 1, 3)
+    assert steps[-1] == ("description", 3, 3)
+
+
+def test_dropped_candidates_are_recorded_with_the_reason(tmp_path: Path) -> None:
+    answer = json.dumps(["black bill", "Black bill.", "x" * 500, "white face"])
+    construct_bank(CLASSES, spoil("candidates", "Crow", answer), ENCODER, tmp_path / "b.json")
+    content = json.loads((tmp_path / "b.json").read_text())
+    dropped = content["classes"]["Crow"]["dropped"]
+    assert [item["reason"][:8] for item in dropped] == ["repeated", "too long"]
+    assert content["provenance"]["kind"] == "class-names"
+
+
+def test_failed_classes_are_asked_about_again_and_the_others_kept(tmp_path: Path) -> None:
+    path = tmp_path / "b.json"
+    built = construct_bank(CLASSES, spoil("candidates", "Gull", "no"), ENCODER, path)
+    assert list(built.failures) == ["Gull"]
+    assert list(load_bank(path).classes) == ["Crow", "Owl"]
+    assert load_bank(path).provenance["failed"] == ["Gull"]
+    model = Scripted()
+    built = construct_bank(CLASSES, model, ENCODER, path)
+    assert built.failures == {}
+    assert list(load_bank(path).classes) == list(NAMES)
+    assert {request.subject for request in model.asked} == {"Gull"}
+    assert built.reused == 4
+    assert "failed" not in load_bank(path).provenance
+
+
+def test_finished_bank_asks_nothing_and_another_k_only_descriptions(tmp_path: Path) -> None:
+    path = tmp_path / "b.json"
+    construct_bank(CLASSES, Scripted(), ENCODER, path, settings=Settings(top_k=2))
+    before = path.read_bytes()
+    model = Scripted()
+    construct_bank(CLASSES, model, ENCODER, path, settings=Settings(top_k=2))
+    assert model.asked == []
+    assert path.read_bytes() == before
+    construct_bank(CLASSES, model, ENCODER, path, settings=Settings(top_k=3))
+    assert {request.stage for request in model.asked} == {"description"}
+    construct_bank(CLASSES, other := Scripted(name="other"), ENCODER, path)
+    assert len(other.asked) == 6  # another model's answers are others
+
+
+def test_edited_bank_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "b.json"
+    construct_bank(CLASSES, Scripted(), ENCODER, path)
+    text = path.read_text()
+    path.write_text(text.replace("is a bird", "is a fine bird"))
+    with pytest.raises(OutputError, match="was edited since; a build would replace it: move it"):
+        construct_bank(CLASSES, Scripted(), ENCODER, path)
+    assert "fine bird" in path.read_text()
+    path.write_text(text)
+    construct_bank(CLASSES, Scripted(), ENCODER, path)
+    path.write_text("{oops")
+    with pytest.raises(OutputError, match="was not written by this build"):
+        construct_bank(CLASSES, Scripted(), ENCODER, path)
+
+
+def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot keep answers here"):
+        construct_bank(CLASSES, Scripted(), ENCODER, tmp_path / "no" / "b.json")
+    with pytest.raises(OutputError, match="is a folder"):
+        construct_bank(CLASSES, Scripted(), ENCODER, tmp_path)
+
+
+def test_one_build_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "b.json"
+    with (
+        Journal(journal_path(path)),
+        pytest.raises(OutputError, match="another process is building this bank"),
+    ):
+        construct_bank(CLASSES, Scripted(), ENCODER, path)
+    construct_bank(CLASSES, Scripted(), ENCODER, path)
+
+
+def test_all_classes_failing_writes_no_bank(tmp_path: Path) -> None:
+    built = construct_bank(CLASSES, Scripted(lambda _: "no"), ENCODER, tmp_path / "b.json")
+    assert built.bank is None
+    assert len(built.failures) == 3
+    assert not (tmp_path / "b.json").exists()
+
+
+def test_classes_without_a_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="class number 1 has no name"):
+        construct_bank([ClassSource(" ")], Scripted(), ENCODER, tmp_path / "b.json")
+
+
+def test_journal_of_another_kind_or_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"format": "else"}\n')
+    with pytest.raises(OutputError, match="no journal of answers; remove the file"):
+        Journal(path)
+    path.unlink()
+    Journal(path).close()
+    path.write_text(path.read_text() + "oops\n")
+    with pytest.raises(OutputError, match="line 2 is damaged; remove that line"):
+        Journal(path)
+
+
+def test_equal_questions_are_asked_once() -> None:
+    model = Scripted()
+    journaled = JournaledModel(model, Journal())
+    requests = [Request("?", subject="a"), Request("?", subject="b"), Request("?", subject="a")]
+    assert len(dict(journaled.answers(requests))) == 3
+    assert len(model.asked) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Request("other", (image(0),), "s", "a"),
+        Request("?", (image(1),), "s", "a"),
+        Request("?", (image(0), image(0)), "s", "a"),
+        Request("?", (image(0),), "t", "a"),
+        Request("?", (image(0),), "s", "a", {"type": "object"}),
+        Request("?", (image(0),), "s", "a", None, 7),
+    ],
+)
+def test_key_holds_all_that_an_answer_depends_on(other: Request) -> None:
+    journaled = JournaledModel(Scripted(), Journal())
+    request = Request("?", (image(0),), "s", "a")
+    assert journaled.key(request) == journaled.key(Request("?", (image(0),), "s", "a"))
+    assert journaled.key(request) != journaled.key(other)
+    assert journaled.key(request) != JournaledModel(Scripted(name="x"), Journal()).key(request)
+
+
+def test_texts_of_an_episode(tmp_path: Path) -> None:
+    model = Scripted()
+    episodes = EpisodeSemantics(model, ENCODER, settings=Settings(top_k=3))
+    supports = [(image(i),) for i in range(3)]
+    tokens = episodes.tokens(NAMES, supports)
+    assert tokens.tokens.shape == (1, 3 * 4, 128)
+    assert tokens.levels.tolist() == [0, 0, 0, 1] * 3
+    shown = {item.id for request in model.asked for item in request.images}
+    assert shown == {"image-0", "image-1", "image-2"}
+    asked = len(model.asked)
+    again = episodes.texts(NAMES, supports)
+    assert len(model.asked) == asked == 6
+    assert again.class_names == NAMES
+    episodes.texts(NAMES, [(image(0),), (image(1),), (image(7),)])
+    assert {request.subject for request in model.asked[asked:]} == {"Owl"}
+
+
+def test_answers_of_episodes_outlive_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "episodes.jsonl"
+    supports = [(image(i),) for i in range(3)]
+    first = EpisodeSemantics(Scripted(), ENCODER, journal=path)
+    bank = first.bank(NAMES, supports)
+    first.close()
+    model = Scripted()
+    assert EpisodeSemantics(model, ENCODER, journal=path).bank(NAMES, supports) == bank
+    assert model.asked == []
+
+
+def test_episode_cannot_go_without_a_class() -> None:
+    episodes = EpisodeSemantics(spoil("candidates", "Owl", "no"), ENCODER)
+    with pytest.raises(LanguageModelError, match="no texts for 1 of its classes: candidates of 'O"):
+        episodes.texts(NAMES, [()] * 3)
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        episodes.texts(NAMES, [()] * 2)
+
+
+def test_encoder_that_reads_too_little_is_said_so() -> None:
+    from dvla_fast.semantics import HashedNGramEncoder
+
+    encoder = HashedNGramEncoder(64, max_tokens=12)
+    with pytest.raises((LanguageModelError, BankError), match="12 words"):
+        EpisodeSemantics(Scripted(), encoder).texts(NAMES, [()] * 3)

@@ -1,0 +1,180 @@
+"""Reading attributes and descriptions out of what models write."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from dvla_fast.errors import LanguageModelError
+from dvla_fast.semantics.language_models.base import Answer
+from dvla_fast.semantics.parsing import (
+    DESCRIPTION_WORDS,
+    clean_attribute,
+    parse_attributes,
+    parse_description,
+)
+
+GOOD = ("long hooked bill", "dark brown wings", "white face")
+
+
+def kept(text: str, **options: Any) -> tuple[str, ...]:
+    return parse_attributes(Answer(text), options.pop("name", "Albatross"), **options).kept
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(GOOD),
+        json.dumps({"attributes": GOOD}),
+        json.dumps({"class": "Albatross", "key features": GOOD}),
+        json.dumps([{"attribute": item, "confidence": 0.5} for item in GOOD]),
+        json.dumps([GOOD[:1], GOOD[1:]]),
+        f"```json\n{json.dumps(list(GOOD), indent=2)}\n```",
+        f"Here is the list:\n```\n{json.dumps({'attributes': GOOD})}\n```\nI hope it helps!",
+        f"The {{answer}} is {json.dumps(GOOD)}.",
+        f"<think>[\"no\", \"not this\"] hmm</think>\n{json.dumps(GOOD)}",
+        "1. long hooked bill\n2. dark brown wings\n3. white face",
+        "Attributes:\n\n- **long hooked bill**\n- dark brown wings.\n* white face;\n",
+        "• long hooked bill\n• dark brown wings\n• white face\n\nLet me know!",
+        "a) long hooked bill\nb) dark brown wings\nc) white face",
+        "long hooked bill, dark brown wings, white face",
+        "The key attributes of the bird are long hooked bill, dark brown wings, and white face.",
+        json.dumps([" Long   hooked bill. ", "\"dark brown wings\"", "white\tface"]),
+    ],
+)  # fmt: skip
+def test_forms_of_a_list(text: str) -> None:
+    assert tuple(item.lower() for item in kept(text)) == GOOD
+
+
+def test_key_and_text_of_an_object() -> None:
+    assert kept('{"bill": "long and hooked", "face": "white"}') == (
+        "bill: long and hooked",
+        "face: white",
+    )
+
+
+def test_cut_off_json_keeps_what_is_complete() -> None:
+    text = '{"attributes": ["long \\"hooked\\" bill", "dark brown wings", "white fa'
+    found = parse_attributes(Answer(text, "length"), "Albatross")
+    assert found.kept == ('long "hooked" bill', "dark brown wings")
+    assert found.cut
+    with pytest.raises(LanguageModelError, match="1 usable attribute"):
+        kept('["long bill", "dark bro')
+
+
+def test_repeated_and_useless_attributes_are_dropped_with_a_reason() -> None:
+    items = [
+        "long bill", "Long  Bill.", "the long bill", "", "  ", "albatross", "The Albatross", "N/A",
+        "the image shows a bird", "I cannot tell", "x" * 10_000, "word " * 17, "长长的嘴", "12",
+        "...", 7, None, "has white face",
+    ]  # fmt: skip
+    found = parse_attributes(Answer(json.dumps(items)), "003.Albatross")
+    assert found.kept == ("long bill", "white face")
+    reasons = [reason for _, reason in found.dropped]
+    assert reasons == [
+        "repeated", "repeated", "empty", "empty", "the name of the class", "the name of the class",
+        "no words", "not about an attribute", "not about an attribute",
+        "too long (10000 characters, 1 words)", "too long (84 characters, 17 words)",
+        "not in English", "no words", "empty", "no words", "not about an attribute",
+    ]  # fmt: skip
+    assert max(len(text) for text, _ in found.dropped) < 100
+
+
+def test_endless_lists_end() -> None:
+    found = parse_attributes(Answer(json.dumps([f"mark number {i}" for i in range(500)])), "x")
+    assert len(found.kept) == 64
+    assert found.dropped[0][1] == "more than 64"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (Answer(""), r"the answer is empty \(no text\)"),
+        (Answer("<think>so much to think about"), "went into thinking"),
+        (Answer("", "refusal"), "the model refused: 'no reason given'"),
+        (Answer("No.", "refusal"), "the model refused: 'No.'"),
+        (Answer("I'm sorry, but I can't identify this."), "the model refused: \"I'm sorry"),
+        (Answer("As an AI, I do not see images."), "the model refused"),
+        (Answer("It is a bird. It flies well. It is big."), "holds no list .* 'It is a bird"),
+        (Answer("42"), "holds no list of attributes but '42'"),
+        (Answer('{"attributes": "none"}'), "holds no list"),
+        (Answer("[]"), r"0 usable attribute.* at least 2 needed \(its list is empty\)"),
+        (Answer('["", "albatross", "fine bill"]'), r"1 usable .*'' is empty; 'albatross' is the"),
+        (Answer('["长嘴", "白脸"]'), "'长嘴' is not in English"),
+        (Answer('["pico largo y curvo", "alas con manchas", "cara muy blanca"]'), "not in English"),
+        (Answer('["langer Schnabel mit Haken", "Flügel und Schwanz"]'), "not in English"),
+        (Answer(f'["{"x" * 10_000}"]'), r"too long \(10000 characters"),
+    ],
+)  # fmt: skip
+def test_unusable_answers_say_what_came(answer: Answer, message: str) -> None:
+    with pytest.raises(LanguageModelError, match=message) as caught:
+        parse_attributes(answer, "Albatross")
+    assert len(str(caught.value)) < 400
+
+
+def test_deeply_nested_json_is_no_crash() -> None:
+    with pytest.raises(LanguageModelError, match="holds no list"):
+        kept("[" * 100_000)
+
+
+def test_clean_attribute() -> None:
+    assert clean_attribute("3) **Bill**: long\u200b\nand  curved.") == "Bill: long and curved"
+    assert clean_attribute("It has a red cap") == "a red cap"
+    assert clean_attribute("café-brown wings") == "café-brown wings"
+
+
+TEXT = "A large seabird with a long hooked bill, dark wings and a white face."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TEXT,
+        f"Description: {TEXT}",
+        f'"{TEXT}"',
+        json.dumps({"description": TEXT}),
+        json.dumps({"text": TEXT}),
+        json.dumps([TEXT]),
+        f"```json\n{json.dumps({'description': TEXT})}\n```",
+        f"Sure!\n{json.dumps({'description': TEXT})}",
+        TEXT.replace(" with", "\n  with"),
+    ],
+)
+def test_forms_of_a_description(text: str) -> None:
+    assert parse_description(Answer(text)) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (Answer("I cannot help with that."), "refused"),
+        (Answer("A bird."), "no description: 'A bird.'"),
+        (Answer('["a", "b"]'), "holds no description but"),
+        (Answer('{"attributes": ["a"]}'), "holds no description but"),
+        (Answer("{broken"), "broken JSON"),
+        (Answer("1. a long bill\n2. dark wings"), "a list, not a description"),
+        (Answer("Un ave con el pico muy largo y las alas grandes."), "not in English"),
+        (Answer("一种大型海鸟，长着钩状的喙"), "not in English"),
+        (Answer("A large seabird with a long", "length"), "is cut off"),
+        (Answer('{"description": "A large seabird with'), "is cut off"),
+        (Answer("word " * 100), "is 100 words long, at most 60"),
+    ],
+)
+def test_unusable_descriptions(answer: Answer, message: str) -> None:
+    with pytest.raises(LanguageModelError, match=message):
+        parse_description(answer)
+    with pytest.raises(LanguageModelError, match=message):
+        parse_description(answer, trim=True)
+
+
+def test_long_descriptions_are_trimmed_to_whole_sentences_when_asked() -> None:
+    text = " ".join([TEXT] * 6)
+    with pytest.raises(LanguageModelError, match="words long"):
+        parse_description(Answer(text))
+    shorter = parse_description(Answer(text), trim=True)
+    assert shorter == " ".join([TEXT] * 4)
+    assert len(shorter.split()) <= DESCRIPTION_WORDS
+    cut = Answer(f'{{"description": "{TEXT} It also', "length")
+    assert parse_description(cut, trim=True) == TEXT

@@ -314,7 +314,7 @@ def measure(setting: Setting, stage: str, arguments: argparse.Namespace) -> dict
     return rates
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Print one JSON line of settings and one per stage."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--image-size", type=int, default=84)
@@ -324,7 +324,7 @@ def main() -> None:
         "--malloc", default="keeps", choices=("keeps", "returns"), help="what malloc does"
     )
     parser.add_argument("--stage", action="append", choices=("pretrain", "metatune"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     if arguments.malloc == "keeps":  # both sides, as the commands do
         keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:

@@ -29,6 +29,8 @@ _EXTRAS = {
         "tensorboard",
     ),
     "vision": ("timm", "torchvision"),
+    "semantics": ("accelerate", "openai", "open-clip-torch", "pillow", "transformers"),
+    "distributed": ("accelerate",),
 }
 
 

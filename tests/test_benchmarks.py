@@ -55,6 +55,26 @@ def test_every_benchmark_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+@pytest.mark.slow
+def test_training_beside_the_plain_loop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``python -m benchmarks.training`` small: both sides agree, every row is there."""
+    pytest.importorskip("timm")
+    from benchmarks import training
+
+    monkeypatch.setattr(training, "CLASSES", 5)
+    monkeypatch.setattr(training, "PER_CLASS", 16)
+    training.main(
+        ["--image-size", "32", "--seconds", "0", "--texts", "none", "--malloc", "returns"]
+    )
+    _, *stages = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for stage, count in zip(stages, (4, 5)):
+        rows = [row for name, row in stage.items() if name != "stage"]
+        assert len(rows) == count
+        assert all(row["per_second"] > 0 for row in rows)
+
+
 def test_roofline() -> None:
     """Bounds worked out by hand: arithmetic for a long case, memory for one score a value."""
     ceilings = Ceilings({"float32": 1e9, "bfloat16": 2e9}, exps=1e9, bandwidth=1e9)

@@ -81,6 +81,22 @@ ELSEWHERE = {
     "dvla-fast semantics build --construct.classes names.txt --output bank.json": (
         "tests/engine/test_bank_build.py::test_settings_from_a_file"
     ),
+    "dvla-fast pretrain --config configs/cub_1shot.yaml --output runs/cub-backbone": (
+        "tests/test_configs.py::PretrainRun"
+    ),
+    "dvla-fast metatune --config configs/cub_1shot.yaml --output runs/cub_1shot --checkpoint"
+    " runs/cub-backbone/checkpoints/pretrain-best.safetensors": (
+        "tests/test_configs.py::MetatuneRun"
+    ),
+    "dvla-fast evaluate --config configs/cub_1shot.yaml --output runs/cub_1shot-result --checkpoint"
+    " runs/cub_1shot/checkpoints/metatune-best.safetensors": ("tests/test_configs.py::EvaluateRun"),
+    "torchrun --nproc_per_node 2 -m dvla_fast metatune --output runs/tuned --checkpoint"
+    " runs/backbone/checkpoints/pretrain-best.safetensors": (
+        "tests/engine/test_distributed.py::MASTER_PORT"
+    ),
+    "python -m benchmarks.training --image-size 84": (
+        "tests/test_benchmarks.py::benchmarks.training"
+    ),
     "dvla-fast metatune --resume --output runs/tuned": "tests/engine/test_resume.py::resume",
 }
 

@@ -12,7 +12,8 @@ from dvla_fast.nn.backbones import (
     visformer_tiny,
 )
 from dvla_fast.nn.dvla import DVLA, EpisodeOutput, LayerTrace, TextTokens
-from dvla_fast.nn.gate import GateOutput, RLAGate
+from dvla_fast.nn.explain import Explanation, LayerAttention, explain_episodes
+from dvla_fast.nn.gate import GateAttention, GateOutput, RLAGate
 from dvla_fast.nn.policy import (
     POLICIES,
     BetaPolicy,
@@ -34,12 +35,15 @@ __all__ = [
     "BetaPolicy",
     "CategoricalPolicy",
     "EpisodeOutput",
+    "Explanation",
     "FixedPolicy",
+    "GateAttention",
     "GateFn",
     "GateOutput",
     "GatePolicy",
     "GatedBackbone",
     "GatedTokens",
+    "LayerAttention",
     "LayerTrace",
     "Location",
     "MLPPolicy",
@@ -51,6 +55,7 @@ __all__ = [
     "Visformer",
     "build_backbone",
     "build_policy",
+    "explain_episodes",
     "frozen_policy",
     "prototype_logits",
     "prototypes",

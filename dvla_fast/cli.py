@@ -78,6 +78,22 @@ the same command continues a build that was stopped""",
   dvla-fast evaluate --checkpoint SEED0.safetensors --checkpoints [SEED1.safetensors]
   dvla-fast evaluate --checkpoint TUNED.safetensors --compare runs/other-evaluation""",
     ),
+    "report": _Command(
+        "write one self-contained HTML page about runs",
+        "ReportRun",
+        """  dvla-fast report runs/result
+  dvla-fast report runs/backbone runs/tuned runs/result --output report.html
+  dvla-fast report runs/seed-0 runs/seed-1 --title "Two seeds" --text_only
+  dvla-fast report runs/result --shot 5 --episodes [0,17]""",
+    ),
+    "compare": _Command(
+        "say whether one evaluation is better than another, on the same episodes",
+        "CompareRun",
+        """  dvla-fast compare runs/result runs/other
+  dvla-fast compare runs/result runs/result --method_b "fixed gate"
+  dvla-fast compare a/seed-0,a/seed-1,a/seed-2 b/seed-0,b/seed-1,b/seed-2
+  dvla-fast compare runs/result runs/other --output comparison.json""",
+    ),
     "doctor": _Command("say what is installed, what runs here, and how to fix it", "", ""),
 }
 
@@ -135,7 +151,7 @@ def _dispatch(given: list[str]) -> int:
     if name == "doctor":
         return _doctor(rest)
     config = _parse(name, rest)
-    if name.startswith("data "):
+    if name.startswith("data ") or name in _READERS:
         return _RUNNERS[name](config)
     if not config.output:
         config.output = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -238,7 +254,7 @@ def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
 
     parser = ArgumentParser(
         prog=f"dvla-fast {name}",
-        usage=f"dvla-fast {name}{' PATH' if name.startswith('data ') else ''} [options]",
+        usage=f"dvla-fast {name}{_positionals(name)} [options]",
         description=f"{command.summary[0].upper()}{command.summary[1:]}.",
         epilog=f"examples:\n{command.examples}",
         formatter_class=Formatter,
@@ -252,6 +268,10 @@ def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
     values.pop("config", None)
     values.pop("debug", None)
     return from_mapping(cls, values, "command line")
+
+
+def _positionals(name: str) -> str:
+    return _READERS.get(name, " PATH" if name.startswith("data ") else "")
 
 
 def _demo(config: Any) -> int:
@@ -377,6 +397,25 @@ def _evaluate(config: Any) -> int:
     return 0
 
 
+def _report(config: Any) -> int:
+    from dvla_fast.report.page import run_report
+
+    done = run_report(config)
+    for line in done.notes:
+        print(f"note        {line}")
+    print(f"page        {done.path} ({done.bytes / 1e6:.1f} MB, {done.seconds:.0f} s)")
+    return 0
+
+
+def _compare(config: Any) -> int:
+    from dvla_fast.engine.compare import comparison_text, run_compare
+
+    print(comparison_text(run_compare(config), config.classes))
+    return 0
+
+
+# Commands that read runs and make none, with their arguments.
+_READERS = {"report": " RUN [RUN ...]", "compare": " RUN_A RUN_B"}
 _RUNNERS = {
     "data check": _data_check,
     "data prepare": _data_prepare,
@@ -384,4 +423,6 @@ _RUNNERS = {
     "pretrain": _pretrain,
     "metatune": _metatune,
     "evaluate": _evaluate,
+    "report": _report,
+    "compare": _compare,
 }

@@ -259,6 +259,52 @@ class DataPrepare:
     workers: int = option(0, "threads; 0: one for each core", 0)
 
 
+def positional(help: str, metavar: str) -> dict[str, Any]:
+    """Return the metadata of a field that the command line takes by position; a list takes many."""
+    return {"help": help, "positional": metavar}
+
+
+@dataclass
+class ReportRun:
+    """Everything `dvla-fast report` does."""
+
+    runs: list[str] = field(
+        default_factory=list, metadata=positional("run folders, of any command", "RUN")
+    )
+    output: str = option("report.html", "HTML file to write")
+    title: str = option("", "title of the page; empty: the data sets' names")
+    shot: int = option(0, "which of an evaluation's shots to draw; 0: its first", 0)
+    episodes: list[int] = field(
+        default_factory=list,
+        metadata=about(
+            "episodes to draw, by number; empty: the one with the lowest, median and highest "
+            "accuracy",
+            0,
+        ),
+    )
+    text_only: bool = option(
+        False, "leave out what needs checkpoint and images: features, attention, supports"
+    )
+    device: str = option("cpu", "cpu, cuda, or auto: cuda where there is one")
+
+
+@dataclass
+class CompareRun:
+    """Everything `dvla-fast compare` does."""
+
+    run_a: str = field(
+        default="",
+        metadata=positional("evaluation, or several of one recipe: RUN,RUN,...", "RUN_A"),
+    )
+    run_b: str = field(
+        default="", metadata=positional("evaluation, or several, of the same episodes", "RUN_B")
+    )
+    method_a: str = option("", "recorded method of A, e.g. 'fixed gate'; empty: its main one")
+    method_b: str = option("", "recorded method of B; empty: its main one")
+    classes: int = option(10, "classes to list; 0: all", 0)
+    output: str = option("", "JSON file for the whole comparison; empty: none")
+
+
 @dataclass
 class DemoRun(RunConfig):
     """Everything `dvla-fast demo` does."""
@@ -345,6 +391,12 @@ def add_arguments(parser: Any, cls: Any, default: Any, prefix: str = "") -> None
         text = f"{item.metadata.get('help', '')} (default: {value!r})"
         if is_dataclass(kind):
             nested.append((kind, value, f"{name}."))
+        elif "positional" in item.metadata:
+            single = kind is str
+            group.add_argument(
+                name, type=str, nargs=None if single else "+",
+                metavar=item.metadata["positional"], help=item.metadata["help"],
+            )  # fmt: skip
         elif name == "path":
             group.add_argument(name, metavar="PATH", help=item.metadata["help"])
         elif kind is bool and not prefix:  # --resume, --quick: plain switches

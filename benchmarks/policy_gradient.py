@@ -360,9 +360,9 @@ def digits_table(config: DemoRun, folder: Path) -> dict[str, list[float]]:
         "gradient_variance" of each gated layer, averaged over the second half of the epochs.
     """
     data, silent = load_digits(), Progress({}, enabled=False)
-    texts, _ = build_texts(config.semantics, data, torch.device("cpu"))
+    texts, semantics = build_texts(config.semantics, data, torch.device("cpu"))
     backbone = backbone_spec(config.model, 1, 16)
-    spec = model_spec(config.model, backbone, config.semantics.dim)
+    spec = model_spec(config.model, backbone, semantics["dim"])
     run = RunFolder(folder / "pretrain", {})
     start = pretrain(config.pretrain, data, backbone, run, seed_everything(0), 0, silent)
     table = {}

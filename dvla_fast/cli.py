@@ -25,6 +25,9 @@ class _Command:
     examples: str
 
 
+# Commands of two words, with what their overview adds.
+_GROUPS = ("data", "semantics")
+
 _COMMANDS = {
     "demo": _Command(
         "learn to read digits never seen in training, in minutes on a CPU",
@@ -50,6 +53,13 @@ _COMMANDS = {
   dvla-fast data prepare photos/ --output caches/photos-224 --skip_unreadable
 
 the same command continues a build that was stopped""",
+    ),
+    "semantics show": _Command(
+        "show a bank of class texts: candidates with scores, what was chosen, where it is from",
+        "SemanticsShow",
+        """  dvla-fast semantics show digits
+  dvla-fast semantics show digits eight
+  dvla-fast semantics show banks/birds.json 'Sooty Albatross'""",
     ),
     "pretrain": _Command(
         "pre-train a backbone on base classes",
@@ -139,11 +149,11 @@ def _dispatch(given: list[str]) -> int:
         print(f"dvla-fast {__version__}")
         return 0
     name, rest = given[0], given[1:]
-    if name == "data":
+    if name in _GROUPS:
         if not rest or rest[0] in ("-h", "--help"):
-            print(_data_overview())
+            print(_group_overview(name))
             return 0 if rest else 2
-        name, rest = f"data {rest[0]}", rest[1:]
+        name, rest = f"{name} {rest[0]}", rest[1:]
     if name not in _COMMANDS:
         near = difflib.get_close_matches(name, _COMMANDS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -151,7 +161,7 @@ def _dispatch(given: list[str]) -> int:
     if name == "doctor":
         return _doctor(rest)
     config = _parse(name, rest)
-    if name.startswith("data ") or name in _READERS:
+    if not hasattr(config, "resume"):  # no run, no run folder
         return _RUNNERS[name](config)
     if not config.output:
         config.output = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -163,24 +173,27 @@ def _dispatch(given: list[str]) -> int:
         return _fail(f"interrupted; continue: dvla-fast {name} --resume --output {config.output}")
 
 
-def _data_overview() -> str:
+def _group_overview(group: str) -> str:
     from dvla_fast.data import split_list_names
+    from dvla_fast.semantics import bundled_banks
 
-    rows = "\n".join(
-        f"  {name:<14} {command.summary}"
-        for name, command in _COMMANDS.items()
-        if name.startswith("data ")
-    )
+    known = {
+        "data": ("published split lists, for --splits", split_list_names()),
+        "semantics": ("banks that come with the package", bundled_banks()),
+    }
+    commands = {n: c for n, c in _COMMANDS.items() if n.startswith(f"{group} ")}
+    width = max(map(len, commands)) + 1
+    rows = "\n".join(f"  {name:<{width}} {command.summary}" for name, command in commands.items())
+    examples = "\n".join(command.examples.splitlines()[0] for command in commands.values())
+    title, names = known[group]
     return (
-        "usage: dvla-fast data check|prepare PATH [options]\n\n"
-        f"commands:\n{rows}\n\n"
-        f"published split lists, for --splits:\n  {', '.join(split_list_names())}\n\n"
-        "examples:\n  dvla-fast data check photos/\n  dvla-fast data prepare --help"
+        f"usage: dvla-fast {group} {'|'.join(name.split()[1] for name in commands)} [options]\n\n"
+        f"commands:\n{rows}\n\n{title}:\n  {', '.join(names)}\n\nexamples:\n{examples}"
     )
 
 
 def _overview() -> str:
-    rows = "\n".join(f"  {name:<13} {command.summary}" for name, command in _COMMANDS.items())
+    rows = "\n".join(f"  {name:<17} {command.summary}" for name, command in _COMMANDS.items())
     return (
         "usage: dvla-fast COMMAND [options]\n\n"
         "Few-shot image classification with text, gated by reinforcement learning (DVLA-RL).\n\n"
@@ -245,16 +258,17 @@ def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
             f"'dvla-fast {name}' needs jsonargparse, which is not installed; run "
             "pip install 'dvla-fast[train]'"
         ) from error
-    from dvla_fast.engine.config import add_arguments, from_mapping
+    from dvla_fast.engine.config import add_arguments, from_mapping, positionals
 
     command = _COMMANDS[name]
+    places = positionals(cls)
 
     class Formatter(argparse.RawDescriptionHelpFormatter):
         """Keeps the examples' line breaks; the defaults are already in each help text."""
 
     parser = ArgumentParser(
         prog=f"dvla-fast {name}",
-        usage=f"dvla-fast {name}{_positionals(name)} [options]",
+        usage=f"dvla-fast {name}{f' {places}' if places else ''} [options]",
         description=f"{command.summary[0].upper()}{command.summary[1:]}.",
         epilog=f"examples:\n{command.examples}",
         formatter_class=Formatter,
@@ -268,10 +282,6 @@ def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
     values.pop("config", None)
     values.pop("debug", None)
     return from_mapping(cls, values, "command line")
-
-
-def _positionals(name: str) -> str:
-    return _READERS.get(name, " PATH" if name.startswith("data ") else "")
 
 
 def _demo(config: Any) -> int:
@@ -360,6 +370,12 @@ def _counter(progress: Any, stage: str) -> Any:
     return advance
 
 
+def _semantics_show(config: Any) -> int:
+    from dvla_fast.engine.bank_commands import show
+
+    return show(config)
+
+
 def _pretrain(config: Any) -> int:
     from dvla_fast.engine.pretrain import run_pretrain
 
@@ -414,12 +430,11 @@ def _compare(config: Any) -> int:
     return 0
 
 
-# Commands that read runs and make none, with their arguments.
-_READERS = {"report": " RUN [RUN ...]", "compare": " RUN_A RUN_B"}
 _RUNNERS = {
     "data check": _data_check,
     "data prepare": _data_prepare,
     "demo": _demo,
+    "semantics show": _semantics_show,
     "pretrain": _pretrain,
     "metatune": _metatune,
     "evaluate": _evaluate,

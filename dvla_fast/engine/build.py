@@ -27,11 +27,17 @@ from dvla_fast.errors import CheckpointError, DataError, DVLAError, TrainingErro
 from dvla_fast.nn import DVLA, build_backbone
 from dvla_fast.semantics import (
     EncodedTexts,
+    HashedNGramEncoder,
     SemanticBank,
+    TextEncoder,
     build_encoder,
     encode_bank,
     load_bank,
 )
+from dvla_fast.semantics.encoders import check_dim, encoder_identity
+from dvla_fast.semantics.tokens import stored_tokens
+from dvla_fast.semantics.topk import TEMPLATES
+from dvla_fast.semantics.vectors import CachedEncoder, vectors_path
 
 
 def seed_everything(seed: int) -> np.random.Generator:
@@ -78,13 +84,16 @@ def build_data(config: DataConfig, device: torch.device, *, training: bool = Fal
     return data.to(device)
 
 
-def _bank(name: str) -> SemanticBank:
-    """A bank by name or path; "shapes" and "shapes-true" are made with the data set."""
+def build_bank(name: str) -> SemanticBank:
+    """Load a bank by name or path; "shapes" and "shapes-true" are made with the data set."""
     if name not in ("shapes", "shapes-true"):
         return load_bank(name)
     content = {
         "name": name,
-        "provenance": {"writer": "made with the images' definitions, without a look at an image"},
+        "provenance": {
+            "kind": "definitions",
+            "writer": "made with the images' definitions, without a look at an image",
+        },
         "classes": make_classes().bank(hallucinated=name == "shapes"),
     }
     return SemanticBank.from_dict(content, name)
@@ -135,17 +144,59 @@ def build_texts(
     Raises:
         BankError: missing bank, class or text, or a text longer than the encoder reads.
     """
-    bank = _bank(config.bank)
-    encoder = build_encoder(config.encoder, config.dim, truncate=config.truncate)
-    texts = encode_bank(bank, data.class_names, encoder)
+    if config.template not in TEMPLATES:
+        raise UsageError(
+            f"semantics.template: {config.template!r} is unknown; choose one of "
+            f"{', '.join(TEMPLATES)}"
+        )
+    bank = build_bank(config.bank)
+    if bank.vectors:
+        texts = stored_tokens(bank, data.class_names, config.top_k)
+        check_dim(bank.source, bank.vectors.dim, config.dim)
+        encoder_name, truncated = bank.vectors.encoder, 0
+    else:
+        encoder = bank_encoder(config, bank, device)
+        texts = encode_bank(
+            bank, data.class_names, encoder, top_k=config.top_k, template=config.template
+        )
+        encoder_name, truncated = encoder.name, encoder.truncated
     described = {
         "bank": bank.name,
         "bank_sha256": bank.fingerprint(),
-        "encoder": encoder.name,
-        "dim": encoder.dim,
-        "truncated_texts": encoder.truncated,
+        "bank_kind": bank.kind,
+        "encoder": encoder_name,
+        "dim": texts.tokens.shape[-1],
+        "top_k": config.top_k,
+        "template": config.template if config.top_k else None,
+        "truncated_texts": truncated,
     }
     return texts.to(device), described
+
+
+def bank_encoder(
+    config: SemanticsConfig, bank: SemanticBank, device: torch.device, *, cache: bool = False
+) -> TextEncoder:
+    """Build the encoder of a bank's texts, over the vectors beside the bank where there are any.
+
+    Args:
+        cache: use the file of vectors even if it does not exist yet.
+
+    Raises:
+        BankError: unknown encoder, weights that cannot be loaded, another ``config.dim``, or a
+            damaged file of vectors.
+    """
+
+    def build() -> TextEncoder:
+        return build_encoder(config.encoder, config.dim, truncate=config.truncate, device=device)
+
+    path = vectors_path(bank.source)
+    if not cache and not (Path(bank.source).is_file() and path.exists()):
+        return build()
+    identity = encoder_identity(config.encoder, config.dim)
+    name = HashedNGramEncoder.name if config.encoder == HashedNGramEncoder.name else identity
+    encoder = CachedEncoder(path, identity, name, build, truncate=config.truncate)
+    check_dim(config.encoder, encoder.dim, config.dim)
+    return encoder
 
 
 def split_classes(data: FewShotData, split: str) -> Tensor:

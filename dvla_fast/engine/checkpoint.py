@@ -8,13 +8,10 @@ holds one complete checkpoint. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import random
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dvla_fast.errors import CheckpointError, MissingDependencyError, OutputError, TrainingError
+from dvla_fast.errors import CheckpointError, MissingDependencyError, TrainingError
+from dvla_fast.files import write_atomic, write_text_atomic
 
 FORMAT = "dvla-fast-checkpoint/1"
 
@@ -36,55 +34,6 @@ def _safetensors() -> Any:
             "pip install 'dvla-fast[train]'"
         ) from error
     return safetensors
-
-
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file under a temporary name in the same folder, flush it, and rename it into place.
-
-    Raises:
-        OutputError: the folder cannot be written or the disk is full; the old file stays.
-    """
-    temporary: Path | None = None
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        # mkstemp makes a private file; give it the mode that an ordinary open would
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        with open(temporary, "rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot write ({error.strerror or error}); free space or choose another "
-            "--output folder"
-        ) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Replace a text file atomically (OutputError when it cannot be written)."""
-    write_atomic(path, lambda temporary: _write_text(temporary, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # makes the rename itself survive a power cut
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:

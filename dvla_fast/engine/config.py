@@ -30,6 +30,11 @@ def option(default: Any, help: str, minimum: float | None = None) -> Any:
     return field(default=default, metadata=about(help, minimum))
 
 
+def positional(help: str, optional: bool = False) -> Any:
+    """Declare a text that is given by its place on the command line, without a dash."""
+    return field(default="", metadata={"help": help, "positional": "?" if optional else "1"})
+
+
 @dataclass
 class DataConfig:
     """Which images."""
@@ -56,7 +61,17 @@ class SemanticsConfig:
         "bundled bank name, shapes, shapes-true (no hallucinations), or path of a bank JSON file",
     )
     encoder: str = option("hashed-ngram", "text encoder")
-    dim: int = option(512, "length of a text vector")
+    dim: int = option(
+        0, "length of a text vector; 0: the encoder's own (hashed-ngram: any, 512 if 0)", 0
+    )
+    top_k: int = option(
+        0,
+        "attributes that progressive selection chooses of each class; 0: the bank's own choice",
+        0,
+    )
+    template: str = option(
+        "all", "chosen attributes that the template of that selection names: all, or the last"
+    )
     truncate: bool = option(False, "cut texts longer than the encoder reads instead of failing")
 
 
@@ -238,7 +253,7 @@ class EvaluateRun(RunConfig):
 class DataCheck:
     """Everything `dvla-fast data check` does."""
 
-    path: str = option("", "folder of a data set or of a cache")
+    path: str = positional("folder of a data set or of a cache")
     splits: str = option("", "published split list, or a JSON file; empty: the one that fits")
     shot: int = option(5, "supports that an episode takes of a class", 1)
     query: int = option(15, "queries that an episode takes of a class", 1)
@@ -251,7 +266,7 @@ class DataCheck:
 class DataPrepare:
     """Everything `dvla-fast data prepare` does."""
 
-    path: str = option("", "folder of a data set")
+    path: str = positional("folder of a data set")
     output: str = option("", "folder of the cache, new (required)")
     splits: str = option("", "published split list, or a JSON file; empty: the one that fits")
     image_size: int = option(224, "side of the square images in pixels", 1)
@@ -259,17 +274,13 @@ class DataPrepare:
     workers: int = option(0, "threads; 0: one for each core", 0)
 
 
-def positional(help: str, metavar: str) -> dict[str, Any]:
-    """Return the metadata of a field that the command line takes by position; a list takes many."""
-    return {"help": help, "positional": metavar}
-
-
 @dataclass
 class ReportRun:
     """Everything `dvla-fast report` does."""
 
     runs: list[str] = field(
-        default_factory=list, metadata=positional("run folders, of any command", "RUN")
+        default_factory=list,
+        metadata={"help": "run folders, of any command", "positional": "+"},
     )
     output: str = option("report.html", "HTML file to write")
     title: str = option("", "title of the page; empty: the data sets' names")
@@ -292,17 +303,20 @@ class ReportRun:
 class CompareRun:
     """Everything `dvla-fast compare` does."""
 
-    run_a: str = field(
-        default="",
-        metadata=positional("evaluation, or several of one recipe: RUN,RUN,...", "RUN_A"),
-    )
-    run_b: str = field(
-        default="", metadata=positional("evaluation, or several, of the same episodes", "RUN_B")
-    )
+    run_a: str = positional("evaluation, or several of one recipe: RUN,RUN,...")
+    run_b: str = positional("evaluation, or several, of the same episodes")
     method_a: str = option("", "recorded method of A, e.g. 'fixed gate'; empty: its main one")
     method_b: str = option("", "recorded method of B; empty: its main one")
     classes: int = option(10, "classes to list; 0: all", 0)
     output: str = option("", "JSON file for the whole comparison; empty: none")
+
+
+@dataclass
+class SemanticsShow:
+    """Everything `dvla-fast semantics show` does."""
+
+    bank: str = positional("bundled bank name, or path of a bank JSON file")
+    name: str = positional("class; all of them in short if left out", optional=True)
 
 
 @dataclass
@@ -392,13 +406,10 @@ def add_arguments(parser: Any, cls: Any, default: Any, prefix: str = "") -> None
         if is_dataclass(kind):
             nested.append((kind, value, f"{name}."))
         elif "positional" in item.metadata:
-            single = kind is str
-            group.add_argument(
-                name, type=str, nargs=None if single else "+",
-                metavar=item.metadata["positional"], help=item.metadata["help"],
-            )  # fmt: skip
-        elif name == "path":
-            group.add_argument(name, metavar="PATH", help=item.metadata["help"])
+            number = {"?": {"nargs": "?", "default": value}, "+": {"nargs": "+", "type": str}}
+            given = number.get(item.metadata["positional"], {})
+            text = item.metadata["help"]
+            group.add_argument(name, metavar=item.name.upper(), help=text, **given)
         elif kind is bool and not prefix:  # --resume, --quick: plain switches
             group.add_argument(f"--{name}", action="store_true", default=value, help=text)
         else:
@@ -406,6 +417,13 @@ def add_arguments(parser: Any, cls: Any, default: Any, prefix: str = "") -> None
             group.add_argument(f"--{name}", type=kind, default=value, metavar=metavar, help=text)
     for kind, value, nested_prefix in nested:
         add_arguments(parser, kind, value, nested_prefix)
+
+
+def positionals(cls: Any) -> str:
+    """Return the arguments of a configuration that have no dash, as a usage line shows them."""
+    shown = {"1": "{}", "?": "[{}]", "+": "{0} [{0} ...]"}
+    kinds = [(item.name.upper(), item.metadata.get("positional")) for item in fields(cls)]
+    return " ".join(shown[kind].format(name) for name, kind in kinds if kind)
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> list[str]:

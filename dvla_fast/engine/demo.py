@@ -53,7 +53,7 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     data = build_data(config.data, device)
     texts, semantics = build_texts(config.semantics, data, device)
     backbone = backbone_spec(config.model, data.channels, data.image_size)
-    spec = model_spec(config.model, backbone, config.semantics.dim)
+    spec = model_spec(config.model, backbone, semantics["dim"])
     # Settings that fit no model must not show up after the training.
     GateTraining(config.metatune, build_model(spec))
     settings = config.evaluate

@@ -29,7 +29,6 @@ from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import (
     EvaluateConfig,
     EvaluateRun,
-    SemanticsConfig,
     UsageError,
     to_dict,
 )
@@ -261,19 +260,23 @@ def load_model(path: str, data: FewShotData) -> tuple[DVLA | None, nn.Module, di
     return model, model.backbone, info
 
 
-def check_semantics(config: SemanticsConfig, info: dict[str, Any], path: str) -> None:
+def check_semantics(semantics: Mapping[str, Any], info: Mapping[str, Any], path: str) -> None:
     """Check that texts are encoded as the checkpoint's gates learned to read them.
+
+    Args:
+        semantics: the description that ``build_texts`` returns; info: the checkpoint's.
 
     Raises:
         CheckpointError: another encoder or vector length.
     """
     theirs = info.get("semantics", {})
-    ours = {"encoder": config.encoder, "dim": config.dim}
-    for key, value in ours.items():
+    for key in ("encoder", "dim"):
+        value = semantics[key]
         if key in theirs and theirs[key] != value:
             raise CheckpointError(
                 f"{path}: its gates read texts with {key}={theirs[key]!r}, not {value!r}; set "
-                f"--semantics.{key} {theirs[key]}"
+                f"--semantics.{key} {theirs[key]}, or give the bank of vectors that it was trained "
+                "with"
             )
 
 
@@ -301,14 +304,14 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     contenders, infos = [], []
     for path in paths:
         model, backbone, info = load_model(path, data)
-        if model is not None:
-            check_semantics(config.semantics, info, path)
         contenders.append(Contender(model, {VISUAL: backbone}))
         infos.append(info)
     _check_alike(paths, infos)
     texts, semantics = None, None
     if contenders[0].model is not None:
         texts, semantics = build_texts(config.semantics, data, device)
+        for path, info in zip(paths, infos):
+            check_semantics(semantics, info, path)
     images = data.split(settings.split)
     require_scipy()
     samplers = [  # fail before the folder is made

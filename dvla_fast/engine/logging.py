@@ -15,9 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dvla_fast.engine.checkpoint import write_atomic, write_text_atomic
 from dvla_fast.engine.config import differences
 from dvla_fast.errors import MissingDependencyError, OutputError
+from dvla_fast.files import write_atomic, write_text_atomic
 
 # What may differ between a run and its continuation.
 _FREE_KEYS = ("output", "resume")

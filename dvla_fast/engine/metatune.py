@@ -317,7 +317,7 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     spec = model_spec(
         config.model,
         backbone_spec(config.model, data.channels, data.image_size),
-        config.semantics.dim,
+        semantics["dim"],
     )
     rng = seed_everything(config.seed)
     model = build_model(spec)

@@ -243,8 +243,8 @@ def _comparability(runs: Sequence[Run]) -> list[str]:
         checkpoints = {path for run in evaluated for path in _checkpoints(run)}
         if len(checkpoints) == 1:
             notes.append(
-                "All results are of one checkpoint, from one training seed: intervals speak of more "
-                "episodes with these weights, not of training again."
+                "All results are of one checkpoint, from one training seed: intervals speak of "
+                "more episodes with these weights, not of training again."
             )
     return notes
 

@@ -11,7 +11,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,14 +128,20 @@ def collect_pictures(runs: Sequence[Run], config: ReportRun) -> tuple[Pictures |
         return None, ["Features and attention: none of the runs has gates to look into."]
     notes = []
     for run in able:
-        try:
-            return _Studio(run, config).pictures(), notes
-        except Missing as error:
-            notes.append(f"Features and attention of {run.name} are missing: {error}")
-        except (DVLAError, OSError, ValueError, TypeError, KeyError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            notes.append(f"Features and attention of {run.name} are missing: {reason}.")
+        pictures, reason = _try(run, config)
+        if pictures is not None:
+            return pictures, notes
+        notes.append(f"Features and attention of {run.name} are missing: {reason}")
     return None, notes
+
+
+def _try(run: Run, config: ReportRun) -> tuple[Pictures | None, str]:
+    try:
+        return _Studio(run, config).pictures(), ""
+    except Missing as error:
+        return None, str(error)
+    except (DVLAError, OSError, ValueError, TypeError, KeyError) as error:
+        return None, f"{' '.join(str(error).split()) or type(error).__name__}."
 
 
 class _Studio:
@@ -153,12 +158,12 @@ class _Studio:
             raise Missing("its checkpoint is one of pre-training, which has no gates.")
         self.model: DVLA = model.eval()
         self.data: FewShotData = trained_normalisation(data, info)
-        self.semantics = from_mapping(SemanticsConfig, run.config.get("semantics", {}))
-        self.texts: EncodedTexts = build_texts(self.semantics, data, device)[0]
+        semantics = from_mapping(SemanticsConfig, run.config.get("semantics", {}))
+        self.texts: EncodedTexts = build_texts(semantics, data, device)[0]
         self.split, self.sampler, self.shot = self._episodes(config.shot)
         self.images: ImageSet = self.data.split(self.split)
         self.positions = split_classes(self.data, self.split)
-        self.phrases = class_texts(self.semantics, self.data, self.texts, self.data.class_names)
+        self.phrases = class_texts(semantics, self.texts)
 
     def _episodes(self, shot: int) -> tuple[str, EpisodeSampler, int]:
         run = self.run

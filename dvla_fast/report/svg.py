@@ -367,10 +367,8 @@ def _cell(
         return f'<rect class="void" {size}/>'
     kind = "hit" if row == column else "miss"
     drawn = f'<rect class="{kind}" {size} fill-opacity="{max(value, 0.03):.2f}">'
-    drawn += (
-        f"<title>{escape(names[row])} taken for {escape(names[column])}: {100 * value:.1f} %</title>"
-        "</rect>"
-    )
+    told = f"{escape(names[row])} taken for {escape(names[column])}: {100 * value:.1f} %"
+    drawn += f"<title>{told}</title></rect>"
     if cell >= 24:
         ink = " strong" if value > 0.55 else ""
         drawn += (

@@ -1,7 +1,8 @@
 """The classes' texts for the page: what was kept, what was dropped, and with which scores.
 
-Banks of format /2 may hold the candidates of progressive top-k selection with their similarity in
-every round; banks without them show the attributes alone.
+A bank may hold the candidates of progressive top-k selection with their similarity in every round;
+a run may have chosen from them itself (``--semantics.top_k``). Banks without candidates show the
+attributes alone, banks of vectors their number.
 """
 
 from __future__ import annotations
@@ -9,18 +10,25 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from dvla_fast import semantics as bank_tools
-from dvla_fast.data import FewShotData
-from dvla_fast.engine.build import _bank
+import torch
+
+from dvla_fast.engine.build import bank_encoder, build_bank
 from dvla_fast.engine.config import SemanticsConfig
-from dvla_fast.semantics import EncodedTexts, build_encoder
+from dvla_fast.semantics import ClassEntry, EncodedTexts, SemanticBank, progressive_top_k
+
+Scores = Sequence[Sequence[float | None]]
 
 
 @dataclass
-class Candidate:
-    """One proposed attribute; ``place``: when it was chosen, from 1, or None: dropped."""
+class ShownCandidate:
+    """One proposed attribute.
+
+    Attributes:
+        place: when it was chosen, from 1; None: dropped.
+        score: its last similarity to the template: in the round that chose it, or in the last.
+        rounds: all its similarities, as text.
+    """
 
     text: str
     place: int | None
@@ -30,14 +38,17 @@ class Candidate:
 
 @dataclass
 class ClassTexts:
-    """One class's part of the page."""
+    """One class's part of the page; ``seen``: ids of the images that its texts were written from.
+
+    ``recorded``: more than the chosen attributes is known.
+    """
 
     name: str
     description: str
-    candidates: list[Candidate]
+    candidates: list[ShownCandidate]
     recorded: bool
     images: list[str] = field(default_factory=list)
-    seen: list[str] = field(default_factory=list)
+    seen: tuple[str, ...] = ()
 
     @property
     def dropped(self) -> int:
@@ -55,64 +66,66 @@ class Phrases:
     provenance: str
 
 
-def class_texts(
-    config: SemanticsConfig, data: FewShotData, texts: EncodedTexts, names: Sequence[str]
-) -> Phrases:
-    """Find the phrases behind the text tokens of the named classes, and their candidates."""
-    bank = _bank(config.bank)
+def class_texts(config: SemanticsConfig, texts: EncodedTexts) -> Phrases:
+    """Find the phrases behind encoded texts, and the candidates that they were chosen from.
+
+    Raises:
+        BankError: as ``build_texts``.
+    """
+    bank = build_bank(config.bank)
+    names = texts.class_names
     entries = bank.select(names)
-    chosen = _chosen(bank, config, names, entries)
     tokens, cards = {}, {}
-    for row, (name, entry, attributes) in enumerate(zip(names, entries, chosen)):
+    selections = _selections(config, bank, names, entries)
+    for row, (name, entry, (chosen, scores)) in enumerate(zip(names, entries, selections)):
         mask = texts.mask[row].tolist()
         wanted = sum(mask[:-1])
-        phrases = list(attributes)
+        phrases = list(chosen)
         if len(phrases) != wanted:  # a bank of vectors has no words
             phrases = [f"attribute {index + 1}" for index in range(wanted)]
-        padding = [""] * (len(mask) - 1 - wanted)
         last = (entry.description or "description") if mask[-1] else ""
-        tokens[name] = [*phrases, *padding, last]
-        cards[name] = _card(name, entry, phrases)
+        tokens[name] = [*phrases, *[""] * (len(mask) - 1 - wanted), last]
+        cards[name] = _card(name, entry, phrases, scores)
     return Phrases(tokens, cards, _provenance(bank))
 
 
-def _chosen(
-    bank: Any, config: SemanticsConfig, names: Sequence[str], entries: Sequence[Any]
-) -> list[tuple[str, ...]]:
-    """The attributes that became tokens."""
-    select = getattr(bank_tools, "choose_attributes", None)
-    top_k = getattr(config, "top_k", 0)
-    if select is None or getattr(bank, "vectors", None):
-        return [tuple(entry.attributes) for entry in entries]
-    encoder = build_encoder(config.encoder, config.dim, truncate=True) if top_k else None
-    template = getattr(config, "template", "all")
-    found: list[tuple[str, ...]] = select(bank, list(names), encoder, top_k, template)
-    return found
+def _selections(
+    config: SemanticsConfig, bank: SemanticBank, names: Sequence[str], entries: Sequence[ClassEntry]
+) -> list[tuple[Sequence[str], Scores]]:
+    """Of each class the attributes that became tokens, and the scores of its proposals."""
+    if config.top_k == 0 or bank.vectors:
+        return [
+            (entry.attributes or entry.proposals, [item.scores for item in entry.candidates])
+            for entry in entries
+        ]
+    proposals = [entry.proposals for entry in entries]
+    encoder = bank_encoder(config, bank, torch.device("cpu"))
+    found = progressive_top_k(
+        bank.resolve(names), proposals, encoder, config.top_k, config.template
+    )
+    return [
+        (tuple(texts[place] for place in selection.order), selection.scores)
+        for texts, selection in zip(proposals, found)
+    ]
 
 
-def _card(name: str, entry: Any, attributes: Sequence[str]) -> ClassTexts:
-    place = {text: index + 1 for index, text in enumerate(attributes)}
-    proposed = getattr(entry, "candidates", ())
-    candidates = []
-    for item in proposed:
-        scores = [score for score in getattr(item, "scores", ()) if score is not None]
-        candidates.append(
-            Candidate(
-                item.text,
-                place.get(item.text),
-                scores[-1] if scores else None,
-                ", ".join(f"{score:.3f}" for score in scores),
-            )
-        )
-    known = {item.text for item in candidates}
-    candidates += [Candidate(text, place[text], None) for text in attributes if text not in known]
-    candidates.sort(key=lambda item: (item.place is None, item.place or 0, -(item.score or 0)))
-    seen = [str(image) for image in getattr(entry, "images", ())]
-    return ClassTexts(name, entry.description, candidates, bool(proposed), seen=seen)
+def _card(name: str, entry: ClassEntry, chosen: Sequence[str], scores: Scores) -> ClassTexts:
+    place = {text: index + 1 for index, text in enumerate(chosen)}
+    shown = []
+    for index, text in enumerate(entry.proposals):
+        known = [score for score in (scores[index] if index < len(scores) else ()) if score]
+        last = known[-1] if known else None
+        rounds = ", ".join(f"{score:.3f}" for score in known)
+        shown.append(ShownCandidate(text, place.get(text), last, rounds))
+    proposed = {item.text for item in shown}
+    shown += [ShownCandidate(text, place[text], None) for text in chosen if text not in proposed]
+    shown.sort(key=lambda item: (item.place is None, item.place or 0, -(item.score or 0)))
+    recorded = bool(entry.candidates) or bool(scores)
+    return ClassTexts(name, entry.description, shown, recorded, seen=entry.images)
 
 
-def _provenance(bank: Any) -> str:
-    parts = [f"bank {bank.name!r}"]
+def _provenance(bank: SemanticBank) -> str:
+    parts = [f"bank “{bank.name}”"]
     for key, value in bank.provenance.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         parts.append(f"{key}: {text[:160]}")

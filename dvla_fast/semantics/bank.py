@@ -2,44 +2,137 @@
 
 A bank is a JSON file, so it can be read, reviewed and corrected by hand::
 
-    {"format": "dvla-fast-bank/1", "name": "digits", "provenance": {...},
-     "classes": {"zero": {"attributes": ["...", "..."], "description": "..."}, ...}}
+    {"format": "dvla-fast-bank/2", "name": "digits", "provenance": {...},
+     "classes": {"zero": {"candidates": [{"text": "...", "scores": [0.31, 0.29]}, "..."],
+                          "attributes": ["...", "..."], "description": "...",
+                          "answers": {...}, "images": ["..."]}}}
 
-``provenance`` says who or what wrote the texts and what it saw: text written with a look at the
-images of an evaluation would leak them into it.
+``candidates`` are what a language model or a person proposed, ``attributes`` what was chosen of
+them, in order; a class with at least two candidates need not have chosen yet. ``answers`` keeps the
+language model's own words, ``images`` the support images that it was shown. ``provenance`` says who
+or what wrote the texts: text written with a look at the images of an evaluation would leak them
+into it. A bank of format /1 is one of /2 without the optional parts.
+
+A bank of published vectors has no words (``semantics.importing`` makes them)::
+
+    {"format": "dvla-fast-bank/2", "name": "...", "provenance": {...},
+     "vectors": {"encoder": "...", "dim": 512, "sha256": "..."},
+     "classes": {"apple": {"vectors": {"attributes": 0, "description": 1}}}}
+
+Its vectors are in the file beside it (``semantics.vectors``). ``bank.schema.json`` is the format as
+a JSON Schema.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dvla_fast.errors import BankError
+from dvla_fast.files import write_text_atomic
 
-FORMAT = "dvla-fast-bank/1"
+FORMAT = "dvla-fast-bank/2"
+FORMATS = ("dvla-fast-bank/1", FORMAT)
 _BUNDLED = Path(__file__).parent / "banks"
+_ENTRY_KEYS = ("candidates", "attributes", "description", "answers", "images")
+_LINE = 100
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A proposed attribute.
+
+    ``scores[i]`` is its cosine with the template of selection round i (METHOD.md §2); none after
+    the round that chose it.
+    """
+
+    text: str
+    scores: tuple[float | None, ...] = ()
+
+
+class StoredCount(NamedTuple):
+    """How many vectors a class of a bank without words has of each level."""
+
+    attributes: int
+    description: int
+
+
+@dataclass(frozen=True)
+class StoredVectors:
+    """What a bank without words says about its vectors: encoder, length, and their SHA-256."""
+
+    encoder: str
+    dim: int
+    sha256: str
 
 
 @dataclass(frozen=True)
 class ClassEntry:
-    """The texts of one class: k attributes in order of selection, and one description."""
+    """The texts of one class.
+
+    Attributes:
+        attributes: the chosen attributes in order of selection; empty: none chosen yet.
+        description: one fluent description.
+        candidates: what could be chosen from, in the order proposed.
+        answers: raw answers of the language model, by stage.
+        images: ids of the support images that the texts were written from.
+        extra: other keys of the entry in the file, kept as they are.
+        stored: numbers of vectors, in a bank without words; else None.
+    """
 
     attributes: tuple[str, ...]
     description: str
+    candidates: tuple[Candidate, ...] = ()
+    answers: Mapping[str, Any] = field(default_factory=dict)
+    images: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    stored: StoredCount | None = None
+
+    @property
+    def proposals(self) -> tuple[str, ...]:
+        """What top-k selection chooses from: the candidates, or else the attributes."""
+        return tuple(item.text for item in self.candidates) or self.attributes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as in the file; optional parts that are empty are left out."""
+        content: dict[str, Any] = {}
+        if self.candidates:
+            content["candidates"] = [
+                {"text": item.text, "scores": list(item.scores)} if item.scores else item.text
+                for item in self.candidates
+            ]
+        if self.attributes:
+            content["attributes"] = list(self.attributes)
+        if self.stored:
+            content["vectors"] = self.stored._asdict()
+        else:
+            content["description"] = self.description
+        if self.answers:
+            content["answers"] = dict(self.answers)
+        if self.images:
+            content["images"] = list(self.images)
+        return {**content, **self.extra}
 
 
 @dataclass(frozen=True)
 class SemanticBank:
-    """Texts of a set of classes, by class name, with a note on where they come from."""
+    """Texts of a set of classes, by class name, with a note on where they come from.
+
+    Attributes:
+        source: the file, for messages and for the vectors beside it.
+        vectors: of a bank that has vectors and no words; else None.
+    """
 
     name: str
     classes: dict[str, ClassEntry]
     provenance: dict[str, Any] = field(default_factory=dict)
     source: str = "<memory>"
+    vectors: StoredVectors | None = None
 
     @classmethod
     def from_dict(cls, content: Any, source: str = "<memory>") -> SemanticBank:
@@ -53,53 +146,101 @@ class SemanticBank:
                 f"{source}: not a semantic bank: expected a JSON object with a 'classes' object "
                 "{name: {attributes: [...], description: ...}}"
             )
-        if content.get("format", FORMAT) != FORMAT:
+        if content.get("format", FORMAT) not in FORMATS:
             raise BankError(
                 f"{source}: bank format {content['format']!r} is unknown; this version reads "
-                f"{FORMAT!r}"
+                f"{' and '.join(map(repr, FORMATS))}"
             )
         if not content["classes"]:
             raise BankError(f"{source}: the bank holds no class; add at least one")
+        vectors = _stored_vectors(content["vectors"], source) if "vectors" in content else None
         classes = {}
         problems: list[str] = []
         for name, entry in content["classes"].items():
-            problem = _entry_problem(entry)
+            problem = entry_problem(entry, vectors is not None) if name.strip() else "is no name"
             if problem:
                 problems.append(f"{name!r} {problem}")
             else:
-                attributes = tuple(text.strip() for text in entry["attributes"])
-                classes[name] = ClassEntry(attributes, entry["description"].strip())
+                classes[name] = _entry(entry, vectors is not None)
         if problems:
             raise BankError(f"{source}: fix these classes: {_some(problems, '; ')}")
         provenance = content.get("provenance") or {}
         if not isinstance(provenance, dict):
             raise BankError(f"{source}: 'provenance' must be an object, got {provenance!r}")
-        return cls(str(content.get("name", Path(source).stem)), classes, provenance, source)
+        name = str(content.get("name", Path(source).stem))
+        return cls(name, classes, provenance, source, vectors)
 
-    def require(self, class_names: Iterable[str]) -> None:
-        """Check that every named class is in the bank.
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of the bank's file, in format /2."""
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "provenance": self.provenance,
+            **({"vectors": asdict(self.vectors)} if self.vectors else {}),
+            "classes": {name: entry.to_dict() for name, entry in self.classes.items()},
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the bank, atomically; the same bank always gives the same bytes.
 
         Raises:
-            BankError: naming the classes that are missing.
+            OutputError: the file cannot be written; an old one stays as it was.
         """
-        missing = [name for name in class_names if name not in self.classes]
+        write_text_atomic(Path(path), format_json(self.to_dict()) + "\n")
+
+    def resolve(self, class_names: Iterable[str]) -> list[str]:
+        """Return the bank's own names of classes, in order.
+
+        An exact name wins; else case, spaces, underscores, hyphens and the prefixes of class
+        folders (``003.``, ``n02085620-``) do not count.
+
+        Raises:
+            BankError: classes that the bank lacks, or a name that fits several of its classes.
+        """
+        alike: dict[str, list[str]] = {}
+        for own in self.classes:
+            alike.setdefault(normalised_name(own), []).append(own)
+        found, missing, ambiguous = [], [], []
+        for name in class_names:
+            matches = [name] if name in self.classes else alike.get(normalised_name(name), [])
+            if len(matches) == 1:
+                found.append(matches[0])
+            elif matches:
+                ambiguous.append(f"{name!r} fits {' and '.join(map(repr, matches))}")
+            else:
+                missing.append(repr(name))
+        if ambiguous:
+            raise BankError(
+                f"{self.source}: {_some(ambiguous, '; ')}; rename the bank's classes as the data "
+                "set has them"
+            )
         if missing:
             raise BankError(
                 f"{self.source}: the bank lacks {len(missing)} class(es) of the data set: "
-                f"{_some([repr(name) for name in missing])}; add them to its 'classes', or give "
-                "another bank"
+                f"{_some(missing)}; add them to its 'classes', or give another bank"
             )
+        return found
+
+    @property
+    def kind(self) -> str:
+        """What the texts were made from, as the provenance says: "unknown" where it does not."""
+        return str(self.provenance.get("kind", "unknown"))
+
+    def require(self, class_names: Iterable[str]) -> None:
+        """Check that every named class is in the bank (BankError as :meth:`resolve`)."""
+        self.resolve(class_names)
 
     def select(self, class_names: Iterable[str]) -> list[ClassEntry]:
-        """Return the entries of the named classes, in that order (BankError for missing ones)."""
-        names = list(class_names)
-        self.require(names)
-        return [self.classes[name] for name in names]
+        """Return the entries of the named classes, in that order (BankError as for `resolve`)."""
+        return [self.classes[name] for name in self.resolve(class_names)]
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the texts, to tie a result to the bank that it used."""
+        if self.vectors:
+            return self.vectors.sha256
         content = {
             name: [list(entry.attributes), entry.description]
+            + ([[item.text for item in entry.candidates]] if entry.candidates else [])
             for name, entry in sorted(self.classes.items())
         }
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -110,15 +251,29 @@ def bundled_banks() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _BUNDLED.glob("*.json")))
 
 
+def bank_path(name_or_path: str | Path) -> Path:
+    """Return the file of a bundled bank, or the path as it is."""
+    if str(name_or_path) in bundled_banks():
+        return _BUNDLED / f"{name_or_path}.json"
+    return Path(name_or_path)
+
+
 def load_bank(name_or_path: str | Path) -> SemanticBank:
     """Load a bundled bank by name, or any bank by the path of its JSON file.
 
     Raises:
         BankError: no such bank, unreadable or malformed file, incomplete classes.
     """
-    path = Path(name_or_path)
-    if str(name_or_path) in bundled_banks():
-        path = _BUNDLED / f"{name_or_path}.json"
+    path = bank_path(name_or_path)
+    return SemanticBank.from_dict(read_bank_json(path), str(path))
+
+
+def read_bank_json(path: Path) -> Any:
+    """Parse a bank's JSON without looking at its content.
+
+    Raises:
+        BankError: missing or unreadable file, invalid JSON, or a key that appears twice.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -126,38 +281,149 @@ def load_bank(name_or_path: str | Path) -> SemanticBank:
             f"{path}: cannot read the semantic bank ({_reason(error)}); give the path of a bank "
             f"JSON file or a bundled name ({', '.join(bundled_banks())})"
         ) from error
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON strictly: no key twice (BankError naming ``where`` and the line)."""
     try:
-        content = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
-    except json.JSONDecodeError as error:
+        return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, where))
+    except (json.JSONDecodeError, RecursionError) as error:
+        at = f"line {error.lineno}: {error.msg}" if isinstance(error, ValueError) else "too deep"
         raise BankError(
-            f"{path}: not valid JSON (line {error.lineno}: {error.msg}); the file is damaged or "
-            "not a semantic bank"
+            f"{where}: not valid JSON ({at}); the file is damaged or not a semantic bank"
         ) from error
-    return SemanticBank.from_dict(content, str(path))
 
 
-def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+def normalised_name(name: str) -> str:
+    """Reduce a class name to what counts when names are compared."""
+    name = re.sub(r"^(?:\d{3}\.|n\d{8}-)(?=.)", "", name.strip())
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+
+
+def format_json(value: Any, indent: int = 0) -> str:
+    """Format JSON with short lists and objects on one line, so that a diff shows what changed."""
+    flat = json.dumps(value, ensure_ascii=False)
+    short = isinstance(value, dict | list) and indent >= 4 and indent + len(flat) <= _LINE
+    if short or not value or not isinstance(value, dict | list):
+        return flat
+    space = " " * (indent + 2)
+    if isinstance(value, dict):
+        rows = [
+            f"{json.dumps(key, ensure_ascii=False)}: {format_json(item, indent + 2)}"
+            for key, item in value.items()
+        ]
+        opening, closing = "{", "}"
+    else:
+        rows = [format_json(item, indent + 2) for item in value]
+        opening, closing = "[", "]"
+    body = f",\n{space}".join(rows)
+    return f"{opening}\n{space}{body}\n{' ' * indent}{closing}"
+
+
+def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     # json keeps the last of two equal keys silently: a class written twice would lose its texts.
     result = dict(pairs)
     if len(result) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = sorted({key for key in keys if keys.count(key) > 1})
-        raise BankError(f"{path}: {', '.join(map(repr, twice))} appears twice; keep one of them")
+        raise BankError(f"{where}: {', '.join(map(repr, twice))} appears twice; keep one of them")
     return result
 
 
-def _entry_problem(entry: Any) -> str | None:
+def _stored_vectors(content: Any, source: str) -> StoredVectors:
+    keys = {"encoder": str, "dim": int, "sha256": str}
+    sound = isinstance(content, dict) and set(content) == set(keys)
+    sound = sound and all(isinstance(content[key], kind) for key, kind in keys.items())
+    if not sound or content["dim"] < 1 or isinstance(content["dim"], bool):
+        raise BankError(
+            f"{source}: 'vectors' must be {{encoder, dim, sha256}} of a bank without words, got "
+            f"{content!r}; import the bank again, or remove 'vectors' from a bank of words"
+        )
+    return StoredVectors(**content)
+
+
+def _entry(content: Mapping[str, Any], stored: bool) -> ClassEntry:
+    if stored:
+        images = tuple(content.get("images") or ())
+        return ClassEntry((), "", (), {}, images, stored=StoredCount(**content["vectors"]))
+    candidates = []
+    for item in content.get("candidates") or ():
+        text, scores = (item, ()) if isinstance(item, str) else (item["text"], item.get("scores"))
+        candidates.append(Candidate(text.strip(), tuple(scores or ())))
+    return ClassEntry(
+        tuple(text.strip() for text in content.get("attributes") or ()),
+        content["description"].strip(),
+        tuple(candidates),
+        content.get("answers") or {},
+        tuple(content.get("images") or ()),
+        {key: value for key, value in content.items() if key not in _ENTRY_KEYS},
+    )
+
+
+def entry_problem(entry: Any, stored: bool = False) -> str | None:
+    """Say what is wrong with a class's content in a bank file; None: nothing.
+
+    Args:
+        stored: the bank has vectors and no words.
+    """
+    if stored:
+        if not _is_stored(entry):
+            return "is not {vectors: {attributes: n, description: 0 or 1}}"
+        return _images_problem(entry)
     if not isinstance(entry, dict):
         return "is not an object with 'attributes' and 'description'"
-    attributes, description = entry.get("attributes"), entry.get("description")
-    if not isinstance(attributes, list) or not attributes:
-        return "has no attributes"
+    attributes, candidates = entry.get("attributes", []), entry.get("candidates", [])
+    problem = _candidates_problem(candidates)
+    if problem:
+        return problem
+    if not isinstance(attributes, list) or (not attributes and len(candidates) < 2):
+        return "has no attributes (and fewer than two candidates to choose from)"
     for index, text in enumerate(attributes):
-        if not isinstance(text, str) or not text.strip():
+        if not _is_text(text):
             return f"has an empty attribute (number {index + 1})"
-    if not isinstance(description, str) or not description.strip():
+    if not _is_text(entry.get("description")):
         return "has an empty description"
+    if not isinstance(entry.get("answers", {}), dict):
+        return "has 'answers' that are not an object {stage: answer}"
+    return _images_problem(entry)
+
+
+def _is_stored(entry: Any) -> bool:
+    counts = entry.get("vectors") if isinstance(entry, dict) else None
+    if not isinstance(counts, dict) or set(counts) != {"attributes", "description"}:
+        return False
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in counts.values()):
+        return False
+    return counts["attributes"] >= 0 and counts["description"] in (0, 1) and any(counts.values())
+
+
+def _candidates_problem(candidates: Any) -> str | None:
+    if not isinstance(candidates, list):
+        return "has 'candidates' that are not a list"
+    for index, item in enumerate(candidates):
+        text = item.get("text") if isinstance(item, dict) else item
+        if not _is_text(text):
+            return f"has an empty candidate (number {index + 1})"
+        scores = item.get("scores", []) if isinstance(item, dict) else []
+        if not isinstance(scores, list) or not all(_is_score(score) for score in scores):
+            return f"has candidate number {index + 1} with scores that are not numbers or null"
     return None
+
+
+def _images_problem(entry: Mapping[str, Any]) -> str | None:
+    images = entry.get("images", [])
+    if not isinstance(images, list) or not all(_is_text(image) for image in images):
+        return "has 'images' that are not a list of image ids"
+    return None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_score(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _some(items: list[str], separator: str = ", ", limit: int = 8) -> str:

@@ -1,4 +1,4 @@
-"""Text encoders: one unit vector per phrase, and the text tokens of an episode.
+"""Text encoders: one unit vector per phrase.
 
 The offline encoder hashes word and character n-grams into a fixed number of signed buckets
 (the "hashing trick"). It needs no weights and no network, and gives related phrases related
@@ -12,19 +12,14 @@ import hashlib
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dvla_fast.errors import BankError
-from dvla_fast.semantics.bank import SemanticBank
-
-if TYPE_CHECKING:
-    from dvla_fast.nn import TextTokens
 
 _WORD = re.compile(r"[^\W_]+")
 # Function words carry no class information and would make every pair of phrases look alike.
@@ -38,83 +33,135 @@ _FUNCTION_WORDS = frozenset(
 )
 _BIGRAM_WEIGHT = 0.5
 _CHARACTER_WEIGHT = 0.25
+HASHED_DIM = 512
 
 
 class TextEncoder(Protocol):
-    """What the engine needs of a text encoder."""
+    """What the engine needs of a text encoder.
 
-    name: str
-    dim: int
-    truncated: int
+    Attributes:
+        name: identifies the encoder: texts encoded under one name may be compared and mixed.
+        dim: length of a vector.
+        truncated: texts cut so far.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def truncated(self) -> int: ...
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Encode n phrases into float32 unit vectors (n, dim)."""
+        """Encode n phrases into float32 unit vectors (n, dim) on the CPU."""
         ...
 
 
-class HashedNGramEncoder:
-    """Offline encoder: signed feature hashing of word 1-2-grams and character 3-4-grams.
+class LimitedEncoder:
+    """What encoders share that read a limited number of words or tokens of a text.
 
     Args:
-        dim: length of a vector.
-        max_tokens: words that the encoder reads of a text (77, as CLIP's tokens).
+        max_tokens: how many.
         truncate: cut longer texts, count them in ``truncated`` and warn; by default they are an
             error, because a text that is cut silently loses its end without anybody noticing.
+
+    A subclass has ``name``, ``dim``, ``lengths`` and ``_vectors``.
     """
 
-    name = "hashed-ngram"
+    name: str
+    dim: int
+    unit = "tokens"
 
-    def __init__(self, dim: int = 512, max_tokens: int = 77, *, truncate: bool = False) -> None:
-        if dim < 1 or max_tokens < 1:
-            raise ValueError(
-                f"dim and max_tokens must be positive, got dim={dim}, max_tokens={max_tokens}"
-            )
-        self.dim = dim
-        self.max_tokens = max_tokens
-        self.truncate = truncate
-        self.truncated = 0
+    def __init__(self, max_tokens: int, truncate: bool) -> None:
+        self.max_tokens, self.truncate, self.truncated = max_tokens, truncate, 0
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Return the length of each text in the encoder's unit, uncut."""
+        raise NotImplementedError
+
+    def _vectors(self, texts: list[str]) -> Tensor:
+        """Encode texts (at least one, none blank), cut to ``max_tokens``: (n, dim), any norm."""
+        raise NotImplementedError
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Encode n phrases.
 
         Returns:
-            float32 (n, dim), unit norm; the same on every machine and in every process.
+            float32 (n, dim), unit norm, on the CPU.
 
         Raises:
-            BankError: a text without a word, or longer than ``max_tokens`` words (unless
-                ``truncate``).
+            BankError: a text without a word, or longer than ``max_tokens`` (unless ``truncate``).
         """
-        words = [_WORD.findall(text.lower()) for text in texts]
-        for text, found in zip(texts, words, strict=True):
-            if not found:
+        texts = list(texts)
+        if not texts:
+            return torch.zeros(0, self.dim)
+        for text in texts:
+            if not _WORD.search(text):
                 raise BankError(f"text {text!r} holds no word to encode; write one in the bank")
-        self._report_long(texts, words)
-        out = torch.zeros(len(texts), self.dim, dtype=torch.float64)
-        for row, found in enumerate(words):
-            for feature, weight in _features(found[: self.max_tokens]):
-                digest = hashlib.blake2b(feature.encode(), digest_size=8).digest()
-                bucket = int.from_bytes(digest[:7], "little") % self.dim
-                out[row, bucket] += weight if digest[7] & 1 else -weight
-        norm = out.norm(dim=1, keepdim=True)
-        # Signed features can cancel exactly in a tiny dim; a zero vector has no direction.
-        if bool((norm == 0).any()):
-            raise BankError(f"a text hashes to a zero vector with dim={self.dim}; use a larger dim")
-        return (out / norm).float()
+        self._report_long(texts)
+        vectors = self._vectors(texts)
+        norm = vectors.norm(dim=1, keepdim=True)
+        if not bool(((norm > 0) & norm.isfinite()).all()):
+            raise BankError(
+                f"a text becomes a zero or infinite vector with {self.name} (dim={self.dim}); use "
+                "a larger dim, or another encoder"
+            )
+        return (vectors / norm).float().cpu()
 
-    def _report_long(self, texts: Sequence[str], words: Sequence[Sequence[str]]) -> None:
-        long = [index for index, found in enumerate(words) if len(found) > self.max_tokens]
+    def _report_long(self, texts: Sequence[str]) -> None:
+        lengths = self.lengths(texts)
+        long = [index for index, length in enumerate(lengths) if length > self.max_tokens]
         if not long:
             return
-        longest = max(long, key=lambda index: len(words[index]))
+        longest = max(long, key=lengths.__getitem__)
         message = (
-            f"{len(long)} of {len(texts)} texts are longer than the {self.max_tokens} words that "
-            f"the {self.name} encoder reads (longest: {len(words[longest])} words, "
+            f"{len(long)} of {len(texts)} texts are longer than the {self.max_tokens} {self.unit} "
+            f"that the {self.name} encoder reads (longest: {lengths[longest]} {self.unit}, "
             f"{texts[longest][:40]!r}...)"
         )
         if not self.truncate:
             raise BankError(f"{message}; shorten them, or allow the cut with truncate=True")
         self.truncated += len(long)
         warnings.warn(f"{message}; the rest of each is ignored", stacklevel=3)
+
+
+class HashedNGramEncoder(LimitedEncoder):
+    """Offline encoder: signed feature hashing of word 1-2-grams and character 3-4-grams.
+
+    The same vectors on every machine and in every process.
+
+    Args:
+        dim: length of a vector.
+        max_tokens: words that the encoder reads of a text (77, as CLIP's tokens).
+        truncate: as for ``LimitedEncoder``.
+    """
+
+    name = "hashed-ngram"
+    unit = "words"
+
+    def __init__(self, dim: int = 512, max_tokens: int = 77, *, truncate: bool = False) -> None:
+        if dim < 1 or max_tokens < 1:
+            raise ValueError(
+                f"dim and max_tokens must be positive, got dim={dim}, max_tokens={max_tokens}"
+            )
+        super().__init__(max_tokens, truncate)
+        self.dim = dim
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of words of each text."""
+        return [len(_WORD.findall(text)) for text in texts]
+
+    def _vectors(self, texts: list[str]) -> Tensor:
+        out = torch.zeros(len(texts), self.dim, dtype=torch.float64)
+        for row, text in enumerate(texts):
+            words = _WORD.findall(text.lower())
+            for feature, weight in _features(words[: self.max_tokens]):
+                digest = hashlib.blake2b(feature.encode(), digest_size=8).digest()
+                bucket = int.from_bytes(digest[:7], "little") % self.dim
+                out[row, bucket] += weight if digest[7] & 1 else -weight
+        return out  # signed features can cancel exactly in a tiny dim
 
 
 def _features(words: Sequence[str]) -> Iterator[tuple[str, float]]:
@@ -129,101 +176,111 @@ def _features(words: Sequence[str]) -> Iterator[tuple[str, float]]:
         yield f"b:{first} {second}", _BIGRAM_WEIGHT
 
 
-_ENCODERS = {"hashed-ngram": HashedNGramEncoder}
+ENCODERS = "hashed-ngram, open_clip:MODEL/WEIGHTS, transformers:MODEL"
 
 
-def build_encoder(name: str, dim: int = 512, *, truncate: bool = False) -> TextEncoder:
+def _split(name: str) -> tuple[str, str, str]:
+    """Split an encoder's name into family, model, and weights or folder (BankError otherwise)."""
+    family, _, rest = name.partition(":")
+    if family == "hashed-ngram" and not rest:
+        return family, "", ""
+    if family == "transformers" and rest:
+        return family, rest, rest
+    if family == "open_clip" and rest.startswith(("hf-hub:", "local-dir:")):
+        return family, rest, rest.removeprefix("local-dir:")
+    model, _, weights = rest.partition("/")
+    if family == "open_clip" and model and weights:
+        return family, model, weights
+    raise BankError(
+        f"text encoder {name!r} is unknown; choose one of {ENCODERS}, e.g. "
+        "open_clip:ViT-B-16/openai, open_clip:ViT-B-16/weights.safetensors or "
+        "transformers:google/siglip-base-patch16-224"
+    )
+
+
+def encoder_identity(name: str, dim: int = 0) -> str:
+    """Return the name under which an encoder's vectors are kept, without loading it.
+
+    Published weights are known by their name, local ones by their content: another file in the same
+    place is another encoder.
+
+    Raises:
+        BankError: a name that means no encoder, or a path to weights that are not there.
+    """
+    family, model, weights = _split(name)
+    if family == "hashed-ngram":
+        return f"{family}/{dim or HASHED_DIM}"
+    path = Path(weights)
+    if path.exists():
+        model = "" if family == "transformers" or model.startswith("local-dir:") else f"{model}/"
+        return f"{family}:{model}{_content_hash(path)}"
+    if path.is_absolute() or path.suffix or model.startswith("local-dir:"):
+        raise BankError(f"{weights}: no such file or folder of weights, asked for by {name!r}")
+    return name
+
+
+def build_encoder(
+    name: str,
+    dim: int = 0,
+    *,
+    truncate: bool = False,
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+) -> TextEncoder:
     """Build a text encoder by name.
 
+    Args:
+        name: ``hashed-ngram``; ``open_clip:MODEL/WEIGHTS`` with a pretrained tag or the path of a
+            weights file, or ``open_clip:hf-hub:NAME``, ``open_clip:local-dir:PATH``;
+            ``transformers:NAME`` or ``transformers:PATH``: CLIP, SigLIP and their relatives, or a
+            sentence encoder.
+        dim: length of a vector; 0: the encoder's own.
+        truncate: cut texts that are too long instead of failing.
+        device, batch_size: where a model runs, and on how many texts at once.
+
     Raises:
-        BankError: unknown name.
+        BankError: unknown name, weights that cannot be loaded, or an encoder of another ``dim``.
+        MissingDependencyError: the encoder's package is not installed.
     """
-    if name not in _ENCODERS:
-        raise BankError(f"text encoder {name!r} is unknown; choose one of {', '.join(_ENCODERS)}")
-    return _ENCODERS[name](dim, truncate=truncate)
+    family, model, weights = _split(name)
+    if family == "hashed-ngram":
+        return HashedNGramEncoder(dim or HASHED_DIM, truncate=truncate)
+    identity = encoder_identity(name)
+    encoder: TextEncoder
+    if family == "open_clip":
+        from dvla_fast.semantics.open_clip_encoder import OpenCLIPEncoder
+
+        encoder = OpenCLIPEncoder(
+            model, weights, identity, truncate=truncate, device=device, batch_size=batch_size
+        )
+    else:
+        from dvla_fast.semantics.transformers_encoder import TransformersEncoder
+
+        encoder = TransformersEncoder(
+            model, identity, truncate=truncate, device=device, batch_size=batch_size
+        )
+    check_dim(name, encoder.dim, dim)
+    return encoder
 
 
-@dataclass(frozen=True)
-class EncodedTexts:
-    """The encoded texts of C classes: k attributes (padded) and one description each.
-
-    Attributes:
-        tokens: (C, k + 1, dim) float32 unit vectors, zero where padded; the description is last.
-        mask: (C, k + 1) bool, True for a text.
-        levels: (k + 1,) int64, 0 = attribute, 1 = description.
-        class_embedding: (C, dim), unit mean of the class's texts: the target of the similarity
-            reward.
-    """
-
-    class_names: tuple[str, ...]
-    tokens: Tensor
-    mask: Tensor
-    levels: Tensor
-    class_embedding: Tensor
-
-    def to(self, device: torch.device | str) -> EncodedTexts:
-        """Return a copy on another device."""
-        return EncodedTexts(
-            self.class_names,
-            self.tokens.to(device),
-            self.mask.to(device),
-            self.levels.to(device),
-            self.class_embedding.to(device),
+def check_dim(what: str, actual: int, wanted: int) -> None:
+    """Check the length of vectors against a setting; 0 takes any (BankError otherwise)."""
+    if wanted not in (0, actual):
+        raise BankError(
+            f"{what}: gives vectors of length {actual}, but semantics.dim asks for {wanted}; set "
+            f"--semantics.dim {actual} (or 0: the encoder's own)"
         )
 
-    def episodes(self, classes: Tensor) -> TextTokens:
-        """Gather the text tokens of episodes.
 
-        Args:
-            classes: (E, way) int64 indices into ``class_names``.
-
-        Returns:
-            TextTokens with tokens (E, way * (k + 1), dim), class by class; ``mask`` is None when
-            no class is padded.
-        """
-        from dvla_fast.nn import TextTokens
-
-        episodes, way = classes.shape
-        per_class = self.tokens.shape[1]
-        tokens = self.tokens[classes].reshape(episodes, way * per_class, -1)
-        mask = None
-        if not self._full:
-            mask = self.mask[classes].reshape(episodes, way * per_class)
-        return TextTokens(tokens, self.levels.repeat(way), self.class_embedding[classes], mask)
-
-    @cached_property
-    def _full(self) -> bool:
-        return bool(self.mask.all())  # waits for a GPU: once, not in every step
-
-
-def encode_bank(
-    bank: SemanticBank, class_names: Sequence[str], encoder: TextEncoder
-) -> EncodedTexts:
-    """Encode the texts of the named classes once; episodes then only gather.
-
-    Raises:
-        BankError: a class missing from the bank, or a text that the encoder cannot read whole.
-    """
-    entries = bank.select(class_names)
-    most = max(len(entry.attributes) for entry in entries)
-    texts: list[str] = []
-    slots: list[int] = []  # row * (most + 1) + position of each text
-    for row, entry in enumerate(entries):
-        first = row * (most + 1)
-        texts.extend([*entry.attributes, entry.description])
-        slots.extend([*range(first, first + len(entry.attributes)), first + most])
-    try:
-        vectors = encoder.encode(texts)
-    except BankError as error:
-        raise BankError(f"{bank.source}: {error}") from error
-    flat = torch.zeros(len(entries) * (most + 1), encoder.dim)
-    flat[slots] = vectors
-    mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[slots] = True
-    tokens = flat.view(len(entries), most + 1, encoder.dim)
-    levels = torch.zeros(most + 1, dtype=torch.int64)
-    levels[-1] = 1
-    class_embedding = torch.nn.functional.normalize(tokens.sum(1), dim=-1)
-    return EncodedTexts(
-        tuple(class_names), tokens, mask.view(len(entries), most + 1), levels, class_embedding
-    )
+def _content_hash(path: Path) -> str:
+    files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        relative = file.relative_to(path)
+        if any(part.startswith(".") for part in relative.parts):
+            continue  # download caches and the like
+        digest.update(f"{relative.as_posix()}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return f"sha256-{digest.hexdigest()[:16]}"

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dvla_fast.engine import checkpoint
+from dvla_fast import files
 from dvla_fast.engine.checkpoint import (
     load_checkpoint,
     load_weights,
@@ -100,7 +100,7 @@ def test_a_failed_write_leaves_the_old_file(saved: Path, monkeypatch: pytest.Mon
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "replace", no_space)
+    monkeypatch.setattr(files.os, "replace", no_space)
     with pytest.raises(OutputError, match="No space left"):
         save_checkpoint(saved, TENSORS, {"kind": "pretrain"})
     assert saved.read_bytes() == before

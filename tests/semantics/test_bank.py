@@ -9,8 +9,9 @@ import pytest
 
 from dvla_fast.data.digits import DIGIT_NAMES
 from dvla_fast.errors import BankError
-from dvla_fast.semantics import SemanticBank, bundled_banks, load_bank
+from dvla_fast.semantics import Candidate, ClassEntry, SemanticBank, bundled_banks, load_bank
 
+DIGITS_SHA256 = "5e31161695bbb89539db052fbc58561c0fa68cff2308e09945345f85374ca726"
 GOOD = {"attributes": ["red beak"], "description": "A bird."}
 
 
@@ -37,6 +38,15 @@ def test_missing_classes_are_named() -> None:
         ({"attributes": ["x"], "description": " "}, "empty description"),
         ({"attributes": ["x"]}, "empty description"),
         ("a bird", "not an object"),
+        ({"candidates": ["x"], "description": "A bird."}, "has no attributes .and fewer than two"),
+        ({"candidates": ["x", " "], "description": "A bird."}, "empty candidate .number 2"),
+        ({"candidates": "x, y", "description": "A bird."}, "'candidates' that are not a list"),
+        (
+            {"candidates": [{"text": "x", "scores": ["0.3"]}, "y"], "description": "A bird."},
+            "candidate number 1 with scores",
+        ),
+        ({**GOOD, "answers": "red"}, "'answers' that are not an object"),
+        ({**GOOD, "images": [3]}, "'images' that are not a list of image ids"),
     ],
 )
 def test_incomplete_class_is_refused(entry: object, message: str) -> None:
@@ -77,3 +87,70 @@ def test_fingerprint_follows_the_texts(tmp_path: Path) -> None:
     first = load_bank(path).fingerprint()
     path.write_text(json.dumps({"classes": {"owl": {**GOOD, "description": "An owl."}}}))
     assert load_bank(path).fingerprint() != first
+
+
+FULL = {
+    "format": "dvla-fast-bank/2",
+    "name": "birds",
+    "provenance": {"kind": "support-images", "model": "a model"},
+    "classes": {
+        "Sooty Albatross": {
+            "candidates": [{"text": "dark wings", "scores": [0.3, 0.25]}, "a crème bill", "x"],
+            "attributes": ["dark wings"],
+            "description": "A seabird.",
+            "answers": {"candidates": ["dark wings, a crème bill"]},
+            "images": ["train/albatross/1.jpg"],
+            "reviewed": True,
+        },
+        "jay": {"candidates": ["blue wing", "black bib"], "description": "A loud bird."},
+    },
+}
+
+
+def test_a_full_bank_survives_saving(tmp_path: Path) -> None:
+    bank = SemanticBank.from_dict(FULL)
+    assert bank.classes["Sooty Albatross"] == ClassEntry(
+        ("dark wings",),
+        "A seabird.",
+        (Candidate("dark wings", (0.3, 0.25)), Candidate("a crème bill"), Candidate("x")),
+        {"candidates": ["dark wings, a crème bill"]},
+        ("train/albatross/1.jpg",),
+        {"reviewed": True},
+    )
+    path = tmp_path / "birds.json"
+    bank.save(path)
+    assert json.loads(path.read_text(encoding="utf-8")) == FULL
+    assert "crème" in path.read_text(encoding="utf-8")
+    again = load_bank(path)
+    assert (again.classes, again.fingerprint()) == (bank.classes, bank.fingerprint())
+    before = path.read_bytes()
+    again.save(path)
+    assert path.read_bytes() == before
+
+
+def test_short_lists_stay_on_one_line(tmp_path: Path) -> None:
+    SemanticBank.from_dict(FULL).save(tmp_path / "birds.json")
+    lines = (tmp_path / "birds.json").read_text(encoding="utf-8").splitlines()
+    assert '        "dark wings"' not in lines
+    assert any(line.strip() == '"attributes": ["dark wings"],' for line in lines)
+    assert max(map(len, lines)) <= 110
+
+
+def test_old_banks_keep_their_fingerprint() -> None:
+    # Results name the bank by this hash: another format must not change it.
+    assert load_bank("digits").fingerprint() == DIGITS_SHA256
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sooty albatross", "Sooty_Albatross", "003.Sooty_Albatross", "n02085620-sooty-albatross"],
+)
+def test_class_names_are_found_however_they_are_written(name: str) -> None:
+    assert SemanticBank.from_dict(FULL).resolve(["jay", name]) == ["jay", "Sooty Albatross"]
+
+
+def test_ambiguous_class_names_are_refused() -> None:
+    bank = SemanticBank.from_dict({"classes": {"blue jay": GOOD, "Blue_Jay": GOOD}})
+    assert bank.resolve(["Blue_Jay"]) == ["Blue_Jay"]
+    with pytest.raises(BankError, match="'Blue Jay' fits 'blue jay' and 'Blue_Jay'"):
+        bank.resolve(["Blue Jay"])

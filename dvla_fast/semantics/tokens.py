@@ -1,0 +1,177 @@
+"""The text tokens of episodes: a bank's texts, chosen and encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dvla_fast.errors import BankError
+from dvla_fast.semantics.bank import SemanticBank
+from dvla_fast.semantics.encoders import TextEncoder
+from dvla_fast.semantics.topk import progressive_top_k
+from dvla_fast.semantics.vectors import ClassVectors, read_stored
+
+if TYPE_CHECKING:
+    from dvla_fast.nn import TextTokens
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """The encoded texts of C classes: k attributes (padded) and one description each.
+
+    Attributes:
+        tokens: (C, k + 1, dim) float32 unit vectors, zero where padded; the description is last.
+        mask: (C, k + 1) bool, True for a text.
+        levels: (k + 1,) int64, 0 = attribute, 1 = description.
+        class_embedding: (C, dim), unit mean of the class's texts: the target of the similarity
+            reward.
+    """
+
+    class_names: tuple[str, ...]
+    tokens: Tensor
+    mask: Tensor
+    levels: Tensor
+    class_embedding: Tensor
+
+    def to(self, device: torch.device | str) -> EncodedTexts:
+        """Return a copy on another device."""
+        return EncodedTexts(
+            self.class_names,
+            self.tokens.to(device),
+            self.mask.to(device),
+            self.levels.to(device),
+            self.class_embedding.to(device),
+        )
+
+    def episodes(self, classes: Tensor) -> TextTokens:
+        """Gather the text tokens of episodes.
+
+        Args:
+            classes: (E, way) int64 indices into ``class_names``.
+
+        Returns:
+            TextTokens with tokens (E, way * (k + 1), dim), class by class; ``mask`` is None when
+            no class is padded.
+        """
+        from dvla_fast.nn import TextTokens
+
+        episodes, way = classes.shape
+        per_class = self.tokens.shape[1]
+        tokens = self.tokens[classes].reshape(episodes, way * per_class, -1)
+        mask = None
+        if not self._full:
+            mask = self.mask[classes].reshape(episodes, way * per_class)
+        return TextTokens(tokens, self.levels.repeat(way), self.class_embedding[classes], mask)
+
+    @cached_property
+    def _full(self) -> bool:
+        return bool(self.mask.all())  # waits for a GPU: once, not in every step
+
+
+def choose_attributes(
+    bank: SemanticBank,
+    class_names: Sequence[str],
+    encoder: TextEncoder,
+    top_k: int = 0,
+    template: str = "all",
+) -> list[tuple[str, ...]]:
+    """Return the attributes of each named class that become tokens.
+
+    Args:
+        top_k: 0: the bank's own choice, or all candidates where it has made none; k > 0: the k that
+            progressive selection finds among the candidates (or attributes, without candidates).
+        template: of that selection; see ``progressive_top_k``.
+
+    Raises:
+        BankError: a class missing from the bank, or a text that the encoder cannot read whole.
+    """
+    if bank.vectors:
+        raise BankError(f"{bank.source}: has vectors and no words")
+    names = bank.resolve(class_names)
+    entries = [bank.classes[name] for name in names]
+    if top_k == 0:
+        return [entry.attributes or entry.proposals for entry in entries]
+    proposals = [entry.proposals for entry in entries]
+    found = progressive_top_k(names, proposals, encoder, top_k, template)
+    return [
+        tuple(texts[place] for place in selection.order)
+        for texts, selection in zip(proposals, found)
+    ]
+
+
+def encode_bank(
+    bank: SemanticBank,
+    class_names: Sequence[str],
+    encoder: TextEncoder,
+    *,
+    top_k: int = 0,
+    template: str = "all",
+) -> EncodedTexts:
+    """Encode the texts of the named classes once; episodes then only gather.
+
+    Args:
+        encoder: not asked where the bank has vectors and no words.
+        top_k, template: which attributes; see ``choose_attributes``.
+
+    Raises:
+        BankError: a class missing from the bank, or a text that the encoder cannot read whole.
+    """
+    try:
+        if bank.vectors:
+            return stored_tokens(bank, class_names, top_k)
+        entries = bank.select(class_names)
+        attributes = choose_attributes(bank, class_names, encoder, top_k, template)
+        texts = [
+            text
+            for chosen, entry in zip(attributes, entries)
+            for text in (*chosen, entry.description)
+        ]
+        vectors = encoder.encode(texts)
+    except BankError as error:
+        if str(error).startswith(bank.source):
+            raise
+        raise BankError(f"{bank.source}: {error}") from error
+    classes = [
+        ClassVectors(part[:-1], part[-1:])
+        for part in vectors.split([len(chosen) + 1 for chosen in attributes])
+    ]
+    return _assemble(class_names, classes, encoder.dim)
+
+
+def stored_tokens(bank: SemanticBank, class_names: Sequence[str], top_k: int = 0) -> EncodedTexts:
+    """Return the tokens of a bank that has vectors and no words.
+
+    Raises:
+        BankError: a class missing from the bank, missing or damaged vectors, or ``top_k`` > 0.
+    """
+    assert bank.vectors is not None
+    if top_k:
+        raise BankError(
+            f"{bank.source}: has vectors and no words, so there is nothing for top-k selection to "
+            "choose from; leave top_k at 0"
+        )
+    names = bank.resolve(class_names)
+    found = read_stored(bank)
+    return _assemble(class_names, [found[name] for name in names], bank.vectors.dim)
+
+
+def _assemble(
+    class_names: Sequence[str], classes: Sequence[ClassVectors], dim: int
+) -> EncodedTexts:
+    most = max(len(item.attributes) for item in classes)
+    tokens = torch.zeros(len(classes), most + 1, dim)
+    mask = torch.zeros(len(classes), most + 1, dtype=torch.bool)
+    for row, item in enumerate(classes):
+        count = len(item.attributes)
+        tokens[row, :count], mask[row, :count] = item.attributes, True
+        if len(item.description):
+            tokens[row, -1], mask[row, -1] = item.description[0], True
+    levels = torch.zeros(most + 1, dtype=torch.int64)
+    levels[-1] = 1
+    class_embedding = torch.nn.functional.normalize(tokens.sum(1), dim=-1)
+    return EncodedTexts(tuple(class_names), tokens, mask, levels, class_embedding)

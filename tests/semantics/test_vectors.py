@@ -1,0 +1,148 @@
+"""Vectors beside a bank: only what changed is encoded again, and wrong files are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dvla_fast.data.shapes import load_shapes
+from dvla_fast.engine.build import build_texts
+from dvla_fast.engine.config import SemanticsConfig
+from dvla_fast.errors import BankError
+from dvla_fast.semantics import HashedNGramEncoder, encode_bank, load_bank
+from dvla_fast.semantics.vectors import CachedEncoder, vectors_path
+
+ENTRIES = {
+    "owl": {"attributes": ["round face", "big eyes"], "description": "A night bird."},
+    "jay": {"candidates": ["blue wing", "long tail"], "description": "A loud bird."},
+}
+
+
+class Counting(HashedNGramEncoder):
+    def __init__(self, dim: int = 16, **options: Any) -> None:
+        super().__init__(dim, **options)
+        self.seen: list[str] = []
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        self.seen += texts
+        return super().encode(texts)
+
+
+@pytest.fixture
+def bank(tmp_path: Path) -> Path:
+    path = tmp_path / "birds.json"
+    path.write_text(json.dumps({"classes": ENTRIES}))
+    return path
+
+
+def cached(bank: Path, inner: HashedNGramEncoder, **options: Any) -> CachedEncoder:
+    return CachedEncoder(vectors_path(bank), "counting", "counting", lambda: inner, **options)
+
+
+def test_an_edit_encodes_only_what_changed(bank: Path) -> None:
+    first = cached(bank, Counting())
+    tokens = encode_bank(load_bank(bank), ["owl", "jay"], first).tokens
+    assert first.save() == 6
+    entries = json.loads(bank.read_text())
+    entries["classes"]["owl"]["attributes"][1] = "small eyes"
+    bank.write_text(json.dumps(entries))
+    inner = Counting()
+    second = cached(bank, inner)
+    changed = encode_bank(load_bank(bank), ["owl", "jay"], second).tokens
+    assert inner.seen == ["small eyes"]
+    assert torch.equal(changed[1], tokens[1])
+    assert not torch.equal(changed[0, 1], tokens[0, 1])
+    assert second.save() == 6  # the old text is gone
+    assert cached(bank, inner).missing(["big eyes", "small eyes"]) == ["big eyes"]
+
+
+def test_a_full_cache_needs_no_encoder(bank: Path) -> None:
+    first = cached(bank, Counting())
+    expected = encode_bank(load_bank(bank), ["owl"], first, top_k=1)
+    first.save()
+
+    def never() -> HashedNGramEncoder:
+        raise AssertionError("built")
+
+    again = CachedEncoder(vectors_path(bank), "counting", "counting", never)
+    assert again.dim == 16
+    found = encode_bank(load_bank(bank), ["owl"], again, top_k=1)
+    assert torch.equal(found.tokens, expected.tokens)
+
+
+def test_encoders_do_not_meet(bank: Path) -> None:
+    for identity, dim in (("one", 16), ("two", 24)):
+        encoder = CachedEncoder(vectors_path(bank), identity, identity, lambda d=dim: Counting(d))
+        encode_bank(load_bank(bank), ["owl"], encoder)
+        encoder.save()
+    for identity, dim in (("one", 16), ("two", 24)):
+        encoder = CachedEncoder(vectors_path(bank), identity, identity, Counting)
+        assert encoder.dim == dim
+        assert encoder.missing(["round face"]) == []
+
+
+def test_a_cut_text_stays_known_as_cut(bank: Path) -> None:
+    first = cached(bank, Counting(max_tokens=2, truncate=True), truncate=True)
+    with pytest.warns(UserWarning, match="longer than the 2 words"):
+        first.encode(["round face", "a night bird"])
+    first.save()
+    assert (first.truncated, cached(bank, Counting(), truncate=True).truncated) == (1, 0)
+    again = cached(bank, Counting(), truncate=True)
+    again.encode(["a night bird"])
+    assert again.truncated == 1
+    with pytest.raises(BankError, match="1 of 1 texts are longer than the counting encoder reads"):
+        cached(bank, Counting()).encode(["a night bird"])
+
+
+@pytest.mark.parametrize("damage", ["garbage", "foreign", "cut"])
+def test_wrong_files_are_refused(bank: Path, damage: str) -> None:
+    path = vectors_path(bank)
+    encoder = cached(bank, Counting())
+    encoder.encode(["round face"])
+    encoder.save()
+    if damage == "garbage":
+        path.write_bytes(b"none of this")
+    elif damage == "foreign":
+        save_file({"x": torch.zeros(2)}, path)
+    else:
+        path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(BankError, match=r"birds\.safetensors: not usable .*semantics encode"):
+        cached(bank, Counting())
+
+
+def test_bundled_vectors_lie_in_the_users_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    expected = tmp_path / "dvla-fast" / "banks" / "digits.safetensors"
+    assert vectors_path(load_bank("digits").source) == expected
+    assert vectors_path("elsewhere/digits.json") == Path("elsewhere/digits.safetensors")
+
+
+def test_training_texts_come_from_the_cache(tmp_path: Path) -> None:
+    data = load_shapes(16, 2, classes=20)
+    entries = {
+        name: {"attributes": [f"mark {name}"], "description": f"Sign {name}."}
+        for name in data.class_names
+    }
+    bank = tmp_path / "signs.json"
+    bank.write_text(json.dumps({"classes": entries}))
+    config = SemanticsConfig(bank=str(bank), dim=32)
+    plain, described = build_texts(config, data, torch.device("cpu"))
+    encoder = CachedEncoder(
+        vectors_path(bank), "hashed-ngram/32", "hashed-ngram", lambda: HashedNGramEncoder(32)
+    )
+    encode_bank(load_bank(bank), data.class_names, encoder)
+    marked = next(iter(encoder._rows))
+    encoder._rows[marked] = (torch.zeros(32), False)  # to be told from a vector encoded now
+    encoder.save()
+    texts, again = build_texts(config, data, torch.device("cpu"))
+    assert described == again
+    assert (texts.tokens != plain.tokens).any(-1).sum() == 1

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dvla_fast.engine.checkpoint import write_text_atomic
 from dvla_fast.engine.config import CompareRun, UsageError
 from dvla_fast.engine.records import SAME_EPISODES, EpisodeRecord, read_summary
 from dvla_fast.engine.statistics import (
@@ -28,6 +27,7 @@ from dvla_fast.engine.statistics import (
     unpaired_difference,
 )
 from dvla_fast.errors import OutputError
+from dvla_fast.files import write_text_atomic
 
 LEVEL = 0.05
 
@@ -270,8 +270,11 @@ def run_compare(config: CompareRun) -> dict[str, Any]:
     sides = [[part for part in given.split(",") if part] for given in (config.run_a, config.run_b)]
     if not all(sides):
         raise UsageError("compare needs two run folders: dvla-fast compare RUN_A RUN_B")
+    for side in sides:
+        if len(set(side)) < len(side):
+            raise UsageError(f"compare: the same run twice in {','.join(side)}; name each once")
     require_scipy()
-    compared = compare_groups(*sides, methods=(config.method_a, config.method_b))
+    compared = compare_groups(sides[0], sides[1], methods=(config.method_a, config.method_b))
     if config.output:
         write_text_atomic(Path(config.output), json.dumps(_finite(compared), indent=2) + "\n")
     return compared

@@ -288,9 +288,8 @@ class ReportRun:
     episodes: list[int] = field(
         default_factory=list,
         metadata=about(
-            "episodes to draw, by number; empty: the one with the lowest, median and highest "
-            "accuracy",
-            0,
+            "episodes to draw, by number from 0; empty: the one with the lowest, median and "
+            "highest accuracy"
         ),
     )
     text_only: bool = option(

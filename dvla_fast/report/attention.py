@@ -16,10 +16,8 @@ from torch.nn import functional as F
 
 from dvla_fast.data.images import unit_range
 
-# From dark to light, so that it reads without colour vision and in grey.
-_HEAT = torch.tensor(
-    [[12, 8, 48], [86, 16, 110], [187, 55, 84], [249, 142, 9], [252, 255, 164]]
-).float()
+# From the least attention to the most; lighter is more, so that it reads without colour vision.
+_HEAT = torch.tensor([[128, 24, 88], [214, 60, 52], [246, 140, 24], [255, 226, 92]]).float()
 
 
 def attention_map(
@@ -56,17 +54,17 @@ def overlay_attention(
     grid: tuple[int, int] | None = None,
     size: int | None = None,
     limits: tuple[float, float] | None = None,
-    strength: float = 0.62,
+    strength: float = 0.78,
 ) -> Tensor:
-    """Draw attention over an image, the image in grey and the attention in colour.
+    """Draw attention over an image: grey where there is little, coloured where there is much.
 
     Args:
         image: (C, H, W), C 1 or 3; uint8, or float in [0, 1].
         weights: (N,), as for :func:`attention_map`.
         size: height of the picture in pixels; None: the image's.
-        limits: weights drawn darkest and lightest; None: the smallest and largest here. Give the
-            same limits to pictures that are to be compared.
-        strength: share of the colour in the mix, 0 to 1.
+        limits: weights drawn without colour and with all of it; None: the smallest and largest
+            here. Give the same limits to pictures that are to be compared.
+        strength: share of the colour where attention is largest, 0 to 1.
 
     Returns:
         (height, width, 3) uint8 on the CPU.
@@ -82,7 +80,8 @@ def overlay_attention(
     heat = attention_map(weights.detach().cpu(), (picture.shape[0], picture.shape[1]), grid)
     low, high = limits or (heat.min().item(), heat.max().item())
     level = ((heat - low) / max(high - low, 1e-12)).clamp(0, 1)
-    mixed = (1 - strength) * 255 * picture.unsqueeze(-1) + strength * _colours(level)
+    share = (strength * level).unsqueeze(-1)
+    mixed = (1 - share) * 255 * picture.unsqueeze(-1) + share * _colours(level)
     return mixed.round().clamp(0, 255).to(torch.uint8)
 
 

@@ -89,10 +89,16 @@ _TABLE: dict[str, dict[str, _Row]] = {
     },
 }
 _NAMES = {
-    "miniImageNet": r"mini[-_ ]?imagenet", "tieredImageNet": r"tiered",
-    "CIFAR-FS": r"cifar[-_ ]?fs", "FC100": r"fc[-_ ]?100", "CUB": r"(^|[^a-z])cub([^a-z]|$)", "Cars": r"(^|[^a-z])cars([^a-z]|$)",
-    "Dogs": r"(^|[^a-z])dogs([^a-z]|$)", "Places": r"(^|[^a-z])places", "ChestX": r"chest[-_ ]?x",
-}  # fmt: skip
+    "miniImageNet": r"mini[-_ ]?imagenet",
+    "tieredImageNet": r"tiered",
+    "CIFAR-FS": r"cifar[-_ ]?fs",
+    "FC100": r"fc[-_ ]?100",
+    "CUB": r"(^|[^a-z])cub([^a-z]|$)",
+    "Cars": r"(^|[^a-z])cars([^a-z]|$)",
+    "Dogs": r"(^|[^a-z])dogs([^a-z]|$)",
+    "Places": r"(^|[^a-z])places",
+    "ChestX": r"chest[-_ ]?x",
+}
 
 
 def benchmark(dataset: str) -> str | None:

@@ -73,6 +73,11 @@ class Look:
     alphas: list[float]
     rows: list[Row]
 
+    @property
+    def owners(self) -> list[str]:
+        """Classes whose texts are shown, the true one first."""
+        return list(dict.fromkeys(row.owner for row in self.rows))
+
 
 @dataclass
 class Scene:
@@ -126,7 +131,7 @@ def collect_pictures(runs: Sequence[Run], config: ReportRun) -> tuple[Pictures |
     able = sorted((r for r in runs if r.kind in order), key=lambda run: order[run.kind])
     if not able:
         return None, ["Features and attention: none of the runs has gates to look into."]
-    notes = []
+    notes: list[str] = []
     for run in able:
         pictures, reason = _try(run, config)
         if pictures is not None:
@@ -386,7 +391,7 @@ def _some(right: list[bool], truth: list[int]) -> list[int]:
     chosen: list[int] = []
     for wanted, most in ((False, _WRONG), (True, _RIGHT)):
         able = [i for i, value in enumerate(right) if value == wanted]
-        first = {}
+        first: dict[int, int] = {}
         for i in able:
             first.setdefault(truth[i], i)
         fresh = [i for i in first.values() if truth[i] not in {truth[j] for j in chosen}]

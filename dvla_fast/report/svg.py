@@ -88,7 +88,7 @@ class Frame:
         for value in ticks(*self.y, 4):
             y = self.py(value)
             self.parts.append(
-                f'<path class="grid" d="M{self.left:g} {y:.1f}H{self.width - self.right:g}"/>'
+                f'<path class="rule" d="M{self.left:g} {y:.1f}H{self.width - self.right:g}"/>'
                 f'<text x="{self.left - 6:g}" y="{y + 3.5:.1f}" text-anchor="end">'
                 f"{number(value, y_format)}</text>"
             )
@@ -237,9 +237,18 @@ def _band(frame: Frame, line: Line) -> str:
 
 
 def interval_chart(
-    rows: Sequence[Interval], x_label: str, x_range: tuple[float, float] | None = None
+    rows: Sequence[Interval],
+    x_label: str,
+    x_range: tuple[float, float] | None = None,
+    digits: int = 2,
+    guide: float | None = None,
 ) -> str:
-    """One row a value: its name above, a dot, its interval, and the numbers."""
+    """One row a value: its name above, a dot, its interval, and the numbers.
+
+    Args:
+        digits: decimals of the numbers.
+        guide: value of a faint vertical line.
+    """
     ends = [
         end for row in rows for end in (row.value - (row.half or 0), row.value + (row.half or 0))
     ]
@@ -249,24 +258,28 @@ def interval_chart(
     for value in ticks(*limits, 4):
         x = frame.px(value)
         frame.parts.append(
-            f'<path class="grid" d="M{x:.1f} 4V{height - 34:g}"/>'
+            f'<path class="rule" d="M{x:.1f} 4V{height - 34:g}"/>'
             f'<text x="{x:.1f}" y="{height - 20:g}" text-anchor="middle">{number(value)}</text>'
         )
+    if guide is not None:
+        frame.parts.append(f'<path class="guide" d="M{frame.px(guide):.1f} 4V{height - 34:g}"/>')
     frame.parts.append(
         f'<text class="label" x="{frame.left:g}" y="{height - 4:g}">{escape(x_label)}</text>'
     )
     for index, row in enumerate(rows):
-        frame.parts.append(_interval_row(frame, row, 38 * index + 6))
-    spoken = "; ".join(f"{row.label}: {_plus_minus(row)}" for row in rows)
+        frame.parts.append(_interval_row(frame, row, 38 * index + 6, digits))
+    spoken = "; ".join(f"{row.label}: {_plus_minus(row, digits)}" for row in rows)
     return frame.svg(f"{x_label}. {spoken}.")
 
 
-def _plus_minus(row: Interval) -> str:
+def _plus_minus(row: Interval, digits: int) -> str:
     known = row.half is not None and math.isfinite(row.half)
-    return f"{row.value:.2f}" + (f" ± {row.half:.2f}" if known else "")
+    text = f"{row.value:.{digits}f}" + (f" ± {row.half:.{digits}f}" if known else "")
+    return text.replace("-", "−")
 
 
-def _interval_row(frame: Frame, row: Interval, top: float) -> str:
+def _interval_row(frame: Frame, row: Interval, top: float, digits: int) -> str:
+    shown = _plus_minus(row, digits)
     y, x = top + 22, frame.px(row.value)
     name = colour(row.colour)
     parts = [
@@ -277,9 +290,9 @@ def _interval_row(frame: Frame, row: Interval, top: float) -> str:
         parts.append(f'<path class="whisker {name}" d="M{low:.1f} {y:g}H{high:.1f}"/>')
     parts.append(
         f'<circle class="dot {name}" cx="{x:.1f}" cy="{y:g}" r="4.5"><title>{escape(row.label)}: '
-        f"{_plus_minus(row)}{escape(row.note)}</title></circle>"
+        f"{shown}{escape(row.note)}</title></circle>"
         f'<text class="value" x="{frame.width - 2:g}" y="{y + 4:g}" text-anchor="end">'
-        f"{_plus_minus(row)}</text>"
+        f"{shown}</text>"
     )
     return "".join(parts)
 

@@ -78,8 +78,10 @@ def overlay_attention(
         raise ValueError(f"weights: shape {tuple(weights.shape)}, expected (tokens,)")
     picture = resize(image.detach().cpu(), size or image.shape[1]).mean(0)  # grey, [H, W]
     heat = attention_map(weights.detach().cpu(), (picture.shape[0], picture.shape[1]), grid)
-    low, high = limits or (heat.min().item(), heat.max().item())
-    level = ((heat - low) / max(high - low, 1e-12)).clamp(0, 1)
+    low, high = limits or (weights.min().item(), weights.max().item())
+    # Even attention is no attention anywhere: rounding must not be stretched into a pattern.
+    span = max(high - low, 1e-5 * abs(high), 1e-30)
+    level = ((heat - low) / span).clamp(0, 1)
     share = (strength * level).unsqueeze(-1)
     mixed = (1 - share) * 255 * picture.unsqueeze(-1) + share * _colours(level)
     return mixed.round().clamp(0, 255).to(torch.uint8)

@@ -234,7 +234,7 @@ def _comparability(runs: Sequence[Run]) -> list[str]:
         first, reference = holders[0]
         for run, result in holders[1:]:
             reason = difference_in_episodes(reference or {}, result or {})
-            if reason:
+            if reason and first.dataset == run.dataset:  # else it is said above
                 notes.append(
                     f"{shot}-shot results of {first.name} and {run.name} are not comparable episode"
                     f" by episode: {reason}."

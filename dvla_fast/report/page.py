@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dvla_fast.engine.compare import NotComparableError, compare_groups, verdict
+from dvla_fast.engine.compare import compare_groups, verdict
 from dvla_fast.engine.config import ReportRun, UsageError
 from dvla_fast.errors import DVLAError, MissingDependencyError, OutputError
 from dvla_fast.files import write_text_atomic
@@ -210,21 +210,20 @@ def _sections(runs: Sequence[Run], pictures: Pictures | None) -> list[Section]:
 
 
 def _between(runs: Sequence[Run]) -> Part:
-    """Verdicts on the first evaluation against each other one."""
+    """Verdicts on each evaluation against the first one that met the same episodes."""
     part = Part("Between the runs", [])
     able = [run for run in runs if run.results and run.records]
-    for other in able[1:]:
-        first = able[0]
-        try:
-            compared = compare_groups([str(first.path)], [str(other.path)])
-        except NotComparableError as error:
-            part.lines.append(f"{first.name} and {other.name}: {error}")
-            continue
-        except DVLAError:
-            continue  # said among the notes, by whoever read the records
-        for row in compared["results"]:
-            words = verdict(row, (first.name, other.name))
-            part.lines.append(f"{row['way']}-way {row['shot']}-shot: {words}.")
+    for place, other in enumerate(able):
+        for first in able[:place]:
+            try:
+                compared = compare_groups([str(first.path)], [str(other.path)])
+            except DVLAError:
+                continue  # not comparable, or damaged: said among the notes
+            part.lines += [
+                f"{row['way']}-way {row['shot']}-shot: {verdict(row, (first.name, other.name))}."
+                for row in compared["results"]
+            ]
+            break
     return part
 
 

@@ -365,16 +365,15 @@ MOST_CLASSES = 24  # of the texts' part of the page
 
 def _checkpoint(run: Run) -> Path:
     """Find the checkpoint that a run evaluated or wrote, also where folders were moved together."""
-    named = run.summary.get("checkpoint") or run.config.get("checkpoint") or ""
-    if run.kind in ("metatune", "demo"):
-        named = named if run.summary else ""
-        places = [run.path / "checkpoints" / "metatune-best.safetensors"]
+    named = run.summary.get("checkpoint") or ""
+    places = []
+    if run.kind in ("metatune", "demo"):  # they wrote their own
+        places.append(run.path / "checkpoints" / "metatune-best.safetensors")
     else:
-        places = []
+        named = named or run.config.get("checkpoint") or ""
     if named:
         given = Path(str(named))
-        tail = Path(*given.parts[-3:])
-        places = [given, run.path.parent / tail, *places]
+        places += [given, run.path.parent / Path(*given.parts[-3:])]
     for place in places:
         if place.is_file():
             return place

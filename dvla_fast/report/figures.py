@@ -397,8 +397,8 @@ def class_figures(run: Run, shot: int) -> list[Figure]:
     method = result.get("method") or next(iter(record.predictions))
     given = (record.classes, record.labels, record.predictions[method], len(names))
     rows = [
-        Interval(f"{name} ({row['episodes']:,} episodes)", 100 * row["accuracy"],
-                 _percent(row["ci95"]), 0)
+        Interval(name, 100 * row["accuracy"],
+                 _percent(row["ci95"]), 0, f", {row['episodes']:,} episodes")
         for name, row in zip(names, class_accuracies(*given))
         if row["accuracy"] is not None
     ]  # fmt: skip

@@ -132,6 +132,7 @@ def _environment() -> Any:
 def _headline(runs: Sequence[Run]) -> list[dict[str, str]]:
     """The main accuracies, as big numbers."""
     shown = []
+    several = len({run.dataset for run in runs if run.results}) > 1
     for run in runs:
         for result in run.results:
             if "accuracy" not in result:
@@ -140,7 +141,8 @@ def _headline(runs: Sequence[Run]) -> list[dict[str, str]]:
                 {
                     "value": f"{100 * result['accuracy']:.1f}",
                     "half": f"{100 * result['ci95']:.1f}" if result.get("ci95") else "?",
-                    "what": f"{result.get('way')}-way {result.get('shot')}-shot",
+                    "what": (f"{run.dataset}, " if several else "")
+                    + f"{result.get('way')}-way {result.get('shot')}-shot",
                     "who": f"{result.get('method')}, {run.name}",
                 }
             )

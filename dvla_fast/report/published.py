@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 _DVLA = "DVLA-RL, ICLR 2026, arXiv 2602.00795"
 _VTFSL = "VT-FSL, NeurIPS 2025"
-_PLUS = "DVLA-RL++, the same authors' journal extension (github.com/peacelwh/TPAMI27-DVLA-RLpp)"
+_PLUS = "DVLA-RL++, github.com/peacelwh/TPAMI27-DVLA-RLpp"  # the authors' journal extension
 _SP = "SP (Semantic Prompt)"
 _SEMFEW = "SemFew"
 _ECER = "ECER"

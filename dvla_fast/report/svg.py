@@ -15,6 +15,7 @@ from html import escape
 COLOURS = 6
 _WIDTH = 400
 _MOST_POINTS = 400  # of a line: more cannot be seen
+_MANY_ROWS, _SHORT = 8, 22  # of an interval chart: rows, and letters of a name
 
 
 @dataclass(frozen=True)
@@ -253,8 +254,12 @@ def interval_chart(
         end for row in rows for end in (row.value - (row.half or 0), row.value + (row.half or 0))
     ]
     limits = x_range or bounds(ends, 0.1)
-    height = 38 * len(rows) + 40
-    frame = Frame(limits, (0.0, 1.0), height=height, left=8, right=70, top=4)
+    # Many rows of short names stand beside their marks; otherwise a name has the line above.
+    beside = len(rows) > _MANY_ROWS and max(len(row.label) for row in rows) <= _SHORT
+    step = 19 if beside else 38
+    height = step * len(rows) + 42
+    left = 16 + 6.4 * max(len(row.label) for row in rows) if beside else 8
+    frame = Frame(limits, (0.0, 1.0), height=height, left=left, right=72, top=4)
     for value in ticks(*limits, 4):
         x = frame.px(value)
         frame.parts.append(
@@ -267,7 +272,9 @@ def interval_chart(
         f'<text class="label" x="{frame.left:g}" y="{height - 4:g}">{escape(x_label)}</text>'
     )
     for index, row in enumerate(rows):
-        frame.parts.append(_interval_row(frame, row, 38 * index + 6, digits))
+        place = (8.0, step * index + 18.0) if beside else (frame.left, step * index + 16.0)
+        middle = place[1] - 4 if beside else place[1] + 12
+        frame.parts.append(_interval_row(frame, row, place, middle, digits))
     spoken = "; ".join(f"{row.label}: {_plus_minus(row, digits)}" for row in rows)
     return frame.svg(f"{x_label}. {spoken}.")
 
@@ -278,12 +285,14 @@ def _plus_minus(row: Interval, digits: int) -> str:
     return text.replace("-", "−")
 
 
-def _interval_row(frame: Frame, row: Interval, top: float, digits: int) -> str:
-    shown = _plus_minus(row, digits)
-    y, x = top + 22, frame.px(row.value)
+def _interval_row(
+    frame: Frame, row: Interval, place: tuple[float, float], y: float, digits: int
+) -> str:
+    """``place``: of the name; ``y``: of the mark."""
+    shown, x = _plus_minus(row, digits), frame.px(row.value)
     name = colour(row.colour)
     parts = [
-        f'<text class="row" x="{frame.left:g}" y="{top + 10:g}">{escape(_cut(row.label))}</text>'
+        f'<text class="row" x="{place[0]:g}" y="{place[1]:g}">{escape(_cut(row.label))}</text>'
     ]
     if row.half is not None and math.isfinite(row.half):
         low, high = frame.px(row.value - row.half), frame.px(row.value + row.half)

@@ -113,7 +113,8 @@ def _card(name: str, entry: ClassEntry, chosen: Sequence[str], scores: Scores) -
     place = {text: index + 1 for index, text in enumerate(chosen)}
     shown = []
     for index, text in enumerate(entry.proposals):
-        known = [score for score in (scores[index] if index < len(scores) else ()) if score]
+        found = scores[index] if index < len(scores) else ()
+        known = [score for score in found if score is not None]
         last = known[-1] if known else None
         rounds = ", ".join(f"{score:.3f}" for score in known)
         shown.append(ShownCandidate(text, place.get(text), last, rounds))

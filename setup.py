@@ -103,7 +103,10 @@ setup(
     package_dir={"dvla_fast": "dvla_fast", "dvla_fast.kernels": "kernels"},
     package_data={
         "dvla_fast": [
-            *("py.typed", "semantics/banks/*.json", "data/split_lists/*.json"),
+            "py.typed",
+            "semantics/banks/*.json",
+            "semantics/*.json",
+            "data/split_lists/*.json",
             "report/assets/*",
         ],
         "dvla_fast.kernels.dual_attention": ["*.json"],

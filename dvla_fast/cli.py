@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,40 @@ the same command continues a build that was stopped""",
         "SemanticsShow",
         """  dvla-fast semantics show digits
   dvla-fast semantics show digits eight
+  dvla-fast semantics show shapes rokobu --top_k 6
   dvla-fast semantics show banks/birds.json 'Sooty Albatross'""",
+    ),
+    "semantics diff": _Command(
+        "show what differs between two banks, class by class",
+        "SemanticsDiff",
+        """  dvla-fast semantics diff shapes shapes-true
+  dvla-fast semantics diff birds.json birds-corrected.json""",
+    ),
+    "semantics edit": _Command(
+        "edit one class of a bank in $EDITOR; only a valid class gets into the bank",
+        "SemanticsEdit",
+        """  dvla-fast semantics edit birds.json 'Sooty Albatross'
+  EDITOR=nano dvla-fast semantics edit birds.json jay""",
+    ),
+    "semantics encode": _Command(
+        "encode a bank's texts into a file beside it, which training and evaluation then read",
+        "SemanticsEncode",
+        """  dvla-fast semantics encode birds.json --encoder open_clip:ViT-B-16/openai
+  dvla-fast semantics encode birds.json --encoder transformers:models/siglip --top_k 8
+  dvla-fast semantics encode digits""",
+    ),
+    "semantics check": _Command(
+        "check a bank: format, texts, classes of a data set, images that it has seen",
+        "SemanticsCheck",
+        """  dvla-fast semantics check digits --data.dataset digits
+  dvla-fast semantics check birds.json --encoder open_clip:ViT-B-16/openai
+  dvla-fast semantics check birds.json --data.dataset CUB_200_2011/""",
+    ),
+    "semantics import": _Command(
+        "make a bank of vectors that others published (VT-FSL, DVLA-RL, SemFew, DVLA-RL++)",
+        "SemanticsImport",
+        """  dvla-fast semantics import cifar_semantic_clip_cot.pth --output banks/cifar-fs.json
+  dvla-fast semantics import semantic.pth --attributes attributes.pth --output banks/cub.json""",
     ),
     "pretrain": _Command(
         "pre-train a backbone on base classes",
@@ -120,6 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
+        if given[:1] == ["semantics"]:
+            return _fail("interrupted; the same command continues")
         return _fail("interrupted; continue with --resume and the same --output")
     except DVLAError as error:
         if debug:
@@ -370,10 +405,14 @@ def _counter(progress: Any, stage: str) -> Any:
     return advance
 
 
-def _semantics_show(config: Any) -> int:
-    from dvla_fast.engine.bank_commands import show
+def _bank_command(name: str) -> Callable[[Any], int]:
+    def run(config: Any) -> int:
+        from dvla_fast.engine import bank_commands
 
-    return show(config)
+        status: int = getattr(bank_commands, name)(config)
+        return status
+
+    return run
 
 
 def _pretrain(config: Any) -> int:
@@ -434,7 +473,12 @@ _RUNNERS = {
     "data check": _data_check,
     "data prepare": _data_prepare,
     "demo": _demo,
-    "semantics show": _semantics_show,
+    "semantics show": _bank_command("show"),
+    "semantics diff": _bank_command("diff"),
+    "semantics edit": _bank_command("edit"),
+    "semantics encode": _bank_command("encode"),
+    "semantics check": _bank_command("check"),
+    "semantics import": _bank_command("import_published"),
     "pretrain": _pretrain,
     "metatune": _metatune,
     "evaluate": _evaluate,

@@ -5,6 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.text_encoders import (  # noqa: F401  (fixtures)
+    tiny_bert,
+    tiny_clip,
+    tiny_open_clip,
+    tiny_siglip,
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():

@@ -178,6 +178,35 @@ def test_pretraining_checkpoint_evaluates_visually(
     assert "visual prototypes" in capsys.readouterr().out
 
 
+def test_text_tower_from_meta_tuning_to_evaluation(
+    photos: Path,
+    pretrained: Path,
+    tiny_open_clip: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tuned, encoder = tmp_path / "tuned", f"--semantics.encoder={tiny_open_clip}"
+    assert main(metatune(photos, pretrained, encoder, f"--output={tuned}")) == 0
+    arguments = [
+        "evaluate",
+        f"--checkpoint={tuned / 'checkpoints' / 'metatune-best.safetensors'}",
+        f"--data.dataset={photos}",
+        "--data.image_size=16",
+        f"--semantics.bank={photos / 'bank.json'}",
+        "--evaluate.episodes=4",
+        "--evaluate.query=2",
+        "--evaluate.shots=[1]",
+    ]
+    assert main([*arguments, encoder, f"--output={tmp_path / 'result'}"]) == 0
+    summary = json.loads((tmp_path / "result" / "summary.json").read_text())
+    assert summary["semantics"]["dim"] == 10
+    assert summary["semantics"]["encoder"].startswith("open_clip:dvla-fast-tiny/sha256-")
+    message = fails([*arguments, f"--output={tmp_path / 'other'}"], capsys)
+    assert "its gates read texts with encoder='open_clip:dvla-fast-tiny/sha256-" in message
+    message = fails([*arguments, encoder, "--semantics.dim=512", "--output=x"], capsys)
+    assert "gives vectors of length 10, but semantics.dim asks for 512" in message
+
+
 def test_config_file_and_overrides(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,7 +28,7 @@ import torch
 from dvla_fast.data.decode import decode, pillow
 from dvla_fast.data.images import FewShotData, ImageSet
 from dvla_fast.data.layouts import list_data
-from dvla_fast.data.listing import Listing, Split
+from dvla_fast.data.listing import Listing
 from dvla_fast.data.load import assemble, warn_if_enlarged
 from dvla_fast.data.splits import SPLITS, is_split_of
 from dvla_fast.errors import DataError, OutputError
@@ -131,20 +131,11 @@ class _Builder:
             source = split.source(index)
             if isinstance(source, Path):
                 state = source.stat()
-                digest.update(f"{self.place(split, index)}\0{state.st_size}".encode())
+                digest.update(f"{self.listing.image_id(split, index)}\0{state.st_size}".encode())
                 digest.update(f"\0{state.st_mtime_ns}\n".encode())
             else:
                 digest.update(np.ascontiguousarray(source).tobytes())
         return digest.hexdigest()
-
-    def place(self, split: Split, index: int) -> str:
-        """Name an image's origin: its path below the root, or the row of an array."""
-        reference = split.references[index]
-        if not isinstance(reference, Path):
-            return f"{Path(split.where).name}[{reference}]"
-        if reference.is_relative_to(self.listing.root):
-            return reference.relative_to(self.listing.root).as_posix()
-        return str(reference)
 
     def already_there(self) -> Prepared:
         """Accept the finished cache in the way if it is this one."""
@@ -335,7 +326,7 @@ class _Builder:
                 "keys": list(split.keys),
                 "names": list(split.names),
                 "counts": counts.tolist(),
-                "files": [self.place(split, i) for i in here],
+                "files": [listing.image_id(split, i) for i in here],
             }
         known = listing.split_list
         pixels = sum(splits["train"]["counts"]) * self.image_size**2 if self.base_rows else 0
@@ -458,7 +449,8 @@ def open_cache(
         labels = torch.arange(len(counts)).repeat_interleave(counts)
         part = images[row : row + len(labels)]
         row += len(labels)
-        sets[name] = ImageSet(f"{path} ({name})", part, labels, tuple(entry["names"]), mapped=True)
+        names, ids = tuple(entry["names"]), tuple(entry["files"])
+        sets[name] = ImageSet(f"{path} ({name})", part, labels, names, mapped=True, ids=ids)
     known = index["statistics"]
     statistics = (torch.tensor(known["mean"]), torch.tensor(known["std"])) if known else None
     return assemble(index["name"], sets, holdout, split_seed, statistics)

@@ -63,6 +63,6 @@ def _pick(
     lookup[list(digits)] = torch.arange(len(digits))
     labels = lookup[target]
     chosen = labels >= 0
-    return ImageSet(
-        name, images[chosen].contiguous(), labels[chosen], tuple(DIGIT_NAMES[i] for i in digits)
-    )
+    names = tuple(DIGIT_NAMES[i] for i in digits)
+    ids = tuple(f"digits[{row}]" for row in chosen.nonzero()[:, 0].tolist())
+    return ImageSet(name, images[chosen].contiguous(), labels[chosen], names, ids=ids)

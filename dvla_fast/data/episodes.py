@@ -48,12 +48,23 @@ class EpisodeSampler:
         images: where to draw from.
         way, shot, query: classes of an episode, and supports and queries of a class.
         seed: fixes the whole (endless) list of episodes.
+        not_as_query: (N,) bool, images that may be supports but never queries, because the
+            classes' texts were written from them. Without any the list is as without the argument.
 
     Raises:
-        DataError: fewer classes than ``way``, or a class with fewer than shot + query images.
+        DataError: fewer classes than ``way``, a class with fewer than shot + query images, or too
+            few of them for queries.
     """
 
-    def __init__(self, images: ImageSet, way: int, shot: int, query: int, seed: int) -> None:
+    def __init__(
+        self,
+        images: ImageSet,
+        way: int,
+        shot: int,
+        query: int,
+        seed: int,
+        not_as_query: Tensor | None = None,
+    ) -> None:
         for name, value in (("way", way), ("shot", shot), ("query", query)):
             if value < 1:
                 raise DataError(f"{name} must be at least 1, got {value}")
@@ -82,6 +93,26 @@ class EpisodeSampler:
         for label, count in enumerate(counts):
             self._table[label, :count] = np.flatnonzero(labels == label)
         self._cached: tuple[int, tuple[np.ndarray, np.ndarray]] | None = None
+        self._barred: np.ndarray | None = None  # [N]
+        if not_as_query is not None and bool(not_as_query.any()):
+            self._barred = not_as_query.cpu().numpy()
+            self._check_barred(images, labels)
+
+    def _check_barred(self, images: ImageSet, labels: np.ndarray) -> None:
+        assert self._barred is not None
+        left = np.bincount(labels[~self._barred], minlength=len(self._counts))
+        short = [
+            f"{name!r} has {count}"
+            for name, count in zip(images.class_names, left, strict=True)
+            if count < self.shot + self.query
+        ]
+        if short:
+            raise DataError(
+                f"{images.name}: without the images that the texts were written from, {len(short)} "
+                f"class(es) have fewer than the {self.shot} support + {self.query} query images of "
+                f"an episode ({'; '.join(short[:5])}); lower shot or query, add images, or use a "
+                "bank that has seen fewer"
+            )
 
     def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Draw one block: classes (_BLOCK, way) and image positions (_BLOCK, way, shot + query)."""
@@ -94,10 +125,21 @@ class EpisodeSampler:
         classes = rng.random((_BLOCK, len(self._counts))).argsort(1, kind="stable")[:, : self.way]
         keys = rng.random((_BLOCK, self.way, self._table.shape[1]))
         keys[np.arange(keys.shape[2]) >= self._counts[classes][..., None]] = 2.0  # padding: last
+        if self._barred is not None:
+            self._bar(keys, classes)
         order = keys.argsort(2, kind="stable")[..., : self.shot + self.query]
         block = classes, np.take_along_axis(self._table[classes], order, axis=2)
         self._cached = number, block
         return block
+
+    def _bar(self, keys: np.ndarray, classes: np.ndarray) -> None:
+        """Move barred images behind the queries, unless they are among the supports."""
+        assert self._barred is not None
+        barred = self._barred[self._table[classes]]  # [_BLOCK, way, longest]
+        barred &= np.arange(keys.shape[2]) < self._counts[classes][..., None]
+        supports = keys.argsort(2, kind="stable")[..., : self.shot]
+        np.put_along_axis(barred, supports, False, axis=2)
+        keys[barred] += 1.0  # in [1, 2): after the others, before the padding
 
     def batch(self, start: int, count: int) -> EpisodeBatch:
         """Return the episodes numbered start .. start + count - 1, on the CPU."""

@@ -22,6 +22,8 @@ class ImageSet:
         labels: (N,) int64 indices into ``class_names``.
         mapped: the images are a read-only map of a file: they stay on disk, and ``gather`` and
             ``chunks`` bring what is asked for to the device of the labels. Never write to them.
+        ids: (N,) what each image is called wherever it is loaded from (``Listing.image_id``);
+            empty: not known.
     """
 
     name: str
@@ -29,6 +31,7 @@ class ImageSet:
     labels: Tensor
     class_names: tuple[str, ...]
     mapped: bool = False
+    ids: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,7 +57,8 @@ class ImageSet:
 
     def subset(self, index: Tensor, name: str) -> ImageSet:
         """Return the images at ``index`` (int64) under another name, in memory."""
-        return ImageSet(name, self.images[index], self.labels[index], self.class_names)
+        ids = tuple(self.ids[place] for place in index.tolist()) if self.ids else ()
+        return ImageSet(name, self.images[index], self.labels[index], self.class_names, ids=ids)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,19 @@ class Listing:
     def name(self) -> str:
         return self.split_list.dataset if self.split_list else self.root.name
 
+    def image_id(self, split: Split, index: int) -> str:
+        """Name an image for good: its path below the root, or ``file[row]`` of an array."""
+        reference = split.references[index]
+        if not isinstance(reference, Path):
+            return f"{Path(split.where).name}[{reference}]"
+        if reference.is_relative_to(self.root):
+            return reference.relative_to(self.root).as_posix()
+        return str(reference)
+
+    def image_ids(self, split: Split) -> tuple[str, ...]:
+        """Name all images of a split, in order."""
+        return tuple(self.image_id(split, index) for index in range(len(split)))
+
 
 @dataclass
 class Found:

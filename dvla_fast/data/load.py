@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,10 @@ def load_images(
     listing = list_data(root, splits)
     warn_if_enlarged(listing, image_size)
     _check_memory(listing, image_size)
-    sets = {name: _decode_split(split, image_size) for name, split in listing.splits.items()}
+    sets = {
+        name: replace(_decode_split(split, image_size), ids=listing.image_ids(split))
+        for name, split in listing.splits.items()
+    }
     return assemble(listing.name, sets, holdout, split_seed)
 
 

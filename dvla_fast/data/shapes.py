@@ -164,7 +164,8 @@ def load_shapes(
         pixels = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).contiguous()
         labels = torch.arange(len(members)).repeat_interleave(images_per_class)
         names = tuple(made.names[index] for index in members)
-        sets[split] = ImageSet(f"shapes/{split}", pixels, labels, names)
+        ids = tuple(f"{name}/{index}" for name in names for index in range(images_per_class))
+        sets[split] = ImageSet(f"shapes/{split}", pixels, labels, names, ids=ids)
     mean, std = channel_statistics(sets["base"].images)
     return FewShotData(
         "shapes", sets["base"], sets["val"], sets["novel"], "validation classes", mean, std

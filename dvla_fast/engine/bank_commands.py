@@ -1,16 +1,359 @@
-"""What the ``dvla-fast semantics`` commands on banks do."""
+"""What the ``dvla-fast semantics`` commands on banks do; each returns its exit status."""
 
 from __future__ import annotations
 
-from dvla_fast.engine.config import SemanticsShow
-from dvla_fast.semantics import load_bank
+import json
+import os
+import re
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dvla_fast.data import is_cache, list_data, load_split_list
+from dvla_fast.data.cache import read_index
+from dvla_fast.data.splits import SplitList, candidates, class_names
+from dvla_fast.engine.build import bank_encoder, build_bank, build_data, pick_device
+from dvla_fast.engine.config import (
+    DataConfig,
+    SemanticsCheck,
+    SemanticsDiff,
+    SemanticsEdit,
+    SemanticsEncode,
+    SemanticsImport,
+    SemanticsShow,
+    UsageError,
+)
+from dvla_fast.engine.logging import Progress
+from dvla_fast.errors import BankError, OutputError
+from dvla_fast.files import write_text_atomic
+from dvla_fast.semantics import ClassEntry, SemanticBank, encode_bank
+from dvla_fast.semantics.bank import (
+    FORMAT,
+    bank_path,
+    bundled_banks,
+    entry_problem,
+    format_json,
+    normalised_name,
+    parse_json,
+    read_bank_json,
+)
+from dvla_fast.semantics.check import check_bank
+from dvla_fast.semantics.importing import Published, read_published, save_published
+from dvla_fast.semantics.topk import Selection, progressive_top_k
+from dvla_fast.semantics.vectors import CachedEncoder
+
+_BAR = 20
+# Texts of which a stopped `encode` loses at most one lot.
+_BATCH = 1024
 
 
 def show(config: SemanticsShow) -> int:
-    """Do what ``dvla-fast semantics show`` does."""
-    bank = load_bank(config.bank)
-    names = bank.resolve([config.name]) if config.name else list(bank.classes)
-    for name in names:
-        entry = bank.classes[name]
-        print(f"{name}: {', '.join(entry.attributes or entry.proposals)}\n  {entry.description}")
+    """Show a bank in short, or all that it knows of one class."""
+    from rich.console import Console
+
+    bank = build_bank(config.bank)
+    console = Console(highlight=False)
+    if not config.class_name:
+        console.print(_overview_table(bank))
+        return 0
+    (name,) = bank.resolve([config.class_name])
+    entry = bank.classes[name]
+    console.print(f"[bold]{_plain(name)}[/bold]  in bank {_plain(bank.name)}")
+    if entry.stored:
+        console.print(
+            f"vectors: {entry.stored.attributes} of attributes, {entry.stored.description} of a "
+            "description; no words"
+        )
+    else:
+        console.print(_plain(entry.description), soft_wrap=True)
+        selection = None
+        if config.top_k:
+            encoder = bank_encoder(config, bank, pick_device("cpu"))
+            (selection,) = progressive_top_k(
+                [name], [entry.proposals], encoder, config.top_k, config.template
+            )
+        console.print(_candidate_table(entry, selection))
+    images = "\n  ".join(entry.images) or "none recorded"
+    console.print(f"images seen: {_plain(images)}", soft_wrap=True)
+    for stage, answer in entry.answers.items():
+        text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+        console.print(f"answer ({_plain(stage)}): {_plain(text)}", soft_wrap=True)
+    rows = "\n".join(f"  {key}: {value}" for key, value in bank.provenance.items())
+    console.print(f"provenance:\n{_plain(rows or '  none')}", soft_wrap=True)
     return 0
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _overview_table(bank: SemanticBank) -> Any:
+    from rich.table import Table
+
+    table = Table("class", "candidates", "chosen", "images", "description")
+    table.title = f"{bank.name}: {len(bank.classes)} classes, made from: {bank.kind}"
+    for name, entry in bank.classes.items():
+        counts = [len(entry.candidates), len(entry.attributes), len(entry.images)]
+        first = entry.description.split(". ")[0]
+        if entry.stored:
+            counts[1], first = entry.stored.attributes, "(vectors, no words)"
+        table.add_row(_plain(name), *map(str, counts), _plain(first))
+    return table
+
+
+def _candidate_table(entry: ClassEntry, selection: Selection | None) -> Any:
+    """One row for each candidate: bar of its best score, scores by round, what became of it."""
+    from rich.table import Table
+
+    texts = entry.proposals
+    if selection is not None:
+        chosen = [texts[place] for place in selection.order]
+        scores: list[Sequence[float | None]] = [list(row) for row in selection.scores]
+    else:
+        chosen = list(entry.attributes)
+        scores = [item.scores for item in entry.candidates] or [() for _ in texts]
+    numbers = [[s for s in row if s is not None] for row in scores]
+    best = [row[-1] for text, row in zip(texts, numbers) if text in chosen and row]
+    top = max((abs(value) for row in numbers for value in row), default=0.0) or 1.0
+    table = Table("", "candidate", "score", "by round", "kept")
+    for text, row in zip(texts, numbers):
+        bar = "█" * round(_BAR * max(row[-1], 0.0) / top) if row else ""
+        rounds = " ".join(f"{value:.3f}" for value in row)
+        fate, why = _fate(text, chosen, row, best)
+        table.add_row(fate, _plain(text), bar, rounds, why)
+    return table
+
+
+def _fate(
+    text: str, chosen: Sequence[str], row: Sequence[float], best: Sequence[float]
+) -> tuple[str, str]:
+    """Say in which round a candidate was kept, or why it was not."""
+    if text in chosen:
+        place = chosen.index(text) + 1
+        return str(place), f"kept in round {place}"
+    if not chosen:
+        return "", "nothing chosen yet: all are used"
+    if not row or not best:
+        return "–", "dropped (no score recorded)"
+    return "–", f"dropped: {row[-1]:.3f} in the last round, where {min(best):.3f} was kept"
+
+
+def diff(config: SemanticsDiff) -> int:
+    """Show what differs between two banks, class by class."""
+    first, second = build_bank(config.first), build_bank(config.second)
+    theirs = {normalised_name(name): name for name in second.classes}
+    lines: list[str] = []
+    matched = set()
+    for name, entry in first.classes.items():
+        twin = name if name in second.classes else theirs.get(normalised_name(name))
+        if twin is None:
+            lines.append(f"- class {name!r}")
+            continue
+        matched.add(twin)
+        changes = _changes(entry, second.classes[twin])
+        if changes:
+            lines += [f"{name}:", *(f"  {change}" for change in changes)]
+    lines += [f"+ class {name!r}" for name in second.classes if name not in matched]
+    print("\n".join(lines) if lines else "no difference")
+    return 0
+
+
+def _changes(first: ClassEntry, second: ClassEntry) -> list[str]:
+    lines = []
+    for kind, before, after in (
+        ("attribute", first.attributes, second.attributes),
+        ("candidate", *(tuple(c.text for c in e.candidates) for e in (first, second))),
+    ):
+        lines += [f"- {kind} {text!r}" for text in before if text not in after]
+        lines += [f"+ {kind} {text!r}" for text in after if text not in before]
+        common = [text for text in before if text in after]
+        if common != [text for text in after if text in before]:
+            places = {text: place for place, text in enumerate(before, 1)}
+            moved = ", ".join(f"{places[text]}" for text in after if text in places)
+            lines.append(f"~ {kind}s reordered: {moved}")
+    if first.description != second.description:
+        lines += [f"- description {first.description!r}", f"+ description {second.description!r}"]
+    if first.stored != second.stored:
+        lines.append(f"~ vectors: {first.stored} -> {second.stored}")
+    return lines
+
+
+def edit(config: SemanticsEdit) -> int:
+    """Open one class in the editor, and put it back into the bank if it is valid."""
+    path = Path(config.bank)
+    if config.bank in bundled_banks():
+        raise UsageError(
+            f"{config.bank}: comes with the package; copy {bank_path(config.bank)} and edit that"
+        )
+    content = read_bank_json(path)
+    bank = SemanticBank.from_dict(content, str(path))
+    (name,) = bank.resolve([config.class_name])
+    before = content["classes"][name]
+    slug = re.sub(r"\W+", "-", name).strip("-") or "class"
+    kept = path.with_name(f"{path.stem}.{slug}.rejected.json")
+    start = kept.read_text(encoding="utf-8") if kept.exists() else format_json(before, 0) + "\n"
+    text = _in_editor(start, slug)
+    try:
+        after = parse_json(text, "the edited class")
+        problem = entry_problem(after, bank.vectors is not None)
+        now = read_bank_json(path)  # the editor may have been open for long
+        if not problem and now.get("classes", {}).get(name) != before:
+            problem = "was changed in the bank meanwhile"
+    except BankError as error:
+        problem = str(error)
+    if problem:
+        write_text_atomic(kept, text)
+        raise BankError(
+            f"{path}: class {name!r} {problem}; the bank is as it was, your edit is kept in "
+            f"{kept}: the same command opens it again"
+        )
+    if after == before:
+        print("no change")
+    else:
+        now["classes"][name] = after
+        write_text_atomic(path, format_json({**now, "format": FORMAT}) + "\n")
+        print(f"changed     {name!r} in {path}")
+    kept.unlink(missing_ok=True)
+    return 0
+
+
+def _in_editor(text: str, slug: str) -> str:
+    command = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{slug}.json"
+        file.write_text(text, encoding="utf-8")
+        try:
+            done = subprocess.run([*shlex.split(command), str(file)], check=False)
+        except OSError as error:
+            raise UsageError(
+                f"cannot start the editor {command!r} ({error.strerror}); set EDITOR to yours"
+            ) from error
+        if done.returncode:
+            raise UsageError(
+                f"the editor {command!r} ended with {done.returncode}; nothing changed"
+            )
+        return file.read_text(encoding="utf-8")
+
+
+def encode(config: SemanticsEncode) -> int:
+    """Encode a bank's texts into the file beside it: those that are not there yet."""
+    bank = build_bank(config.bank)
+    if bank.vectors:
+        raise BankError(f"{bank.source}: has vectors and no words; there is nothing to encode")
+    encoder = bank_encoder(config, bank, pick_device(config.device), cache=True)
+    assert isinstance(encoder, CachedEncoder)
+    texts = [
+        text
+        for entry in bank.classes.values()
+        for text in (
+            *(entry.proposals if config.top_k else entry.attributes or entry.proposals),
+            entry.description,
+        )
+    ]
+    missing = encoder.missing(texts)
+    with Progress({"encode": 1.0}) as progress:
+        progress.begin("encode", len(missing))
+        for start in range(0, len(missing), _BATCH):
+            part = missing[start : start + _BATCH]
+            encoder.add(part)
+            encoder.save(prune=False)  # what a kill may cost
+            progress.advance(len(part))
+        # what is left: the templates of top-k selection, one round after another
+        encode_bank(bank, list(bank.classes), encoder, top_k=config.top_k, template=config.template)
+    held = encoder.save()
+    print(
+        f"vectors     {encoder.path}: {held} of {encoder.name}, length {encoder.dim} "
+        f"({encoder.encoded} encoded now)"
+    )
+    if encoder.truncated:
+        print(f"cut         {encoder.truncated} texts longer than the encoder reads")
+    return 0
+
+
+def check(config: SemanticsCheck) -> int:
+    """Look through a bank, alone and against a data set."""
+    path = bank_path(config.bank)
+    names, images = _data_set(config.data) if config.data.dataset else ([], None)
+    content = read_bank_json(path)
+    words = not (isinstance(content, Mapping) and "vectors" in content)
+    encoder = None
+    if words:
+        from dvla_fast.semantics import build_encoder
+
+        encoder = build_encoder(config.encoder, config.dim, truncate=config.truncate)
+    report = check_bank(path, encoder, names, images)
+    print(report.text())
+    if report.problems:
+        raise BankError(f"{path}: {len(report.problems)} line(s) of problems above")
+    print("no problems found")
+    return 0
+
+
+def _data_set(config: DataConfig) -> tuple[list[str], dict[str, Sequence[str]]]:
+    """Return the class names and the image ids by split of a data set, without its images."""
+    if config.dataset in ("digits", "shapes"):
+        data = build_data(config, pick_device("cpu"))
+        parts = {"base": data.base, "monitor": data.monitor, "novel": data.novel}
+        return list(data.class_names), {name: part.ids for name, part in parts.items()}
+    if is_cache(config.dataset):
+        splits = read_index(config.dataset)["splits"]
+        names = [name for entry in splits.values() for name in entry["names"]]
+        return names, {split: entry["files"] for split, entry in splits.items()}
+    listing = list_data(config.dataset, config.splits)
+    names = [name for split in listing.splits.values() for name in split.names]
+    return names, {name: listing.image_ids(split) for name, split in listing.splits.items()}
+
+
+def import_published(config: SemanticsImport) -> int:
+    """Make a bank of published vectors."""
+    if not config.output:
+        raise UsageError("semantics import needs --output, the JSON file of the bank")
+    output = Path(config.output)
+    if output.suffix != ".json":
+        raise UsageError(f"--output {output}: must end in .json; the vectors go beside it")
+    if output.exists():
+        raise OutputError(f"{output}: exists; give --output another file, or remove it")
+    published = read_published([config.path, *([config.attributes] if config.attributes else [])])
+    known = _split_list(published, config.splits)
+    keys = list(dict.fromkeys([*(known.keys if known else ()), *published.classes]))
+    readable = dict(zip(sorted(keys), class_names(sorted(keys), known)))
+    bank = save_published(published, output, readable.__getitem__, config.encoder)
+    low, high = published.norms
+    assert bank.vectors is not None
+    print(
+        f"bank        {output}: {len(bank.classes)} classes, length {bank.vectors.dim}, encoder "
+        f"{bank.vectors.encoder}; norms were {low:.3g} to {high:.3g}, now 1"
+    )
+    for line in _coverage(published, known):
+        print(line)
+    return 0
+
+
+def _split_list(published: Published, name: str) -> SplitList | None:
+    if name:
+        return load_split_list(name)
+    found = [item for item in candidates(published.classes) if item.keys & set(published.classes)]
+    lacking = {item.name: len(item.keys - set(published.classes)) for item in found}
+    return min(found, key=lambda item: (lacking[item.name], -len(item.keys)), default=None)
+
+
+def _coverage(published: Published, known: SplitList | None) -> list[str]:
+    """Say which classes of the split list the files lack, and which it does not know."""
+    if known is None:
+        return ["split list  none fits these classes; their keys are the names"]
+    lines = [f"split list  {known.name} ({known.title})"]
+    for split, keys in known.splits.items():
+        missing = [key for key in keys if key not in published.classes]
+        if missing:
+            lines.append(
+                f"missing     {len(missing)} of {len(keys)} {split} classes: {', '.join(missing)}"
+            )
+    strangers = [key for key in published.classes if key not in known.keys]
+    if strangers:
+        lines.append(f"unknown     {len(strangers)} classes not in that list: {strangers[:8]}")
+    return lines

@@ -20,6 +20,7 @@ from dvla_fast.engine.config import (
     DataConfig,
     ModelConfig,
     SemanticsConfig,
+    TextOptions,
     UsageError,
     differences,
 )
@@ -124,7 +125,7 @@ def without_test_split(data: FewShotData) -> TrainingData:
     """Return the data set as training may see it; no image is copied."""
     parts = {item.name: getattr(data, item.name) for item in fields(data)}
     novel = data.novel
-    empty = replace(novel, images=novel.images[:0], labels=novel.labels[:0])
+    empty = replace(novel, images=novel.images[:0], labels=novel.labels[:0], ids=())
     return TrainingData(**{**parts, "novel": empty})
 
 
@@ -134,9 +135,12 @@ def normalisation(data: FewShotData) -> dict[str, list[float]]:
 
 
 def build_texts(
-    config: SemanticsConfig, data: FewShotData, device: torch.device
+    config: SemanticsConfig, data: FewShotData, device: torch.device, split: str = ""
 ) -> tuple[EncodedTexts, dict[str, Any]]:
     """Encode the bank's texts for all classes of the data set.
+
+    Args:
+        split: only the classes of this split must be in the bank; others may lack texts.
 
     Returns:
         The texts in the order of ``data.class_names``, and a description for the summary.
@@ -150,15 +154,17 @@ def build_texts(
             f"{', '.join(TEMPLATES)}"
         )
     bank = build_bank(config.bank)
+    names = list(data.class_names)
+    lacking = set(bank.missing(names)) if split else set()
+    if lacking and lacking.isdisjoint(data.split(split).class_names):
+        names = [name for name in names if name not in lacking]
     if bank.vectors:
-        texts = stored_tokens(bank, data.class_names, config.top_k)
+        texts = stored_tokens(bank, names, config.top_k)
         check_dim(bank.source, bank.vectors.dim, config.dim)
         encoder_name, truncated = bank.vectors.encoder, 0
     else:
         encoder = bank_encoder(config, bank, device)
-        texts = encode_bank(
-            bank, data.class_names, encoder, top_k=config.top_k, template=config.template
-        )
+        texts = encode_bank(bank, names, encoder, top_k=config.top_k, template=config.template)
         encoder_name, truncated = encoder.name, encoder.truncated
     described = {
         "bank": bank.name,
@@ -170,11 +176,13 @@ def build_texts(
         "template": config.template if config.top_k else None,
         "truncated_texts": truncated,
     }
+    if len(names) < len(data.class_names):
+        texts = texts.among(data.class_names)
     return texts.to(device), described
 
 
 def bank_encoder(
-    config: SemanticsConfig, bank: SemanticBank, device: torch.device, *, cache: bool = False
+    config: TextOptions, bank: SemanticBank, device: torch.device, *, cache: bool = False
 ) -> TextEncoder:
     """Build the encoder of a bank's texts, over the vectors beside the bank where there are any.
 

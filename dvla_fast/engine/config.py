@@ -53,14 +53,13 @@ class DataConfig:
 
 
 @dataclass
-class SemanticsConfig:
-    """Which texts."""
+class TextOptions:
+    """How texts are chosen and encoded."""
 
-    bank: str = option(
-        "digits",
-        "bundled bank name, shapes, shapes-true (no hallucinations), or path of a bank JSON file",
+    encoder: str = option(
+        "hashed-ngram",
+        "text encoder: hashed-ngram, open_clip:MODEL/TAG_OR_FILE or transformers:NAME_OR_FOLDER",
     )
-    encoder: str = option("hashed-ngram", "text encoder")
     dim: int = option(
         0, "length of a text vector; 0: the encoder's own (hashed-ngram: any, 512 if 0)", 0
     )
@@ -73,6 +72,21 @@ class SemanticsConfig:
         "all", "chosen attributes that the template of that selection names: all, or the last"
     )
     truncate: bool = option(False, "cut texts longer than the encoder reads instead of failing")
+
+
+@dataclass
+class SemanticsConfig(TextOptions):
+    """Which texts."""
+
+    bank: str = option(
+        "digits",
+        "bundled bank name, shapes, shapes-true (no hallucinations), or path of a bank JSON file",
+    )
+    seen_images: str = option(
+        "exclude",
+        "images that the texts were written from: exclude them from an evaluation's queries, or "
+        "report how many of them are queries",
+    )
 
 
 @dataclass
@@ -311,11 +325,56 @@ class CompareRun:
 
 
 @dataclass
-class SemanticsShow:
+class SemanticsShow(TextOptions):
     """Everything `dvla-fast semantics show` does."""
 
+    bank: str = positional("bundled bank name, shapes, shapes-true, or path of a bank JSON file")
+    class_name: str = positional("class; all of them in short if left out", optional=True)
+
+
+@dataclass
+class SemanticsDiff:
+    """Everything `dvla-fast semantics diff` does."""
+
+    first: str = positional("bundled bank name, shapes, shapes-true, or path of a bank JSON file")
+    second: str = positional("another one")
+
+
+@dataclass
+class SemanticsEdit:
+    """Everything `dvla-fast semantics edit` does."""
+
+    bank: str = positional("path of a bank JSON file")
+    class_name: str = positional("class")
+
+
+@dataclass
+class SemanticsEncode(TextOptions):
+    """Everything `dvla-fast semantics encode` does."""
+
     bank: str = positional("bundled bank name, or path of a bank JSON file")
-    name: str = positional("class; all of them in short if left out", optional=True)
+    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
+
+
+@dataclass
+class SemanticsCheck(TextOptions):
+    """Everything `dvla-fast semantics check` does."""
+
+    bank: str = positional("bundled bank name, or path of a bank JSON file")
+    data: DataConfig = field(default_factory=lambda: DataConfig(dataset=""))
+
+
+@dataclass
+class SemanticsImport:
+    """Everything `dvla-fast semantics import` does."""
+
+    path: str = positional("file of published vectors (.pth)")
+    attributes: str = option("", "second file, with attribute vectors of the same classes")
+    output: str = option("", "JSON file of the bank, new (required); its vectors go beside it")
+    splits: str = option(
+        "", "split list that the classes belong to; empty: the one that fits best, if any"
+    )
+    encoder: str = option("", "what encoder made the vectors; empty: as the file says")
 
 
 @dataclass

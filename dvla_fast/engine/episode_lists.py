@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
 from dvla_fast.data import EpisodeSampler, ImageSet
 from dvla_fast.engine.config import UsageError
@@ -47,17 +48,33 @@ class AuthorsEpisodeSampler(EpisodeSampler):
 
 
 def build_sampler(
-    name: str, images: ImageSet, way: int, shot: int, query: int, seed: int
+    name: str,
+    images: ImageSet,
+    way: int,
+    shot: int,
+    query: int,
+    seed: int,
+    not_as_query: Tensor | None = None,
 ) -> EpisodeSampler:
     """Return the sampler of an episode list by name.
 
+    Args:
+        not_as_query: as for :class:`~dvla_fast.data.EpisodeSampler`.
+
     Raises:
-        UsageError: unknown name.
+        UsageError: unknown name, or images to be left out of a list that is fixed.
         DataError: too few classes or images for the episodes.
     """
     if name not in EPISODE_LISTS:
         raise UsageError(
             f"evaluate.episode_list: {name!r} is unknown; choose one of {', '.join(EPISODE_LISTS)}"
         )
-    kind = AuthorsEpisodeSampler if name == "authors" else EpisodeSampler
-    return kind(images, way, shot, query, seed)
+    if name == "own":
+        return EpisodeSampler(images, way, shot, query, seed, not_as_query)
+    if not_as_query is not None and bool(not_as_query.any()):
+        raise UsageError(
+            f"the authors' list is fixed and cannot leave out the {int(not_as_query.sum())} images "
+            "that the bank's texts were written from; set --semantics.seen_images report, which "
+            "counts them in the summary, or --evaluate.episode_list own"
+        )
+    return AuthorsEpisodeSampler(images, way, shot, query, seed)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dvla_fast.data import EpisodeSampler, FewShotData, ImageSet
 from dvla_fast.engine.build import (
+    build_bank,
     build_data,
     build_model,
     build_pretrain_model,
@@ -33,6 +34,7 @@ from dvla_fast.engine.config import (
     to_dict,
 )
 from dvla_fast.engine.episode_lists import build_sampler
+from dvla_fast.engine.leaks import check_seen_images, leak_summary, seen_images
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.predict import (
     LEARNED,
@@ -99,6 +101,7 @@ class Evaluation:
         texts: encoded texts of all classes; needed with gated models.
         config: split, ways and numbers; its ``shots`` are what :meth:`shot` takes one by one.
         seed: of the episodes.
+        not_as_query: (N,) bool, images of the split that are never drawn as queries.
     """
 
     def __init__(
@@ -108,8 +111,10 @@ class Evaluation:
         texts: EncodedTexts | None,
         config: EvaluateConfig,
         seed: int,
+        not_as_query: Tensor | None = None,
     ) -> None:
         self.contenders, self.data, self.config, self.seed = contenders, data, config, seed
+        self.not_as_query = not_as_query
         self.images = data.split(config.split)
         self.predictors: list[EpisodePredictor | None] = []
         self._features: dict[tuple[int, str], Tensor] = {}
@@ -139,7 +144,13 @@ class Evaluation:
         """
         config = self.config
         sampler = build_sampler(
-            config.episode_list, self.images, config.way, shot, config.query, self.seed
+            config.episode_list,
+            self.images,
+            config.way,
+            shot,
+            config.query,
+            self.seed,
+            self.not_as_query,
         )
         found = [self._predictions(i, sampler, progress) for i in range(len(self.contenders))]
         main = LEARNED if LEARNED in found[0] else next(iter(found[0]))
@@ -307,16 +318,20 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         contenders.append(Contender(model, {VISUAL: backbone}))
         infos.append(info)
     _check_alike(paths, infos)
-    texts, semantics = None, None
+    check_seen_images(config.semantics.seen_images)
+    texts, semantics, leaks, seen, barred = None, None, None, None, None
     if contenders[0].model is not None:
-        texts, semantics = build_texts(config.semantics, data, device)
+        texts, semantics = build_texts(config.semantics, data, device, settings.split)
+        bank = build_bank(config.semantics.bank)
+        seen, leaks = seen_images(bank, data, settings.split)
+        barred = seen if config.semantics.seen_images == "exclude" else None
         for path, info in zip(paths, infos):
             check_semantics(semantics, info, path)
     images = data.split(settings.split)
     require_scipy()
     samplers = [  # fail before the folder is made
         build_sampler(
-            settings.episode_list, images, settings.way, shot, settings.query, config.seed
+            settings.episode_list, images, settings.way, shot, settings.query, config.seed, barred
         )
         for shot in settings.shots
     ]
@@ -336,12 +351,18 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     seed_everything(config.seed)
     folder.trim("evaluate", -1)  # an evaluation is short: it begins anew
     results = []
-    evaluation = Evaluation(contenders, data, texts, settings, config.seed)
+    evaluation = Evaluation(contenders, data, texts, settings, config.seed, barred)
     with Progress({"evaluate": 1.0}, enabled=not quiet) as progress:
         progress.begin("evaluate", settings.episodes * len(settings.shots) * len(contenders))
-        for shot in settings.shots:
+        for shot, sampler in zip(settings.shots, samplers):
             result, record = evaluation.shot(shot, progress)
             results.append({**result, **facts, **_versions()})
+            if seen is not None and leaks is not None:
+                queries = sampler.batch(0, settings.episodes).query
+                results[-1]["leaks"] = leak_summary(
+                    leaks, config.semantics.seen_images, seen, queries
+                )
+                _tell_leaks(results[-1]["leaks"], progress)
             keep_record(folder, results[-1], record, images.class_names)
             progress.note(
                 f"{shot}-shot {result['accuracy']:.2%} ± {result['ci95']:.2%} ({result['method']})"
@@ -354,6 +375,14 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         folder.write_summary(summary)
     folder.close()
     return summary
+
+
+def _tell_leaks(leaks: Mapping[str, Any], progress: Progress) -> None:
+    if leaks["verdict"] == "leak":
+        progress.note(
+            f"leak: {leaks['seen_queries']} of {leaks['queries']} queries are images that the "
+            "texts were written from"
+        )
 
 
 def _check_alike(paths: Sequence[str], infos: Sequence[Mapping[str, Any]]) -> None:

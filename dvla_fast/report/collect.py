@@ -121,6 +121,12 @@ def _read_run(path: Path, name: str) -> Run | None:
     _check_finished(run)
     for result in run.results:
         _read_record(run, result)
+        leaks = result.get("leaks") or {}
+        if leaks.get("verdict") == "leak":
+            run.notes.append(
+                f"{result.get('shot')}-shot: {leaks.get('seen_queries')} of {leaks.get('queries')} "
+                "queries are images that the texts were written from: the accuracy is too high."
+            )
     return run
 
 

@@ -269,7 +269,7 @@ def _recorded_gates(run: Run, shot: int) -> list[Figure]:
     accuracies = record.accuracies(method)
     step = -(-len(alphas) // _MOST_POINTS)
     thinned = f" Every {step}th episode is drawn." if step > 1 else ""
-    figures = []
+    figures, by_class = [], []
     for index in range(alphas.shape[1]):
         layer = run.layers[index] if index < len(run.layers) else f"gated layer {index + 1}"
         values = alphas[:, index]
@@ -287,8 +287,8 @@ def _recorded_gates(run: Run, shot: int) -> list[Figure]:
             )
         )
         if record.classes.shape[1] < len(names):
-            figures.append(_gates_by_class(record.classes, values, names, index, shot, layer))
-    return figures
+            by_class.append(_gates_by_class(record.classes, values, names, index, shot, layer))
+    return figures + by_class
 
 
 def _gates_by_class(
@@ -306,8 +306,9 @@ def _gates_by_class(
     return Figure(
         f"α by class, {shot}-shot, {layer}",
         interval_chart(rows[:_MOST_CLASSES], "mean α", digits=3),
-        "Mean α over the episodes that hold the class, with its 95 % interval. α is one number an "
-        f"episode, so a class shares it with the classes that it met.{note}",
+        "Mean α over the episodes that hold the class, with its 95 % interval; the axis covers the "
+        "values only. α is one number an episode, so a class shares it with the classes that it "
+        f"met.{note}",
     )
 
 

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from dvla_fast.data import EpisodeSampler, FewShotData, ImageSet
 from dvla_fast.data.decode import pillow
-from dvla_fast.engine.build import build_data, build_texts, pick_device, split_classes
+from dvla_fast.engine.build import (
+    build_bank,
+    build_data,
+    build_texts,
+    pick_device,
+    split_classes,
+)
 from dvla_fast.engine.config import (
     DataConfig,
     EvaluateConfig,
@@ -28,6 +34,7 @@ from dvla_fast.engine.config import (
 )
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import load_model, trained_normalisation
+from dvla_fast.engine.leaks import seen_images
 from dvla_fast.errors import DVLAError
 from dvla_fast.nn import DVLA, Explanation, explain_episodes, prototype_logits
 from dvla_fast.report.attention import overlay_attention, peak_ratio, resize
@@ -163,12 +170,12 @@ class _Studio:
             raise Missing("its checkpoint is one of pre-training, which has no gates.")
         self.model: DVLA = model.eval()
         self.data: FewShotData = trained_normalisation(data, info)
-        semantics = from_mapping(SemanticsConfig, run.config.get("semantics", {}))
-        self.texts: EncodedTexts = build_texts(semantics, data, device)[0]
+        self.semantics = from_mapping(SemanticsConfig, run.config.get("semantics", {}))
+        self.texts: EncodedTexts = build_texts(self.semantics, data, device)[0]
         self.split, self.sampler, self.shot = self._episodes(config.shot)
         self.images: ImageSet = self.data.split(self.split)
         self.positions = split_classes(self.data, self.split)
-        self.phrases = class_texts(semantics, self.texts)
+        self.phrases = class_texts(self.semantics, self.texts)
 
     def _episodes(self, shot: int) -> tuple[str, EpisodeSampler, int]:
         run = self.run
@@ -181,8 +188,11 @@ class _Studio:
         settings = from_mapping(EvaluateConfig, run.config.get("evaluate", {}))
         shot = shot or settings.shots[0]
         images = self.data.split(settings.split)
+        barred = None
+        if run.kind == "evaluate" and self.semantics.seen_images == "exclude":
+            barred = seen_images(build_bank(self.semantics.bank), self.data, settings.split)[0]
         sampler = build_sampler(
-            settings.episode_list, images, settings.way, shot, settings.query, seed
+            settings.episode_list, images, settings.way, shot, settings.query, seed, barred
         )
         result = run.result(shot)
         if result is None and run.results:

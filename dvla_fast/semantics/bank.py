@@ -25,6 +25,7 @@ a JSON Schema.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -38,6 +39,7 @@ from dvla_fast.files import write_text_atomic
 
 FORMAT = "dvla-fast-bank/2"
 FORMATS = ("dvla-fast-bank/1", FORMAT)
+SCHEMA = Path(__file__).parent / "bank.schema.json"
 _BUNDLED = Path(__file__).parent / "banks"
 _ENTRY_KEYS = ("candidates", "attributes", "description", "answers", "images")
 _LINE = 100
@@ -164,7 +166,7 @@ class SemanticBank:
                 classes[name] = _entry(entry, vectors is not None)
         if problems:
             raise BankError(f"{source}: fix these classes: {_some(problems, '; ')}")
-        provenance = content.get("provenance") or {}
+        provenance = {} if content.get("provenance") is None else content["provenance"]
         if not isinstance(provenance, dict):
             raise BankError(f"{source}: 'provenance' must be an object, got {provenance!r}")
         name = str(content.get("name", Path(source).stem))
@@ -197,29 +199,41 @@ class SemanticBank:
         Raises:
             BankError: classes that the bank lacks, or a name that fits several of its classes.
         """
-        alike: dict[str, list[str]] = {}
-        for own in self.classes:
-            alike.setdefault(normalised_name(own), []).append(own)
-        found, missing, ambiguous = [], [], []
-        for name in class_names:
-            matches = [name] if name in self.classes else alike.get(normalised_name(name), [])
-            if len(matches) == 1:
-                found.append(matches[0])
-            elif matches:
-                ambiguous.append(f"{name!r} fits {' and '.join(map(repr, matches))}")
-            else:
-                missing.append(repr(name))
+        names = list(class_names)
+        matches = self._matches(names)
+        ambiguous = [
+            f"{name!r} fits {' and '.join(map(repr, own))}"
+            for name, own in matches.items()
+            if len(own) > 1
+        ]
         if ambiguous:
             raise BankError(
                 f"{self.source}: {_some(ambiguous, '; ')}; rename the bank's classes as the data "
                 "set has them"
             )
+        missing = [name for name, own in matches.items() if not own]
         if missing:
+            near = difflib.get_close_matches(missing[0], self.classes, 3)
+            hint = f" (near {missing[0]!r}: {', '.join(map(repr, near))})" if near else ""
             raise BankError(
                 f"{self.source}: the bank lacks {len(missing)} class(es) of the data set: "
-                f"{_some(missing)}; add them to its 'classes', or give another bank"
+                f"{_some(list(map(repr, missing)))}{hint}; add them to its 'classes', or give "
+                "another bank"
             )
-        return found
+        return [matches[name][0] for name in names]
+
+    def missing(self, class_names: Iterable[str]) -> list[str]:
+        """Return the named classes that are not in the bank."""
+        return [name for name, own in self._matches(class_names).items() if not own]
+
+    def _matches(self, class_names: Iterable[str]) -> dict[str, list[str]]:
+        alike: dict[str, list[str]] = {}
+        for own in self.classes:
+            alike.setdefault(normalised_name(own), []).append(own)
+        return {
+            name: [name] if name in self.classes else alike.get(normalised_name(name), [])
+            for name in class_names
+        }
 
     @property
     def kind(self) -> str:

@@ -214,9 +214,18 @@ def encoder_identity(name: str, dim: int = 0) -> str:
     if path.exists():
         model = "" if family == "transformers" or model.startswith("local-dir:") else f"{model}/"
         return f"{family}:{model}{_content_hash(path)}"
-    if path.is_absolute() or path.suffix or model.startswith("local-dir:"):
+    if _is_path(family, model, path):
         raise BankError(f"{weights}: no such file or folder of weights, asked for by {name!r}")
     return name
+
+
+def _is_path(family: str, model: str, path: Path) -> bool:
+    """Tell a path that is not there from the name of published weights."""
+    if path.is_absolute() or path.parts[0] in (".", "..", "~") or model.startswith("local-dir:"):
+        return True
+    if family == "transformers":
+        return len(path.parts) > 2  # the hub's names are owner/name
+    return path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".npz")
 
 
 def build_encoder(

@@ -48,6 +48,23 @@ class EncodedTexts:
             self.class_embedding.to(device),
         )
 
+    def among(self, class_names: Sequence[str]) -> EncodedTexts:
+        """Return the texts in the order of more classes; those without texts have none."""
+        place = {name: row for row, name in enumerate(self.class_names)}
+        rows = torch.tensor([place.get(name, len(place)) for name in class_names])
+
+        def spread(tensor: Tensor) -> Tensor:
+            empty = torch.zeros_like(tensor[:1])
+            return torch.cat([tensor, empty])[rows.to(tensor.device)]
+
+        return EncodedTexts(
+            tuple(class_names),
+            spread(self.tokens),
+            spread(self.mask),
+            self.levels,
+            spread(self.class_embedding),
+        )
+
     def episodes(self, classes: Tensor) -> TextTokens:
         """Gather the text tokens of episodes.
 

@@ -137,7 +137,8 @@ def _check_loaded(source: str, loaded: Any) -> None:
     if lacking:
         raise BankError(
             f"transformers:{source}: its weights lack {len(lacking)} tensor(s) of the text "
-            f"encoder, or hold them in another shape ({', '.join(lacking[:3])}); use a complete checkpoint"
+            f"encoder, or hold them in another shape ({', '.join(lacking[:3])}); use a complete "
+            "checkpoint"
         )
 
 

@@ -138,8 +138,11 @@ class CachedEncoder:
         self._cut += len(cut)
         return torch.stack([vector for vector, _ in rows]) if rows else torch.zeros(0, self.dim)
 
-    def save(self) -> int:
-        """Write the vectors used so far, and only these, beside those of other encoders.
+    def save(self, *, prune: bool = True) -> int:
+        """Write this encoder's vectors beside those of other encoders.
+
+        Args:
+            prune: only those used so far: what an edit has left behind goes.
 
         Returns:
             The number of vectors of this encoder in the file.
@@ -149,7 +152,7 @@ class CachedEncoder:
         """
         tensors = _read(self.path)[0] if self.path.exists() else {}
         others = {k: v for k, v in tensors.items() if k.rpartition("|")[0] != self.identity}
-        used = {key: self._rows[key] for key in sorted(self._used)}
+        used = {key: self._rows[key] for key in sorted(self._used if prune else self._rows)}
         if used:
             values = (
                 torch.tensor([list(key) for key in used], dtype=torch.uint8),

@@ -51,7 +51,11 @@ def test_interval_chart_shows_numbers() -> None:
 
 
 def test_scatter_and_heatmap() -> None:
-    marks = [Mark("a", [(0, 0), (1, 1)]), Mark("b", [(0, 1)], 1, "cross"), Mark("c", [(1, 0)], 2, "star")]  # fmt: skip
+    marks = [
+        Mark("a", [(0, 0), (1, 1)]),
+        Mark("b", [(0, 1)], 1, "cross"),
+        Mark("c", [(1, 0)], 2, "star"),
+    ]
     root = parse(scatter(marks))
     assert {item.attrib["class"] for item in root.iter("path")} == {
         "points c0", "cross c1", "star c2",

@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from dvla_fast.data.digits import DIGIT_NAMES
+from dvla_fast.engine.config import UsageError
 from dvla_fast.errors import BankError
 from dvla_fast.semantics import Candidate, ClassEntry, SemanticBank, bundled_banks, load_bank
+from dvla_fast.semantics import bank as bank_module
 
 DIGITS_SHA256 = "5e31161695bbb89539db052fbc58561c0fa68cff2308e09945345f85374ca726"
 GOOD = {"attributes": ["red beak"], "description": "A bird."}
@@ -147,6 +150,33 @@ def test_old_banks_keep_their_fingerprint() -> None:
 )
 def test_class_names_are_found_however_they_are_written(name: str) -> None:
     assert SemanticBank.from_dict(FULL).resolve(["jay", name]) == ["jay", "Sooty Albatross"]
+
+
+def test_bundled_banks_without_a_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dvla_fast.data import load_digits
+    from dvla_fast.engine.build import build_texts
+    from dvla_fast.engine.config import SemanticsConfig
+
+    data = load_digits()
+    entries = {
+        name.upper(): {"candidates": [f"{name} {part}" for part in "abcd"], "description": name}
+        for name in data.class_names
+    }
+    content = {"format": "dvla-fast-bank/2", "provenance": {"kind": "class-names"}}
+    (tmp_path / "cub.json").write_text(json.dumps({**content, "classes": entries}))
+    monkeypatch.setattr(bank_module, "_BUNDLED", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert bundled_banks() == ("cub",)
+    assert load_bank("cub").name == "cub"
+    device = torch.device("cpu")
+    texts, described = build_texts(SemanticsConfig(bank="cub"), data, device)
+    assert texts.tokens.shape == (10, 5, 512)
+    assert (described["top_k"], described["bank_kind"]) == (0, "class-names")
+    texts, described = build_texts(SemanticsConfig(bank="cub", top_k=3), data, device)
+    assert texts.tokens.shape == (10, 4, 512)
+    assert (described["top_k"], described["template"]) == (3, "all")
+    with pytest.raises(UsageError, match="'some' is unknown; choose one of all, last"):
+        build_texts(SemanticsConfig(bank="cub", top_k=3, template="some"), data, device)
 
 
 def test_ambiguous_class_names_are_refused() -> None:

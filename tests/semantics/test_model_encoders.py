@@ -155,6 +155,8 @@ def test_unsupported_sentence_encoder(
         ("open_clip:ViT-B-61/openai", r"no model 'ViT-B-61'; near: .*ViT-B-16"),
         ("open_clip:ViT-B-16/none.safetensors", r"none\.safetensors: no such file"),
         ("transformers:/no/such/folder", r"/no/such/folder: no such file or folder"),
+        ("transformers:no/such/folder", r"no/such/folder: no such file or folder"),
+        ("open_clip:local-dir:none", r"none: no such file or folder"),
         ("transformers:", "unknown; choose one of"),
         ("hashed-ngram:64", "unknown; choose one of"),
     ],
@@ -201,7 +203,12 @@ def test_identity_follows_the_content(tmp_path: Path) -> None:
     assert encoder_identity(f"open_clip:ViT-B-16/{tmp_path / 'other.bin'}") == first
     (tmp_path / "other.bin").write_bytes(b"two")
     assert encoder_identity(f"open_clip:ViT-B-16/{tmp_path / 'other.bin'}") != first
-    assert encoder_identity("transformers:org/model") == "transformers:org/model"
+    for name in (
+        "transformers:BAAI/bge-base-en-v1.5",
+        "open_clip:ViT-B-16/openai",
+        "open_clip:hf-hub:timm/ViT-B-16-SigLIP2",
+    ):
+        assert encoder_identity(name) == name
     assert encoder_identity("hashed-ngram", 64) != encoder_identity("hashed-ngram")
 
 

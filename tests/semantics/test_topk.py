@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import topk
 from dvla_fast.errors import BankError
 from dvla_fast.semantics import HashedNGramEncoder, SemanticBank, choose_attributes
 from dvla_fast.semantics.topk import (
@@ -131,3 +132,15 @@ def test_a_bank_without_a_choice_gives_candidates_or_the_best() -> None:
     expected = torch.stack([encoder.encode([t])[0] for t in entry["candidates"]])
     place = int((expected @ encoder.encode(["A photo of a jay"])[0]).argmax())
     assert best[0] == (entry["candidates"][place],)
+
+
+def test_the_benchmark_measures_what_it_says() -> None:
+    seconds = topk.measure_time(classes=5, repeats=1)
+    assert set(seconds) == {"one by one", "selection", "with look-up of texts"}
+    table = topk.measure_filter(HashedNGramEncoder())
+    assert table[9] == (pytest.approx(6 / 9), 1.0)  # all nine: six true, three made up
+    assert all(
+        recall == pytest.approx(precision * k / 6) for k, (precision, recall) in table.items()
+    )
+    telling = topk.measure_filter(HashedNGramEncoder(), telling=True)
+    assert telling[1][0] > table[1][0]

@@ -1,0 +1,80 @@
+"""Whether a bank's texts were written from images that an evaluation asks about.
+
+A bank lists the support images that were shown to its language model. Such an image may be a
+support, whose class is known anyway; as a query it has told the texts what it shows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvla_fast.data import FewShotData
+from dvla_fast.engine.config import UsageError
+from dvla_fast.semantics import SemanticBank
+
+SEEN_IMAGES = ("exclude", "report")
+# What texts can be made from without any image: then there is nothing to leak.
+BLIND_KINDS = ("class-names", "definitions")
+
+
+def seen_images(bank: SemanticBank, data: FewShotData, split: str) -> tuple[Tensor, dict[str, Any]]:
+    """Find the images of a split that a bank's texts were written from.
+
+    Returns:
+        (N,) bool over the split's images, and what a summary says of it: ``bank_kind``,
+        ``images_seen`` (by the texts of the data set's classes), ``seen_in_split``, ``unmatched``
+        (seen images that the data set does not have), and ``verdict``: "clean" (no image of the
+        split was seen), "overlap" (some were), or "unknown" (the bank does not say what it has
+        seen, or names images that the data set does not have).
+    """
+    lacking = set(bank.missing(data.class_names))
+    entries = bank.select(name for name in data.class_names if name not in lacking)
+    seen = {image for entry in entries for image in entry.images}
+    images = data.split(split)
+    mask = torch.tensor([image in seen for image in images.ids], dtype=torch.bool)
+    if not images.ids:
+        mask = torch.zeros(len(images), dtype=torch.bool)
+    known = {image for part in (data.base, data.monitor, data.novel) for image in part.ids}
+    unmatched = len(seen - known)
+    told = bool(seen) or bank.kind in BLIND_KINDS
+    verdict = "overlap" if bool(mask.any()) else "clean" if told and not unmatched else "unknown"
+    return mask, {
+        "bank_kind": bank.kind,
+        "images_seen": len(seen),
+        "seen_in_split": int(mask.sum()),
+        "unmatched": unmatched,
+        "verdict": verdict,
+    }
+
+
+def leak_summary(
+    facts: dict[str, Any], action: str, mask: Tensor, queries: Tensor
+) -> dict[str, Any]:
+    """Complete the facts of ``seen_images`` for one list of episodes.
+
+    Args:
+        action: ``semantics.seen_images``.
+        mask: (N,) as from ``seen_images``.
+        queries: indices of all queries drawn, any shape.
+
+    Returns:
+        The facts, with ``action`` ("none", "excluded" or "reported"), ``seen_queries`` and
+        ``queries`` (numbers of draws), and the verdict "excluded" or "leak" where images overlap.
+    """
+    drawn = int(mask[queries.cpu()].sum())
+    summary = {**facts, "action": "none", "seen_queries": drawn, "queries": queries.numel()}
+    if facts["verdict"] == "overlap":
+        summary["action"] = "excluded" if action == "exclude" else "reported"
+        summary["verdict"] = "leak" if drawn else "excluded" if action == "exclude" else "clean"
+    return summary
+
+
+def check_seen_images(action: str) -> None:
+    """Check the setting (UsageError for an unknown one)."""
+    if action not in SEEN_IMAGES:
+        raise UsageError(
+            f"semantics.seen_images: {action!r} is unknown; choose one of {', '.join(SEEN_IMAGES)}"
+        )

@@ -1,0 +1,138 @@
+"""Looks through a bank before it is used: format, texts, classes of a data set, images seen."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dvla_fast.errors import BankError
+from dvla_fast.semantics.bank import SemanticBank, read_bank_json
+from dvla_fast.semantics.encoders import TextEncoder
+from dvla_fast.semantics.vectors import read_stored
+
+_SHOWN = 10
+
+
+@dataclass
+class BankReport:
+    """What was found: facts, notes (worth knowing) and problems (to be put right)."""
+
+    facts: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """Return the report for people, one line each."""
+        lines = [*self.facts, *(f"note: {line}" for line in self.notes)]
+        return "\n".join(lines + [f"problem: {line}" for line in self.problems])
+
+
+def check_bank(
+    path: Path,
+    encoder: TextEncoder | None = None,
+    class_names: Sequence[str] = (),
+    images: Mapping[str, Collection[str]] | None = None,
+) -> BankReport:
+    """Check the file of a bank.
+
+    Args:
+        path: the JSON file.
+        encoder: whose limit the lengths of texts are compared with; None: none.
+        class_names: classes that the bank must have.
+        images: image ids of a data set by split name, to be compared with what the bank has seen.
+
+    Raises:
+        BankError: the file cannot be read, or is not JSON.
+    """
+    report = BankReport()
+    content = read_bank_json(path)
+    try:
+        bank = SemanticBank.from_dict(content, str(path))
+    except BankError as error:
+        report.problems.append(str(error))
+        return report
+    kinds = "vectors, no words" if bank.vectors else "words"
+    report.facts.append(
+        f"{path}: bank {bank.name!r}, {len(bank.classes)} classes, {kinds}, made from: {bank.kind}"
+    )
+    if not bank.provenance:
+        report.notes.append("no provenance: nobody can tell what its texts were written from")
+    if bank.vectors:
+        try:
+            read_stored(bank)
+        except BankError as error:
+            report.problems.append(str(error))
+    else:
+        _add(report.problems, _texts(bank, encoder))
+        _add(report.notes, _unknown_keys(bank))
+    if class_names:
+        try:
+            bank.resolve(class_names)
+        except BankError as error:
+            report.problems.append(str(error))
+        else:
+            report.facts.append(f"all {len(class_names)} classes of the data set are in the bank")
+    if images is not None:
+        _images(bank, images, report)
+    return report
+
+
+def _add(lines: list[str], more: list[str]) -> None:
+    lines += more[:_SHOWN]
+    if len(more) > _SHOWN:
+        lines.append(f"... and {len(more) - _SHOWN} more of this kind")
+
+
+def _texts(bank: SemanticBank, encoder: TextEncoder | None) -> list[str]:
+    problems = []
+    lengths, limit = getattr(encoder, "lengths", None), getattr(encoder, "max_tokens", 0)
+    for name, entry in bank.classes.items():
+        for kind, texts in (("attribute", entry.attributes), ("candidate", _candidates(entry))):
+            folded = [" ".join(text.casefold().split()).rstrip(".") for text in texts]
+            twice = sorted({text for text in folded if folded.count(text) > 1})
+            problems += [f"{name!r}: {kind} {text!r} appears twice" for text in twice]
+        strangers = [text for text in entry.attributes if text not in _candidates(entry)]
+        if entry.candidates and strangers:
+            problems.append(f"{name!r}: attribute {strangers[0]!r} is not one of its candidates")
+        whole = [*entry.attributes, *_candidates(entry), entry.description]
+        for text, length in zip(whole, lengths(whole) if lengths else []):
+            if length > limit:
+                problems.append(
+                    f"{name!r}: {length} {getattr(encoder, 'unit', 'tokens')}, but "
+                    f"{encoder.name if encoder else ''} reads {limit}: {text[:50]!r}..."
+                )
+    return problems
+
+
+def _candidates(entry: Any) -> tuple[str, ...]:
+    return tuple(item.text for item in entry.candidates)
+
+
+def _unknown_keys(bank: SemanticBank) -> list[str]:
+    return [
+        f"{name!r}: the key {key!r} is kept, but nothing reads it"
+        for name, entry in bank.classes.items()
+        for key in entry.extra
+    ]
+
+
+def _images(bank: SemanticBank, images: Mapping[str, Collection[str]], report: BankReport) -> None:
+    seen = {image for entry in bank.classes.values() for image in entry.images}
+    if not seen:
+        report.facts.append("the bank lists no image that its texts were written from")
+        return
+    for split, ids in images.items():
+        overlap = len(seen.intersection(ids))
+        if overlap:
+            report.notes.append(
+                f"{overlap} image(s) of {split} were seen when the texts were written: an "
+                "evaluation on that split does not draw them as queries"
+            )
+    unknown = seen.difference(*images.values())
+    if unknown:
+        report.problems.append(
+            f"{len(unknown)} image(s) that the bank has seen are not in the data set "
+            f"({min(unknown)}, ...): they cannot be kept out of the queries"
+        )

@@ -1,0 +1,210 @@
+"""Banks from the vectors that others published (METHOD.md §8).
+
+Files read, all of them dictionaries saved by ``torch.save``:
+
+- VT-FSL, DVLA-RL, SemFew: ``{"semantic_feature": {class: (d,)}}``, one vector of the description;
+- DVLA-RL: ``{"attribute_features": {class: (k, d)}}``;
+- DVLA-RL++: ``{"text_dim", "classes": {class: {"intrinsic": {"local": (k, d), "global": (1, d)},
+  "nuisance": ...}}, "meta"}``; its nuisance vectors are left out.
+
+They are read as data alone (``weights_only``), in whatever float type, and brought to unit norm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvla_fast.errors import BankError
+from dvla_fast.semantics.bank import ClassEntry, SemanticBank, StoredCount, StoredVectors
+from dvla_fast.semantics.vectors import (
+    ClassVectors,
+    vectors_path,
+    vectors_sha256,
+    write_stored,
+)
+
+_FORMS = (
+    'expected {"semantic_feature": {class: vector}}, {"attribute_features": {class: vectors}} or '
+    'a DVLA-RL++ bank {"classes": {class: {"intrinsic": {...}}}, "meta": ...}'
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """The vectors of published files, by the files' own class keys.
+
+    Attributes:
+        classes: unit vectors of each class, float32.
+        dim: their length.
+        encoder: what they say of their encoder; else ``imported/<dim>``.
+        norms: smallest and largest norm before normalising.
+        files: name and SHA-256 of each file.
+        meta: what the files say of themselves.
+    """
+
+    classes: dict[str, ClassVectors]
+    dim: int
+    encoder: str
+    norms: tuple[float, float]
+    files: dict[str, str]
+    meta: dict[str, Any]
+
+
+def read_published(paths: Iterable[str | Path]) -> Published:
+    """Read one or more published files of the same classes, e.g. descriptions and attributes.
+
+    Raises:
+        BankError: unreadable or unsafe file, none of the known forms, a vector that is not finite
+            or zero, vectors of several lengths, or the same level in two files.
+    """
+    attributes: dict[str, Tensor] = {}
+    descriptions: dict[str, Tensor] = {}
+    files: dict[str, str] = {}
+    meta: dict[str, Any] = {}
+    for path in map(Path, paths):
+        content = _load(path)
+        files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        found = _levels(content, path)
+        for level, known in (("attributes", attributes), ("descriptions", descriptions)):
+            if known and found[level]:
+                raise BankError(f"{path}: holds {level} again; give one file for each level")
+            known.update(found[level])
+        meta |= {k: v for k, v in _meta(content).items() if isinstance(v, str | int | float)}
+    every = [*attributes.values(), *descriptions.values()]
+    widths = sorted({vectors.shape[1] for vectors in every})
+    if len(widths) != 1:
+        raise BankError(
+            f"{', '.join(files)}: vectors of lengths {widths}; one bank has vectors of one encoder"
+        )
+    norms = torch.cat([vectors.norm(dim=1) for vectors in every])
+    none = torch.zeros(0, widths[0])
+    classes = {
+        key: ClassVectors(_unit(attributes.get(key, none)), _unit(descriptions.get(key, none)))
+        for key in dict.fromkeys([*descriptions, *attributes])
+    }
+    encoder = f"imported/{meta.get('text_encoder', widths[0])}"
+    return Published(
+        classes, widths[0], encoder, (float(norms.min()), float(norms.max())), files, meta
+    )
+
+
+def save_published(
+    published: Published,
+    output: str | Path,
+    class_name: Callable[[str], str] = lambda key: key,
+    encoder: str = "",
+) -> SemanticBank:
+    """Write a bank without words: its JSON, and its vectors beside it.
+
+    Args:
+        output: the JSON file.
+        class_name: gives the bank's class name of a key of the files.
+        encoder: name of the encoder, where it is known better.
+
+    Raises:
+        BankError: two keys of one name.
+        OutputError: a file cannot be written.
+    """
+    from dvla_fast import __version__
+
+    output = Path(output)
+    named: dict[str, ClassVectors] = {}
+    for key, vectors in published.classes.items():
+        name = class_name(key)
+        if name in named:
+            raise BankError(f"{', '.join(published.files)}: two classes are called {name!r}")
+        named[name] = vectors
+    bank = SemanticBank(
+        output.stem,
+        {
+            name: ClassEntry((), "", stored=StoredCount(*map(len, vectors)))
+            for name, vectors in named.items()
+        },
+        {
+            "kind": "imported",
+            "files": published.files,
+            "norms_before": list(published.norms),
+            **({"meta": published.meta} if published.meta else {}),
+            "images_seen": "not recorded by its authors",
+            "date": date.today().isoformat(),
+            "dvla_fast": __version__,
+        },
+        str(output),
+        StoredVectors(encoder or published.encoder, published.dim, vectors_sha256(named)),
+    )
+    write_stored(vectors_path(output), named)
+    bank.save(output)
+    return bank
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # A damaged or unsafe pickle can fail at any of its instructions
+    except Exception as error:
+        if isinstance(error, OSError):
+            raise BankError(f"{path}: cannot read ({error.strerror or error})") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BankError(
+            f"{path}: not loaded ({reason[:200]}); only tensors and plain containers are, since a "
+            "pickle can run any program: get the file from its publisher again"
+        ) from error
+
+
+def _meta(content: Mapping[str, Any]) -> dict[str, Any]:
+    meta = content.get("meta")
+    return dict(meta) if isinstance(meta, dict) else {}
+
+
+def _levels(content: Any, path: Path) -> dict[str, dict[str, Tensor]]:
+    """Return the raw vectors of a file, (n, d) float32, by level and class."""
+    if not isinstance(content, dict):
+        raise BankError(f"{path}: holds a {type(content).__name__}; {_FORMS}")
+    raw: dict[str, dict[Any, Any]] = {"attributes": {}, "descriptions": {}}
+    if isinstance(content.get("classes"), dict):
+        for key, entry in content["classes"].items():
+            intrinsic = entry.get("intrinsic") if isinstance(entry, dict) else None
+            if not isinstance(intrinsic, dict):
+                raise BankError(f"{path}: class {key!r} has no 'intrinsic' vectors; {_FORMS}")
+            for level, name in (("attributes", "local"), ("descriptions", "global")):
+                if intrinsic.get(name) is not None:
+                    raw[level][key] = intrinsic[name]
+    else:
+        for level, name in (
+            ("attributes", "attribute_features"),
+            ("descriptions", "semantic_feature"),
+        ):
+            if isinstance(content.get(name), dict):
+                raw[level] = content[name]
+    if not any(raw.values()):
+        raise BankError(f"{path}: has the keys {sorted(map(str, content))[:5]}; {_FORMS}")
+    return {
+        level: {str(key): _vectors(value, level, str(key), path) for key, value in each.items()}
+        for level, each in raw.items()
+    }
+
+
+def _vectors(value: Any, level: str, key: str, path: Path) -> Tensor:
+    where = f"{path}: the {level} of class {key!r}"
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise BankError(f"{where} are not a tensor of numbers, but {type(value).__name__}")
+    vectors = value.detach().float()
+    vectors = vectors[None] if vectors.dim() == 1 else vectors
+    if vectors.dim() != 2 or not vectors.numel() or (level == "descriptions" and len(vectors) > 1):
+        raise BankError(f"{where} have the shape {tuple(value.shape)}, expected (d,) or (k, d)")
+    norms = vectors.norm(dim=1)
+    if not bool(((norms > 0) & norms.isfinite()).all()):
+        raise BankError(f"{where} hold a zero, infinite or NaN vector; get the file again")
+    return vectors
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return vectors / vectors.norm(dim=1, keepdim=True) if len(vectors) else vectors

@@ -1,0 +1,256 @@
+"""dvla-fast semantics show, diff, edit, encode and check."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dvla_fast.cli import main
+from dvla_fast.engine import bank_commands
+from dvla_fast.semantics import HashedNGramEncoder, load_bank
+
+BIRDS: dict[str, Any] = {
+    "format": "dvla-fast-bank/1",
+    "name": "birds",
+    "language": "en",
+    "provenance": {"kind": "support-images", "model": "a model"},
+    "classes": {
+        "Sooty Albatross": {
+            "candidates": [
+                {"text": "dark wings", "scores": [0.31, 0.5]},
+                {"text": "a [long] bill", "scores": [0.6]},
+                {"text": "a crown", "scores": [0.2, 0.1]},
+                "a tail",
+            ],
+            "attributes": ["a [long] bill", "dark wings"],
+            "description": "A dark seabird.",
+            "answers": {"candidates": ["1. dark wings\n2. a [long] bill"]},
+            "images": ["train/albatross/3.jpg"],
+        },
+        "jay": {"candidates": ["blue wing", "black bib"], "description": "A loud bird."},
+    },
+}
+
+
+@pytest.fixture
+def birds(tmp_path: Path) -> Path:
+    path = tmp_path / "birds.json"
+    path.write_text(json.dumps(BIRDS))
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> str:
+    assert main(["semantics", *map(str, arguments)]) == status
+    captured = capsys.readouterr()
+    return captured.err if status else captured.out
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+@pytest.mark.usefixtures("wide")
+def test_show_a_class(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "show", birds, "sooty_albatross")
+    rows = {name: line for line in text.splitlines() for name in ("wings", "[long]", "crown")
+            if name in line and "│" in line}  # fmt: skip
+    assert "kept in round 1" in rows["[long]"]
+    assert "kept in round 2" in rows["wings"]
+    assert "dropped: 0.100 in the last round, where 0.500 was kept" in rows["crown"]
+    assert rows["[long]"].count("█") == 20
+    assert rows["crown"].count("█") == 3
+    for expected in ("A dark seabird.", "train/albatross/3.jpg", "model: a model", "answer"):
+        assert expected in text
+
+
+@pytest.mark.usefixtures("wide")
+def test_show_a_selection_made_now(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "show", birds, "jay")
+    assert "nothing chosen yet" in text
+    text = run(capsys, "show", birds, "jay", "--top_k=1")
+    assert text.count("kept in round 1") == 1
+    assert text.count("dropped:") == 1
+    assert "shapes" in run(capsys, "show", "shapes")
+
+
+def test_show_what_is_not_there(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "lacks 1 class(es)" in run(capsys, "show", birds, "wren", status=1)
+    assert "cannot read the semantic bank" in run(capsys, "show", "none.json", status=1)
+
+
+def test_diff(birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = json.loads(json.dumps(BIRDS))
+    entry = other["classes"].pop("Sooty Albatross")
+    entry["attributes"] = ["dark wings", "a [long] bill", "a tail"]
+    entry["description"] = "A seabird."
+    other["classes"] |= {"sooty_albatross": entry, "wren": other["classes"]["jay"]}
+    del other["classes"]["jay"]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert run(capsys, "diff", birds, tmp_path / "other.json").splitlines() == [
+        "Sooty Albatross:",
+        "  + attribute 'a tail'",
+        "  ~ attributes reordered: 2, 1",
+        "  - description 'A dark seabird.'",
+        "  + description 'A seabird.'",
+        "- class 'jay'",
+        "+ class 'wren'",
+    ]
+    assert run(capsys, "diff", birds, birds).strip() == "no difference"
+
+
+def editor(tmp_path: Path, code: str) -> str:
+    script = tmp_path / "editor.py"
+    script.write_text(f"import json, sys\npath = sys.argv[1]\ntext = open(path).read()\n{code}\n")
+    return f"{sys.executable} {script}"
+
+
+@pytest.fixture
+def use_editor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.delenv("VISUAL", raising=False)
+
+    def use(code: str) -> None:
+        monkeypatch.setenv("EDITOR", editor(tmp_path, code))
+
+    return use
+
+
+def test_edit(birds: Path, use_editor: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    use_editor("open(path, 'w').write(text.replace('A loud bird.', 'A blue bird.'))")
+    assert "changed" in run(capsys, "edit", birds, "Jay")
+    content = json.loads(birds.read_text())
+    assert content["classes"]["jay"]["description"] == "A blue bird."
+    assert content["classes"]["Sooty Albatross"] == BIRDS["classes"]["Sooty Albatross"]
+    assert content["language"] == "en"  # what the library does not read stays too
+    before = birds.read_bytes()
+    use_editor("")
+    assert "no change" in run(capsys, "edit", birds, "jay")
+    assert birds.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("open(path, 'w').write(text[:-3])", "not valid JSON"),
+        ("open(path, 'w').write(text.replace('A loud bird.', ' '))", "has an empty description"),
+    ],
+)
+def test_an_invalid_edit_is_kept_aside(
+    birds: Path, use_editor: Any, capsys: pytest.CaptureFixture[str], code: str, message: str
+) -> None:
+    before = birds.read_bytes()
+    use_editor(code)
+    error = run(capsys, "edit", birds, "jay", status=1)
+    kept = birds.with_name("birds.jay.rejected.json")
+    assert message in error
+    assert str(kept) in error
+    assert birds.read_bytes() == before
+    # the next edit goes on from there, and tidies up
+    use_editor(
+        "assert 'blue wing' in text\n"
+        "new = {'attributes': ['blue wing'], 'description': 'A bird.'}\n"
+        "open(path, 'w').write(json.dumps(new))"
+    )
+    run(capsys, "edit", birds, "jay")
+    assert load_bank(birds).classes["jay"].description == "A bird."
+    assert not kept.exists()
+
+
+def test_an_edit_does_not_undo_what_others_wrote(
+    birds: Path, use_editor: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = json.dumps(BIRDS).replace("A loud bird.", "Changed meanwhile.")
+    use_editor(
+        f"open({str(birds)!r}, 'w').write({other!r})\n"
+        "open(path, 'w').write(text.replace('A loud bird.', 'Mine.'))"
+    )
+    assert "changed in the bank meanwhile" in run(capsys, "edit", birds, "jay", status=1)
+    assert load_bank(birds).classes["jay"].description == "Changed meanwhile."
+    assert "Mine." in birds.with_name("birds.jay.rejected.json").read_text()
+
+
+def test_edits_that_cannot_be(
+    birds: Path,
+    use_editor: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "comes with the package; copy" in run(capsys, "edit", "digits", "one", status=2)
+    use_editor("sys.exit(3)")
+    assert "ended with 3; nothing changed" in run(capsys, "edit", birds, "jay", status=2)
+    monkeypatch.setenv("EDITOR", "/no/such/editor")
+    assert "cannot start the editor" in run(capsys, "edit", birds, "jay", status=2)
+    assert json.loads(birds.read_text()) == BIRDS
+
+
+def test_encode(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "encode", birds, "--dim=32")
+    assert "6 of hashed-ngram, length 32 (6 encoded now)" in " ".join(text.split())
+    assert birds.with_suffix(".safetensors").exists()
+    birds.write_text(birds.read_text().replace("A loud bird.", "A blue bird."))
+    assert "(1 encoded now)" in run(capsys, "encode", birds, "--dim=32")
+    # with top-k: every candidate, and one template a class and round
+    text = run(capsys, "encode", birds, "--dim=32", "--top_k=2")
+    assert "12 of hashed-ngram" in " ".join(text.split())
+    assert "(0 encoded now)" in run(capsys, "encode", birds, "--dim=32", "--top_k=2")
+    assert "longer than the 77 words" in run(capsys, "encode", long_bank(birds), status=1)
+    with pytest.warns(UserWarning, match="longer than the 77 words"):
+        assert "cut         1 texts" in run(capsys, "encode", long_bank(birds), "--truncate")
+
+
+def test_a_stopped_encode_keeps_what_is_done(
+    birds: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, calls = HashedNGramEncoder.encode, []
+
+    def stops(self: HashedNGramEncoder, texts: Any) -> Any:
+        calls.append(texts)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, texts)
+
+    monkeypatch.setattr(bank_commands, "_BATCH", 2)
+    monkeypatch.setattr(HashedNGramEncoder, "encode", stops)
+    assert "interrupted" in run(capsys, "encode", birds, status=1)
+    assert "(2 encoded now)" in run(capsys, "encode", birds)
+
+
+def long_bank(birds: Path) -> Path:
+    path = birds.with_name("long.json")
+    path.write_text(birds.read_text().replace("A blue bird.", "bird " * 80))
+    return path
+
+
+def test_encode_with_a_model(
+    birds: Path, tiny_open_clip: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = run(capsys, "encode", birds, f"--encoder={tiny_open_clip}", "--device=cpu")
+    assert "open_clip:dvla-fast-tiny/sha256-" in text
+    assert "length 10 (6 encoded now)" in text
+
+
+def test_check_against_a_data_set(
+    birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, names in (("train", ["Sooty_Albatross", "jay"]), ("test", ["wren", "owl"])):
+        for name in names:
+            folder = tmp_path / "photos" / split / name
+            os.makedirs(folder)
+            for number in range(2):
+                Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / f"{number}.png")
+    assert main(["semantics", "check", str(birds)]) == 0
+    assert "no problems found" in capsys.readouterr().out
+    dataset = f"--data.dataset={tmp_path / 'photos'}"
+    assert main(["semantics", "check", str(birds), dataset]) == 1
+    captured = capsys.readouterr()
+    assert "lacks 2 class(es) of the data set: 'owl', 'wren'" in captured.out
+    assert "1 image(s) that the bank has seen are not in the data set" in captured.out
+    assert captured.err.count("error:") == 1
+    assert "no problems" in run(capsys, "check", "digits", "--data.dataset=digits")

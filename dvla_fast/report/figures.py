@@ -110,7 +110,19 @@ def _accuracy_part(title: str, found: Sequence[tuple[Run, dict[str, Any]]]) -> P
                 "episodes with these weights, not of training again.",
             )
         )
-    return Part(title, figures)
+    return Part(title, figures, [_over_checkpoints(run, result) for run, result in found])
+
+
+def _over_checkpoints(run: Run, result: dict[str, Any]) -> str:
+    """What several checkpoints of one evaluation say about training again; "" for a single one."""
+    found = (result.get("over_checkpoints") or {}).get(result.get("method"))
+    if not found or len(found.get("accuracies", ())) < 2:
+        return ""
+    values = ", ".join(f"{100 * value:.1f}" for value in found["accuracies"])
+    return (
+        f"{run.name}, over {len(found['accuracies'])} checkpoints: {100 * found['accuracy']:.2f} ± "
+        f"{100 * found['ci95']:.2f} % ({values}); this t interval speaks of training again."
+    )
 
 
 def _method(name: str, result: dict[str, Any]) -> str:
@@ -307,7 +319,7 @@ def _gates_by_class(
         f"α by class, {shot}-shot, {layer}",
         interval_chart(rows[:_MOST_CLASSES], "mean α", digits=3),
         "Mean α over the episodes that hold the class, with its 95 % interval; the axis covers the "
-        "values only. α is one number an episode, so a class shares it with the classes that it "
+        "values only. An episode counts with its mean α, so a class shares it with those that it "
         f"met.{note}",
     )
 

@@ -196,6 +196,27 @@ def test_foreign_text_stays_text(tmp_path: Path, page: Write) -> None:
     assert "&lt;/svg&gt;&lt;script&gt;" in html
 
 
+def test_several_checkpoints(tmp_path: Path, page: Write) -> None:
+    over = {"learned gate": {"accuracies": [0.7, 0.74], "accuracy": 0.72, "ci95": 0.254}}
+    run = write_evaluation(tmp_path / "two", 0.72, checkpoints=2, over_checkpoints=over)
+    edit(run / "summary.json", lambda s: s["results"][0].update(checkpoints=["a", "b"]))
+    html = page(run)
+    assert "two, over 2 checkpoints: 72.00 ± 25.40 % (70.0, 74.0)" in html
+    assert "from one training seed" not in html
+
+
+def test_leaks_are_said(tmp_path: Path, page: Write) -> None:
+    leaks = {"verdict": "leak", "seen_queries": 12, "queries": 6000}
+    html = page(write_evaluation(tmp_path / "run", 0.7, leaks=leaks))
+    assert "12 of 6000 queries are images that the texts were written from" in html
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("report", "compare"):
+        assert main([name, "--help"]) == 0
+        assert f"  dvla-fast {name} runs/result" in capsys.readouterr().out
+
+
 def test_published_numbers_are_quoted(tmp_path: Path, page: Write) -> None:
     run = write_evaluation(tmp_path / "mini", 0.7, dataset="miniImageNet", shot=1)
     html = page(run)

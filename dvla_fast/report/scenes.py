@@ -43,6 +43,7 @@ from dvla_fast.report.texts import ClassTexts, class_texts
 from dvla_fast.semantics import EncodedTexts
 
 _SIDE = 104  # pixels of a picture on the page
+_CLEAR = 1.5  # times even attention: what full colour stands for at least
 _WRONG, _RIGHT = 2, 2  # queries drawn of an episode
 
 
@@ -323,7 +324,7 @@ class _Studio:
     ) -> Look:
         """``place``: of the image among those that met text; ``own_text``: of its class alone."""
         weights = [layer.image[0, place].mean(0) for layer in found.layers]  # [P, N] each
-        limits = [(float(w.min()), float(w.max())) for w in weights]
+        limits = [_limits(w) for w in weights]
         per_class = weights[0].shape[0] // (1 if own_text else len(names))
         rows = []
         for label in shown:
@@ -388,6 +389,12 @@ def _checkpoint(run: Run) -> Path:
         if place.is_file():
             return place
     raise Missing(f"the checkpoint {named or 'of meta-tuning'} is not there.")
+
+
+def _limits(weights: Tensor) -> tuple[float, float]:
+    """Colour from even attention upwards; attention that is all but even gets hardly any."""
+    even = 1 / weights.shape[-1]
+    return even, max(float(weights.max()), _CLEAR * even)
 
 
 def _one_each(labels: list[int]) -> list[int]:

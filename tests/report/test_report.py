@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dvla_fast.cli import main
 from dvla_fast.report.published import benchmark, published_for
-from dvla_fast.report.scenes import _some
+from dvla_fast.report.scenes import _limits, _some
 from tests.engine.runs import write_evaluation
 
 Write = Callable[..., str]
@@ -96,7 +97,7 @@ def test_sound_run_is_shown_whole(demo: Path, page: Write) -> None:
 def test_chosen_episodes(demo: Path, page: Write) -> None:
     html = page(demo, options=("--shot=5", "--episodes=[3,99]"))
     assert re.findall(r'<h3 id="episode-(\d+)"', html) == ["3"]
-    assert "5-shot. Grey to yellow" in html
+    assert "5-shot. Grey: no more than even" in html
     assert "The list ends at episode 7" in html
 
 
@@ -241,6 +242,12 @@ def test_published_column(result: dict, column: str, first: float | None) -> Non
     assert found[0] == column
     assert (found[1][0].accuracy if found[1] else None) == first
     assert benchmark("tieredImageNet-84") == "tieredImageNet"
+
+
+def test_even_attention_has_no_colour() -> None:
+    """A pattern of a few hundredths must not look like one that means something."""
+    assert _limits(torch.full((3, 16), 1 / 16)) == pytest.approx((1 / 16, 1.5 / 16))
+    assert _limits(torch.eye(4)) == pytest.approx((0.25, 1.0))
 
 
 def test_wrong_queries_come_first_and_from_different_classes() -> None:

@@ -449,6 +449,7 @@ def _evaluate(config: Any) -> int:
     if "compared" in summary:
         print(f"\n{comparison_table(summary['compared'])}")
     print(f"\nsummary     {config.output}/summary.json")
+    print(f"page        dvla-fast report {config.output}")
     return 0
 
 

@@ -44,6 +44,7 @@ from dvla_fast.semantics import EncodedTexts
 
 _SIDE = 104  # pixels of a picture on the page
 _CLEAR = 1.5  # times even attention: what full colour stands for at least
+MOST_CLASSES, _SHOWN = 24, 4  # of the texts' part: classes, and images of each
 _WRONG, _RIGHT = 2, 2  # queries drawn of an episode
 
 
@@ -351,14 +352,27 @@ class _Studio:
     def _texts(self) -> list[ClassTexts]:
         """The texts of the split's classes, with a few of their images."""
         cards = []
-        for label, name in enumerate(self.images.class_names):
+        for label, name in enumerate(self.images.class_names[:MOST_CLASSES]):
             card = self.phrases.cards[name]
-            places = (self.images.labels == label).nonzero()[:4, 0]
-            card.images = [self._url(image, 64) for image in self.images.gather(places)]
+            shown = self._seen(card.seen)
+            card.drawn_seen = bool(shown)
+            if not shown:
+                places = (self.images.labels == label).nonzero()[:_SHOWN, 0]
+                shown = list(self.images.gather(places))
+            card.images = [self._url(image, 64) for image in shown]
             cards.append(card)
-            if len(cards) == MOST_CLASSES:
-                break
         return cards
+
+    def _seen(self, wanted: Sequence[str]) -> list[Tensor]:
+        """The images with these ids, a few of them, from whichever split has them."""
+        found: list[Tensor] = []
+        if not wanted:
+            return found
+        for images in (self.data.base, self.data.monitor, self.data.novel):
+            places = [place for place, name in enumerate(images.ids) if name in wanted]
+            if places:
+                found += list(images.gather(torch.tensor(places[:_SHOWN], device=images.device)))
+        return found[:_SHOWN]
 
     def _url(self, image: Tensor, side: int = _SIDE) -> str:
         """A picture (H, W, 3) uint8 or an image (C, H, W), as a JPEG data URL."""
@@ -369,9 +383,6 @@ class _Studio:
         stream = io.BytesIO()
         self.pillow.fromarray(image.contiguous().numpy()).save(stream, "JPEG", quality=84)
         return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-MOST_CLASSES = 24  # of the texts' part of the page
 
 
 def _checkpoint(run: Run) -> Path:

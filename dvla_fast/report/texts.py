@@ -38,9 +38,12 @@ class ShownCandidate:
 
 @dataclass
 class ClassTexts:
-    """One class's part of the page; ``seen``: ids of the images that its texts were written from.
+    """One class's part of the page.
 
-    ``recorded``: more than the chosen attributes is known.
+    Attributes:
+        recorded: more than the chosen attributes is known.
+        images: pictures (data URLs); ``drawn_seen``: they are those that the texts were written
+            from, whose ids are ``seen``, and not just some of the class.
     """
 
     name: str
@@ -49,6 +52,7 @@ class ClassTexts:
     recorded: bool
     images: list[str] = field(default_factory=list)
     seen: tuple[str, ...] = ()
+    drawn_seen: bool = False
 
     @property
     def dropped(self) -> int:

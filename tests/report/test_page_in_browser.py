@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,7 @@ def test_words_for_those_who_cannot_see(browser: Browser, html: Path) -> None:
     )
     assert levels[0] == 1
     assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
     ids = browser.evaluate("[...document.querySelectorAll('[id]')].map(item => item.id)")
     assert len(ids) == len(set(ids))
     links = json.loads(

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dvla_fast.cli import main
+from dvla_fast.data import load_digits
 from dvla_fast.report.published import benchmark, published_for
 from dvla_fast.report.scenes import _limits, _some
 from tests.engine.runs import write_evaluation
@@ -270,6 +271,7 @@ def test_candidates_of_a_bank(demo: Path, copied: Path, page: Write) -> None:
             {"text": "a furry tail", "scores": [0.11, 0.12]},
         ]
         entry["images"] = ["train/7.png"]
+    bank["classes"]["nine"]["images"] = list(load_digits().novel.ids[-2:])
     path = copied / "bank.json"
     path.write_text(json.dumps(bank))
     text = (copied / "config.yaml").read_text()
@@ -277,7 +279,8 @@ def test_candidates_of_a_bank(demo: Path, copied: Path, page: Write) -> None:
     html = page(copied)
     assert html.count("a furry tail <em>dropped</em>") == 5  # of the five novel classes
     assert 'title="by round: 0.110, 0.120"' in html
-    assert "Written from the images train/7.png" in html
+    assert "Written from 1 image(s) that this data set does not name: train/7.png" in html
+    assert html.count("that the texts were written from, nine") == 2
     assert "The bank holds no candidates" not in html
     assert "The bank holds no candidates" in page(demo)
 

@@ -108,6 +108,7 @@ setup(
             "semantics/prompts/*.txt",
             "semantics/*.json",
             "data/split_lists/*.json",
+            "report/assets/*",
         ],
         "dvla_fast.kernels.dual_attention": ["*.json"],
     },

@@ -139,6 +139,22 @@ the same command continues a build that was stopped: no answer is asked for twic
   dvla-fast evaluate --checkpoint SEED0.safetensors --checkpoints [SEED1.safetensors]
   dvla-fast evaluate --checkpoint TUNED.safetensors --compare runs/other-evaluation""",
     ),
+    "report": _Command(
+        "write one self-contained HTML page about runs",
+        "ReportRun",
+        """  dvla-fast report runs/result
+  dvla-fast report runs/backbone runs/tuned runs/result --output report.html
+  dvla-fast report runs/seed-0 runs/seed-1 --title "Two seeds" --text_only
+  dvla-fast report runs/result --shot 5 --episodes [0,17]""",
+    ),
+    "compare": _Command(
+        "say whether one evaluation is better than another, on the same episodes",
+        "CompareRun",
+        """  dvla-fast compare runs/result runs/other
+  dvla-fast compare runs/result runs/result --method_b "fixed gate"
+  dvla-fast compare a/seed-0,a/seed-1,a/seed-2 b/seed-0,b/seed-1,b/seed-2
+  dvla-fast compare runs/result runs/other --output comparison.json""",
+    ),
     "doctor": _Command("say what is installed, what runs here, and how to fix it", "", ""),
 }
 
@@ -474,6 +490,24 @@ def _evaluate(config: Any) -> int:
     if "compared" in summary:
         print(f"\n{comparison_table(summary['compared'])}")
     print(f"\nsummary     {config.output}/summary.json")
+    print(f"page        dvla-fast report {config.output}")
+    return 0
+
+
+def _report(config: Any) -> int:
+    from dvla_fast.report.page import run_report
+
+    done = run_report(config)
+    for line in done.notes:
+        print(f"note        {line}")
+    print(f"page        {done.path} ({done.bytes / 1e6:.1f} MB, {done.seconds:.0f} s)")
+    return 0
+
+
+def _compare(config: Any) -> int:
+    from dvla_fast.engine.compare import comparison_text, run_compare
+
+    print(comparison_text(run_compare(config), config.classes))
     return 0
 
 
@@ -491,4 +525,6 @@ _RUNNERS = {
     "pretrain": _pretrain,
     "metatune": _metatune,
     "evaluate": _evaluate,
+    "report": _report,
+    "compare": _compare,
 }

@@ -98,13 +98,22 @@ def add_to_tokens(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Softmax attention over (…, H, L, D); rows whose every key is masked give exactly 0."""
+    if mask is not None:
+        v = v.masked_fill(~mask[..., None, :, None], 0)  # whatever is there, NaN included
+    return attention_weights(q, k, mask, scale) @ v
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Softmax over the keys (…, H, L, D) of each query (…, H, P, D): (…, H, P, L).
+
+    mask (…, L), True = attend: masked keys get exactly 0, also in rows where all are masked.
+    """
     scores = q @ k.transpose(-2, -1) * scale
     if mask is None:
-        return torch.softmax(scores, dim=-1) @ v
-    v = v.masked_fill(~mask[..., None, :, None], 0)  # whatever is there, NaN included
+        return torch.softmax(scores, dim=-1)
     keep = mask[..., None, None, :]  # [..., 1, 1, L]
     weights = torch.softmax(scores.masked_fill(~keep, torch.finfo(scores.dtype).min), dim=-1)
-    return weights * keep @ v
+    return weights * keep
 
 
 def gate_state(

@@ -97,6 +97,19 @@ ELSEWHERE = {
     "python -m benchmarks.training --image-size 84": (
         "tests/test_benchmarks.py::benchmarks.training"
     ),
+    "dvla-fast report runs/backbone runs/tuned runs/result --output report.html": (
+        "tests/report/test_report.py::test_sound_run_is_shown_whole"
+    ),
+    "dvla-fast report runs/result --shot 5 --episodes [0,17]": (
+        "tests/report/test_report.py::test_chosen_episodes"
+    ),
+    "dvla-fast compare runs/result runs/second": "tests/engine/test_compare.py::test_command_line",
+    'dvla-fast compare runs/result runs/result --method_b "fixed gate"': (
+        "tests/engine/test_compare.py::--method_b"
+    ),
+    "dvla-fast compare a/seed-0,a/seed-1 b/seed-0,b/seed-1": (
+        "tests/engine/test_compare.py::test_several_seeds_a_side"
+    ),
     "dvla-fast metatune --resume --output runs/tuned": "tests/engine/test_resume.py::resume",
 }
 

@@ -356,6 +356,42 @@ class DataPrepare:
 
 
 @dataclass
+class ReportRun:
+    """Everything `dvla-fast report` does."""
+
+    runs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "run folders, of any command", "positional": "+"},
+    )
+    output: str = option("report.html", "HTML file to write")
+    title: str = option("", "title of the page; empty: the data sets' names")
+    shot: int = option(0, "which of an evaluation's shots to draw; 0: its first", 0)
+    episodes: list[int] = field(
+        default_factory=list,
+        metadata=about(
+            "episodes to draw, by number from 0; empty: the one with the lowest, median and "
+            "highest accuracy"
+        ),
+    )
+    text_only: bool = option(
+        False, "leave out what needs checkpoint and images: features, attention, supports"
+    )
+    device: str = option("cpu", "cpu, cuda, or auto: cuda where there is one")
+
+
+@dataclass
+class CompareRun:
+    """Everything `dvla-fast compare` does."""
+
+    run_a: str = positional("evaluation, or several of one recipe: RUN,RUN,...")
+    run_b: str = positional("evaluation, or several, of the same episodes")
+    method_a: str = option("", "recorded method of A, e.g. 'fixed gate'; empty: its main one")
+    method_b: str = option("", "recorded method of B; empty: its main one")
+    classes: int = option(10, "classes to list; 0: all", 0)
+    output: str = option("", "JSON file for the whole comparison; empty: none")
+
+
+@dataclass
 class SemanticsShow(TextOptions):
     """Everything `dvla-fast semantics show` does."""
 
@@ -604,9 +640,10 @@ def add_arguments(parser: Any, cls: Any, default: Any, prefix: str = "") -> None
         if is_dataclass(kind):
             nested.append((kind, value, f"{name}."))
         elif "positional" in item.metadata:
-            number = {"nargs": "?", "default": value} if item.metadata["positional"] == "?" else {}
+            number = {"?": {"nargs": "?", "default": value}, "+": {"nargs": "+", "type": str}}
+            given = number.get(item.metadata["positional"], {})
             text = item.metadata["help"]
-            group.add_argument(name, metavar=item.name.upper(), help=text, **number)
+            group.add_argument(name, metavar=item.name.upper(), help=text, **given)
         elif kind is bool and not prefix:  # --resume, --quick: plain switches
             group.add_argument(f"--{name}", action="store_true", default=value, help=text)
         else:
@@ -618,7 +655,7 @@ def add_arguments(parser: Any, cls: Any, default: Any, prefix: str = "") -> None
 
 def positionals(cls: Any) -> str:
     """Return the arguments of a configuration that have no dash, as a usage line shows them."""
-    shown = {"1": "{}", "?": "[{}]"}
+    shown = {"1": "{}", "?": "[{}]", "+": "{0} [{0} ...]"}
     kinds = [(item.name.upper(), item.metadata.get("positional")) for item in fields(cls)]
     return " ".join(shown[kind].format(name) for name, kind in kinds if kind)
 

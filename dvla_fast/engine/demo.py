@@ -37,6 +37,7 @@ from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import metatune
 from dvla_fast.engine.predict import FIXED, LEARNED, VISUAL
 from dvla_fast.engine.pretrain import pretrain
+from dvla_fast.engine.records import keep_record
 from dvla_fast.engine.statistics import INTERVAL, PAIRED_INTERVAL
 
 BEFORE = "visual prototypes, before meta-tuning"
@@ -97,10 +98,11 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
         results = []
         evaluation = Evaluation([Contender(best, backbones)], data, texts, settings, config.seed)
         for shot in settings.shots:
-            result, _ = evaluation.shot(shot, progress)
-            folder.log("evaluate", shot, accuracy=result["accuracy"], ci95=result["ci95"])
-            progress.note(f"{shot}-shot {result['accuracy']:.1%} ± {result['ci95']:.1%}")
+            result, record = evaluation.shot(shot, progress)
             results.append({**result, **_provenance(tuned, semantics, device)})
+            names = data.split(settings.split).class_names
+            keep_record(folder, results[-1], record, names)
+            progress.note(f"{shot}-shot {result['accuracy']:.1%} ± {result['ci95']:.1%}")
     summary: dict[str, Any] = {
         "command": "demo",
         "seconds": round(time.monotonic() - started, 1),

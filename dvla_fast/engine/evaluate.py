@@ -47,7 +47,7 @@ from dvla_fast.engine.records import (
     EpisodeRecord,
     check_comparable,
     compare_runs,
-    write_confusion,
+    keep_record,
 )
 from dvla_fast.engine.starting import published, published_visformer, trained_normalisation
 from dvla_fast.engine.statistics import (
@@ -163,6 +163,7 @@ class Evaluation:
             whole.classes,
             whole.query_labels,
             {name: torch.stack([each[name].predicted for each in found]) for name in found[0]},
+            _recorded_alphas(found),
         )
         result = {
             **identity(self.data, config, sampler),
@@ -178,6 +179,7 @@ class Evaluation:
         }
         if self.predictors[0] is not None:
             result["computed"] = self.predictors[0].plans
+            result["gated_layers"] = [list(pair) for pair in self.predictors[0].model.gated_layers]
         if len(found) > 1:
             result["over_checkpoints"] = {
                 name: checkpoint_interval(rows.double().mean(1).tolist())
@@ -202,6 +204,13 @@ class Evaluation:
         elif progress is not None:
             progress.advance(count)
         return found
+
+
+def _recorded_alphas(found: Sequence[Mapping[str, Predictions]]) -> Tensor | None:
+    """(K, n, L), or None without learned gates."""
+    alphas = [each[LEARNED].alphas for each in found if LEARNED in each]
+    kept = [values for values in alphas if values is not None]
+    return torch.stack(kept).float() if kept else None
 
 
 def _alphas(predictions: Predictions | None) -> dict[str, Any]:
@@ -346,7 +355,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
                     leaks, config.semantics.seen_images, seen, queries
                 )
                 _tell_leaks(results[-1]["leaks"], progress)
-            _keep(folder, results[-1], record, images.class_names)
+            keep_record(folder, results[-1], record, images.class_names)
             progress.note(
                 f"{shot}-shot {result['accuracy']:.2%} ± {result['ci95']:.2%} ({result['method']})"
             )
@@ -366,16 +375,6 @@ def _tell_leaks(leaks: Mapping[str, Any], progress: Progress) -> None:
             f"leak: {leaks['seen_queries']} of {leaks['queries']} queries are images that the "
             "texts were written from"
         )
-
-
-def _keep(
-    folder: RunFolder, result: dict[str, Any], record: EpisodeRecord, names: Sequence[str]
-) -> None:
-    """Write what one list of episodes leaves: metrics, predictions, per-class figures."""
-    shot = result["shot"]
-    folder.log("evaluate", shot, accuracy=result["accuracy"], ci95=result["ci95"])
-    folder.write_file(f"episodes-{shot}shot.npz", record.write)
-    write_confusion(folder, record, names, result)
 
 
 def _check_alike(paths: Sequence[str], infos: Sequence[Mapping[str, Any]]) -> None:

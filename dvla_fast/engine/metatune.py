@@ -365,6 +365,7 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
         "monitor_accuracy": max(row.get("monitor_accuracy", -1.0) for row in rows),
         "checkpoint": str(best),
         "started_from": started,
+        "gated_layers": [list(layer) for layer in model.gated_layers],
         "semantics": semantics,
         "device": str(device),
         "processes": processes.count,

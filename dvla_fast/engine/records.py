@@ -27,11 +27,18 @@ from dvla_fast.engine.statistics import (
 )
 from dvla_fast.errors import MissingDependencyError, OutputError
 
-# Two evaluations meet the same episodes when all of these agree.
-_SAME = (
-    *("dataset", "split", "split_sha256", "way", "shot", "query", "episodes"),
-    *("episodes_sha256",),
-)
+# Two evaluations meet the same episodes when all of these agree; what a difference means, in words.
+SAME_EPISODES = {
+    "dataset": "different data sets",
+    "split": "different splits",
+    "split_sha256": "splits of different classes or images",
+    "way": "different numbers of classes in an episode",
+    "shot": "different numbers of supports",
+    "query": "different numbers of queries",
+    "episodes": "different numbers of episodes",
+    "episodes_sha256": "different episode lists (another seed, or another kind of list)",
+}
+_COMMANDS = ("evaluate", "demo")  # whose folders hold records
 
 
 @dataclass(frozen=True)
@@ -42,11 +49,14 @@ class EpisodeRecord:
         classes: (n, way) int64, the split's class behind each episode label.
         labels: (n, Q) int64 in [0, way), the truth.
         predictions: method -> (K, n, Q) int64, for K checkpoints.
+        alphas: (K, n, L) float32, mean learned gate of each gated layer and episode; None without
+            learned gates, and in files of earlier versions.
     """
 
     classes: Tensor
     labels: Tensor
     predictions: dict[str, Tensor]
+    alphas: Tensor | None = None
 
     def accuracies(self, method: str) -> Tensor:
         """Accuracy of each episode (n,), the mean over checkpoints."""
@@ -58,6 +68,8 @@ class EpisodeRecord:
             f"predictions_{index}": predictions.short().numpy()
             for index, predictions in enumerate(self.predictions.values())
         }
+        if self.alphas is not None:
+            arrays["alphas"] = self.alphas.float().numpy()
         with open(path, "wb") as stream:
             np.savez_compressed(
                 stream,
@@ -82,11 +94,12 @@ class EpisodeRecord:
                     for index, name in enumerate(methods)
                 }
                 classes, labels = (torch.from_numpy(file[k]).long() for k in ("classes", "labels"))
+                alphas = torch.from_numpy(file["alphas"]) if "alphas" in file.files else None
         except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
             raise OutputError(
                 f"{path}: no readable predictions ({error}); run that evaluation again"
             ) from error
-        return cls(classes, labels, predictions)
+        return cls(classes, labels, predictions, alphas)
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
@@ -103,7 +116,7 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
             f"{folder}: no finished evaluation here ({path.name} is missing or damaged); give the "
             "--output folder of a `dvla-fast evaluate` run"
         ) from error
-    if not isinstance(summary, dict) or summary.get("command") != "evaluate":
+    if not isinstance(summary, dict) or summary.get("command") not in _COMMANDS:
         raise OutputError(f"{folder}: not a `dvla-fast evaluate` run; give the folder of one")
     return summary
 
@@ -124,7 +137,7 @@ def check_comparable(
             f"{sorted(result['shot'] for result in mine)}; compare runs that share a shot"
         )
     for first, second in pairs:
-        for key in _SAME:
+        for key in SAME_EPISODES:
             if key not in second or first[key] != second[key]:
                 raise OutputError(
                     f"{other}: other episodes than those of {name} ({first['shot']}-shot: {key} "
@@ -173,6 +186,16 @@ def comparison_table(compared: dict[str, Any]) -> str:
             f"  ({row['methods'][0]}, {row['methods'][1]})"
         )
     return "\n".join([*lines, compared["interval"]])
+
+
+def keep_record(
+    folder: RunFolder, result: dict[str, Any], record: EpisodeRecord, names: Sequence[str]
+) -> None:
+    """Write what one list of episodes leaves: metrics, predictions, per-class figures."""
+    shot = result["shot"]
+    folder.log("evaluate", shot, accuracy=result["accuracy"], ci95=result["ci95"])
+    folder.write_file(f"episodes-{shot}shot.npz", record.write)
+    write_confusion(folder, record, names, result)
 
 
 def write_confusion(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,6 +87,43 @@ def checkpoint_interval(accuracies: list[float]) -> dict[str, Any]:
     }
 
 
+def unpaired_difference(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
+    """Compare the accuracies of two groups of training runs by Welch's t test.
+
+    The interval and p speak of training again: each value is one run's accuracy.
+
+    Returns:
+        As :func:`paired_difference`.
+
+    Raises:
+        ValueError: fewer than two runs in a group, whose spread is then unknown.
+        MissingDependencyError: SciPy is not installed.
+    """
+    if min(len(first), len(second)) < 2:
+        raise ValueError(f"two or more runs a group, got {len(first)} and {len(second)}")
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    mean = float(a.mean() - b.mean())
+    if np.ptp(a) < 1e-9 and np.ptp(b) < 1e-9:
+        return {"difference": mean, "ci95": 0.0, "p_value": 1.0 if abs(mean) < 1e-9 else 0.0}
+    result = _stats().ttest_ind(a, b, equal_var=False)
+    low, high = result.confidence_interval(0.95)
+    return {"difference": mean, "ci95": float(high - low) / 2, "p_value": float(result.pvalue)}
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p-values for their number (Holm, 1979): the family-wise error stays below the level.
+
+    Returns:
+        Corrected p-values in the given order, at most 1.
+    """
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
 def require_scipy() -> None:
     """Raise MissingDependencyError now rather than after the episodes."""
     _stats()
@@ -139,6 +177,18 @@ def confusion(classes: Tensor, labels: Tensor, predictions: Tensor, count: int) 
     )
 
 
+def episode_class_accuracies(classes: Tensor, labels: Tensor, predictions: Tensor) -> Tensor:
+    """Share of a class's queries that were right in each episode, over all checkpoints: (n, way).
+
+    Arguments are those of :func:`confusion`.
+    """
+    models = predictions.reshape(-1, *labels.shape)
+    right = (models == labels).double().mean(0)  # (n, Q)
+    sums = torch.zeros(classes.shape, dtype=torch.float64).scatter_add_(1, labels, right)
+    numbers = torch.zeros_like(sums).scatter_add_(1, labels, torch.ones_like(right))
+    return sums / numbers
+
+
 def class_accuracies(
     classes: Tensor, labels: Tensor, predictions: Tensor, count: int
 ) -> list[dict[str, Any]]:
@@ -151,13 +201,8 @@ def class_accuracies(
         For each of the C classes ``episodes``, ``accuracy`` and ``ci95`` (None where no episode
         holds the class, or only one).
     """
-    models = predictions.reshape(-1, *labels.shape)
-    right = (models == labels).double().mean(0)  # (n, Q)
-    way = classes.shape[1]
-    sums = torch.zeros(classes.shape, dtype=torch.float64).scatter_add_(1, labels, right)
-    numbers = torch.zeros_like(sums).scatter_add_(1, labels, torch.ones_like(right))
-    values = (sums / numbers).flatten()  # (n * way,)
-    owner = classes.reshape(-1, way).flatten()
+    values = episode_class_accuracies(classes, labels, predictions).flatten()  # (n * way,)
+    owner = classes.flatten()
     rows = []
     for index in range(count):
         mine = values[owner == index]

@@ -17,7 +17,8 @@ from dvla_fast.nn.backbones import (
     visformer_tiny,
 )
 from dvla_fast.nn.dvla import DVLA, EpisodeOutput, LayerTrace, TextTokens
-from dvla_fast.nn.gate import GateOutput, RLAGate
+from dvla_fast.nn.explain import Explanation, LayerAttention, explain_episodes
+from dvla_fast.nn.gate import GateAttention, GateOutput, RLAGate
 from dvla_fast.nn.policy import (
     POLICIES,
     BetaPolicy,
@@ -40,12 +41,15 @@ __all__ = [
     "CategoricalPolicy",
     "ClipViT",
     "EpisodeOutput",
+    "Explanation",
     "FixedPolicy",
+    "GateAttention",
     "GateFn",
     "GateOutput",
     "GatePolicy",
     "GatedBackbone",
     "GatedTokens",
+    "LayerAttention",
     "LayerTrace",
     "Location",
     "MLPPolicy",
@@ -60,6 +64,7 @@ __all__ = [
     "build_policy",
     "clip_statistics",
     "clip_vit",
+    "explain_episodes",
     "frozen_policy",
     "has_small_stem",
     "prototype_logits",

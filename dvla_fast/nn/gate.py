@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dvla_fast import functional
+from dvla_fast import functional, reference
 from dvla_fast.nn.policy import PolicyStep, build_policy
 from dvla_fast.ops.gate_policy import check_groups_and_masks
 
@@ -35,6 +35,21 @@ class GateOutput(NamedTuple):
     """(A,): entropy of the policy; 0 for a replayed gate or a policy without chance."""
     state: Tensor
     """(A, 2·dim + 1): [GAP(H_v) ‖ GAP(H_t) ‖ cos(GAP(H_v), GAP(H_t))]."""
+
+
+class GateAttention(NamedTuple):
+    """Where a gate looks: the softmax weights of both its paths, and how it mixes them.
+
+    Weights are in the tokens' dtype, at least float32. Masked keys have weight 0, and so do the
+    rows of masked text tokens; all other rows sum to 1, or to 0 where every key is masked.
+    """
+
+    image: Tensor
+    """(B, H, P, N): attention of every text token over the image's tokens, head by head."""
+    text: Tensor
+    """(T, H, P, P): attention of every text token over its group's text tokens."""
+    alpha: Tensor
+    """(A,): the gate, the share of the image path; A as in :class:`GateOutput`."""
 
 
 class RLAGate(nn.Module):
@@ -177,6 +192,48 @@ class RLAGate(nn.Module):
         return GateOutput(
             updated, fused, step.alpha, step.action_logit, step.log_prob, step.entropy, state
         )
+
+    @torch.no_grad()
+    def explain(
+        self,
+        image_tokens: Tensor,
+        text_tokens: Tensor,
+        *,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        alpha: Tensor | float | None = None,
+        sample: bool | None = False,
+        generator: torch.Generator | None = None,
+        state_images: int | None = None,
+        episodes: int | None = None,
+    ) -> GateAttention:
+        """Compute the attention that :meth:`forward` mixes and never stores, and α.
+
+        Arguments are those of :meth:`forward`; by default α is the policy's mean. The weights take
+        B·H·P·N numbers of memory, which is what the fused forward avoids: ask for few images.
+
+        Raises:
+            TypeError, ValueError: as :meth:`forward`.
+        """
+        out = self.forward(
+            image_tokens, text_tokens, image_mask=image_mask, text_mask=text_mask, alpha=alpha,
+            sample=sample, generator=generator, state_images=state_images, episodes=episodes,
+        )  # fmt: skip
+        query, text_key, _ = self._heads(self.text_qkv(self.text_projection(text_tokens)), 3)
+        key, _ = self._heads(self.image_kv(image_tokens), 2)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        query, text_key, key = query.to(wide), text_key.to(wide), key.to(wide)
+        scale = query.shape[-1] ** -0.5
+        per_group = image_tokens.shape[0] // text_tokens.shape[0]
+        spread = query.repeat_interleave(per_group, 0)  # [B, H, P, D]
+        image = reference.attention_weights(spread, key, image_mask, scale)
+        text = reference.attention_weights(query, text_key, text_mask, scale)
+        if text_mask is not None:
+            rows = per_image(text_mask, image_tokens.shape[0])
+            assert rows is not None
+            image = image * rows[:, None, :, None]
+            text = text * text_mask[:, None, :, None]
+        return GateAttention(image, text, out.alpha)
 
     def _heads(self, stacked: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(X, L, parts·dim) -> parts views (X, H, L, D), no copy."""

@@ -1,0 +1,280 @@
+"""``dvla-fast compare``: two evaluations, or two groups of them, on the same episodes, in words.
+
+The difference is taken episode by episode (``engine.statistics``), so the spread of the episodes'
+difficulty cancels. With several runs a side (seeds), an episode's accuracy is the mean over them,
+and a second interval over runs says what training again would change.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvla_fast.engine.config import CompareRun, UsageError
+from dvla_fast.engine.records import SAME_EPISODES, EpisodeRecord, read_summary
+from dvla_fast.engine.statistics import (
+    PAIRED_INTERVAL,
+    episode_class_accuracies,
+    holm,
+    paired_difference,
+    require_scipy,
+    unpaired_difference,
+)
+from dvla_fast.errors import OutputError
+from dvla_fast.files import write_text_atomic
+
+LEVEL = 0.05
+
+
+class NotComparableError(OutputError):
+    """Two runs did not meet the same episodes, or lack what a comparison reads."""
+
+
+def difference_in_episodes(first: dict[str, Any], second: dict[str, Any]) -> str | None:
+    """Say why two results cannot be paired, in words; None when they met the same episodes."""
+    for key, words in SAME_EPISODES.items():
+        if key not in first or key not in second:
+            return f"{key} was not recorded"
+        if first[key] != second[key]:
+            shown = [_short(result[key]) for result in (first, second)]
+            seeds = [result.get("seed") for result in (first, second)]
+            if key == "episodes_sha256" and seeds[0] != seeds[1]:
+                return (
+                    f"different episode lists, because of different seeds ({seeds[0]} and"
+                    f" {seeds[1]})"
+                )
+            return f"{words} ({shown[0]} and {shown[1]})"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) > 40 else text
+
+
+def compare_groups(
+    first: Sequence[str], second: Sequence[str], methods: Sequence[str] = ("", "")
+) -> dict[str, Any]:
+    """Compare two groups of evaluation runs, shot by shot.
+
+    Args:
+        first, second: run folders; the runs of a group are of one recipe (seeds).
+        methods: recorded method of each group; empty: the runs' main method.
+
+    Returns:
+        ``{"a", "b", "interval", "results": [...]}``; a result has ``shot``, ``methods``,
+        ``accuracies``, ``difference`` (a minus b), ``ci95``, ``p_value``, ``checkpoints`` (of each
+        group), ``over_checkpoints`` (None with one checkpoint in a group), ``classes`` (each with
+        ``name``, ``episodes``, ``accuracies``, ``difference``, ``ci95``, ``p_value`` and
+        ``p_holm``, corrected for the number of classes), and ``verdict``.
+
+    Raises:
+        NotComparableError: no shot in common, other episodes, or a method that was not recorded.
+        OutputError: a folder holds no finished evaluation.
+    """
+    groups = [[(path, _by_shot(path)) for path in paths] for paths in (first, second)]
+    everyone = [run for group in groups for run in group]
+    shots = sorted(set.intersection(*(set(results) for _, results in everyone)))
+    if not shots:
+        raise NotComparableError(
+            "not comparable: no number of supports is in all runs ("
+            + "; ".join(f"{path}: {sorted(results)}" for path, results in everyone)
+            + ")"
+        )
+    reference, expected = everyone[0]
+    for path, results in everyone[1:]:
+        for shot in shots:
+            reason = difference_in_episodes(expected[shot], results[shot])
+            if reason:
+                raise NotComparableError(
+                    f"not comparable: {reference} and {path}: {reason}; a paired comparison needs "
+                    "the same data set, settings and episode list: evaluate one of the two again"
+                )
+    rows = [_compare_shot(shot, groups, methods) for shot in shots]
+    return {"a": list(first), "b": list(second), "interval": PAIRED_INTERVAL, "results": rows}
+
+
+def _by_shot(path: str) -> dict[int, dict[str, Any]]:
+    return {result["shot"]: result for result in read_summary(path)["results"]}
+
+
+def _compare_shot(
+    shot: int, groups: Sequence[Sequence[tuple[str, Any]]], methods: Sequence[str]
+) -> dict[str, Any]:
+    names, sides = [], []
+    for group, wanted in zip(groups, methods):
+        name = wanted or group[0][1][shot]["method"]
+        names.append(name)
+        sides.append([_record(path, shot, name) for path, _ in group])
+    values = [torch.stack([r.accuracies(n) for r in side]) for side, n in zip(sides, names)]
+    means = [rows.mean(0) for rows in values]
+    trained = [_checkpoint_accuracies(side, name) for side, name in zip(sides, names)]
+    several = min(map(len, trained)) > 1
+    row: dict[str, Any] = {
+        "shot": shot,
+        "way": groups[0][0][1][shot]["way"],
+        "episodes": len(means[0]),
+        "methods": names,
+        "accuracies": [mean.mean().item() for mean in means],
+        **paired_difference(means[0], means[1]),
+        "checkpoints": [len(found) for found in trained],
+        "over_checkpoints": unpaired_difference(*trained) if several else None,
+        "classes": _compare_classes(sides, names, _class_names(groups[0][0][0], shot)),
+    }
+    row["verdict"] = verdict(row)
+    return row
+
+
+def _record(path: str, shot: int, method: str) -> EpisodeRecord:
+    record = EpisodeRecord.read(Path(path) / f"episodes-{shot}shot.npz")
+    if method not in record.predictions:
+        raise NotComparableError(
+            f"not comparable: {path} holds no predictions of {method!r}; it has "
+            f"{', '.join(map(repr, record.predictions))}"
+        )
+    return record
+
+
+def _checkpoint_accuracies(side: Sequence[EpisodeRecord], method: str) -> list[float]:
+    found = []
+    for record in side:
+        right = record.predictions[method] == record.labels
+        found += right.double().mean((1, 2)).tolist()
+    return found
+
+
+def _class_names(path: str, shot: int) -> list[str] | None:
+    try:
+        content = json.loads((Path(path) / f"confusion-{shot}shot.json").read_text("utf-8"))
+        return [str(name) for name in content["classes"]]
+    except (OSError, ValueError, KeyError):
+        return None  # numbers will do
+
+
+def _compare_classes(
+    sides: Sequence[Sequence[EpisodeRecord]], methods: Sequence[str], names: list[str] | None
+) -> list[dict[str, Any]]:
+    tables: list[Tensor] = []
+    for side, method in zip(sides, methods):
+        parts = [episode_class_accuracies(r.classes, r.labels, r.predictions[method]) for r in side]
+        tables.append(torch.stack(parts).mean(0).flatten())
+    owner = sides[0][0].classes.flatten()
+    rows: list[dict[str, Any]] = []
+    for index in owner.unique().tolist():
+        mine = owner == index
+        first, second = tables[0][mine], tables[1][mine]
+        rows.append(
+            {
+                "name": names[index] if names and index < len(names) else f"class {index}",
+                "episodes": int(mine.sum()),
+                "accuracies": [first.mean().item(), second.mean().item()],
+                **paired_difference(first, second),
+            }
+        )
+    for row, corrected in zip(rows, holm([row["p_value"] for row in rows])):
+        row["p_holm"] = corrected
+    return rows
+
+
+def verdict(row: dict[str, Any], names: Sequence[str] = ("A", "B")) -> str:
+    """Say in one sentence what a paired difference shows.
+
+    Args:
+        row: with ``difference``, ``ci95`` and ``p_value``, in shares.
+        names: of the first and the second.
+    """
+    value, half, p = (row[key] for key in ("difference", "ci95", "p_value"))
+    sign = 1 if value >= 0 else -1
+    low, high = sorted((100 * sign * (value - half), 100 * sign * (value + half)))
+    evidence = f"95 % interval {low:.1f} to {high:.1f}, {_p(p)}"
+    if half == float("inf"):
+        return "no difference shown: one episode has no spread to judge by"
+    if p < LEVEL:
+        better, worse = names if value > 0 else reversed(names)
+        return f"{better} is better than {worse} by {100 * abs(value):.1f} points, {evidence}"
+    return (
+        f"no difference shown: {names[0]} - {names[1]} = {100 * value:+.1f} points, 95 % interval "
+        f"{100 * (value - half):+.1f} to {100 * (value + half):+.1f}, {_p(p)}"
+    )
+
+
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+
+
+def comparison_text(compared: dict[str, Any], classes: int = 10) -> str:
+    """Lay out the result of :func:`compare_groups` for a terminal.
+
+    Args:
+        classes: how many classes to list, those with the largest differences first; 0: all.
+    """
+    lines = [f"A  {', '.join(compared['a'])}", f"B  {', '.join(compared['b'])}"]
+    for row in compared["results"]:
+        first, second = (f"{100 * value:.2f} %" for value in row["accuracies"])
+        lines += [
+            "",
+            f"{row['way']}-way {row['shot']}-shot, {row['episodes']:,} episodes: "
+            f"A {first} ({row['methods'][0]}), B {second} ({row['methods'][1]})",
+            f"  {row['verdict']}",
+            f"  {_reach(row)}",
+            *_class_lines(row["classes"], classes),
+        ]
+    return "\n".join([*lines, "", compared["interval"]])
+
+
+def _reach(row: dict[str, Any]) -> str:
+    over = row["over_checkpoints"]
+    if over is None:
+        return (
+            "this speaks of more episodes with these weights, not of training again: "
+            f"{row['checkpoints'][0]} and {row['checkpoints'][1]} checkpoint(s)"
+        )
+    counts = f"{row['checkpoints'][0]} and {row['checkpoints'][1]} checkpoints, Welch's t test"
+    return f"over training runs ({counts}): {verdict(over)}"
+
+
+def _class_lines(rows: Sequence[dict[str, Any]], limit: int) -> list[str]:
+    ordered = sorted(rows, key=lambda row: -abs(row["difference"]))
+    shown = ordered[:limit] if limit else ordered
+    width = max((len(row["name"]) for row in shown), default=5)
+    lines = [f"  by class (p corrected for {len(rows)} classes, Holm):"]
+    for row in shown:
+        half = "" if row["ci95"] == float("inf") else f" ± {100 * row['ci95']:.1f}"
+        lines.append(
+            f"    {row['name']:<{width}}  {100 * row['accuracies'][0]:5.1f} - "
+            f"{100 * row['accuracies'][1]:5.1f} = {100 * row['difference']:+5.1f}{half}  "
+            f"{_p(row['p_holm'])}  ({row['episodes']} episodes)"
+        )
+    if len(shown) < len(rows):
+        lines.append(f"    and {len(rows) - len(shown)} more; --classes 0 lists all")
+    return lines
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: an unknown interval is null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def run_compare(config: CompareRun) -> dict[str, Any]:
+    """Do what ``dvla-fast compare`` does, and return the comparison."""
+    sides = [[part for part in given.split(",") if part] for given in (config.run_a, config.run_b)]
+    if not all(sides):
+        raise UsageError("compare needs two run folders: dvla-fast compare RUN_A RUN_B")
+    for side in sides:
+        if len(set(side)) < len(side):
+            raise UsageError(f"compare: the same run twice in {','.join(side)}; name each once")
+    require_scipy()
+    compared = compare_groups(sides[0], sides[1], methods=(config.method_a, config.method_b))
+    if config.output:
+        write_text_atomic(Path(config.output), json.dumps(_finite(compared), indent=2) + "\n")
+    return compared

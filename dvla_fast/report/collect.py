@@ -1,0 +1,264 @@
+"""Reading run folders for the report: whatever is there, and plain words for what is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dvla_fast.engine.compare import difference_in_episodes
+from dvla_fast.engine.logging import read_metrics
+from dvla_fast.engine.records import EpisodeRecord
+from dvla_fast.errors import OutputError
+
+STAGES = {"pretrain": "pre-training", "metatune": "meta-tuning"}
+
+
+@dataclass
+class Run:
+    """One run folder, as far as it can be read.
+
+    Attributes:
+        name: short, and no other run's.
+        kind: pretrain, metatune, evaluate, demo, or unknown.
+        config, summary: as saved; empty where missing.
+        metrics: stage -> rows, in order of steps.
+        results: of an evaluation or a demo, one for each shot.
+        records, class_names: by shot.
+        notes: what is missing or damaged.
+    """
+
+    path: Path
+    name: str
+    kind: str = "unknown"
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    records: dict[int, EpisodeRecord] = field(default_factory=dict)
+    class_names: dict[int, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set, or what the configuration calls it."""
+        return str(self.summary.get("dataset") or self.config.get("data", {}).get("dataset", ""))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run wrote its summary."""
+        return bool(self.summary)
+
+    def result(self, shot: int) -> dict[str, Any] | None:
+        """The result with this number of supports."""
+        return next((result for result in self.results if result.get("shot") == shot), None)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the gated layers, from wherever they are known."""
+        for source in (self.summary, *self.results):
+            if source.get("gated_layers"):
+                return [f"stage {stage}, block {block}" for stage, block in source["gated_layers"]]
+        pairs = self.config.get("model", {}).get("gated_layers") or []
+        if pairs:
+            return [f"stage {stage}, block {block}" for stage, block in pairs]
+        rows = [row for row in self.metrics.get("metatune", []) if "alpha_mean" in row]
+        return (
+            [f"gated layer {index + 1}" for index in range(len(rows[0]["alpha_mean"]))]
+            if (rows)
+            else []
+        )
+
+
+def read_runs(paths: Sequence[str]) -> tuple[list[Run], list[str]]:
+    """Read run folders, and say what is missing or not comparable.
+
+    Returns:
+        The runs that could be read, and notes about all of them, one sentence each.
+
+    Raises:
+        OutputError: none of the folders holds a run.
+    """
+    runs: list[Run] = []
+    notes: list[str] = []
+    for name, path in zip(_short_names(paths), map(Path, paths)):
+        run = _read_run(path, name)
+        if run is None:
+            notes.append(f"{path}: no run here (no config.yaml, metrics.jsonl or summary.json).")
+        else:
+            runs.append(run)
+            notes += [f"{run.name}: {note}" for note in run.notes]
+    if not runs:
+        raise OutputError(
+            f"{', '.join(map(str, paths))}: no run in any of these folders; give --output folders "
+            "of dvla-fast commands"
+        )
+    return runs, [*notes, *_comparability(runs)]
+
+
+def _short_names(paths: Sequence[str]) -> list[str]:
+    parts = [Path(path).resolve().parts for path in paths]
+    length = 1
+    longest = max(map(len, parts))
+    while len({part[-length:] for part in parts}) < len(set(parts)) and length < longest:
+        length += 1
+    return ["/".join(part[-length:]) for part in parts]
+
+
+def _read_run(path: Path, name: str) -> Run | None:
+    files = ("config.yaml", "metrics.jsonl", "summary.json")
+    if not any((path / file).is_file() for file in files):
+        return None
+    run = Run(path, name)
+    run.config = _config(run)
+    run.summary = _summary(run)
+    run.kind = _kind(run)
+    run.metrics = _metrics(run)
+    found = run.summary.get("results")
+    run.results = [r for r in found if isinstance(r, dict)] if isinstance(found, list) else []
+    _check_finished(run)
+    for result in run.results:
+        _read_record(run, result)
+        leaks = result.get("leaks") or {}
+        if leaks.get("verdict") == "leak":
+            run.notes.append(
+                f"{result.get('shot')}-shot: {leaks.get('seen_queries')} of {leaks.get('queries')} "
+                "queries are images that the texts were written from: the accuracy is too high."
+            )
+    return run
+
+
+def _config(run: Run) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        content = None
+    if isinstance(content, dict):
+        return content
+    run.notes.append("config.yaml is missing or damaged: its settings are not known.")
+    return {}
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    path = run.path / "summary.json"
+    if not path.exists():
+        return {}  # said by _check_finished
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if isinstance(content, dict):
+        return content
+    run.notes.append("summary.json is damaged: results are not shown.")
+    return {}
+
+
+def _kind(run: Run) -> str:
+    if run.summary.get("command") in ("pretrain", "metatune", "evaluate", "demo"):
+        return str(run.summary["command"])
+    parts = [key for key in ("pretrain", "metatune", "evaluate") if key in run.config]
+    if len(parts) == 3:
+        return "demo"
+    return parts[-1] if parts else "unknown"  # a metatune run has settings of pretrain too
+
+
+def _metrics(run: Run) -> dict[str, list[dict[str, Any]]]:
+    try:
+        rows = read_metrics(run.path)
+    except (OSError, ValueError):
+        run.notes.append("metrics.jsonl cannot be read: no curves.")
+        return {}
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if isinstance(row, dict) and "stage" in row and isinstance(row.get("step"), int):
+            stages.setdefault(str(row["stage"]), []).append(row)
+    for rows_of_stage in stages.values():
+        rows_of_stage.sort(key=lambda row: row["step"])
+    return stages
+
+
+def _check_finished(run: Run) -> None:
+    for stage, words in STAGES.items():
+        rows = run.metrics.get(stage, [])
+        planned = run.config.get(stage, {}).get("epochs")
+        mine = run.kind in (stage, "demo")
+        if mine and not rows:
+            run.notes.append(f"no epoch of {words} was logged: its curves are missing.")
+        elif mine and planned and rows[-1]["step"] < planned:
+            run.notes.append(
+                f"cut off half-way, or still going: {words} logged {rows[-1]['step']} of {planned}"
+                " epochs; figures show what there is."
+            )
+    if not run.finished and run.kind in ("evaluate", "demo"):
+        run.notes.append("no summary.json: the evaluation did not finish, so it has no result.")
+    elif not run.finished:
+        run.notes.append("no summary.json: the run did not finish.")
+
+
+def _read_record(run: Run, result: dict[str, Any]) -> None:
+    shot = result.get("shot")
+    if not isinstance(shot, int):
+        return
+    try:
+        run.records[shot] = EpisodeRecord.read(run.path / f"episodes-{shot}shot.npz")
+    except OutputError:
+        run.notes.append(
+            f"{shot}-shot: episodes-{shot}shot.npz is missing or damaged, so there are no paired "
+            "comparison, classes, confusion or single episodes for it."
+        )
+        return
+    if run.records[shot].alphas is None and "alpha" in result and result["alpha"]:
+        run.notes.append(
+            f"{shot}-shot: gates of single episodes were not recorded (an earlier version wrote "
+            "this run): evaluate again to see them."
+        )
+    try:
+        content = json.loads((run.path / f"confusion-{shot}shot.json").read_text("utf-8"))
+        run.class_names[shot] = [str(name) for name in content["classes"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        count = int(run.records[shot].classes.max()) + 1
+        run.class_names[shot] = [f"class {index}" for index in range(count)]
+        run.notes.append(f"{shot}-shot: class names were not found; numbers stand for them.")
+
+
+def _comparability(runs: Sequence[Run]) -> list[str]:
+    """Sentences about what must not be compared, and about a single seed."""
+    notes = []
+    datasets = sorted({run.dataset for run in runs if run.dataset})
+    if len(datasets) > 1:
+        notes.append(
+            f"The runs are of different data sets ({', '.join(datasets)}): their accuracies and "
+            "rewards cannot be compared with each other."
+        )
+    evaluated = [run for run in runs if run.results]
+    for shot in sorted({r["shot"] for run in evaluated for r in run.results if "shot" in r}):
+        holders = [(run, run.result(shot)) for run in evaluated if run.result(shot)]
+        first, reference = holders[0]
+        for run, result in holders[1:]:
+            reason = difference_in_episodes(reference or {}, result or {})
+            if reason and first.dataset == run.dataset:  # else it is said above
+                notes.append(
+                    f"{shot}-shot results of {first.name} and {run.name} are not comparable episode"
+                    f" by episode: {reason}."
+                )
+    if len(evaluated) == 1 or len({_seed(run) for run in evaluated}) == 1:
+        checkpoints = {path for run in evaluated for path in _checkpoints(run)}
+        if len(checkpoints) == 1:
+            notes.append(
+                "All results are of one checkpoint, from one training seed: intervals speak of "
+                "more episodes with these weights, not of training again."
+            )
+    return notes
+
+
+def _seed(run: Run) -> Any:
+    return run.summary.get("seed", run.config.get("seed"))
+
+
+def _checkpoints(run: Run) -> list[str]:
+    found = run.results[0].get("checkpoints") or [run.results[0].get("checkpoint", run.name)]
+    return [str(path) for path in found]

@@ -1,0 +1,152 @@
+"""Verdicts in words on paired runs, by class and over seeds, and the refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from scipy import stats
+
+from dvla_fast.cli import main
+from dvla_fast.engine.compare import NotComparableError, compare_groups, verdict
+from dvla_fast.engine.records import EpisodeRecord
+from dvla_fast.engine.statistics import holm, unpaired_difference
+from tests.engine.runs import CLASSES, write_evaluation
+
+
+def test_better_run_is_named(tmp_path: Path) -> None:
+    good, bad = (write_evaluation(tmp_path / n, r) for n, r in (("good", 0.7), ("bad", 0.6)))
+    row = compare_groups([str(good)], [str(bad)])["results"][0]
+    first, second = (EpisodeRecord.read(p / "episodes-1shot.npz") for p in (good, bad))
+    a, b = first.accuracies("learned gate"), second.accuracies("learned gate")
+    expected = stats.ttest_rel(a.numpy(), b.numpy())
+    assert row["difference"] == pytest.approx((a - b).mean().item())
+    assert row["p_value"] == pytest.approx(expected.pvalue)
+    assert row["verdict"].startswith("A is better than B by ")
+    assert "95 % interval" in row["verdict"]
+    back = compare_groups([str(bad)], [str(good)])["results"][0]
+    assert back["verdict"].startswith("B is better than A by ")
+    assert row["over_checkpoints"] is None
+
+
+def test_equal_runs_show_no_difference(tmp_path: Path) -> None:
+    one, two = (write_evaluation(tmp_path / name, 0.6) for name in ("one", "two"))
+    row = compare_groups([str(one)], [str(two)])["results"][0]
+    assert row["verdict"].startswith("no difference shown")
+
+
+@pytest.mark.parametrize(
+    ("value", "half", "p", "words"),
+    [
+        (0.013, 0.009, 0.004, "x is better than y by 1.3 points, 95 % interval 0.4 to 2.2,"),
+        (-0.02, 0.01, 1e-5, "y is better than x by 2.0 points, 95 % interval 1.0 to 3.0,"),
+        (0.002, 0.01, 0.7, "no difference shown: x - y = +0.2 points"),
+        (0.5, float("inf"), 1.0, "no difference shown: one episode"),
+    ],
+)  # fmt: skip
+def test_words(value: float, half: float, p: float, words: str) -> None:
+    row = {"difference": value, "ci95": half, "p_value": p}
+    text = verdict(row, ("x", "y"))
+    assert text.startswith(words)
+    assert half == float("inf") or text.endswith("p < 0.001" if p < 0.001 else f"p = {p}")
+
+
+def test_classes_are_paired_and_corrected(tmp_path: Path) -> None:
+    good, bad = (write_evaluation(tmp_path / n, r) for n, r in (("good", 0.7), ("bad", 0.6)))
+    rows = compare_groups([str(good)], [str(bad)])["results"][0]["classes"]
+    assert [row["name"] for row in rows] == CLASSES
+    record, other = (EpisodeRecord.read(p / "episodes-1shot.npz") for p in (good, bad))
+    holds = (record.classes == 2).any(1)  # "cat"
+    place = (record.classes[holds] == 2).long().argmax(1)
+    mine = record.labels[holds] == place[:, None]
+
+    def accuracy(found: EpisodeRecord) -> torch.Tensor:
+        right = found.predictions["learned gate"][0][holds] == found.labels[holds]
+        return (right & mine).sum(1) / mine.sum(1)
+
+    expected = accuracy(record) - accuracy(other)
+    assert rows[2]["episodes"] == int(holds.sum())
+    assert rows[2]["difference"] == pytest.approx(expected.mean().item())
+    assert all(row["p_holm"] >= row["p_value"] for row in rows)
+
+
+def test_several_seeds_a_side(tmp_path: Path) -> None:
+    """Episodes stay paired on the means; training again is judged by the spread of the runs."""
+    first = [str(write_evaluation(tmp_path / f"a{i}", 0.7 + 0.01 * i)) for i in range(3)]
+    second = [str(write_evaluation(tmp_path / f"b{i}", 0.6 + 0.01 * i)) for i in range(2)]
+    row = compare_groups(first, second)["results"][0]
+    assert row["checkpoints"] == [3, 2]
+    means = [
+        [EpisodeRecord.read(Path(p) / "episodes-1shot.npz").accuracies("learned gate").mean().item()
+         for p in group]
+        for group in (first, second)
+    ]  # fmt: skip
+    expected = stats.ttest_ind(*means, equal_var=False)
+    assert row["over_checkpoints"]["p_value"] == pytest.approx(expected.pvalue, rel=1e-6)
+    assert row["accuracies"] == pytest.approx([sum(m) / len(m) for m in means])
+
+
+def test_holm_is_the_step_down_procedure() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+    with pytest.raises(ValueError, match="two or more runs"):
+        unpaired_difference([0.5], [0.4, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dataset": "plants"}, "different data sets (animals and plants)"),
+        ({"episodes_sha256": "x", "seed": 3}, "because of different seeds (0 and 3)"),
+        ({"episodes_sha256": "x"}, "different episode lists"),
+        ({"query": 15}, "different numbers of queries (6 and 15)"),
+    ],
+)
+def test_other_episodes_are_refused(tmp_path: Path, changes: dict, reason: str) -> None:
+    one = write_evaluation(tmp_path / "one", 0.6)
+    two = write_evaluation(tmp_path / "two", 0.6, **changes)
+    with pytest.raises(NotComparableError, match="not comparable") as caught:
+        compare_groups([str(one)], [str(two)])
+    assert reason in str(caught.value)
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = (write_evaluation(tmp_path / n, r) for n, r in (("good", 0.7), ("bad", 0.6)))
+    output = tmp_path / "out.json"
+    assert main(["compare", str(good), str(bad), "--classes=2", f"--output={output}"]) == 0
+    text = capsys.readouterr().out
+    assert "A is better than B" in text
+    assert "and 4 more" in text
+    assert "not of training again" in text
+    saved = json.loads(output.read_text())
+    assert saved["results"][0]["verdict"] in text
+    assert main(["compare", str(good), str(good), "--method_b=visual prototypes"]) == 0
+    assert "visual prototypes" in capsys.readouterr().out
+    for arguments, status, words in (
+        ([str(good)], 2, "required: run_b"),
+        ([str(good), ","], 2, "two run folders"),
+        ([str(good), f"{bad},{bad}"], 2, "twice"),
+        ([str(good), str(tmp_path / "none")], 1, "no finished evaluation"),
+        ([str(good), str(bad), "--method_b=magic"], 1, "no predictions of 'magic'"),
+        ([str(good), str(write_evaluation(tmp_path / "5", 0.6, shot=5))], 1, "not comparable"),
+    ):
+        assert main(["compare", *arguments]) == status
+        assert words in capsys.readouterr().err
+
+
+def test_infinite_intervals_are_null_in_json(tmp_path: Path) -> None:
+    """JSON has no infinity, and readers other than Python's refuse it."""
+    one = write_evaluation(tmp_path / "one", 0.6)
+    record = EpisodeRecord.read(one / "episodes-1shot.npz")
+    assert record.alphas is not None
+    EpisodeRecord(
+        record.classes[:1],
+        record.labels[:1],
+        {name: found[:, :1] for name, found in record.predictions.items()},
+    ).write(one / "episodes-1shot.npz")
+    output = tmp_path / "out.json"
+    assert main(["compare", str(one), str(one), f"--output={output}"]) == 0
+    assert "Infinity" not in output.read_text()

@@ -1,0 +1,45 @@
+"""One small run with everything in it, and one browser, for the tests of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dvla_fast.cli import main
+from tests.report.browser import CHROMIUM, Browser
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """The models here are tiny: a second thread costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo run of a few seconds: both stages, evaluation, records and checkpoints."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    settings = (
+        *("--device=cpu", "--model.width=8", "--model.num_heads=4", "--model.hidden_dim=8"),
+        *("--pretrain.epochs=2", "--pretrain.batch_size=128", "--pretrain.warmup_epochs=1"),
+        *("--pretrain.validate_every=1", "--pretrain.validation_episodes=8"),
+        *("--metatune.epochs=3", "--metatune.steps_per_epoch=2", "--metatune.episodes_per_step=2"),
+        *("--metatune.query=3", "--metatune.validate_every=1", "--metatune.validation_episodes=4"),
+        *("--evaluate.episodes=8", "--evaluate.query=4", f"--output={folder}"),
+    )
+    assert main(["demo", *settings]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine: install Debian's package chromium")
+    with Browser() as found:
+        yield found

@@ -1,0 +1,300 @@
+"""The page's content: complete for a sound run, and plain about what is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dvla_fast.cli import main
+from dvla_fast.data import load_digits
+from dvla_fast.report.published import benchmark, published_for
+from dvla_fast.report.scenes import _limits, _some
+from tests.engine.runs import write_evaluation
+
+Write = Callable[..., str]
+
+
+class _Balanced(HTMLParser):
+    """Fails on a tag that is closed without having been opened."""
+
+    VOID = ("meta", "link", "img", "br", "path", "circle", "rect")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+
+@pytest.fixture
+def page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Write:
+    """Write a report of runs and return its HTML; whatever is wrong with them, the status is 0."""
+
+    def write(*runs: Path, options: tuple[str, ...] = ()) -> str:
+        output = tmp_path / "report.html"
+        assert main(["report", *map(str, runs), f"--output={output}", *options]) == 0
+        assert str(output) in capsys.readouterr().out
+        html = output.read_text(encoding="utf-8")
+        checked = _Balanced()
+        checked.feed(html)
+        assert not checked.open
+        return html
+
+    return write
+
+
+@pytest.fixture
+def copied(demo: Path, tmp_path: Path) -> Path:
+    """The demo run, free to be damaged."""
+    return Path(shutil.copytree(demo, tmp_path / "run"))
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def lose_checkpoint(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    edit(run / "summary.json", lambda summary: summary.update(checkpoint="gone.safetensors"))
+
+
+def test_sound_run_is_shown_whole(demo: Path, page: Write) -> None:
+    html = page(demo)
+    for title in (
+        *("Accuracy", "Paired differences", "Pre-training: loss", "Meta-tuning: accuracy"),
+        *("Gate α over training", "α by episode, 1-shot, stage 2", "Reward", "Parts of the reward"),
+        *("Advantage", "Entropy of the policy", "Variance of the policy gradient"),
+        *("Confusion, 5-shot", "Accuracy by class", "Features before fusion"),
+        *("Features after fusion", "the lowest accuracy of all", "Settings of demo"),
+    ):
+        assert title in html, title
+    assert "No published numbers are known" in html
+    assert "from one training seed" in html
+    summary = json.loads((demo / "summary.json").read_text())
+    assert f"{100 * summary['accuracy']:.2f} ± {100 * summary['ci95']:.2f}" in html
+    assert html.count('class="points') >= 4
+    assert len(re.findall(r"Attention of “", html)) > 40
+    assert "http:" not in html
+    assert "https:" not in html
+    assert len(html) < 3_000_000
+
+
+def test_chosen_episodes(demo: Path, page: Write) -> None:
+    html = page(demo, options=("--shot=5", "--episodes=[3,99]"))
+    assert re.findall(r'<h3 id="episode-(\d+)"', html) == ["3"]
+    assert "5-shot. Grey: no more than even" in html
+    assert "The list ends at episode 7" in html
+
+
+def test_pictures_can_be_left_out(demo: Path, page: Write) -> None:
+    html = page(demo, options=("--text_only", "--title=A & B"))
+    assert "<title>A &amp; B</title>" in html
+    assert "Features before fusion" not in html
+    assert "were left out" in html
+
+
+def test_run_cut_off_half_way(copied: Path, page: Write) -> None:
+    (copied / "summary.json").unlink()
+    lines = (copied / "metrics.jsonl").read_text().splitlines()
+    rows = [line for line in lines if '"evaluate"' not in line and '"step": 3' not in line]
+    (copied / "metrics.jsonl").write_text("\n".join(rows) + '\n{"stage": "meta')
+    for path in copied.glob("*.npz"):
+        path.unlink()
+    html = page(copied)
+    assert "cut off half-way, or still going: meta-tuning logged 2 of 3 epochs" in html
+    assert "the evaluation did not finish" in html
+    assert "Meta-tuning: loss" in html
+    assert "No run has a finished evaluation" in html
+    assert "one of the first of the list" in html  # episodes can be drawn without a record
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda run: lose_checkpoint(run), "the checkpoint gone.safetensors is not there"),
+        (lambda run: (run / "episodes-1shot.npz").write_bytes(b"PK"), "missing or damaged"),
+        (lambda run: (run / "confusion-1shot.json").unlink(), "class names were not found"),
+        (lambda run: (run / "summary.json").write_text("{"), "summary.json is damaged"),
+        (lambda run: (run / "config.yaml").write_text("a: ["), "config.yaml is missing or damaged"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "no epoch of meta-tuning was logged"),
+        (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\xfe"), "metrics.jsonl cannot be"),
+    ],
+)
+def test_damaged_runs(
+    copied: Path, page: Write, damage: Callable[[Path], object], words: str
+) -> None:
+    damage(copied)
+    assert words in page(copied)
+
+
+def test_missing_images(copied: Path, page: Write) -> None:
+    text = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(text.replace("dataset: digits", "dataset: /no/such/place"))
+    html = page(copied)
+    assert "Features and attention of run are missing: /no/such/place" in html
+    assert "See the notes at the top" in html
+    assert "Reward" in html
+
+
+def test_other_images_than_the_runs(copied: Path, page: Write) -> None:
+    """Episodes are drawn only if the images there give the episodes that the run met."""
+
+    def change(summary: Any) -> None:
+        summary["results"][0]["episodes_sha256"] = "0" * 64
+
+    edit(copied / "summary.json", change)
+    assert "give other episodes than the run met" in page(copied)
+
+
+def test_runs_that_cannot_be_compared(tmp_path: Path, page: Write) -> None:
+    one = write_evaluation(tmp_path / "one", 0.7)
+    two = write_evaluation(tmp_path / "two", 0.6)
+    other = write_evaluation(tmp_path / "other", 0.6, seed=4)
+    plants = write_evaluation(tmp_path / "plants", 0.6, dataset="plants")
+    html = page(one, two, other, plants, tmp_path / "none")
+    assert "one is better than two by" in html
+    assert "one and other are not comparable episode by episode: different episode lists" in html
+    assert "The runs are of different data sets (animals, plants)" in html
+    assert "none: no run here" in html
+    assert "α by class, 1-shot, stage 2, block 1" in html  # six classes, five an episode
+    assert "is not there" in html  # the checkpoints
+
+
+def test_nothing_to_show_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write_evaluation(tmp_path / "one", 0.7)
+    for arguments, status, words in (
+        ([str(tmp_path / "none")], 1, "no run in any of these"),
+        ([], 2, "runs"),
+        ([str(one), f"--output={tmp_path / 'no' / 'report.html'}"], 1, "folder that exists"),
+        ([str(one), "--episodes=[-1]"], 2, "numbered from 0"),
+    ):
+        assert main(["report", *arguments]) == status
+        assert words in capsys.readouterr().err
+
+
+def test_foreign_text_stays_text(tmp_path: Path, page: Write) -> None:
+    run = write_evaluation(tmp_path / "<b>run&amp;", 0.7, dataset="<script>alert(1)</script>")
+    names = ["</svg><script>", '"quoted"', "a&b", "d", "e", "f"]
+    edit(run / "confusion-1shot.json", lambda content: content.update(classes=names))
+    html = page(run)
+    assert html.count("<script>") == 1
+    assert "&lt;script&gt;alert(1)" in html
+    assert "&lt;/svg&gt;&lt;script&gt;" in html
+
+
+def test_several_checkpoints(tmp_path: Path, page: Write) -> None:
+    over = {"learned gate": {"accuracies": [0.7, 0.74], "accuracy": 0.72, "ci95": 0.254}}
+    run = write_evaluation(tmp_path / "two", 0.72, checkpoints=2, over_checkpoints=over)
+    edit(run / "summary.json", lambda s: s["results"][0].update(checkpoints=["a", "b"]))
+    html = page(run)
+    assert "two, over 2 checkpoints: 72.00 ± 25.40 % (70.0, 74.0)" in html
+    assert "from one training seed" not in html
+
+
+def test_leaks_are_said(tmp_path: Path, page: Write) -> None:
+    leaks = {"verdict": "leak", "seen_queries": 12, "queries": 6000}
+    html = page(write_evaluation(tmp_path / "run", 0.7, leaks=leaks))
+    assert "12 of 6000 queries are images that the texts were written from" in html
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("report", "compare"):
+        assert main([name, "--help"]) == 0
+        assert f"  dvla-fast {name} runs/result" in capsys.readouterr().out
+
+
+def test_published_numbers_are_quoted(tmp_path: Path, page: Write) -> None:
+    run = write_evaluation(tmp_path / "mini", 0.7, dataset="miniImageNet", shot=1)
+    html = page(run)
+    assert "published: DVLA-RL, ICLR 2026, arXiv 2602.00795" in html
+    assert "81.69 ± 0.36" in html
+    assert "quoted as theirs" in html
+
+
+@pytest.mark.parametrize(
+    ("result", "column", "first"),
+    [
+        ({"dataset": "CUB_200_2011", "trained_on": "CUB_200_2011"}, "CUB", 91.93),
+        ({"dataset": "cub-224", "trained_on": "mini_imagenet"}, "miniImageNet to CUB", 59.07),
+        ({"dataset": "cubes"}, "", None),
+        ({"dataset": "digits"}, "", None),
+        ({"dataset": "cub", "shot": 3}, "", None),
+        ({"dataset": "cub", "split": "monitor"}, "", None),
+    ],
+)
+def test_published_column(result: dict, column: str, first: float | None) -> None:
+    found = published_for({"way": 5, "shot": 1, "split": "novel", **result})
+    assert found[0] == column
+    assert (found[1][0].accuracy if found[1] else None) == first
+    assert benchmark("tieredImageNet-84") == "tieredImageNet"
+
+
+def test_even_attention_has_no_colour() -> None:
+    """A pattern of a few hundredths must not look like one that means something."""
+    assert _limits(torch.full((3, 16), 1 / 16)) == pytest.approx((1 / 16, 1.5 / 16))
+    assert _limits(torch.eye(4)) == pytest.approx((0.25, 1.0))
+
+
+def test_wrong_queries_come_first_and_from_different_classes() -> None:
+    right = [True, False, False, True, False]
+    assert _some(right, [0, 0, 1, 2, 0]) == [1, 2, 3, 0]
+    assert _some([True, True], [0, 0]) == [0, 1]
+    assert _some([False] * 3, [0, 0, 0]) == [0, 1]
+
+
+def test_candidates_of_a_bank(demo: Path, copied: Path, page: Write) -> None:
+    """Kept and dropped proposals with their scores, from the bank or from the run's selection."""
+    bank = json.loads(
+        (Path(__file__).parents[2] / "dvla_fast/semantics/banks/digits.json").read_text()
+    )
+    bank["format"] = "dvla-fast-bank/2"
+    for entry in bank["classes"].values():
+        chosen = entry["attributes"]
+        entry["candidates"] = [
+            *({"text": text, "scores": [0.5 - 0.01 * i]} for i, text in enumerate(chosen)),
+            {"text": "a furry tail", "scores": [0.11, 0.12]},
+        ]
+        entry["images"] = ["train/7.png"]
+    bank["classes"]["nine"]["images"] = list(load_digits().novel.ids[-2:])
+    path = copied / "bank.json"
+    path.write_text(json.dumps(bank))
+    text = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(text.replace("bank: digits", f"bank: {path}"))
+    html = page(copied)
+    assert html.count("a furry tail <em>dropped</em>") == 5  # of the five novel classes
+    assert 'title="by round: 0.110, 0.120"' in html
+    assert "Written from 1 image(s) that this data set does not name: train/7.png" in html
+    assert html.count("that the texts were written from, nine") == 2
+    assert "The bank holds no candidates" not in html
+    assert "The bank holds no candidates" in page(demo)
+
+
+def test_supports_are_drawn_where_queries_see_no_text(
+    demo: Path, copied: Path, page: Write
+) -> None:
+    from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
+
+    best = copied / "checkpoints" / "metatune-best.safetensors"
+    tensors, info = load_checkpoint(best, ("metatune",))
+    info["model"]["text_scope"], info["model"]["alpha_scope"] = "class", "image"
+    save_checkpoint(best, {name: tensor.clone() for name, tensor in tensors.items()}, info)
+    html = page(copied)
+    assert "queries see no text, so the supports are drawn" in html
+    assert "support of one" in html
+    assert "(the answer)" not in html

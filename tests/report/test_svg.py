@@ -1,0 +1,75 @@
+"""The chart functions: well-formed, complete, and safe with any text and any number."""
+
+from __future__ import annotations
+
+import math
+from xml.etree import ElementTree
+
+import pytest
+
+from dvla_fast.report.svg import (
+    Interval,
+    Line,
+    Mark,
+    bounds,
+    heatmap,
+    interval_chart,
+    line_chart,
+    number,
+    scatter,
+    ticks,
+)
+
+
+def parse(svg: str) -> ElementTree.Element:
+    assert "nan" not in svg.lower().replace("meaning", "")
+    assert "inf" not in svg.lower().replace("information", "")
+    return ElementTree.fromstring(svg)
+
+
+@pytest.mark.parametrize("points", [[(1, 0.5)], [(1, 0.0), (2, 0.0)], [(1, 1e-9), (800, 1e9)]])
+def test_line_chart(points: list[tuple[float, float]]) -> None:
+    root = parse(line_chart([Line("a <b> & c", points)], "epoch", "loss"))
+    assert "a <b> & c" in root.attrib["aria-label"]
+    assert root.find("path[@class='line c0']") is not None
+
+
+def test_gaps_and_many_points() -> None:
+    points = [(float(i), math.nan if i == 500 else math.sin(i)) for i in range(5000)]
+    svg = line_chart([Line("a", points, band=[(x, y - 1, y + 1) for x, y in points])], "x", "y")
+    parse(svg)
+    assert len(svg) < 30_000
+
+
+def test_interval_chart_shows_numbers() -> None:
+    rows = [Interval("mine", 81.234, 0.36), Interval("alone", -3.0), Interval("one", 5, math.inf)]
+    root = parse(interval_chart(rows, "accuracy, %"))
+    texts = ["".join(item.itertext()) for item in root.iter("text")]
+    assert "81.23 ± 0.36" in texts
+    assert "−3.00" in texts
+    assert "5.00" in texts
+
+
+def test_scatter_and_heatmap() -> None:
+    marks = [
+        Mark("a", [(0, 0), (1, 1)]),
+        Mark("b", [(0, 1)], 1, "cross"),
+        Mark("c", [(1, 0)], 2, "star"),
+    ]
+    root = parse(scatter(marks))
+    assert {item.attrib["class"] for item in root.iter("path")} == {
+        "points c0", "cross c1", "star c2",
+    }  # fmt: skip
+    root = parse(heatmap([[0.9, 0.1], [math.nan, 1.0]], ["<x>", "y"], "confusion"))
+    assert [item.attrib["class"] for item in root.iter("rect")] == ["hit", "miss", "void", "hit"]
+    parse(heatmap([[0.5] * 40] * 40, [f"class {i}" for i in range(40)], "large"))
+
+
+def test_ticks_and_numbers() -> None:
+    assert ticks(0, 1, 4) == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
+    assert ticks(43.7, 46.1, 4) == pytest.approx([44, 45, 46])
+    assert number(-0.5) == "−0.5"
+    assert number(2.4e-5) == "2.4e-5"
+    low, high = bounds([3.0, 3.0, math.nan])
+    assert low < 3.0 < high
+    assert bounds([]) == (0.0, 1.0)

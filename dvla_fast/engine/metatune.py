@@ -48,7 +48,6 @@ from dvla_fast.nn import DVLA
 from dvla_fast.rl import collapsed_layers, total_loss
 from dvla_fast.semantics import EncodedTexts
 
-
 _MAPS_MIB = 8192  # the default of evaluate.cache_mib
 
 

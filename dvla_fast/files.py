@@ -46,7 +46,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """Return a value as JSON that any reader takes: NaN and infinity, which JSON lacks, are null."""
+    """Return a value as JSON that any reader takes: NaN and infinity, which it lacks, are null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 

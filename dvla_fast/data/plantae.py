@@ -64,8 +64,8 @@ def derive(counts: Mapping[str, int], known: Mapping[str, str]) -> tuple[dict[st
                 if known[key] not in free:
                     raise DataError(
                         f"Plantae: class {key!r} with {counts[key]} images is published as "
-                        f"{known[key]}, but the rule puts it elsewhere; these are not all images of "
-                        "iNaturalist 2018 (train_val2018/Plantae)"
+                        f"{known[key]}, but the rule puts it elsewhere; these are not all "
+                        "images of iNaturalist 2018 (train_val2018/Plantae)"
                     )
                 free.remove(known[key])
                 result[key] = known[key]

@@ -1,4 +1,4 @@
-"""Data sets that are published as pickles, one a split: miniImageNet, CIFAR-FS, FC100, tieredImageNet.
+"""Data sets published as pickles, one a split: miniImageNet, CIFAR-FS, FC100, tieredImageNet.
 
 The layouts follow the public programs that read them: kjunelee/MetaOptNet (``data/``) for CIFAR-FS,
 FC100 and miniImageNet, renmengye/few-shot-ssl-public (``fewshot/data/tiered_imagenet.py`` and
@@ -47,9 +47,11 @@ def pickled_splits(root: Path) -> Found | None:
     for form, (name, parts) in _FORMS.items():
         files = {split: root / form.format(part) for split, part in parts.items()}
         if files["train"].is_file() or files["test"].is_file():
-            break
-    else:
-        return None
+            return _one_a_split(name, files)
+    return None
+
+
+def _one_a_split(name: str, files: Mapping[str, Path]) -> Found:
     found = Found(f"{name} pickles", {}, reduced=name == "miniImageNet")
     for split, path in files.items():
         if not path.is_file():
@@ -64,7 +66,7 @@ def _pickled(path: Path, name: str) -> tuple[Any, dict[str, References]]:
     try:
         if "image_data" in content:
             array = np.asarray(content["image_data"])
-            classes = {
+            classes: dict[str, References] = {
                 str(key): [int(i) for i in rows] for key, rows in content["class_dict"].items()
             }
         else:
@@ -73,7 +75,11 @@ def _pickled(path: Path, name: str) -> tuple[Any, dict[str, References]]:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{path}: not a {name} pickle ({error!r}); get it again") from error
     _check_images(path, array)
-    if any(not 0 <= row < len(array) for rows in classes.values() for row in rows):
+    if any(
+        isinstance(row, Path) or not 0 <= row < len(array)
+        for rows in classes.values()
+        for row in rows
+    ):
         raise DataError(f"{path}: class_dict points outside the {len(array)} images; get it again")
     return array, dict(sorted(classes.items()))
 
@@ -182,18 +188,26 @@ def _png_images(path: Path) -> Any:
     content = load_pickle(path)
     if not isinstance(content, list | tuple) or not content:
         raise DataError(f"{path}: not a list of PNG images; get it again")
-    Image = pillow()
-    images: NDArray[np.uint8] | None = None
-    for row, item in enumerate(content):
-        try:
-            data = item if isinstance(item, bytes) else np.asarray(item, dtype=np.uint8).tobytes()
-            with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-                pixels = np.asarray(image.convert("RGB"))
-            if images is None:
-                images = np.empty((len(content), *pixels.shape), np.uint8)
-            images[row] = pixels
-        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+    first = _png(path, content, 0)
+    images = np.empty((len(content), *first.shape), np.uint8)
+    for row in range(len(content)):
+        pixels = _png(path, content, row)
+        if pixels.shape != first.shape:
             raise DataError(
-                f"{path}: cannot read image {row} of {len(content)} ({error}); get it again"
-            ) from error
+                f"{path}: image {row} is {pixels.shape}, the first {first.shape}; get it again"
+            )
+        images[row] = pixels
     return images
+
+
+def _png(path: Path, content: Any, row: int) -> NDArray[np.uint8]:
+    Image = pillow()
+    item = content[row]
+    try:
+        data = item if isinstance(item, bytes) else np.asarray(item, dtype=np.uint8).tobytes()
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path}: cannot read image {row} of {len(content)} ({error}); get it again"
+        ) from error

@@ -328,7 +328,8 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
             results.append({**result, **facts, **_versions()})
             _keep(folder, results[-1], record, images.class_names)
             progress.note(
-                f"{shot}-shot {result['accuracy']:.2%} ± {points(result['ci95'])} % ({result['method']})"
+                f"{shot}-shot {result['accuracy']:.2%} ± {points(result['ci95'])} % "
+                f"({result['method']})"
             )
     # The fields of the first shot stand at the top; all of them are in "results".
     summary = {"command": "evaluate", **results[0], "results": results}

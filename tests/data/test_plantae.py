@@ -40,7 +40,7 @@ def test_ties_follow_what_is_published() -> None:
     assert known.items() <= found.items()
     with pytest.raises(DataError, match=r"class 'c\d+' with .* published as val"):
         derive(counts, {"c228": "val", "c229": "val"})
-    with pytest.raises(DataError, match="1 published class.* not among the 200 largest"):
+    with pytest.raises(DataError, match=r"1 published class.* not among the 200 largest"):
         derive(counts, {"c000": "train"})
 
 

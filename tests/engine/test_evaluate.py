@@ -319,7 +319,7 @@ def test_comparing_two_runs(
 def test_one_episode_has_no_interval(
     backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every file is JSON as the standard has it, which knows no infinity; readers take the nulls."""
+    """Every file is JSON by the standard, which knows no infinity; readers take the nulls."""
 
     def strict(text: str) -> Any:
         return json.loads(text, parse_constant=lambda name: pytest.fail(name))

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from dvla_fast.data.decode import is_image
-from dvla_fast.data.listing import Found, References
+from dvla_fast.data.listing import Found, References, within
 from dvla_fast.data.pickles import load_pickle
-from dvla_fast.data.splits import SPLITS, load_split_list
+from dvla_fast.data.split_pickles import pickled_splits, tiered_imagenet_pickles
+from dvla_fast.data.splits import load_split_list
 from dvla_fast.errors import DataError, MissingDependencyError
 
 
@@ -58,7 +59,8 @@ def cub(root: Path) -> Found | None:
                 f"{folder / 'image_class_labels.txt'}: no class for image {number} ({file}); "
                 "extract the archive again"
             )
-        classes[key].append(folder / "images" / file)
+        path = folder / "images" / file
+        classes[key].append(within(folder, path, folder / "images.txt"))
     _all_there(folder / "images.txt", [path for files in classes.values() for path in files])
     return Found("CUB_200_2011 as published", {"": classes}, where={"": str(folder)})
 
@@ -103,7 +105,7 @@ def stanford_cars(root: Path) -> Found | None:
     for file, label, _ in files:
         if not 1 <= label <= len(names):
             raise DataError(f"{path}: class {label} of {file.name} is unknown; get the file again")
-        classes[names[label - 1]].append(file)
+        classes[names[label - 1]].append(within(root, file, path))
     _all_there(path, [file for file, _, _ in files])
     parts = {"cars_train": frozenset(file for file, _, test in files if not test)}
     incomplete = ""
@@ -171,63 +173,6 @@ def cifar100(root: Path) -> Found | None:
     return Found("CIFAR-100 python pickles", {"": classes}, {"": array}, where={"": str(folder)})
 
 
-def mini_imagenet_pickles(root: Path) -> Found | None:
-    """miniImageNet as 84-pixel pickles.
-
-    ``mini-imagenet-cache-{train,val,test}.pkl`` with image_data and class_dict, or
-    ``miniImageNet_category_split_{train_phase_train,val,test}.pickle`` (MetaOptNet) with data,
-    labels and catname2label.
-    """
-    forms = {
-        "mini-imagenet-cache-{}.pkl": dict(zip(SPLITS, SPLITS)),
-        "miniImageNet_category_split_{}.pickle": {
-            "train": "train_phase_train",
-            "val": "val",
-            "test": "test",
-        },
-    }
-    for form, parts in forms.items():
-        files = {split: root / form.format(part) for split, part in parts.items()}
-        if files["train"].is_file() or files["test"].is_file():
-            break
-    else:
-        return None
-    found = Found("miniImageNet pickles", {}, reduced=True)
-    for split, path in files.items():
-        if not path.is_file():
-            raise DataError(f"{path}: missing beside the other splits' pickles; restore it")
-        found.arrays[split], found.classes[split] = _mini_imagenet(path)
-        found.where[split] = str(path)
-    return found
-
-
-def _mini_imagenet(path: Path) -> tuple[Any, dict[str, References]]:
-    content = load_pickle(path)
-    try:
-        if "image_data" in content:
-            array = np.asarray(content["image_data"])
-            classes = {
-                str(key): [int(i) for i in rows] for key, rows in content["class_dict"].items()
-            }
-        else:
-            array = np.asarray(content["data"])
-            labels = np.asarray(content["labels"])
-            classes = {
-                str(key): np.flatnonzero(labels == label).tolist()
-                for key, label in content["catname2label"].items()
-            }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: not a miniImageNet pickle ({error!r}); get it again") from error
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-        raise DataError(
-            f"{path}: images must be uint8 (N, H, W, 3), got {array.dtype} "
-            f"{array.shape}; get it again"
-        )
-    if any(not 0 <= row < len(array) for rows in classes.values() for row in rows):
-        raise DataError(f"{path}: class_dict points outside the {len(array)} images; get it again")
-    return array, dict(sorted(classes.items()))
-
-
 def chestx(root: Path) -> Found | None:
     """ChestX-ray8/14 (Wang et al., 2017): Data_Entry_2017*.csv over images*/, as BSCD-FSL uses it.
 
@@ -272,6 +217,7 @@ RECOGNISERS: tuple[Callable[[Path], Found | None], ...] = (
     cub,
     stanford_cars,
     cifar100,
-    mini_imagenet_pickles,
+    pickled_splits,
+    tiered_imagenet_pickles,
     chestx,
 )

@@ -223,7 +223,7 @@ class _Builder:
                 entry = self._chunk(start, pool)
                 # The images must be on the disk before the record that says so.
                 os.fdatasync(self.fd)
-                journal.write(json.dumps(entry) + "\n")
+                journal.write(json.dumps(entry, allow_nan=False) + "\n")
                 journal.flush()
                 os.fsync(journal.fileno())
                 self.done[start] = entry
@@ -282,7 +282,7 @@ class _Builder:
         index["sha256"] = self._compact(keep)
         index["index_sha256"] = _index_checksum(index)
         with open(self.partial / _INDEX, "w", encoding="utf-8") as stream:
-            json.dump(index, stream)
+            json.dump(index, stream, allow_nan=False)
             stream.flush()
             os.fsync(stream.fileno())
         os.rename(self.partial, self.output)

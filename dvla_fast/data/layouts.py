@@ -16,7 +16,7 @@ import numpy as np
 
 from dvla_fast.data import archives
 from dvla_fast.data.decode import IMAGE_SUFFIXES, is_image
-from dvla_fast.data.listing import Found, Listing, References, Split
+from dvla_fast.data.listing import Found, Listing, References, Split, within
 from dvla_fast.data.splits import (
     SPLITS,
     SplitList,
@@ -130,21 +130,31 @@ def _csv_lists(root: Path) -> Found | None:
         return None
     rows = {split: _csv_rows(path) for split, path in files.items()}
     where = {split: str(path) for split, path in files.items()}
-    return Found("CSV lists over a folder of images", _resolve(root, rows), where=where)
+    classes = _resolve(root, rows, files)
+    return Found("CSV lists over a folder of images", classes, where=where)
 
 
 def _csv_rows(path: Path) -> list[tuple[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             lines = [row for row in csv.reader(stream) if row]
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: no list in UTF-8 ({error}); save it as UTF-8") from error
     if lines and lines[0][:2] == ["filename", "label"]:
         lines = lines[1:]
-    bad = next((row for row in lines if len(row) < 2), None)
+    bad = next((row for row in lines if not all(map(_is_name, (*row, "")[:2]))), None)
     if bad is not None or not lines:
-        raise DataError(f"{path}: expected lines of filename,label, got {bad or 'none'}")
+        got = f"{bad!r:.200}" if bad else "none"
+        raise DataError(f"{path}: expected lines of filename,label, got {got}")
     return [(row[0], row[1]) for row in lines]
+
+
+def _is_name(text: str) -> bool:
+    return (
+        bool(text.strip())
+        and all(len(part.encode("utf-8", "replace")) <= 255 for part in text.split("/"))
+        and len(text) <= 2000
+    )
 
 
 def _json_lists(root: Path) -> Found | None:
@@ -154,20 +164,22 @@ def _json_lists(root: Path) -> Found | None:
         return None
     rows = {split: _json_rows(path) for split, path in files.items()}
     where = {split: str(path) for split, path in files.items()}
-    return Found("JSON lists of images", _resolve(root, rows), where=where)
+    return Found("JSON lists of images", _resolve(root, rows, files), where=where)
 
 
 def _json_rows(path: Path) -> list[tuple[str, str]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         labels, numbers = content["label_names"], content["image_labels"]
+        images = content["image_names"]
+        if not all(isinstance(items, list) for items in (labels, numbers, images)):
+            raise TypeError("one of them is no list")
+        if not all(isinstance(name, str) and _is_name(name) for name in (*labels, *images)):
+            raise TypeError("a name is no text, empty or longer than a path can be")
         if not numbers or min(numbers) < 0:
             raise ValueError("no images, or a negative label")
-        return [
-            (image, str(labels[label]))
-            for image, label in zip(content["image_names"], numbers, strict=True)
-        ]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        return [(image, labels[label]) for image, label in zip(images, numbers, strict=True)]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise DataError(
             f"{path}: expected the lists label_names, image_names and image_labels "
             f"({error!r}); make it again with the script that made it"
@@ -175,7 +187,7 @@ def _json_rows(path: Path) -> list[tuple[str, str]]:
 
 
 def _resolve(
-    root: Path, rows: Mapping[str, list[tuple[str, str]]]
+    root: Path, rows: Mapping[str, list[tuple[str, str]]], files: Mapping[str, Path]
 ) -> dict[str, Mapping[str, References]]:
     """Find the listed files: as named, under root, under images/, or in their class's folder."""
     first, label = next(iter(rows.values()))[0]
@@ -192,7 +204,7 @@ def _resolve(
     for split, pairs in rows.items():
         classes[split] = {}
         for name, label in pairs:
-            path = form(name, label)
+            path = within(root, form(name, label), files[split])
             place = f"{split}, class {label!r}"
             known = os.path.normpath(path)
             if known in seen:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from dvla_fast.errors import DataError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -16,6 +19,23 @@ if TYPE_CHECKING:
 
 # The images of one class: files, or row numbers of an array of decoded images.
 References = Sequence[Path] | Sequence[int]
+
+
+def within(root: Path, path: Path, table: Path) -> Path:
+    """Return a path that a list names, if it stays below the data set's folder.
+
+    Judged by the names alone: a link that lies below the folder may point elsewhere.
+
+    Raises:
+        DataError: ``..`` or an absolute path lead out of ``root``.
+    """
+    place = Path(os.path.abspath(path))
+    if place.is_relative_to(os.path.abspath(root)) or place.is_relative_to(root.resolve()):
+        return path
+    raise DataError(
+        f"{table}: names {str(path)!r}, outside of {root}; correct the list, or put the images (or "
+        "a link to their folder) below it"
+    )
 
 
 @dataclass(frozen=True)

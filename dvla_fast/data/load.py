@@ -82,12 +82,23 @@ def _check_memory(listing: Listing, image_size: int) -> None:
 def _decode_split(split: Split, image_size: int) -> ImageSet:
     images = np.empty((len(split), 3, image_size, image_size), dtype=np.uint8)
 
+    bad: dict[int, str] = {}
+
     def fill(index: int) -> None:
-        images[index] = decode(split.source(index), image_size)
+        try:
+            images[index] = decode(split.source(index), image_size)
+        except DataError as error:
+            bad[index] = str(error)
 
     with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
         for _ in pool.map(fill, range(len(split))):
             pass
+    if bad:
+        raise DataError(
+            f"{bad[min(bad)]} ({len(bad)} of {len(split)} images of {split.where} cannot be read; "
+            "'dvla-fast data check' names all, 'dvla-fast data prepare --skip_unreadable' makes a "
+            "cache without them)"
+        )
     labels = torch.from_numpy(split.labels)
     return ImageSet(split.where, torch.from_numpy(images), labels, split.names)
 

@@ -15,9 +15,11 @@ antialiased, and image i of a class is the same whatever else is drawn.
 from __future__ import annotations
 
 import colorsys
+import functools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter, eq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +125,12 @@ def make_classes(count: int = 120, seed: int = 0, hallucinations: int = 3) -> Sh
         raise DataError(f"shapes: classes must be 20 to 300, got {count}")
     if not 0 <= hallucinations <= 6:
         raise DataError(f"shapes: hallucinations must be 0 to 6, got {hallucinations}")
+    made = _made_classes(count, seed, hallucinations)
+    return replace(made, splits=dict(made.splits))  # the caller's own; all else cannot change
+
+
+@functools.lru_cache(maxsize=8)
+def _made_classes(count: int, seed: int, hallucinations: int) -> ShapesData:
     rng = _stream(seed, 0, 0)
     classes: list[ShapeClass] = []
     while len(classes) < count:
@@ -365,10 +373,13 @@ def _neighbour(known: Sequence[ShapeClass], rng: np.random.Generator) -> ShapeCl
     new = ShapeClass(**values)
     if new.number == "two" and new.arrangement == "circle":
         return None  # two objects are a row, however they stand
-    alike = max(
-        (sum(a == b for a, b in zip(astuple(new), astuple(old))) for old in known), default=0
-    )
+    mine = _attributes(new)
+    alike = max((sum(map(eq, mine, _attributes(old))) for old in known), default=0)
     return new if alike <= len(_VALUES) - 2 else None
+
+
+# dataclasses.astuple copies deeply, which took most of the time of make_classes
+_attributes = attrgetter(*(field.name for field in fields(ShapeClass)))
 
 
 def _names(count: int, rng: np.random.Generator) -> tuple[str, ...]:

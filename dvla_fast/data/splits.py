@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,28 +94,70 @@ def load_split_list(name: str) -> SplitList:
     return _read(path)
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _maps_to(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 10_000
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 200
+
+
+# The fields of a list besides its splits, each with what it must be.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("name", "dataset", "title", "part"), (_is_name, "a text of at most 200 characters")
+    ),
+    **dict.fromkeys(("published", "notes"), (_is_text, "a text")),
+    "source": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "texts"),
+    "names": (_maps_to(_is_name), "an object of a readable name for each class"),
+    **dict.fromkeys(
+        ("images_per_split", "images_per_class", "expected_classes"),
+        (_maps_to(_is_count), "an object of numbers"),
+    ),
+    **dict.fromkeys(("first_images", "images_each_class"), (_is_count, "a number")),
+}
+
+
 def _read(path: Path) -> SplitList:
     form = 'expected {"splits": {"train": [class, ...], "val": [...], "test": [...]}}'
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot read this split list ({error}); {form}") from error
     splits = content.get("splits") if isinstance(content, dict) else None
     if not isinstance(splits, dict) or not set(splits) <= set(SPLITS):
         raise DataError(f"{path}: not a split list; {form}")
     if content.get("format", FORMAT) != FORMAT:
-        raise DataError(f"{path}: split format {content['format']!r} is unknown; {form}")
+        raise DataError(f"{path}: split format {content['format']!r:.80} is unknown; {form}")
+    for name, (fits, expected) in _FIELDS.items():
+        if name in content and not fits(content[name]):
+            raise DataError(f"{path}: {name!r} must be {expected}, got {content[name]!r:.80}")
     where: dict[str, str] = {}
     for split, keys in splits.items():
-        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        if not isinstance(keys, list) or not all(map(_is_name, keys)):
             raise DataError(f"{path}: {split!r} is not a list of class names; {form}")
         for key in keys:
+            if not key.strip() or ".." in Path(key).parts or Path(key).is_absolute():
+                raise DataError(
+                    f"{path}: {key!r} in {split!r} is no class name; give the names of the class "
+                    "folders, without a path"
+                )
             if key in where:
                 raise DataError(
                     f"{path}: class {key!r} is listed in {where[key]} and again in {split}; keep "
                     "each class once, in one split"
                 )
             where[key] = split
+    if not where:
+        raise DataError(f"{path}: lists no class; {form}")
     per_class = content.get("images_per_class", {})
     if "images_each_class" in content:
         per_class = dict.fromkeys(where, content["images_each_class"])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dvla_fast.errors import CheckpointError, MissingDependencyError, TrainingError
-from dvla_fast.files import write_atomic, write_text_atomic
+from dvla_fast.files import json_text, write_atomic, write_text_atomic
 
 FORMAT = "dvla-fast-checkpoint/1"
 
@@ -60,7 +60,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str
                 "checkpoint is kept: lower the learning rate and continue with --resume"
             )
     content = {**info, "format": FORMAT, "tensors_sha256": _digest(host)}
-    description = json.dumps(content)
+    description = json_text(content)
     write_atomic(
         path,
         lambda temporary: safetensors.torch.save_file(
@@ -68,7 +68,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str
         ),
     )
     readable = {key: value for key, value in content.items() if key != "resume"}
-    write_text_atomic(path.with_suffix(".json"), json.dumps(readable, indent=2) + "\n")
+    write_text_atomic(path.with_suffix(".json"), json_text(readable, indent=2) + "\n")
 
 
 def load_checkpoint(

@@ -8,7 +8,6 @@ and a second interval over runs says what training again would change.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ from dvla_fast.engine.statistics import (
     episode_class_accuracies,
     holm,
     paired_difference,
+    points,
     require_scipy,
     unpaired_difference,
 )
 from dvla_fast.errors import OutputError
-from dvla_fast.files import write_text_atomic
+from dvla_fast.files import json_text, write_text_atomic
 
 LEVEL = 0.05
 
@@ -175,9 +175,11 @@ def _compare_classes(
                 "episodes": int(mine.sum()),
                 "accuracies": [first.mean().item(), second.mean().item()],
                 **paired_difference(first, second),
+                "p_holm": None,
             }
         )
-    for row, corrected in zip(rows, holm([row["p_value"] for row in rows])):
+    tested = [row for row in rows if row["p_value"] is not None]  # one episode tells no spread
+    for row, corrected in zip(tested, holm([row["p_value"] for row in tested])):
         row["p_holm"] = corrected
     return rows
 
@@ -190,11 +192,11 @@ def verdict(row: dict[str, Any], names: Sequence[str] = ("A", "B")) -> str:
         names: of the first and the second.
     """
     value, half, p = (row[key] for key in ("difference", "ci95", "p_value"))
+    if half is None:
+        return "no difference shown: one episode has no spread to judge by"
     sign = 1 if value >= 0 else -1
     low, high = sorted((100 * sign * (value - half), 100 * sign * (value + half)))
     evidence = f"95 % interval {low:.1f} to {high:.1f}, {_p(p)}"
-    if half == float("inf"):
-        return "no difference shown: one episode has no spread to judge by"
     if p < LEVEL:
         better, worse = names if value > 0 else reversed(names)
         return f"{better} is better than {worse} by {100 * abs(value):.1f} points, {evidence}"
@@ -204,7 +206,9 @@ def verdict(row: dict[str, Any], names: Sequence[str] = ("A", "B")) -> str:
     )
 
 
-def _p(value: float) -> str:
+def _p(value: float | None) -> str:
+    if value is None:
+        return "p n/a"
     return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
 
 
@@ -245,7 +249,7 @@ def _class_lines(rows: Sequence[dict[str, Any]], limit: int) -> list[str]:
     width = max((len(row["name"]) for row in shown), default=5)
     lines = [f"  by class (p corrected for {len(rows)} classes, Holm):"]
     for row in shown:
-        half = "" if row["ci95"] == float("inf") else f" ± {100 * row['ci95']:.1f}"
+        half = "" if row["ci95"] is None else f" ± {points(row['ci95'], 1)}"
         lines.append(
             f"    {row['name']:<{width}}  {100 * row['accuracies'][0]:5.1f} - "
             f"{100 * row['accuracies'][1]:5.1f} = {100 * row['difference']:+5.1f}{half}  "
@@ -254,15 +258,6 @@ def _class_lines(rows: Sequence[dict[str, Any]], limit: int) -> list[str]:
     if len(shown) < len(rows):
         lines.append(f"    and {len(rows) - len(shown)} more; --classes 0 lists all")
     return lines
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: an unknown interval is null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run_compare(config: CompareRun) -> dict[str, Any]:
@@ -276,5 +271,5 @@ def run_compare(config: CompareRun) -> dict[str, Any]:
     require_scipy()
     compared = compare_groups(sides[0], sides[1], methods=(config.method_a, config.method_b))
     if config.output:
-        write_text_atomic(Path(config.output), json.dumps(_finite(compared), indent=2) + "\n")
+        write_text_atomic(Path(config.output), json_text(compared, 2) + "\n")
     return compared

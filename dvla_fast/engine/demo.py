@@ -38,7 +38,7 @@ from dvla_fast.engine.metatune import metatune
 from dvla_fast.engine.predict import FIXED, LEARNED, VISUAL
 from dvla_fast.engine.pretrain import pretrain
 from dvla_fast.engine.records import keep_record
-from dvla_fast.engine.statistics import INTERVAL, PAIRED_INTERVAL
+from dvla_fast.engine.statistics import INTERVAL, PAIRED_INTERVAL, points
 
 BEFORE = "visual prototypes, before meta-tuning"
 # Shares of the time that the stages take, for the overall progress bar (measured on 2 cores).
@@ -102,7 +102,7 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
             results.append({**result, **_provenance(tuned, semantics, device)})
             names = data.split(settings.split).class_names
             keep_record(folder, results[-1], record, names)
-            progress.note(f"{shot}-shot {result['accuracy']:.1%} ± {result['ci95']:.1%}")
+            progress.note(f"{shot}-shot {result['accuracy']:.1%} ± {points(result['ci95'], 1)} %")
     summary: dict[str, Any] = {
         "command": "demo",
         "seconds": round(time.monotonic() - started, 1),
@@ -163,4 +163,4 @@ def result_table(results: list[dict[str, Any]]) -> str:
 
 def _cell(value: dict[str, float], key: str) -> str:
     sign = "+" if key == "difference" else ""
-    return f"{100 * value[key]:{sign}.2f} ± {100 * value['ci95']:.2f}"
+    return f"{100 * value[key]:{sign}.2f} ± {points(value['ci95'])}"

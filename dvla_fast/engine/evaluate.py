@@ -56,6 +56,7 @@ from dvla_fast.engine.statistics import (
     checkpoint_interval,
     mean_interval,
     paired_difference,
+    points,
     require_scipy,
 )
 from dvla_fast.errors import CheckpointError
@@ -357,7 +358,8 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
                 _tell_leaks(results[-1]["leaks"], progress)
             keep_record(folder, results[-1], record, images.class_names)
             progress.note(
-                f"{shot}-shot {result['accuracy']:.2%} ± {result['ci95']:.2%} ({result['method']})"
+                f"{shot}-shot {result['accuracy']:.2%} ± {points(result['ci95'])} % "
+                f"({result['method']})"
             )
     # The fields of the first shot stand at the top; all of them are in "results".
     summary = {"command": "evaluate", **results[0], "results": results}

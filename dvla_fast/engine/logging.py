@@ -19,7 +19,7 @@ from typing import Any
 from dvla_fast.engine.config import differences
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.errors import MissingDependencyError, OutputError
-from dvla_fast.files import write_atomic, write_text_atomic
+from dvla_fast.files import json_text, write_atomic, write_text_atomic
 
 # What may differ between a run and its continuation.
 _FREE_KEYS = ("output", "resume")
@@ -113,7 +113,7 @@ class RunFolder:
             return
         row = {"stage": stage, "step": step, **values}
         with self._metrics.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+            stream.write(json_text(row) + "\n")
         figures = {}
         for key, value in values.items():
             for index, item in enumerate(value if isinstance(value, list) else [value]):
@@ -136,7 +136,7 @@ class RunFolder:
         if not self.writes or not self._metrics.exists():
             return
         rows = [row for row in self.rows() if row["stage"] != stage or row["step"] <= last_step]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
+        text = "".join(json_text(row) + "\n" for row in rows)
         write_text_atomic(self._metrics, text)
 
     def write_summary(self, summary: dict[str, Any]) -> Path:
@@ -144,7 +144,7 @@ class RunFolder:
         path = self.path / "summary.json"
         if not self.writes:
             return path
-        write_text_atomic(path, json.dumps(summary, indent=2) + "\n")
+        write_text_atomic(path, json_text(summary, indent=2) + "\n")
         return path
 
     def write_file(self, name: str, write: Any) -> Path:

@@ -39,6 +39,7 @@ from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
 from dvla_fast.engine.logging import Progress, RunFolder, open_folder
+from dvla_fast.engine.memory import free_mib
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor
 from dvla_fast.engine.pretrain import monitor_sampler
 from dvla_fast.engine.starting import begin_metatuning
@@ -46,6 +47,8 @@ from dvla_fast.engine.state import TrainingState
 from dvla_fast.nn import DVLA
 from dvla_fast.rl import collapsed_layers, total_loss
 from dvla_fast.semantics import EncodedTexts
+
+_MAPS_MIB = 8192  # the default of evaluate.cache_mib
 
 
 def parameter_groups(
@@ -165,7 +168,14 @@ def metatune(
         score = None
         if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
             with execution.eager():
-                score, alphas = _validate(model, data, texts, monitor, config.validation_episodes)
+                score, alphas = _validate(
+                    model,
+                    data,
+                    texts,
+                    monitor,
+                    config.validation_episodes,
+                    execution.processes.count,
+                )
             row.update(monitor_accuracy=score, monitor_alpha=alphas)
         folder.log("metatune", state.epoch, **row)
         state.save(score)
@@ -308,10 +318,21 @@ class Step:
 
 
 def _validate(
-    model: DVLA, data: FewShotData, texts: EncodedTexts, sampler: EpisodeSampler, episodes: int
+    model: DVLA,
+    data: FewShotData,
+    texts: EncodedTexts,
+    sampler: EpisodeSampler,
+    episodes: int,
+    processes: int = 1,
 ) -> tuple[float, list[float]]:
-    """Return the accuracy and the mean alpha by layer of the policy's mean on monitor episodes."""
-    found = EpisodePredictor(model, data, texts, "monitor").predict(sampler, episodes)[LEARNED]
+    """Return the accuracy and the mean alpha by layer of the policy's mean on monitor episodes.
+
+    Training's own memory stays where it is: the feature maps kept here take at most a quarter of
+    what is free beside it, over all processes.
+    """
+    most = min(_MAPS_MIB, free_mib(data.monitor.device) / (4 * processes))
+    predictor = EpisodePredictor(model, data, texts, "monitor", cache_mib=most)
+    found = predictor.predict(sampler, episodes)[LEARNED]
     assert found.alphas is not None
     return found.accuracies.mean().item(), found.alphas.mean(0).tolist()
 

@@ -24,8 +24,10 @@ from dvla_fast.engine.statistics import (
     class_accuracies,
     confusion,
     paired_difference,
+    points,
 )
 from dvla_fast.errors import MissingDependencyError, OutputError
+from dvla_fast.files import json_text
 
 # Two evaluations meet the same episodes when all of these agree; what a difference means, in words.
 SAME_EPISODES = {
@@ -180,9 +182,10 @@ def comparison_table(compared: dict[str, Any]) -> str:
     lines = [f"compared with {compared['with']}, on the same episodes (points)"]
     for row in compared["results"]:
         first, second = (f"{100 * value:.2f}" for value in row["accuracies"])
+        p_value = "n/a" if row["p_value"] is None else f"{row['p_value']:.2g}"
         lines.append(
             f"  {row['shot']}-shot  {first} - {second} = {100 * row['difference']:+.2f}"
-            f" ± {100 * row['ci95']:.2f}  p = {row['p_value']:.2g}"
+            f" ± {points(row['ci95'])}  p = {p_value}"
             f"  ({row['methods'][0]}, {row['methods'][1]})"
         )
     return "\n".join([*lines, compared["interval"]])
@@ -237,7 +240,7 @@ def write_confusion(
         "meaning": "counts[i][j]: queries of class i given class j; offered[i][j]: queries of "
         "class i in episodes that held class j",
     }
-    folder.write_file(f"{stem}.json", lambda path: path.write_text(json.dumps(content) + "\n"))
+    folder.write_file(f"{stem}.json", lambda path: path.write_text(json_text(content) + "\n"))
     title = f"{result['dataset']}/{result['split']}, {result['way']}-way {shot}-shot, {method}"
     with contextlib.suppress(MissingDependencyError):
         folder.write_file(f"{stem}.png", lambda path: plot_confusion(rates, names, path, title))

@@ -23,23 +23,26 @@ CHECKPOINT_INTERVAL = (
 )
 
 
-def mean_interval(values: Tensor) -> tuple[float, float]:
-    """Return the mean of values (n,) and the half width of its 95 % interval, 1.96 s / sqrt(n)."""
+def mean_interval(values: Tensor) -> tuple[float, float | None]:
+    """Return the mean of values (n,) and the half width of its 95 % interval, 1.96 s / sqrt(n).
+
+    One value has no spread: its half width is None.
+    """
     values = values.double()
     if len(values) < 2:
-        return values.mean().item(), math.inf
+        return values.mean().item(), None
     return values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
 
 
-def paired_difference(first: Tensor, second: Tensor) -> dict[str, float]:
+def paired_difference(first: Tensor, second: Tensor) -> dict[str, float | None]:
     """Compare two accuracies (n,) on the same episodes by the paired t test.
 
     The interval and p speak of episodes drawn from this split with these weights: not of other
     classes, and not of training again with another seed.
 
     Returns:
-        ``difference``: the mean of first − second; ``ci95``: half width of its 95 % t interval
-        (infinite for one episode); ``p_value``: two-sided, 1 where all differences are 0.
+        ``difference``: the mean of first − second; ``ci95``: half width of its 95 % t interval;
+        ``p_value``: two-sided, 1 where all differences are 0. Both are None for one episode.
 
     Raises:
         ValueError: different lengths.
@@ -53,7 +56,7 @@ def paired_difference(first: Tensor, second: Tensor) -> dict[str, float]:
     difference = (first.double() - second.double()).cpu().numpy()
     mean = float(difference.mean())
     if len(difference) < 2:
-        return {"difference": mean, "ci95": math.inf, "p_value": 1.0}
+        return {"difference": mean, "ci95": None, "p_value": None}
     if np.ptp(difference) < 1e-6:  # rounding of float32 apart, the t statistic is 0/0 or infinite
         same = abs(mean) < 1e-6
         return {"difference": mean, "ci95": 0.0, "p_value": 1.0 if same else 0.0}
@@ -71,10 +74,10 @@ def checkpoint_interval(accuracies: list[float]) -> dict[str, Any]:
 
     Returns:
         ``accuracies``, ``accuracy`` (mean), ``std`` and ``ci95`` (t interval over checkpoints;
-        both infinite for one checkpoint, whose spread is unknown).
+        both None for one checkpoint, whose spread is unknown).
     """
     values = np.asarray(accuracies)
-    std = half = math.inf
+    std = half = None
     if len(values) > 1:
         std = float(values.std(ddof=1))
         half = float(_stats().t.ppf(0.975, len(values) - 1)) * std / math.sqrt(len(values))
@@ -122,6 +125,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
         corrected[index] = largest
     return corrected
+
+
+def points(half: float | None, digits: int = 2) -> str:
+    """Lay out the half width of an interval in percent, ``n/a`` where there is none."""
+    return "n/a" if half is None else f"{100 * half:.{digits}f}"
 
 
 def require_scipy() -> None:
@@ -207,7 +215,5 @@ def class_accuracies(
     for index in range(count):
         mine = values[owner == index]
         mean, half = mean_interval(mine) if len(mine) else (None, None)
-        if half == math.inf:
-            half = None
         rows.append({"episodes": len(mine), "accuracy": mean, "ci95": half})
     return rows

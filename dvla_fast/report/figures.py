@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dvla_fast.engine.statistics import class_accuracies, confusion, mean_interval
+from dvla_fast.engine.statistics import class_accuracies, confusion, mean_interval, points
 from dvla_fast.report.collect import Run
 from dvla_fast.report.published import published_for
 from dvla_fast.report.svg import (
@@ -82,7 +82,7 @@ def _accuracy_part(title: str, found: Sequence[tuple[Run, dict[str, Any]]]) -> P
         for pair, value in result.get("paired", {}).items():
             other = pair.split(" - ", 1)[-1]
             half = _percent(value.get("ci95"))
-            p = f", p = {value['p_value']:.2g}" if "p_value" in value else ""
+            p = "" if value.get("p_value") is None else f", p = {value['p_value']:.2g}"
             label = f"{before}{main} − {_method(other, result)}{p}"
             gaps.append(Interval(label, 100 * value["difference"], half, 1))
     column, entries = published_for(found[0][1])
@@ -121,7 +121,7 @@ def _over_checkpoints(run: Run, result: dict[str, Any]) -> str:
     values = ", ".join(f"{100 * value:.1f}" for value in found["accuracies"])
     return (
         f"{run.name}, over {len(found['accuracies'])} checkpoints: {100 * found['accuracy']:.2f} ± "
-        f"{100 * found['ci95']:.2f} % ({values}); this t interval speaks of training again."
+        f"{points(found['ci95'])} % ({values}); this t interval speaks of training again."
     )
 
 

@@ -12,6 +12,7 @@ from dvla_fast.data import FewShotData
 from dvla_fast.data.images import unit_range
 from dvla_fast.engine.logging import read_metrics
 from dvla_fast.engine.predict import FIXED, LEARNED
+from dvla_fast.engine.statistics import points
 from dvla_fast.errors import MissingDependencyError
 
 # Colour-blind safe (Okabe and Ito); grey for what is only there to compare with.
@@ -91,7 +92,7 @@ def _title(figure: Any, data: FewShotData, summary: Mapping[str, Any]) -> None:
     results = summary["results"]
     scores = "   ".join(
         f"{result['way']}-way {result['shot']}-shot  {100 * result['accuracy']:.1f} ± "
-        f"{100 * result['ci95']:.1f} %"
+        f"{points(result['ci95'], 1)} %"
         for result in results
     )
     figure.text(
@@ -107,7 +108,7 @@ def _title(figure: Any, data: FewShotData, summary: Mapping[str, Any]) -> None:
 
 
 def _curve(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    found = [(row["step"], row[key]) for row in rows if key in row]
+    found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
 
@@ -203,7 +204,7 @@ def _results(axis: Any, results: Sequence[Mapping[str, Any]]) -> None:
             colour = _ORANGE if name == LEARNED else _GREY
             x, y = 100 * value["accuracy"], len(names) - 1 - row - offset
             axis.errorbar(
-                x, y, xerr=100 * value["ci95"], fmt=marks[index % 4], color=colour,
+                x, y, xerr=100 * (value["ci95"] or 0.0), fmt=marks[index % 4], color=colour,
                 markersize=6, capsize=3, linewidth=1.6,
                 label=f"{result['shot']}-shot" if row == 0 else None,
             )  # fmt: skip

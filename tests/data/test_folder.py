@@ -88,7 +88,10 @@ def test_class_without_images(tree: Path) -> None:
 def test_unreadable_image(tree: Path, content: bytes | None) -> None:
     path = tree / "train" / "a" / "0.png"
     path.write_bytes(path.read_bytes()[:300] if content is None else content)
-    with pytest.raises(DataError, match=r"a/0\.png: cannot read this image"):
+    (tree / "train" / "b" / "2.png").write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"a/0\.png: cannot read this image .*2 of 8 images of .*--skip_unreadable"
+    ):
         load_data(str(tree), image_size=16)
 
 

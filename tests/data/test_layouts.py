@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -214,6 +215,79 @@ def test_mini_imagenet_pickles(tmp_path: Path, form: str) -> None:
     assert "house finch" in data.base.class_names
     with pytest.warns(UserWarning, match=r"84-pixel images, enlarged here to 96"):
         load_data(str(tmp_path), 96)
+
+
+@pytest.mark.parametrize("names", ["label2catname", "catname2label"])
+@pytest.mark.parametrize(("name", "known"), [("CIFAR_FS", "cifar_fs"), ("FC100", "fc100")])
+def test_metaoptnet_pickles(tmp_path: Path, name: str, known: str, names: str) -> None:
+    listing = list_data(trees.metaopt(tmp_path, name, names))
+    assert listing.split_list is load_split_list(known)
+    assert [len(split.keys) for split in listing.splits.values()] == list(CLASSES[known])
+    assert not any(split.reduced for split in listing.splits.values())
+    train = listing.splits["train"]
+    fine = sorted(load_split_list(known).keys)
+    with (tmp_path / f"{name}_train.pickle").open("rb") as stream:
+        content = pickle.load(stream)
+    for row in (0, 5):
+        label = fine.index(train.keys[train.labels[row]])
+        rows = np.flatnonzero(np.asarray(content["labels"]) == label)
+        assert (train.source(row) == content["data"][rows[row % 2]]).all()
+
+
+def test_metaoptnet_pickles_without_names_and_damaged(tmp_path: Path) -> None:
+    listing = list_data(trees.metaopt(tmp_path, "CIFAR_FS", "none"))
+    assert listing.split_list is None
+    assert all(key.startswith("class ") for key in listing.splits["test"].keys)
+    pixels = np.zeros((4, 32, 32, 3), np.uint8)
+    for wrong in (
+        {"data": pixels, "labels": [0, 0, 1]},
+        {"data": pixels, "labels": ["a"] * 4},
+        {"data": pixels, "labels": [0, 0, 1, 1], "label2catname": {0: "x", 1: "x"}},
+        {"data": pixels[0], "labels": [0] * 32},
+        {"data": pixels.astype(float), "labels": [0, 0, 1, 1]},
+        [],
+    ):
+        trees.dump(tmp_path / "CIFAR_FS_val.pickle", wrong)
+        with pytest.raises(DataError, match=r"CIFAR_FS_val\.pickle: "):
+            list_data(tmp_path)
+    (tmp_path / "CIFAR_FS_val.pickle").unlink()
+    with pytest.raises(DataError, match=r"CIFAR_FS_val\.pickle: missing beside"):
+        list_data(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["png", "npz"])
+def test_tiered_imagenet_pickles(tmp_path: Path, form: str) -> None:
+    known = load_split_list("tieredimagenet")
+    listing = list_data(trees.tiered(tmp_path, form))
+    assert [len(split.keys) for split in listing.splits.values()] == list(CLASSES["tieredimagenet"])
+    assert all(split.reduced for split in listing.splits.values())
+    test = listing.splits["test"]
+    expected = np.random.default_rng(2).integers(0, 256, (320, 84, 84, 3), dtype=np.uint8)
+    assert all((test.source(row) == expected[row]).all() for row in (0, 7, 319))
+    names = [known.names[key] for key in known.splits["train"]]
+    if len(set(names)) == len(names):
+        assert listing.split_list is known
+        assert listing.splits["train"].keys == known.splits["train"]
+    assert list(listing.splits["train"].names)[:3] == names[:3]
+
+
+def test_tiered_imagenet_without_names_and_damaged(tmp_path: Path) -> None:
+    listing = list_data(trees.tiered(tmp_path, "npz", named=False))
+    assert listing.split_list is None
+    assert listing.splits["val"].keys[:2] == ("class 1000", "class 1001")
+    whole = (tmp_path / "val_images.npz").read_bytes()
+    (tmp_path / "val_images.npz").write_bytes(whole[:1000])
+    with pytest.raises(DataError, match=r"val_images\.npz: no array 'images'"):
+        list_data(tmp_path)
+    for wrong in ([b"no png"], [], {"a": 1}, [object], [np.zeros(9, np.uint8)]):
+        trees.dump(tmp_path / "val_images_png.pkl", wrong)
+        with pytest.raises(DataError, match=r"val_images_png\.pkl: "):
+            list_data(tmp_path)
+    (tmp_path / "val_images_png.pkl").unlink()
+    (tmp_path / "val_images.npz").write_bytes(whole)
+    trees.dump(tmp_path / "val_labels.pkl", {"label_specific": np.zeros(3, np.int32)})
+    with pytest.raises(DataError, match=r"val_labels\.pkl: no labels"):
+        list_data(tmp_path)
 
 
 def test_chestx_is_for_evaluation_only(tmp_path: Path) -> None:

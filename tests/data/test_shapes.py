@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import hashlib
 from dataclasses import astuple, replace
 
 import numpy as np
@@ -195,3 +196,18 @@ def test_wrong_sizes(match: str, arguments: dict[str, int]) -> None:
 def test_contact_sheet(tmp_path) -> None:  # type: ignore[no-untyped-def]
     contact_sheet(tmp_path / "sheet.png", classes=3, images=2, size=32)
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "digest"),
+    [
+        ((120, 0, 3), "66fb2a55aa7fbc8a251ec2947f23304cc7d5aedcf15e736890700e0cd760c888"),
+        ((60, 1, 0), "d608ead4c0dd183c1608762f4c941fc304fc678636d5c5571e49e69f775a60a2"),
+        ((20, 2, 1), "93b987cdab6b56a497fda82a2d2936a87d2f6857b49d5b3cd1d0f8bf0639839e"),
+    ],
+)
+def test_the_classes_of_a_seed_never_change(arguments: tuple[int, ...], digest: str) -> None:
+    made = make_classes(*arguments)
+    assert hashlib.sha256(repr(made).encode()).hexdigest() == digest
+    made.splits.clear()  # one caller's change reaches no other
+    assert hashlib.sha256(repr(make_classes(*arguments)).encode()).hexdigest() == digest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import pickle
 from collections.abc import Iterable
@@ -136,6 +137,46 @@ def mini_imagenet(root: Path, form: str = "cache", count: int = 2) -> Path:
                 "catname2label": {key: i for i, key in enumerate(keys)},
             }
             dump(root / f"miniImageNet_category_split_{part}.pickle", content)
+    return root
+
+
+def metaopt(root: Path, name: str, names: str = "label2catname", count: int = 2) -> Path:
+    """CIFAR-FS or FC100 as MetaOptNet's pickles: CIFAR_FS_{train,val,test}.pickle, 32 pixels."""
+    known = load_split_list({"CIFAR_FS": "cifar_fs", "FC100": "fc100"}[name])
+    fine = sorted(known.keys)
+    for number, (split, keys) in enumerate(known.splits.items()):
+        rng = np.random.default_rng(number)
+        labels = np.repeat([fine.index(key) for key in keys], count).tolist()
+        images = rng.integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8)
+        content: dict[str, Any] = {"data": images, "labels": labels}
+        if names == "label2catname":
+            content[names] = dict(enumerate(fine))
+        elif names == "catname2label":
+            content[names] = {key: label for label, key in enumerate(fine)}
+        dump(root / f"{name}_{split}.pickle", content)
+    return root
+
+
+def tiered(root: Path, form: str = "png", named: bool = True, count: int = 2) -> Path:
+    """tieredImageNet: {train,val,test}_images_png.pkl, or _images.npz, with _labels.pkl."""
+    known = load_split_list("tieredimagenet")
+    for number, (split, keys) in enumerate(known.splits.items()):
+        rng = np.random.default_rng(number)
+        images = rng.integers(0, 256, (count * len(keys), 84, 84, 3), dtype=np.uint8)
+        labels = np.repeat(np.arange(len(keys), dtype=np.int32), count)
+        root.mkdir(parents=True, exist_ok=True)
+        if form == "npz":  # as OpenCV leaves them: blue first
+            np.savez(root / f"{split}_images.npz", images=images[..., ::-1])
+        else:
+            files = []
+            for image in images:
+                stream = io.BytesIO()
+                Image.fromarray(image).save(stream, "PNG", compress_level=0)
+                files.append(np.frombuffer(stream.getvalue(), np.uint8)[:, None])
+            dump(root / f"{split}_images_png.pkl", files)
+        names = {"label_specific": labels, "label_specific_str": [known.names[k] for k in keys]}
+        content = names if named else {"labels": (labels + 1000 * number).tolist()}
+        dump(root / f"{split}_labels.pkl", content)
     return root
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from dvla_fast.engine.build import (
 from dvla_fast.engine.config import DemoRun, UsageError
 from dvla_fast.engine.episode_lists import AuthorsEpisodeSampler, build_sampler
 from dvla_fast.engine.evaluate import Contender, Evaluation, compare, trained_normalisation
+from dvla_fast.engine.logging import read_metrics
 from dvla_fast.engine.predict import (
     FIXED,
     LEARNED,
@@ -312,6 +314,29 @@ def test_comparing_two_runs(
         (tmp_path / "a/episodes-1shot.npz").write_bytes(torn)
         with pytest.raises(OutputError, match="no readable predictions"):
             compare_runs(tmp_path / "b", tmp_path / "a")
+
+
+def test_one_episode_has_no_interval(
+    backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every file is JSON by the standard, which knows no infinity; readers take the nulls."""
+
+    def strict(text: str) -> Any:
+        return json.loads(text, parse_constant=lambda name: pytest.fail(name))
+
+    one = "--evaluate.episodes=1"
+    assert main(evaluate(backbone, tmp_path / "a", one)) == 0
+    more = [one, f"--checkpoints=[{backbone}]", f"--compare={tmp_path / 'a'}"]
+    assert main(evaluate(backbone, tmp_path / "b", *more)) == 0
+    assert "± n/a  p = n/a" in capsys.readouterr().out
+    for folder in ("a", "b"):
+        for path in (tmp_path / folder).glob("*.json*"):
+            for line in path.read_text().splitlines() if path.suffix == ".jsonl" else [""]:
+                strict(line or path.read_text())
+    summary = strict((tmp_path / "b/summary.json").read_text())
+    assert summary["ci95"] is None
+    assert summary["compared"]["results"][0]["p_value"] is None
+    assert [row["ci95"] for row in read_metrics(tmp_path / "a", "evaluate")] == [None]
 
 
 def test_several_checkpoints_on_the_command_line(backbone: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from dvla_fast.cli import main
 from dvla_fast.data import FewShotData
-from dvla_fast.data.shapes import load_shapes, make_classes
+from dvla_fast.data.shapes import load_shapes
 from dvla_fast.engine import build
 from dvla_fast.engine.build import backbone_spec, build_model, model_spec
 from dvla_fast.engine.checkpoint import load_checkpoint
@@ -36,13 +36,12 @@ MODELS: dict[str, list[str]] = {
 }
 
 
-_drawn_once, _made_once = functools.cache(load_shapes), functools.cache(make_classes)
+_drawn_once = functools.cache(load_shapes)
 
 
 @pytest.fixture(autouse=True)
 def _shapes_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "load_shapes", _drawn_once)
-    monkeypatch.setattr(build, "make_classes", _made_once)
 
 
 def model(backbone: str) -> list[str]:

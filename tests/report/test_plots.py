@@ -31,6 +31,7 @@ def test_picture(tmp_path: Path, epochs: int, shots: list[int]) -> None:
         )
     rows[-1]["monitor_accuracy"] = 0.9
     rows[-2]["monitor_episode_accuracy"] = 0.9
+    rows[0]["loss"] = None  # written where it is not a number
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     methods = {
         name: {"accuracy": 0.5 + 0.01 * index, "ci95": 0.01}
@@ -38,7 +39,7 @@ def test_picture(tmp_path: Path, epochs: int, shots: list[int]) -> None:
     }
     results = [
         {
-            **{"way": 5, "shot": shot, "episodes": 10, "accuracy": 0.5, "ci95": 0.01},
+            **{"way": 5, "shot": shot, "episodes": 10, "accuracy": 0.5, "ci95": None},
             **{"methods": methods, "fixed_alpha": 0.5},
         }
         for shot in shots

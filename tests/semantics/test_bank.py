@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,10 @@ def test_missing_classes_are_named() -> None:
         (
             {"candidates": [{"text": "x", "scores": ["0.3"]}, "y"], "description": "A bird."},
             "candidate number 1 with scores",
+        ),
+        (
+            {"candidates": ["x", {"text": "y", "scores": [math.nan]}], "description": "A bird."},
+            "candidate number 2 with scores",
         ),
         ({**GOOD, "answers": "red"}, "'answers' that are not an object"),
         ({**GOOD, "images": [3]}, "'images' that are not a list of image ids"),

@@ -1,0 +1,59 @@
+"""Validation keeps feature maps only where there is room for them, and says the same without."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from dvla_fast.data import EpisodeSampler, FewShotData
+from dvla_fast.engine import memory, metatune
+from dvla_fast.engine.build import backbone_spec, build_model, build_texts, model_spec
+from dvla_fast.engine.config import DemoRun
+from dvla_fast.engine.predict import EpisodePredictor
+
+
+def test_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
+    assert 0 < memory.free_mib(torch.device("cpu")) <= total
+    files = {
+        "/proc/meminfo": ["MemTotal: 9000000 kB", "MemAvailable: 2048000 kB"],
+        "/sys/fs/cgroup/memory.max": ["max"],
+        "/sys/fs/cgroup/memory.current": [str(100 * 2**20)],
+    }
+    monkeypatch.setattr(memory, "_lines", lambda path: files.get(path, []))
+    assert memory.free_mib(torch.device("cpu")) == 2000
+    files["/sys/fs/cgroup/memory.max"] = [str(600 * 2**20)]
+    assert memory.free_mib(torch.device("cpu")) == 500
+    files.clear()
+    assert memory.free_mib(torch.device("cpu")) == total
+
+
+@pytest.mark.parametrize("scope", ["class", "episode"])
+def test_validation_without_room_for_maps(
+    tiny: DemoRun, few_digits: FewShotData, monkeypatch: pytest.MonkeyPatch, scope: str
+) -> None:
+    made: list[EpisodePredictor] = []
+
+    class Kept(EpisodePredictor):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            made.append(self)
+
+    tiny.model.text_scope = scope
+    torch.manual_seed(0)
+    texts, semantics = build_texts(tiny.semantics, few_digits, torch.device("cpu"))
+    backbone = backbone_spec(tiny.model, few_digits.channels, few_digits.image_size)
+    model = build_model(model_spec(tiny.model, backbone, semantics["dim"]))
+    sampler = EpisodeSampler(few_digits.monitor, 5, 1, 3, 0)
+    monkeypatch.setattr(metatune, "EpisodePredictor", Kept)
+    found = []
+    for free in (1e6, 2000.0, 0.0):
+        monkeypatch.setattr(metatune, "free_mib", lambda device, free=free: free)
+        found.append(metatune._validate(model, few_digits, texts, sampler, 6, processes=2))
+    assert [predictor.cache_mib for predictor in made] == [8192, 250, 0]
+    assert [predictor._keep_maps for predictor in made] == [True, True, False]
+    assert found[0][0] == found[1][0] == found[2][0]
+    assert found[0][1] == pytest.approx(found[2][1], abs=1e-5)

@@ -92,6 +92,17 @@ the same command continues a build that was stopped""",
   dvla-fast evaluate --checkpoint SEED0.safetensors --checkpoints [SEED1.safetensors]
   dvla-fast evaluate --checkpoint TUNED.safetensors --compare runs/other-evaluation""",
     ),
+    "ablate": _Command(
+        "train and compare variants over seeds on the same episodes: table, plot, intervals",
+        "AblateRun",
+        """  dvla-fast ablate configs/ablation_digits.yaml --output runs/ablation
+  dvla-fast ablate configs/ablation_shapes.yaml --ablate.groups [semantics,alpha]
+  dvla-fast ablate configs/ablation_shapes.yaml --ablate.variants [visual,alpha=0.5]
+  dvla-fast ablate my.yaml --ablate.seeds 10 --ablate.processes 8 --output runs/ablation
+  accelerate launch --num_processes 4 -m dvla_fast ablate my.yaml --output runs/ablation
+
+the same command continues what was stopped, on any number of machines that share the folder""",
+    ),
     "doctor": _Command("say what is installed, what runs here, and how to fix it", "", ""),
 }
 
@@ -148,6 +159,8 @@ def _dispatch(given: list[str], owns_process: bool) -> int:
         return _fail(f"no command {name!r}{hint} Choose one of {', '.join(_COMMANDS)}", 2)
     if name == "doctor":
         return _doctor(rest)
+    if name == "ablate" and rest and not rest[0].startswith("-"):
+        rest = ["--config", *rest]
     config = _parse(name, rest)
     if not hasattr(config, "resume"):  # no run, no run folder
         return _RUNNERS[name](config)
@@ -378,6 +391,28 @@ def _semantics_show(config: Any) -> int:
     return show(config)
 
 
+def _ablate(config: Any) -> int:
+    from dvla_fast.engine.ablate import run_ablate
+
+    summary = run_ablate(config)
+    cells, failures = summary["cells"], summary["failures"]
+    print(Path(config.output, "ablation.md").read_text(encoding="utf-8"))
+    print(f"run folder  {config.output} (ablation.md, .csv, .png, .json)")
+    print(f"time        {summary['seconds_of_this_launch']:.0f} s on {summary['device']}")
+    if failures:
+        first = min(failures)
+        return _fail(
+            f"{len(failures)} of {cells['all']} cells failed (first: {first}: {failures[first]}); "
+            "the same command tries them again, tracebacks are in the folder's cells/*.error.json"
+        )
+    if cells["finished"] < cells["all"]:
+        return _fail(
+            f"{cells['all'] - cells['finished']} of {cells['all']} cells are not finished; the same "
+            "command computes them"
+        )
+    return 0
+
+
 def _pretrain(config: Any) -> int:
     from dvla_fast.engine.pretrain import run_pretrain
 
@@ -420,6 +455,7 @@ _RUNNERS = {
     "data prepare": _data_prepare,
     "demo": _demo,
     "semantics show": _semantics_show,
+    "ablate": _ablate,
     "pretrain": _pretrain,
     "metatune": _metatune,
     "evaluate": _evaluate,

@@ -40,6 +40,7 @@ from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
 from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor
+from dvla_fast.engine.prefixes import PrefixMaps, check_constant_prefix
 from dvla_fast.engine.pretrain import monitor_sampler
 from dvla_fast.engine.starting import begin_metatuning
 from dvla_fast.engine.state import TrainingState
@@ -102,6 +103,7 @@ def metatune(
     progress: Progress,
     facts: dict[str, Any] | None = None,
     execution: Execution | None = None,
+    prefixes: PrefixMaps | None = None,
 ) -> Path:
     """Meta-tune a model whose backbone is pre-trained.
 
@@ -116,6 +118,8 @@ def metatune(
         progress: display; the stage name is "meta-tune".
         facts: more to note in the checkpoints.
         execution: precision, compilation, processes; None: float32 in one process.
+        prefixes: maps before the first gate, computed once for the whole run, of a frozen backbone
+            without augmentation.
 
     Returns:
         Path of the checkpoint that validated best on monitor episodes.
@@ -127,6 +131,8 @@ def metatune(
     Warns:
         RuntimeWarning: a gate's policy has collapsed; once a layer.
     """
+    if prefixes is not None:
+        check_constant_prefix(config)
     data = without_test_split(data)
     model.backbone.requires_grad_(config.backbone_lr > 0)  # frozen: no gradients are computed
     execution = execution or Execution()
@@ -145,7 +151,7 @@ def metatune(
     }
     if folder.resume:
         state.restore()
-    step = Step(config, model, data, texts, optimizer, gates, execution, seed)
+    step = Step(config, model, data, texts, optimizer, gates, execution, seed, prefixes)
     collapsed: set[int] = set()
     monitor = monitor_sampler(data, config.way, config.shots[0], config.query, seed + 1)
     progress.begin("meta-tune", config.epochs, state.epoch)
@@ -165,7 +171,9 @@ def metatune(
         score = None
         if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
             with execution.eager():
-                score, alphas = _validate(model, data, texts, monitor, config.validation_episodes)
+                score, alphas = _validate(
+                    model, data, texts, monitor, config.validation_episodes, prefixes
+                )
             row.update(monitor_accuracy=score, monitor_alpha=alphas)
         folder.log("metatune", state.epoch, **row)
         state.save(score)
@@ -227,7 +235,9 @@ class Step:
         gates: GateTraining,
         execution: Execution,
         seed: int,
+        prefixes: PrefixMaps | None = None,
     ) -> None:
+        self.maps = None if prefixes is None else prefixes.of(model, "base")
         self.config, self.model, self.data, self.texts = config, model, data, texts
         self.optimizer, self.gates, self.execution = optimizer, gates, execution
         self.augmentation = Augmentation(config.augment, data)
@@ -245,7 +255,12 @@ class Step:
         ]
 
     def images(self, index: Tensor) -> Tensor:
-        """Gather, augment and normalise images: index (E, n) on the CPU -> (E, n, C, H, W)."""
+        """Gather, augment and normalise images: index (E, n) on the CPU -> (E, n, C, H, W).
+
+        With maps of the prefix, theirs are gathered instead.
+        """
+        if self.maps is not None:
+            return self.maps[to_device_of(self.maps, index)]
         count = index.numel()
         first = self.share.start * index.shape[1]
         draws = Draws(count, first, count * self.execution.processes.count)
@@ -291,6 +306,7 @@ class Step:
                 self.texts.episodes(classes),
             ),
             config.way,
+            from_prefix=self.maps is not None,
         )
         loss, figures = total_loss(
             rollout.output,
@@ -308,10 +324,17 @@ class Step:
 
 
 def _validate(
-    model: DVLA, data: FewShotData, texts: EncodedTexts, sampler: EpisodeSampler, episodes: int
+    model: DVLA,
+    data: FewShotData,
+    texts: EncodedTexts,
+    sampler: EpisodeSampler,
+    episodes: int,
+    prefixes: PrefixMaps | None = None,
 ) -> tuple[float, list[float]]:
     """Return the accuracy and the mean alpha by layer of the policy's mean on monitor episodes."""
-    found = EpisodePredictor(model, data, texts, "monitor").predict(sampler, episodes)[LEARNED]
+    maps = None if prefixes is None else prefixes.of(model, "monitor")
+    predictor = EpisodePredictor(model, data, texts, "monitor", maps=maps)
+    found = predictor.predict(sampler, episodes)[LEARNED]
     assert found.alphas is not None
     return found.accuracies.mean().item(), found.alphas.mean(0).tolist()
 

@@ -407,8 +407,8 @@ def _ablate(config: Any) -> int:
         )
     if cells["finished"] < cells["all"]:
         return _fail(
-            f"{cells['all'] - cells['finished']} of {cells['all']} cells are not finished; the same "
-            "command computes them"
+            f"{cells['all'] - cells['finished']} of {cells['all']} cells are not finished; the "
+            "same command computes them"
         )
     return 0
 

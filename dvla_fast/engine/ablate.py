@@ -154,14 +154,14 @@ def _work_in_processes(
     ]
     for worker in workers:
         worker.start()
-    seen = {cell for cell in cells if store.finished(cell)}
+    seen = {cell.key for cell in cells if store.finished(cell)}
     try:
         while True:
             running = any(worker.is_alive() for worker in workers)
             for cell in cells:
                 ended = store.finished(cell) or store.error(cell).exists()
-                if cell not in seen and ended:
-                    seen.add(cell)
+                if cell.key not in seen and ended:
+                    seen.add(cell.key)
                     _count(store, cell, progress)
             if not running:
                 break

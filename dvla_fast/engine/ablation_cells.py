@@ -30,7 +30,6 @@ from dvla_fast.engine.build import (
     build_model,
     build_texts,
     fingerprint,
-    load_backbone,
     model_spec,
     seed_everything,
 )
@@ -277,7 +276,9 @@ class Workshop:
         # Gates and episodes follow the training seed; the backbone's own seed was the same.
         rng = seed_everything(cell.seed + 1)
         model = build_model(spec)
-        data, _ = begin_metatuning(model, spec["backbone"], self.data, config.model, str(checkpoint))
+        data, _ = begin_metatuning(
+            model, spec["backbone"], self.data, config.model, str(checkpoint)
+        )
         model.to(self.device)
         prefixes = self._prefix_maps(cell.seed, data, config)
         folder = RunFolder(path, to_dict(config))

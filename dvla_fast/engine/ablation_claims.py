@@ -129,9 +129,7 @@ def hallucinated_shares(config: AblateRun) -> dict[str, Any]:
     proposals = [list(item) for item in flags]
     shares = {}
     for k in sorted({*config.ablate.k, config.semantics.top_k} - {0}):
-        selections = progressive_top_k(
-            made.names, proposals, encoder, k, config.semantics.template
-        )
+        selections = progressive_top_k(made.names, proposals, encoder, k, config.semantics.template)
         false = [
             known[texts[place]]
             for known, texts, selection in zip(flags, proposals, selections)

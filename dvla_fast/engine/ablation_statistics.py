@@ -4,13 +4,14 @@ Every seed's model meets the same episodes, so accuracies form a table of seeds 
 ways crossed, and so do paired differences. The standard error is that of the pigeonhole bootstrap
 (A. B. Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1(2), 2007): seeds and
 episodes are drawn anew with replacement, independently, and a drawn table is all their crossings.
-n − 1 units are drawn of n, which makes the variance of a mean unbiased where n is small (Rao and Wu,
-"Resampling inference with complex survey data", JASA 83, 1988). The noise that belongs to one seed
-on one episode is then counted up to three times (Owen, section 4): the interval errs on the wide side.
+n − 1 units are drawn of n, which makes the variance of a mean unbiased where n is small (Rao and
+Wu, "Resampling inference with complex survey data", JASA 83, 1988). The noise that belongs to one
+seed on one episode is then counted up to three times: the interval errs on the wide side.
 
 A few seeds do not know their own spread, so the interval is estimate ± t(0.975, ν) · SE with
-Satterthwaite's ν (Biometrics Bulletin 2, 1946) from the variances over seeds and over episodes; p is
-two-sided from the same t. One seed alone leaves the episodes: nothing is said about training again.
+Satterthwaite's ν (Biometrics Bulletin 2, 1946) from the variances over seeds and over episodes; p
+is two-sided from the same t. One seed alone leaves the episodes: nothing is said about training
+again.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ import numpy as np
 from dvla_fast.engine.statistics import _stats
 
 FORMULA = (
-    "estimate ± t(0.975, v) * SE; SE of the pigeonhole bootstrap over seeds and episodes (Owen 2007,"
-    " n - 1 units drawn of n), v after Satterthwaite; p two-sided from the same t; p_holm: Holm's "
-    "step-down correction over all comparisons of the table"
+    "estimate ± t(0.975, v) * SE; SE of the pigeonhole bootstrap over seeds and episodes (Owen "
+    "2007, n - 1 units drawn of n), v after Satterthwaite; p two-sided from the same t; p_holm: "
+    "Holm's step-down correction over all comparisons of the table"
 )
 SINGLE = "single seed: the interval is over episodes alone"
 
@@ -51,7 +52,9 @@ def crossed_interval(parts: Sequence[Any], draws: int = 4000, seed: int = 0) -> 
     seeds = len(tables[0]) if tables else 0
     if not seeds or any(t.ndim != 2 or len(t) != seeds or not t.shape[1] for t in tables):
         shapes = [t.shape for t in tables]
-        raise ValueError(f"parts: expected tables (seeds, episodes) of the same seeds, got {shapes}")
+        raise ValueError(
+            f"parts: expected tables (seeds, episodes) of the same seeds, got {shapes}"
+        )
     estimate = sum(float(table.mean()) for table in tables)
     rows = _weights(seeds, draws, seed)
     drawn = np.zeros(draws)

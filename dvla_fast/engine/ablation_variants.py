@@ -12,7 +12,6 @@ from dvla_fast.engine.config import AblateRun, UsageError, from_mapping
 from dvla_fast.nn import build_backbone
 from dvla_fast.rl import OBJECTIVES
 
-
 FULL, VISUAL = "full", "visual"
 GROUPS = {
     "semantics": "Which texts",
@@ -106,9 +105,7 @@ def chosen_variants(config: AblateRun, channels: int) -> list[Variant]:
     return [
         row
         for row in rows
-        if row.group in wanted.groups
-        or row.name in wanted.variants
-        or row.name == wanted.reference
+        if row.group in wanted.groups or row.name in wanted.variants or row.name == wanted.reference
     ]
 
 

@@ -224,7 +224,9 @@ class GateTraining:
         images: tuple[Tensor, ...] = (episodes.support, episodes.query)
         objective = self.loss.objective
         prefixed = self.samples > 1 or objective.needs_reference_rewards
-        if prefixed and not from_prefix:  # what comes before the first gate is the same for all draws
+        if (
+            prefixed and not from_prefix
+        ):  # what comes before the first gate is the same for all draws
             images = tuple(_over_images(self.model.prefix, x) for x in images)
         reference_rewards = None
         if objective.needs_reference_rewards:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dvla_fast.errors import MissingDependencyError
-from dvla_fast.report.plots import _BLUE, _GRID, _GREY, _INK, _MUTED, _ORANGE, _STYLE
+from dvla_fast.report.plots import _BLUE, _GREY, _GRID, _INK, _MUTED, _ORANGE, _STYLE
 
 _LEVEL = 0.05
 
@@ -143,10 +143,7 @@ def csv_table(summary: Mapping[str, Any]) -> str:
             writer.writerow(
                 [row["group"], row["variant"], row["title"], result["shot"], len(row["seeds"])]
                 + [accuracy.get(key) for key in ("estimate", "low", "high")]
-                + [
-                    difference.get(key)
-                    for key in ("estimate", "low", "high", "p_value", "p_holm")
-                ]
+                + [difference.get(key) for key in ("estimate", "low", "high", "p_value", "p_holm")]
                 + [" ".join(f"{value:.4f}" for value in result.get("alpha", []))]
             )
     return stream.getvalue()

@@ -60,7 +60,7 @@ def test_every_row_of_the_method_is_there(config: AblateRun) -> None:
         "alpha=0", "alpha=0.25", "alpha=0.5", "alpha=0.75", "alpha=1", "static", "mlp",
         "ppo", "grpo", "counterfactual", "dpo", "pathwise", "scope=class",
     }  # fmt: skip
-    assert "k=3" not in variants and "reinforce" not in variants  # those are the base itself
+    assert not {"k=3", "reinforce"} & set(variants)  # those are the base itself
     for row in variants.values():
         changed = row.apply(config)
         assert (changed != config) == bool(row.overrides), row.name
@@ -105,7 +105,8 @@ def test_whole_ablation(config: AblateRun, capsys: pytest.CaptureFixture[str]) -
     ]
     assert all(one == hashes[0] for one in hashes)
     page = (store.path / "ablation.md").read_text()
-    assert "| `visual` |" in page and "Holm" in page
+    assert "| `visual` |" in page
+    assert "Holm" in page
     table = list(csv.DictReader(io.StringIO((store.path / "ablation.csv").read_text())))
     assert len(table) == 6
     assert float(table[0]["accuracy"]) == pytest.approx(
@@ -142,7 +143,7 @@ def test_other_settings_are_refused(config: AblateRun) -> None:
     config.ablate.seeds = 1
     run_ablate(config, quiet=True)
     config.metatune.lr = 0.1
-    with pytest.raises(OutputError, match="other settings.*metatune.lr"):
+    with pytest.raises(OutputError, match=r"other settings.*metatune\.lr"):
         run_ablate(config, quiet=True)
     occupied = Path(config.output).parent / "occupied"
     occupied.mkdir()
@@ -169,7 +170,8 @@ def test_failed_cell_is_reported_and_the_rest_finished(
     assert summary["cells"]["finished"] == 7
     assert rows(summary)["alpha=0.5"]["seeds"] == [0]
     page = Path(config.output, "ablation.md").read_text()
-    assert "Failed cells: alpha=0.5-seed1" in page and "(1 of 2 seeds)" in page
+    assert "Failed cells: alpha=0.5-seed1" in page
+    assert "(1 of 2 seeds)" in page
     monkeypatch.undo()
     assert run_ablate(config, quiet=True)["failures"] == {}  # tried again
 
@@ -201,7 +203,7 @@ def test_claimed_cells_are_left_to_others(config: AblateRun) -> None:
 
 
 def test_worker_processes_give_the_same_numbers(config: AblateRun) -> None:
-    config.ablate.variants, config.ablate.seeds = ["visual"], 2
+    config.ablate.variants = ["visual"]
     alone = run_ablate(config, quiet=True)
     config.output += "-2"
     config.ablate.processes = 2
@@ -245,7 +247,7 @@ def test_maps_are_not_kept_where_images_change(config: AblateRun) -> None:
 def test_settings_that_do_not_fit_fail_before_work(config: AblateRun) -> None:
     config.ablate.layers = [[[9, 9]]]
     config.ablate.variants = ["layers=9.9"]
-    with pytest.raises(UsageError, match="variant layers=9.9"):
+    with pytest.raises(UsageError, match=r"variant layers=9\.9"):
         run_ablate(config, quiet=True)
     assert not Path(config.output).exists()
 
@@ -262,12 +264,15 @@ def test_selection_on_shapes_cannot_see_hallucinations(config: AblateRun) -> Non
 def test_shipped_configurations(name: str) -> None:
     shipped = read_settings(str(CONFIGS / f"{name}.yaml"), AblateRun, AblateRun())
     assert shipped.ablate.seeds >= 5
-    assert shipped.semantics.top_k > 0 and shipped.metatune.backbone_lr == 0
+    assert shipped.semantics.top_k > 0
+    assert shipped.metatune.backbone_lr == 0
     variants = chosen_variants(shipped, 3 if shipped.data.dataset == "shapes" else 1)
     assert {row.group for row in variants} == set(GROUPS)
 
 
-def test_command_line(config: AblateRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(
+    config: AblateRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from dvla_fast.cli import main
     from dvla_fast.engine.config import to_dict
     from dvla_fast.engine.logging import _to_yaml
@@ -279,6 +284,8 @@ def test_command_line(config: AblateRun, tmp_path: Path, capsys: pytest.CaptureF
     out = tmp_path / "out"
     assert main(["ablate", str(settings), "--output", str(out)]) == 0
     assert "| `visual` |" in capsys.readouterr().out
-    assert main(["ablate", str(settings), "--output", str(out), "--ablate.groups", "[nothing]"]) == 2
+    assert (
+        main(["ablate", str(settings), "--output", str(out), "--ablate.groups", "[nothing]"]) == 2
+    )
     assert "unknown" in capsys.readouterr().err
     assert torch.get_num_threads() == 1

@@ -69,6 +69,12 @@ ELSEWHERE = {
     ),
     "dvla-fast evaluate --checkpoint visformer-CUB.pth --data.dataset caches/cub-224"
     " --data.image_size 224": "tests/engine/test_starting.py::test_authors_backbone_alone",
+    "dvla-fast ablate configs/ablation_digits.yaml --output runs/ablation-digits": (
+        "tests/engine/test_ablate.py::ablation_digits"
+    ),
+    "dvla-fast ablate configs/ablation_shapes.yaml --output runs/ablation-shapes": (
+        "tests/engine/test_ablate.py::ablation_shapes"
+    ),
     "dvla-fast metatune --resume --output runs/tuned": "tests/engine/test_resume.py::resume",
 }
 

@@ -85,8 +85,9 @@ class _Cells:
         seeds = [s for s in self.seeds if (FULL, s) in self.found]
         tests = []
         for shot in self.config.evaluate.shots:
-            tables = [self.found[FULL, s].get(f"alpha-{shot}") for s in seeds]
-            if not tables or tables[0] is None or tables[0].shape[1] < 2:
+            name = f"alpha-{shot}"
+            tables = [self.found[FULL, s][name] for s in seeds if name in self.found[FULL, s]]
+            if not tables or tables[0].shape[1] < 2:
                 continue
             apart = np.stack([table[:, 0] - table[:, -1] for table in tables])
             interval = crossed_interval([apart], self.config.ablate.draws)

@@ -276,7 +276,7 @@ def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
     from dvla_fast.engine.config import add_arguments, from_mapping, positionals
 
     command = _COMMANDS[name]
-    places = positionals(cls)
+    places = "[CONFIG.yaml]" if name == "ablate" else positionals(cls)
 
     class Formatter(argparse.RawDescriptionHelpFormatter):
         """Keeps the examples' line breaks; the defaults are already in each help text."""

@@ -155,6 +155,17 @@ the same command continues a build that was stopped: no answer is asked for twic
   dvla-fast compare a/seed-0,a/seed-1,a/seed-2 b/seed-0,b/seed-1,b/seed-2
   dvla-fast compare runs/result runs/other --output comparison.json""",
     ),
+    "ablate": _Command(
+        "train and compare variants over seeds on the same episodes: table, plot, intervals",
+        "AblateRun",
+        """  dvla-fast ablate configs/ablation_digits.yaml --output runs/ablation
+  dvla-fast ablate configs/ablation_shapes.yaml --ablate.groups [semantics,alpha]
+  dvla-fast ablate configs/ablation_shapes.yaml --ablate.variants [visual,alpha=0.5]
+  dvla-fast ablate my.yaml --ablate.seeds 10 --ablate.processes 8 --output runs/ablation
+  accelerate launch --num_processes 4 -m dvla_fast ablate my.yaml --output runs/ablation
+
+the same command continues what was stopped, on any number of machines that share the folder""",
+    ),
     "doctor": _Command("say what is installed, what runs here, and how to fix it", "", ""),
 }
 
@@ -213,6 +224,8 @@ def _dispatch(given: list[str], owns_process: bool) -> int:
         return _fail(f"no command {name!r}{hint} Choose one of {', '.join(_COMMANDS)}", 2)
     if name == "doctor":
         return _doctor(rest)
+    if name == "ablate" and rest and not rest[0].startswith("-"):
+        rest = ["--config", *rest]
     config = _parse(name, rest)
     if not hasattr(config, "resume"):  # no run, no run folder
         return _RUNNERS[name](config)
@@ -328,7 +341,7 @@ def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
     from dvla_fast.engine.config import add_arguments, from_mapping, positionals
 
     command = _COMMANDS[name]
-    places = positionals(cls)
+    places = "[CONFIG.yaml]" if name == "ablate" else positionals(cls)
 
     class Formatter(argparse.RawDescriptionHelpFormatter):
         """Keeps the examples' line breaks; the defaults are already in each help text."""
@@ -456,6 +469,28 @@ def _semantics_build(config: Any) -> int:
         return _fail("interrupted; the same command continues")
 
 
+def _ablate(config: Any) -> int:
+    from dvla_fast.engine.ablate import run_ablate
+
+    summary = run_ablate(config)
+    cells, failures = summary["cells"], summary["failures"]
+    print(Path(config.output, "ablation.md").read_text(encoding="utf-8"))
+    print(f"run folder  {config.output} (ablation.md, .csv, .png, .json)")
+    print(f"time        {summary['seconds_of_this_launch']:.0f} s on {summary['device']}")
+    if failures:
+        first = min(failures)
+        return _fail(
+            f"{len(failures)} of {cells['all']} cells failed (first: {first}: {failures[first]}); "
+            "the same command tries them again, tracebacks are in the folder's cells/*.error.json"
+        )
+    if cells["finished"] < cells["all"]:
+        return _fail(
+            f"{cells['all'] - cells['finished']} of {cells['all']} cells are not finished; the "
+            "same command computes them"
+        )
+    return 0
+
+
 def _pretrain(config: Any) -> int:
     from dvla_fast.engine.pretrain import run_pretrain
 
@@ -522,6 +557,7 @@ _RUNNERS = {
     "semantics encode": _bank_command("encode"),
     "semantics check": _bank_command("check"),
     "semantics import": _bank_command("import_published"),
+    "ablate": _ablate,
     "pretrain": _pretrain,
     "metatune": _metatune,
     "evaluate": _evaluate,

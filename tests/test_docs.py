@@ -110,6 +110,12 @@ ELSEWHERE = {
     "dvla-fast compare a/seed-0,a/seed-1 b/seed-0,b/seed-1": (
         "tests/engine/test_compare.py::test_several_seeds_a_side"
     ),
+    "dvla-fast ablate configs/ablation_digits.yaml --output runs/ablation-digits": (
+        "tests/engine/test_ablate.py::ablation_digits"
+    ),
+    "dvla-fast ablate configs/ablation_shapes.yaml --output runs/ablation-shapes": (
+        "tests/engine/test_ablate.py::ablation_shapes"
+    ),
     "dvla-fast metatune --resume --output runs/tuned": "tests/engine/test_resume.py::resume",
 }
 

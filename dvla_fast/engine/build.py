@@ -36,7 +36,7 @@ from dvla_fast.semantics import (
     load_bank,
 )
 from dvla_fast.semantics.encoders import check_dim, encoder_identity
-from dvla_fast.semantics.tokens import stored_tokens
+from dvla_fast.semantics.tokens import PARTS, encode_names, stored_tokens
 from dvla_fast.semantics.topk import TEMPLATES
 from dvla_fast.semantics.vectors import CachedEncoder, vectors_path
 
@@ -172,19 +172,33 @@ def build_texts(
             f"semantics.template: {config.template!r} is unknown; choose one of "
             f"{', '.join(TEMPLATES)}"
         )
+    if config.parts not in PARTS:
+        raise UsageError(
+            f"semantics.parts: {config.parts!r} is unknown; choose one of {', '.join(PARTS)}"
+        )
     bank = build_bank(config.bank)
     names = list(data.class_names)
     lacking = set(bank.missing(names)) if split else set()
     if lacking and lacking.isdisjoint(data.split(split).class_names):
         names = [name for name in names if name not in lacking]
+    if bank.vectors and config.parts == "name":
+        raise UsageError(
+            f"semantics.parts: {config.bank} has vectors and no words, so its classes' names "
+            "cannot be encoded; choose all, attributes or description"
+        )
     if bank.vectors:
         texts = stored_tokens(bank, names, config.top_k)
         check_dim(bank.source, bank.vectors.dim, config.dim)
         encoder_name, truncated = bank.vectors.encoder, 0
     else:
         encoder = bank_encoder(config, bank, device)
-        texts = encode_bank(bank, names, encoder, top_k=config.top_k, template=config.template)
+        if config.parts == "name":
+            texts = encode_names(bank, names, encoder)
+        else:
+            texts = encode_bank(bank, names, encoder, top_k=config.top_k, template=config.template)
         encoder_name, truncated = encoder.name, encoder.truncated
+    if config.parts in ("attributes", "description"):
+        texts = texts.only(config.parts)
     described = {
         "bank": bank.name,
         "bank_sha256": bank.fingerprint(),
@@ -193,6 +207,7 @@ def build_texts(
         "dim": texts.tokens.shape[-1],
         "top_k": config.top_k,
         "template": config.template if config.top_k else None,
+        "parts": config.parts,
         "truncated_texts": truncated,
     }
     if len(names) < len(data.class_names):
@@ -267,6 +282,8 @@ def model_spec(config: ModelConfig, spec: dict[str, Any], text_dim: int) -> dict
     gate = asdict(config)
     for key in _BACKBONE_FIELDS:
         gate.pop(key)
+    if config.policy != "fixed":  # means nothing there
+        gate.pop("fixed_alpha")
     return {"backbone": spec, "text_dim": text_dim, **gate}
 
 

@@ -75,6 +75,11 @@ class TextOptions:
     template: str = option(
         "all", "chosen attributes that the template of that selection names: all, or the last"
     )
+    parts: str = option(
+        "all",
+        "texts of a class that the gates read: all (attributes and description), attributes, "
+        "description, or name ('A photo of a NAME' alone)",
+    )
     truncate: bool = option(False, "cut texts longer than the encoder reads instead of failing")
 
 
@@ -125,6 +130,7 @@ class ModelConfig:
     concentration: float = option(10.0, "concentration of the Beta policy")
     hidden_dim: int = option(128, "hidden width of the policy network")
     policy: str = option("beta", "gate policy: beta, categorical, fixed, static or mlp")
+    fixed_alpha: float = option(0.5, "gate value of policy fixed", 0)
     text_scope: str = option("episode", "whose text an image sees: episode or class")
     alpha_scope: str = option("episode", "one gate value per episode or per image")
     temperature: float = option(0.2, "temperature of the cosine prototype classifier")
@@ -328,6 +334,66 @@ class EvaluateRun(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     semantics: SemanticsConfig = field(default_factory=SemanticsConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@dataclass
+class AblateConfig:
+    """Which variants, how often, and how they are compared."""
+
+    groups: list[str] = field(
+        default_factory=list,
+        metadata=about(
+            "groups of variants: semantics, alpha, objective, k, kappa, lambda, tau, layers, "
+            "scope; empty: all"
+        ),
+    )
+    variants: list[str] = field(
+        default_factory=list,
+        metadata=about("single variants by name, e.g. [visual, alpha=0.5]; empty: whole groups"),
+    )
+    seeds: int = option(5, "training seeds: --seed, --seed + 1, ...", 1)
+    reference: str = option("full", "the variant that the others are compared with")
+    processes: int = option(
+        0, "worker processes, one thread each on a CPU; 0: one per core (one on a GPU)", 0
+    )
+    k: list[int] = field(
+        default_factory=lambda: [1, 2, 3, 4, 6, 8], metadata=about("sweep of semantics.top_k", 1)
+    )
+    kappa: list[float] = field(
+        default_factory=lambda: [2.0, 5.0, 20.0, 50.0],
+        metadata=about("sweep of model.concentration"),
+    )
+    lambda_sim: list[float] = field(
+        default_factory=lambda: [0.0, 0.25, 1.0], metadata=about("sweep of metatune.lambda_sim", 0)
+    )
+    lambda_imp: list[float] = field(
+        default_factory=lambda: [0.0, 0.5, 2.0], metadata=about("sweep of metatune.lambda_imp", 0)
+    )
+    tau: list[float] = field(
+        default_factory=lambda: [0.05, 0.1, 0.4], metadata=about("sweep of model.temperature")
+    )
+    layers: list[list[list[int]]] = field(
+        default_factory=list,
+        metadata=about(
+            "sets of gated layers to try, e.g. [[[2,0]], [[2,1],[3,0]]]; empty: each of the base "
+            "configuration's layers alone, and every block that can be gated"
+        ),
+    )
+    draws: int = option(4000, "bootstrap draws of an interval", 100)
+
+
+@dataclass
+class AblateRun(RunConfig):
+    """Everything `dvla-fast ablate` does."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    semantics: SemanticsConfig = field(default_factory=SemanticsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    metatune: MetatuneConfig = field(default_factory=lambda: MetatuneConfig(backbone_lr=0.0))
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    ablate: AblateConfig = field(default_factory=AblateConfig)
 
 
 @dataclass
@@ -548,7 +614,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 # One file may describe a whole experiment: a command passes over the other commands' sections.
-SECTIONS = ("data", "semantics", "model", "pretrain", "metatune", "evaluate", "execution")
+SECTIONS = (
+    "data", "semantics", "model", "pretrain", "metatune", "evaluate", "execution", "ablate",
+)  # fmt: skip
 
 
 def read_settings(path: str, cls: type[T], default: T) -> T:

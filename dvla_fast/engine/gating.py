@@ -215,12 +215,18 @@ class GateTraining:
         alpha = self.config.reference_alpha if self.config.reference == "fixed" else None
         self.reference = nn.ModuleList(frozen_policy(gate.policy, alpha) for gate in self._gates)
 
-    def play(self, episodes: Episodes, way: int) -> Rollout:
-        """Run the episodes with K drawn gates each, and the reference on the same ones."""
+    def play(self, episodes: Episodes, way: int, *, from_prefix: bool = False) -> Rollout:
+        """Run the episodes with K drawn gates each, and the reference on the same ones.
+
+        Args:
+            from_prefix: the episodes hold maps of ``DVLA.prefix`` instead of images.
+        """
         images: tuple[Tensor, ...] = (episodes.support, episodes.query)
         objective = self.loss.objective
         prefixed = self.samples > 1 or objective.needs_reference_rewards
-        if prefixed:  # what comes before the first gate is the same for all draws
+        if (
+            prefixed and not from_prefix
+        ):  # what comes before the first gate is the same for all draws
             images = tuple(_over_images(self.model.prefix, x) for x in images)
         reference_rewards = None
         if objective.needs_reference_rewards:
@@ -233,7 +239,7 @@ class GateTraining:
             repeated.query,
             repeated.text,
             way=way,
-            from_prefix=prefixed,
+            from_prefix=prefixed or from_prefix,
         )
         inputs = RewardInputs(output, repeated.query_labels, repeated.text, self._previous())
         rewards, parts = weighted_rewards(self.reward_weights, inputs)

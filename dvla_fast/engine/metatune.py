@@ -41,6 +41,7 @@ from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
 from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.memory import free_mib
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor
+from dvla_fast.engine.prefixes import PrefixMaps, check_constant_prefix
 from dvla_fast.engine.pretrain import monitor_sampler
 from dvla_fast.engine.starting import begin_metatuning
 from dvla_fast.engine.state import TrainingState
@@ -105,6 +106,7 @@ def metatune(
     progress: Progress,
     facts: dict[str, Any] | None = None,
     execution: Execution | None = None,
+    prefixes: PrefixMaps | None = None,
 ) -> Path:
     """Meta-tune a model whose backbone is pre-trained.
 
@@ -119,6 +121,8 @@ def metatune(
         progress: display; the stage name is "meta-tune".
         facts: more to note in the checkpoints.
         execution: precision, compilation, processes; None: float32 in one process.
+        prefixes: maps before the first gate, computed once for the whole run, of a frozen backbone
+            without augmentation.
 
     Returns:
         Path of the checkpoint that validated best on monitor episodes.
@@ -130,6 +134,8 @@ def metatune(
     Warns:
         RuntimeWarning: a gate's policy has collapsed; once a layer.
     """
+    if prefixes is not None:
+        check_constant_prefix(config)
     data = without_test_split(data)
     model.backbone.requires_grad_(config.backbone_lr > 0)  # frozen: no gradients are computed
     execution = execution or Execution()
@@ -148,7 +154,7 @@ def metatune(
     }
     if folder.resume:
         state.restore()
-    step = Step(config, model, data, texts, optimizer, gates, execution, seed)
+    step = Step(config, model, data, texts, optimizer, gates, execution, seed, prefixes)
     collapsed: set[int] = set()
     monitor = monitor_sampler(data, config.way, config.shots[0], config.query, seed + 1)
     progress.begin("meta-tune", config.epochs, state.epoch)
@@ -175,6 +181,7 @@ def metatune(
                     monitor,
                     config.validation_episodes,
                     execution.processes.count,
+                    prefixes,
                 )
             row.update(monitor_accuracy=score, monitor_alpha=alphas)
         folder.log("metatune", state.epoch, **row)
@@ -237,7 +244,9 @@ class Step:
         gates: GateTraining,
         execution: Execution,
         seed: int,
+        prefixes: PrefixMaps | None = None,
     ) -> None:
+        self.maps = None if prefixes is None else prefixes.of(model, "base")
         self.config, self.model, self.data, self.texts = config, model, data, texts
         self.optimizer, self.gates, self.execution = optimizer, gates, execution
         self.augmentation = Augmentation(config.augment, data)
@@ -255,7 +264,12 @@ class Step:
         ]
 
     def images(self, index: Tensor) -> Tensor:
-        """Gather, augment and normalise images: index (E, n) on the CPU -> (E, n, C, H, W)."""
+        """Gather, augment and normalise images: index (E, n) on the CPU -> (E, n, C, H, W).
+
+        With maps of the prefix, theirs are gathered instead.
+        """
+        if self.maps is not None:
+            return self.maps[to_device_of(self.maps, index)]
         count = index.numel()
         first = self.share.start * index.shape[1]
         draws = Draws(count, first, count * self.execution.processes.count)
@@ -301,6 +315,7 @@ class Step:
                 self.texts.episodes(classes),
             ),
             config.way,
+            from_prefix=self.maps is not None,
         )
         loss, figures = total_loss(
             rollout.output,
@@ -324,6 +339,7 @@ def _validate(
     sampler: EpisodeSampler,
     episodes: int,
     processes: int = 1,
+    prefixes: PrefixMaps | None = None,
 ) -> tuple[float, list[float]]:
     """Return the accuracy and the mean alpha by layer of the policy's mean on monitor episodes.
 
@@ -331,7 +347,8 @@ def _validate(
     what is free beside it, over all processes.
     """
     most = min(_MAPS_MIB, free_mib(data.monitor.device) / (4 * processes))
-    predictor = EpisodePredictor(model, data, texts, "monitor", cache_mib=most)
+    maps = None if prefixes is None else prefixes.of(model, "monitor")
+    predictor = EpisodePredictor(model, data, texts, "monitor", cache_mib=most, maps=maps)
     found = predictor.predict(sampler, episodes)[LEARNED]
     assert found.alphas is not None
     return found.accuracies.mean().item(), found.alphas.mean(0).tolist()

@@ -114,6 +114,7 @@ class EpisodePredictor:
             their maps (Visformer-Tiny then takes half the time of 128), 512 on a GPU.
         cache_mib: largest memory for feature maps of the plans that keep maps. A split that needs
             more goes without: the same numbers, more slowly.
+        maps: what ``DVLA.prefix`` gives for all images of the split, if it is known already.
 
     Raises:
         TrainingError: a weight is NaN or infinite.
@@ -130,7 +131,9 @@ class EpisodePredictor:
         visual: bool = False,
         image_batch: int | None = None,
         cache_mib: float = 8192,
+        maps: Tensor | None = None,
     ) -> None:
+        self.maps = maps
         self.model, self.data, self.texts = model, data, texts
         self.images = data.split(split)
         check_weights(model, self.images.name)
@@ -261,7 +264,8 @@ class EpisodePredictor:
     def _inputs(self, index: Tensor) -> Tensor:
         """Maps before the first gate of images (E, n), or the images where maps are not kept."""
         if self._keep_maps:
-            return self._tables["maps"][index]
+            maps = self._tables["maps"] if self.maps is None else self.maps
+            return maps[index]
         images = self.images.gather(index.flatten())
         return self.data.normalise(images).unflatten(0, index.shape)
 
@@ -292,6 +296,9 @@ class EpisodePredictor:
         self._known[missing] = True
 
     def _limit_maps(self) -> None:
+        if self.maps is not None:
+            self._map_mib = self.maps[0].nbytes / 2**20
+            return
         if self._keep_maps and not self._tables:
             one = self.model.prefix(self.data.normalise(next(self.images.chunks(1))))
             self._map_mib = one.numel() * one.element_size() / 2**20
@@ -305,8 +312,12 @@ class EpisodePredictor:
 
     def _rows(self, index: Tensor) -> dict[str, Tensor]:
         """Everything that is computed once per image, of images (n,)."""
-        maps = self.model.prefix(self.data.normalise(self.images.gather(index)))
-        rows = {"maps": maps} if self._keep_maps else {}
+        rows = {}
+        if self.maps is not None:
+            maps = self.maps[index]
+        else:
+            maps = self.model.prefix(self.data.normalise(self.images.gather(index)))
+            rows = {"maps": maps} if self._keep_maps else {}
         if self._plain:
             rows["plain"] = self.model.backbone(maps, start=self.model.gated_layers[0])
         text = self.texts.episodes(self.classes[self.images.labels[index]].unsqueeze(1))

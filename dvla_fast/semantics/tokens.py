@@ -13,11 +13,14 @@ from torch import Tensor
 from dvla_fast.errors import BankError
 from dvla_fast.semantics.bank import SemanticBank
 from dvla_fast.semantics.encoders import TextEncoder
-from dvla_fast.semantics.topk import progressive_top_k
+from dvla_fast.semantics.topk import progressive_top_k, template_text
 from dvla_fast.semantics.vectors import ClassVectors, read_stored
 
 if TYPE_CHECKING:
     from dvla_fast.nn import TextTokens
+
+
+PARTS = ("all", "attributes", "description", "name")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,23 @@ class EncodedTexts:
             self.levels,
             spread(self.class_embedding),
         )
+
+    def only(self, part: str) -> EncodedTexts:
+        """Return the texts of one level, "attributes" or "description", alone.
+
+        Raises:
+            BankError: a class has none of them.
+        """
+        keep = self.levels == (1 if part == "description" else 0)
+        tokens, mask = self.tokens[:, keep], self.mask[:, keep]
+        bare = [name for name, has in zip(self.class_names, mask.any(1).tolist()) if not has]
+        if bare:
+            raise BankError(
+                f"{len(bare)} of {len(self.class_names)} classes have no {part} (first: "
+                f"{bare[0]!r}); choose another --semantics.parts, or complete the bank"
+            )
+        embedding = torch.nn.functional.normalize(tokens.sum(1), dim=-1)
+        return EncodedTexts(self.class_names, tokens, mask, self.levels[keep], embedding)
 
     def episodes(self, classes: Tensor) -> TextTokens:
         """Gather the text tokens of episodes.
@@ -157,6 +177,19 @@ def encode_bank(
         ClassVectors(part[:-1], part[-1:])
         for part in vectors.split([len(chosen) + 1 for chosen in attributes])
     ]
+    return _assemble(class_names, classes, encoder.dim)
+
+
+def encode_names(
+    bank: SemanticBank, class_names: Sequence[str], encoder: TextEncoder
+) -> EncodedTexts:
+    """Encode "A photo of a NAME" as each class's only text, at the level of descriptions.
+
+    Raises:
+        BankError: a class missing from the bank, or a name that the encoder cannot read whole.
+    """
+    vectors = encoder.encode([template_text(name) for name in bank.resolve(class_names)])
+    classes = [ClassVectors(row[:0], row) for row in vectors.split(1)]
     return _assemble(class_names, classes, encoder.dim)
 
 

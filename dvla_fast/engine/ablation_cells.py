@@ -1,0 +1,392 @@
+"""The cells of an ablation, one variant with one training seed each, and how they are computed.
+
+A finished cell is one small file with the accuracy of every episode. A cell is claimed by a file
+lock that ends with its process, so any number of launches may share a folder, and a cell that was
+cut off is begun anew. What variants have in common is computed once per process: data, texts, and
+the maps before the first gate of each seed's frozen backbone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dvla_fast.data import EpisodeSampler, FewShotData
+from dvla_fast.engine.ablation_variants import Variant
+from dvla_fast.engine.build import (
+    backbone_spec,
+    build_data,
+    build_model,
+    build_texts,
+    fingerprint,
+    model_spec,
+    seed_everything,
+)
+from dvla_fast.engine.config import AblateRun, UsageError, to_dict
+from dvla_fast.engine.episode_lists import build_sampler
+from dvla_fast.engine.evaluate import load_model
+from dvla_fast.engine.execution import Execution
+from dvla_fast.engine.gating import GateTraining
+from dvla_fast.engine.logging import Progress, RunFolder
+from dvla_fast.engine.metatune import metatune
+from dvla_fast.engine.predict import LEARNED, EpisodePredictor, image_features, predict_visual
+from dvla_fast.engine.prefixes import PrefixMaps, has_constant_prefix
+from dvla_fast.engine.pretrain import pretrain
+from dvla_fast.engine.starting import begin_metatuning, normalise_for
+from dvla_fast.errors import OutputError
+from dvla_fast.files import write_atomic, write_text_atomic
+from dvla_fast.semantics import EncodedTexts
+
+BACKBONE = "backbone"
+_POLL = 0.2  # seconds between two looks at cells that others compute
+
+
+class Cell(NamedTuple):
+    """A unit of work: a variant with a training seed; variant None: that seed's backbone."""
+
+    variant: Variant | None
+    seed: int
+
+    @property
+    def key(self) -> str:
+        name = BACKBONE if self.variant is None else self.variant.name
+        return f"{name}-seed{self.seed}"
+
+
+def all_cells(variants: Sequence[Variant], seeds: Sequence[int]) -> list[Cell]:
+    """Seed by seed, so that a stopped ablation has whole seeds, and each backbone first."""
+    return [Cell(variant, seed) for seed in seeds for variant in (None, *variants)]
+
+
+@dataclass(frozen=True)
+class Store:
+    """The files of an ablation's folder."""
+
+    path: Path
+
+    @property
+    def cells(self) -> Path:
+        return self.path / "cells"
+
+    def result(self, cell: Cell) -> Path:
+        """The file that exists when the cell is finished."""
+        if cell.variant is None:
+            return self.backbone(cell.seed) / "summary.json"
+        return self.cells / f"{cell.key}.npz"
+
+    def error(self, cell: Cell) -> Path:
+        return self.cells / f"{cell.key}.error.json"
+
+    def backbone(self, seed: int) -> Path:
+        return self.path / "backbones" / f"seed{seed}"
+
+    def finished(self, cell: Cell) -> bool:
+        return self.result(cell).exists()
+
+    def prepare(self) -> None:
+        try:
+            for name in ("cells", "claims", "backbones", "running"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot write ({error.strerror or error})") from error
+
+    @contextmanager
+    def claim(self, name: str) -> Iterator[bool]:
+        """Try to take a piece of work; False: somebody else, here or elsewhere, has it.
+
+        The lock is the operating system's, on a file in ``claims/``: it ends with the process.
+        """
+        import fcntl  # POSIX alone has it
+
+        with open(self.path / "claims" / name, "a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def write(self, cell: Cell, arrays: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Keep a finished cell: accuracies (and gates) by shot, and facts as JSON inside."""
+        text = json.dumps(facts)
+        path = self.result(cell)
+
+        def save(temporary: Path) -> None:
+            with open(temporary, "wb") as stream:
+                np.savez_compressed(stream, facts=np.array(text), **arrays)
+
+        write_atomic(path, save)
+        self.error(cell).unlink(missing_ok=True)
+
+    def read(self, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a finished cell back: (arrays, facts).
+
+        Raises:
+            OutputError: the file is damaged.
+        """
+        path = self.result(cell)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            return arrays, json.loads(str(arrays.pop("facts")))
+        except (OSError, ValueError, KeyError) as error:
+            raise OutputError(
+                f"{path}: not a finished cell ({error}); remove it and run the ablation again"
+            ) from error
+
+
+class Workshop:
+    """Computes cells, and keeps what they share.
+
+    Args:
+        config: the base configuration.
+        store: where backbones and running cells lie.
+        device: of all tensors.
+
+    Raises:
+        DataError, BankError, UsageError: as building the data.
+    """
+
+    def __init__(self, config: AblateRun, store: Store, device: torch.device) -> None:
+        self.config, self.store, self.device = config, store, device
+        data = build_data(config.data, device, training=True)
+        self.data = normalise_for(data, config.model)
+        self._texts: dict[str, tuple[EncodedTexts, dict[str, Any]]] = {}
+        self._prefixes: tuple[int, PrefixMaps] | None = None
+
+    def texts(self, config: AblateRun) -> tuple[EncodedTexts, dict[str, Any]]:
+        """Encoded texts of a variant, each kind once."""
+        key = json.dumps(asdict(config.semantics), sort_keys=True)
+        if key not in self._texts:
+            self._texts[key] = build_texts(config.semantics, self.data, self.device)
+        return self._texts[key]
+
+    def check(self, variants: Sequence[Variant]) -> None:
+        """Build every variant's model, texts and objective before work starts.
+
+        Raises:
+            UsageError, BankError, DataError: what does not fit, with the variant's name.
+        """
+        settings = self.config.evaluate
+        images = self.data.split(settings.split)
+        for shot in settings.shots:
+            build_sampler(
+                settings.episode_list, images, settings.way, shot, settings.query, self.config.seed
+            )
+        tuning = self.config.metatune
+        for shot in tuning.shots:
+            EpisodeSampler(self.data.base, tuning.way, shot, tuning.query, 0)
+        for variant in variants:
+            if not variant.trains:
+                continue
+            config = variant.apply(self.config)
+            try:
+                GateTraining(config.metatune, build_model(self._spec(config)))
+            except UsageError as error:
+                raise UsageError(f"variant {variant.name}: {error}") from error
+
+    def _spec(self, config: AblateRun) -> dict[str, Any]:
+        backbone = backbone_spec(config.model, self.data.channels, self.data.image_size)
+        return model_spec(config.model, backbone, self.texts(config)[1]["dim"])
+
+    def run(self, cell: Cell) -> None:
+        """Compute a cell that this process has claimed, and keep its result."""
+        if cell.variant is None:
+            self._pretrain(cell.seed)
+        else:
+            self._variant(cell, cell.variant)
+
+    def _pretrain(self, seed: int) -> None:
+        started = time.monotonic()
+        config, path = self.config, self.store.backbone(seed)
+        spec = backbone_spec(config.model, self.data.channels, self.data.image_size)
+        resume = (path / "config.yaml").exists()
+        if not resume:
+            shutil.rmtree(path, ignore_errors=True)
+        folder = RunFolder(path, {**to_dict(config), "seed": seed}, resume=resume)
+        rng = seed_everything(seed)
+        silent = Progress({"pre-train": 1.0}, enabled=False)
+        best = pretrain(
+            config.pretrain, self.data, spec, folder, rng, seed, silent,
+            Execution(config.execution), config.model.pretrained,
+        )  # fmt: skip
+        rows = [row["monitor_episode_accuracy"] for row in folder.rows("pretrain")
+                if "monitor_episode_accuracy" in row]  # fmt: skip
+        (folder.checkpoints / "pretrain-last.safetensors").unlink(missing_ok=True)
+        folder.write_summary(
+            {
+                "command": "pretrain",
+                "seed": seed,
+                "checkpoint": str(best),
+                "monitor": self.data.monitor_kind,
+                "monitor_episode_accuracy": max(rows),
+                "seconds": time.monotonic() - started,
+            }
+        )
+        folder.close()
+
+    def _variant(self, cell: Cell, variant: Variant) -> None:
+        started = time.monotonic()
+        config = variant.apply(self.config)
+        checkpoint = self.store.backbone(cell.seed) / "checkpoints" / "pretrain-best.safetensors"
+        facts: dict[str, Any] = {
+            "variant": variant.name,
+            "seed": cell.seed,
+            "overrides": dict(variant.overrides),
+        }
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if variant.trains:
+                arrays, more = self._tuned(cell, config, checkpoint)
+            else:
+                arrays, more = self._visual(checkpoint)
+        facts["warnings"] = sorted({str(item.message) for item in caught
+                                    if item.category is RuntimeWarning})  # fmt: skip
+        facts |= {**more, "seconds": time.monotonic() - started}
+        self.store.write(cell, arrays, facts)
+
+    def _visual(self, checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        _, backbone, info = load_model(str(checkpoint), self.data)
+        features = image_features(backbone, self.data, self.data.split(self.config.evaluate.split))
+        arrays, hashes = {}, {}
+        for shot, sampler in self._samplers():
+            found = predict_visual(features, sampler, self.config.evaluate.episodes)
+            arrays[f"accuracy-{shot}"] = found.accuracies.numpy()
+            hashes[str(shot)] = sampler.fingerprint(self.config.evaluate.episodes)
+        return arrays, {"episodes_sha256": hashes, "monitor_accuracy": info["best"]}
+
+    def _tuned(
+        self, cell: Cell, config: AblateRun, checkpoint: Path
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        path = self.store.path / "running" / cell.key
+        shutil.rmtree(path, ignore_errors=True)
+        texts, semantics = self.texts(config)
+        spec = self._spec(config)
+        # Gates and episodes follow the training seed; the backbone's own seed was the same.
+        rng = seed_everything(cell.seed + 1)
+        model = build_model(spec)
+        data, _ = begin_metatuning(
+            model, spec["backbone"], self.data, config.model, str(checkpoint)
+        )
+        model.to(self.device)
+        prefixes = self._prefix_maps(cell.seed, data, config)
+        folder = RunFolder(path, to_dict(config))
+        silent = Progress({"meta-tune": 1.0}, enabled=False)
+        best = metatune(
+            config.metatune, model, spec, data, texts, folder, rng, cell.seed, silent,
+            {"semantics": semantics}, Execution(config.execution), prefixes,
+        )  # fmt: skip
+        rows = folder.rows("metatune")
+        folder.close()
+        tuned, _, info = load_model(str(best), data)
+        assert tuned is not None
+        arrays, hashes = self._evaluated(tuned, data, texts, prefixes)
+        shutil.rmtree(path, ignore_errors=True)
+        return arrays, {
+            "episodes_sha256": hashes,
+            "fingerprint": fingerprint(spec),
+            "gated_layers": [list(layer) for layer in tuned.gated_layers],
+            "monitor_accuracy": info["best"],
+            "best_epoch": info["best_epoch"],
+            "accuracy_in_training": [row["accuracy"] for row in rows],
+            "alpha_in_training": [row["alpha_mean"] for row in rows],
+            "monitor_by_epoch": [row["monitor_accuracy"] for row in rows
+                                 if "monitor_accuracy" in row],
+        }  # fmt: skip
+
+    def _evaluated(
+        self, model: Any, data: FewShotData, texts: EncodedTexts, prefixes: PrefixMaps | None
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        settings = self.config.evaluate
+        maps = None if prefixes is None else prefixes.of(model, settings.split)
+        predictor = EpisodePredictor(
+            model, data, texts, settings.split, cache_mib=settings.cache_mib, maps=maps
+        )
+        arrays: dict[str, Any] = {}
+        hashes: dict[str, str] = {}
+        for shot, sampler in self._samplers():
+            found = predictor.predict(sampler, settings.episodes, settings.batch_episodes)[LEARNED]
+            arrays[f"accuracy-{shot}"] = found.accuracies.numpy()
+            assert found.alphas is not None
+            arrays[f"alpha-{shot}"] = found.alphas.float().numpy()
+            hashes[str(shot)] = sampler.fingerprint(settings.episodes)
+        return arrays, hashes
+
+    def _samplers(self) -> Iterator[tuple[int, EpisodeSampler]]:
+        """The lists of episodes, the same for all variants and all training seeds."""
+        settings = self.config.evaluate
+        images = self.data.split(settings.split)
+        for shot in settings.shots:
+            yield (
+                shot,
+                build_sampler(
+                    settings.episode_list,
+                    images,
+                    settings.way,
+                    shot,
+                    settings.query,
+                    self.config.seed,
+                ),
+            )
+
+    def _prefix_maps(self, seed: int, data: FewShotData, config: AblateRun) -> PrefixMaps | None:
+        if not has_constant_prefix(config.metatune):
+            return None
+        if self._prefixes is None or self._prefixes[0] != seed:
+            self._prefixes = (seed, PrefixMaps(data, config.evaluate.cache_mib))
+        return self._prefixes[1]
+
+
+def work(workshop: Workshop, cells: Sequence[Cell], done: Any = None) -> None:
+    """Compute cells until none is left that this process could compute.
+
+    A failed cell leaves an error file and the others go on; cells whose backbone failed are left.
+
+    Args:
+        done: called with each cell that was finished or failed here.
+    """
+    store = workshop.store
+    while True:
+        busy = False
+        for cell in cells:
+            if store.finished(cell) or store.error(cell).exists():
+                continue
+            backbone = Cell(None, cell.seed)
+            if cell.variant is not None and not store.finished(backbone):
+                busy = busy or not store.error(backbone).exists()
+                continue
+            with store.claim(cell.key) as mine:
+                # Another process may have finished it between the look and the claim.
+                if mine and not store.finished(cell) and not store.error(cell).exists():
+                    _attempt(workshop, cell)
+                    if done is not None:
+                        done(cell)
+                busy = True
+            if mine:
+                break  # look again from the start: a backbone may be ready now
+        else:
+            if not busy:
+                return
+            time.sleep(_POLL)
+
+
+def _attempt(workshop: Workshop, cell: Cell) -> None:
+    try:
+        workshop.run(cell)
+    except Exception as error:
+        content = {
+            "error": f"{type(error).__name__}: {error}",
+            "traceback": traceback.format_exc(),
+        }
+        write_text_atomic(workshop.store.error(cell), json.dumps(content, indent=2) + "\n")

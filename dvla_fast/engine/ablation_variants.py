@@ -1,0 +1,218 @@
+"""The rows of an ablation: each is a name and what it changes in the base configuration."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dvla_fast.engine.build import backbone_spec, build_bank
+from dvla_fast.engine.config import AblateRun, UsageError, from_mapping
+from dvla_fast.nn import build_backbone
+from dvla_fast.rl import OBJECTIVES
+
+FULL, VISUAL = "full", "visual"
+GROUPS = {
+    "semantics": "Which texts",
+    "alpha": "How the gate is set",
+    "objective": "How the policy learns",
+    "k": "k of top-k selection",
+    "kappa": "Concentration κ of the Beta policy",
+    "lambda": "Reward weights λ",
+    "tau": "Temperature τ of the classifier",
+    "layers": "Gated layers (stage, block)",
+    "scope": "Whose text an image sees",
+}
+_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of an ablation.
+
+    Attributes:
+        name: unique, also the name of its cells' files.
+        group: key of ``GROUPS``.
+        title: the row's words.
+        overrides: dotted setting -> value, over the base configuration.
+        trains: False: the pre-trained backbone alone, visual prototypes, no meta-tuning.
+    """
+
+    name: str
+    group: str
+    title: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    trains: bool = True
+
+    def apply(self, config: AblateRun) -> AblateRun:
+        """Return the configuration of this variant (UsageError for values out of range)."""
+        nested: dict[str, Any] = {}
+        for key, value in self.overrides.items():
+            *path, last = key.split(".")
+            place = nested
+            for part in path:
+                place = place.setdefault(part, {})
+            place[last] = value
+        return from_mapping(AblateRun, nested, f"variant {self.name}", config)
+
+
+def all_variants(config: AblateRun, channels: int) -> list[Variant]:
+    """Return every row for a base configuration, the base itself first.
+
+    A value of a sweep that the base configuration already has is no row of its own.
+
+    Args:
+        channels: of the images, for the blocks of the backbone.
+    """
+    full = Variant(
+        FULL, "semantics", f"attributes and description, {_chosen(config)}, {_gate(config)}"
+    )
+    rows = [full, *_semantics(config), *_alphas(config), *_objectives(config)]
+    rows += _sweep("k", "k", "semantics.top_k", config.ablate.k, config.semantics.top_k)
+    model, tuning, ablate = config.model, config.metatune, config.ablate
+    rows += _sweep("kappa", "kappa", "model.concentration", ablate.kappa, model.concentration)
+    for name in ("lambda_sim", "lambda_imp"):
+        values = getattr(ablate, name)
+        rows += _sweep("lambda", name, f"metatune.{name}", values, getattr(tuning, name))
+    rows += _sweep("tau", "tau", "model.temperature", ablate.tau, model.temperature)
+    rows += _layers(config, channels)
+    other = {"episode": "class", "class": "episode"}[model.text_scope]
+    words = {
+        "class": "supports see their own class's texts, queries none",
+        "episode": "every image sees the texts of all the episode's classes",
+    }
+    rows.append(Variant(f"scope={other}", "scope", words[other], {"model.text_scope": other}))
+    return rows
+
+
+def chosen_variants(config: AblateRun, channels: int) -> list[Variant]:
+    """Return the rows that ``--ablate.groups`` and ``--ablate.variants`` ask for.
+
+    The reference is always among them.
+
+    Raises:
+        UsageError: an unknown group or variant.
+    """
+    rows = all_variants(config, channels)
+    names = [row.name for row in rows]
+    wanted = config.ablate
+    _check_known("groups", wanted.groups, GROUPS)
+    _check_known("variants", wanted.variants, names)
+    _check_known("reference", [wanted.reference], names)
+    if not wanted.groups and not wanted.variants:
+        return rows
+    return [
+        row
+        for row in rows
+        if row.group in wanted.groups or row.name in wanted.variants or row.name == wanted.reference
+    ]
+
+
+def _check_known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+    names = list(known)
+    for name in given:
+        if name in names:
+            continue
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(
+            f"ablate.{option}: {name!r} is unknown{hint}; choose from {', '.join(names)}"
+        )
+
+
+def _chosen(config: AblateRun) -> str:
+    k = config.semantics.top_k
+    return f"top-{k}" if k else "the bank's choice"
+
+
+def _gate(config: AblateRun) -> str:
+    if config.model.policy in ("beta", "categorical"):
+        return f"RL gate ({config.metatune.objective})"
+    return f"gate {config.model.policy}"
+
+
+def _semantics(config: AblateRun) -> list[Variant]:
+    def row(name: str, title: str, **changes: Any) -> Variant:
+        overrides = {f"semantics.{key}": value for key, value in changes.items()}
+        return Variant(name, "semantics", title, overrides)
+
+    rows = [
+        Variant(VISUAL, "semantics", "visual prototypes, no text, no gate", trains=False),
+        row("name", "class name alone (A photo of a NAME)", parts="name"),
+        row("attributes", f"attributes alone, {_chosen(config)}", parts="attributes"),
+        row("description", "description alone", parts="description"),
+    ]
+    bank = build_bank(config.semantics.bank)
+    most = max((len(entry.proposals) for entry in bank.classes.values()), default=0)
+    if bank.vectors is None and config.semantics.top_k and config.semantics.top_k < most:
+        title = f"attributes and description without top-k: all {most} proposed"
+        # "last": the templates of so many rounds would grow beyond what encoders read.
+        rows.append(row("no-top-k", title, top_k=most, template="last"))
+        title = f"attributes alone without top-k: all {most} proposed"
+        every = {"parts": "attributes", "top_k": most, "template": "last"}
+        rows.append(row("no-top-k-attributes", title, **every))
+    if config.semantics.bank == "shapes":
+        title = "attributes and description, hallucinations taken out by hand"
+        rows.append(row("true", title, bank="shapes-true", top_k=0))
+    return rows
+
+
+def _alphas(config: AblateRun) -> list[Variant]:
+    # Only the draws of a policy have an objective to choose: the others learn through the loss.
+    plain = {"metatune.objective": "reinforce", "metatune.baseline": "auto"}
+    rows = [
+        Variant(
+            f"alpha={value:g}",
+            "alpha",
+            f"fixed α = {value:g}" + {0.0: " (text alone)", 1.0: " (image alone)"}.get(value, ""),
+            {"model.policy": "fixed", "model.fixed_alpha": value, **plain},
+        )
+        for value in _ALPHAS
+    ]
+    learned = {"static": "one learned α per layer", "mlp": "MLP gate, learned through the loss"}
+    for policy, title in learned.items():
+        rows.append(Variant(policy, "alpha", title, {"model.policy": policy, **plain}))
+    rows.append(
+        Variant("categorical", "alpha", "RL gate, categorical", {"model.policy": "categorical"})
+    )
+    return [row for row in rows if row.overrides["model.policy"] != config.model.policy]
+
+
+def _objectives(config: AblateRun) -> list[Variant]:
+    if config.model.policy not in ("beta", "categorical"):
+        return []
+    return [
+        Variant(name, "objective", f"RL gate, {name}", {"metatune.objective": name})
+        for name in OBJECTIVES
+        if name != config.metatune.objective
+    ]
+
+
+def _sweep(group: str, label: str, key: str, values: Iterable[Any], base: Any) -> list[Variant]:
+    return [
+        Variant(f"{label}={value:g}", group, f"{label} = {value:g}", {key: value})
+        for value in dict.fromkeys(values)
+        if value != base
+    ]
+
+
+def _layers(config: AblateRun, channels: int) -> list[Variant]:
+    spec = backbone_spec(config.model, channels, config.data.image_size)
+    backbone: Any = build_backbone(**spec)
+    default = [list(pair) for pair in backbone.locations]
+    base = config.model.gated_layers or default
+    sets = config.ablate.layers
+    if not sets:
+        blocks = [[s, b] for s, b in backbone.blocks if s > 1]
+        sets = [[pair] for pair in base] + [blocks]
+    return [
+        Variant(
+            "layers=" + "+".join(f"{stage}.{block}" for stage, block in layers),
+            "layers",
+            "gates before " + ", ".join(f"({stage}, {block})" for stage, block in layers),
+            {"model.gated_layers": layers},
+        )
+        for layers in sets
+        if layers != base
+    ]

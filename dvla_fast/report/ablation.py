@@ -1,0 +1,236 @@
+"""An ablation as a Markdown table, as CSV, and as a forest plot of paired differences."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from dvla_fast.errors import MissingDependencyError
+from dvla_fast.report.plots import _BLUE, _GREY, _GRID, _INK, _MUTED, _ORANGE, _STYLE
+
+_LEVEL = 0.05
+
+
+def markdown_table(summary: Mapping[str, Any]) -> str:
+    """Lay out the summary of ``engine.ablate`` as a Markdown page."""
+    reference, shots = summary["reference"], summary["shots"]
+    seeds = len(summary["seeds"])
+    lines = [f"# Ablation on {summary['dataset']}", ""]
+    lines += [
+        f"{summary['way']}-way, {summary['query']} queries a class, {summary['episodes']} episodes "
+        f"of the {summary['split']} split for each shot, the same for all; {seeds} training "
+        f"seed{'s' if seeds > 1 else ''}; accuracies and differences in points.",
+        "",
+        f"Δ: minus `{reference}` on the same episodes and seeds, with its 95 % interval; p after "
+        f"Holm's correction over {summary['comparisons']} comparisons; **bold**: below {_LEVEL}.",
+        "",
+    ]
+    if summary["note"]:
+        lines += [f"**{summary['note']}.**", ""]
+    if summary["failures"]:
+        lines += ["Failed cells: " + ", ".join(sorted(summary["failures"])) + ".", ""]
+    unfinished = summary["cells"]["all"] - summary["cells"]["finished"]
+    if unfinished:
+        lines += [f"**Not finished: {unfinished} of {summary['cells']['all']} cells.**", ""]
+    head = ["variant"]
+    for shot in shots:
+        head += [f"{shot}-shot", "Δ", "p"]
+    head += [f"α by layer, {shots[0]}-shot", "what it is"]
+    for title, rows in _by_group(summary):
+        lines += [f"## {title}", "", _line(head), _line(["---"] * len(head))]
+        lines += [_line(_cells(row, len(summary["seeds"]))) for row in rows]
+        lines.append("")
+    lines += _claims(summary["claims"])
+    lines += [
+        "## How",
+        "",
+        f"Intervals: {summary['intervals']}.",
+        "",
+        f"- command: `{summary['line'] or 'dvla-fast ablate'}`",
+        f"- commit: {summary['commit'] or 'not a git checkout'}; dvla-fast {summary['dvla_fast']}, "
+        f"torch {summary['torch']}, Python {summary['python']}",
+        f"- machine: {summary['machine']}",
+        f"- computing: {summary['cells']['core_seconds'] / 60:.0f} core-minutes for "
+        f"{summary['cells']['finished']} cells (backbones included); finished "
+        f"{summary['finished_at']}",
+        "",
+    ]
+    warned = {row["variant"]: row["warnings"] for row in summary["rows"] if row["warnings"]}
+    for name, texts in warned.items():
+        lines += [f"- `{name}` warned: {text}" for text in texts]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _by_group(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+    for title, rows in groupby(summary["rows"], key=lambda row: row["group_title"]):
+        yield title, list(rows)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cells(row: Mapping[str, Any], seeds: int) -> list[str]:
+    cells = [f"`{row['variant']}`"]
+    for result in row["results"]:
+        if result["accuracy"] is None:
+            cells += ["not computed", "", ""]
+            continue
+        cells.append(f"{100 * result['accuracy']['estimate']:.2f}")
+        difference = result["difference"]
+        if difference is None:
+            cells += ["", ""]
+            continue
+        text = f"{100 * difference['estimate']:+.2f} {_interval(difference)}"
+        bold = difference["p_holm"] < _LEVEL
+        cells += [f"**{text}**" if bold else text, _p(difference["p_holm"])]
+    alpha = row["results"][0].get("alpha")
+    cells.append(" ".join(f"{value:.2f}" for value in alpha) if alpha else "")
+    words = row["title"]
+    if 0 < len(row["seeds"]) < seeds:
+        words += f" ({len(row['seeds'])} of {seeds} seeds)"
+    return [*cells, words]
+
+
+def _interval(value: Mapping[str, Any], scale: float = 100) -> str:
+    if value["low"] is None:
+        return "[unknown]"
+    return f"[{scale * value['low']:+.2f}, {scale * value['high']:+.2f}]"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _claims(claims: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = ["## The paper's claims", ""]
+    lines += ["| claim | here | tests (95 %, not corrected) |", "|---|---|---|"]
+    for claim in claims:
+        tests = []
+        for test in claim["tests"]:
+            scale, unit = (1, "") if test["test"].startswith("α") else (100, " points")
+            estimate = f"{scale * test['estimate']:+.2f}"
+            tests.append(f"{test['test']}: {estimate} {_interval(test, scale)}{unit}")
+        lines.append(_line([claim["claim"], claim["verdict"], "; ".join(tests)]))
+    lines.append("")
+    for claim in claims:
+        if "selection" in claim:
+            chosen = ", ".join(f"{k}: {x:.0%}" for k, x in claim["selection"]["chosen"].items())
+            proposed = claim["selection"]["proposed"]
+            lines += [
+                f"Hallucinated among the proposed attributes: {proposed:.0%}; among those that "
+                f"top-k chooses, by k: {chosen}.",
+                "",
+            ]
+    return lines
+
+
+def csv_table(summary: Mapping[str, Any]) -> str:
+    """One line for each variant and shot; accuracies and differences as shares."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(
+        ["group", "variant", "title", "shot", "seeds", "accuracy", "accuracy_low", "accuracy_high",
+         "difference", "difference_low", "difference_high", "p_value", "p_holm", "alpha"]
+    )  # fmt: skip
+    for row in summary["rows"]:
+        for result in row["results"]:
+            accuracy, difference = result["accuracy"] or {}, result["difference"] or {}
+            writer.writerow(
+                [row["group"], row["variant"], row["title"], result["shot"], len(row["seeds"])]
+                + [accuracy.get(key) for key in ("estimate", "low", "high")]
+                + [difference.get(key) for key in ("estimate", "low", "high", "p_value", "p_holm")]
+                + [" ".join(f"{value:.4f}" for value in result.get("alpha", []))]
+            )
+    return stream.getvalue()
+
+
+def plot_ablation(summary: Mapping[str, Any], output: str | Path) -> None:
+    """Draw paired differences with their intervals, a row a variant and a column a shot, as PNG.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.style import context
+    except ImportError as error:
+        raise MissingDependencyError(
+            "pictures need matplotlib, which is not installed; run pip install 'dvla-fast[train]'"
+        ) from error
+    places, heads, labels = _places(summary)
+    shots = summary["shots"]
+    height = 1.6 + 0.23 * max(places.values(), default=0)
+    with context(_STYLE):
+        figure = Figure(figsize=(3.4 + 3.9 * len(shots), height), dpi=150, facecolor="white")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, len(shots), sharey=True, squeeze=False)[0]
+        for column, axis in enumerate(axes):
+            _forest(axis, summary, column, places)
+            axis.set_ylim(max(places.values(), default=0) + 1, -0.5)
+        axes[0].set_yticks(list(labels), list(labels.values()), fontsize=8.5, color=_INK)
+        for place, title in heads.items():
+            axes[0].annotate(
+                title, (0, place), xycoords=("axes fraction", "data"), xytext=(-8, 0),
+                textcoords="offset points", ha="right", va="center", fontsize=8.5,
+                fontweight="bold", annotation_clip=False,
+            )  # fmt: skip
+        note = f"; {summary['note']}" if summary["note"] else ""
+        seeds = len(summary["seeds"])
+        figure.text(
+            0.01, 0.008,
+            f"{summary['dataset']}, {summary['way']}-way, {summary['episodes']} paired episodes, "
+            f"{seeds} seed{'s' if seeds > 1 else ''}; 95 % intervals over seeds and episodes; "
+            f"filled: p < {_LEVEL} after Holm{note}",
+            fontsize=7.5, color=_MUTED,
+        )  # fmt: skip
+        figure.tight_layout(rect=(0, 0.35 / height, 1, 1))
+        figure.savefig(output, format="png")
+
+
+def _places(summary: Mapping[str, Any]) -> tuple[dict[str, int], dict[int, str], dict[int, str]]:
+    """Where rows stand: variant -> place, place -> group's title, place -> variant."""
+    places: dict[str, int] = {}
+    heads: dict[int, str] = {}
+    place = 0
+    for title, rows in _by_group(summary):
+        drawn = [row for row in rows if row["variant"] != summary["reference"]]
+        if not drawn:
+            continue
+        heads[place] = title
+        for offset, row in enumerate(drawn, 1):
+            places[row["variant"]] = place + offset
+        place += len(drawn) + 1
+    return places, heads, {value: key for key, value in places.items()}
+
+
+def _forest(axis: Any, summary: Mapping[str, Any], column: int, places: Mapping[str, int]) -> None:
+    shot = summary["shots"][column]
+    axis.axvline(0, color=_MUTED, linewidth=1)
+    for row in summary["rows"]:
+        result = row["results"][column]
+        if row["variant"] == summary["reference"] and result["accuracy"]:
+            level = 100 * result["accuracy"]["estimate"]
+            axis.set_title(f"{shot}-shot: minus {row['variant']} ({level:.1f} %)", fontsize=10)
+        difference = result["difference"]
+        if difference is None:
+            continue
+        place, estimate = places[row["variant"]], 100 * difference["estimate"]
+        stands = difference["p_holm"] < _LEVEL
+        colour = _GREY if not stands else (_BLUE if estimate > 0 else _ORANGE)
+        ink = colour if stands else _MUTED
+        if difference["low"] is not None:
+            ends = [100 * difference["low"], 100 * difference["high"]]
+            axis.plot(ends, [place, place], color=ink, linewidth=1.6)
+        axis.plot(
+            [estimate], [place], "o", markersize=5, color=ink,
+            markerfacecolor=colour if stands else "white",
+        )  # fmt: skip
+    axis.set_xlabel("difference in accuracy, points")
+    axis.grid(axis="y", color=_GRID, linewidth=0.4)
+    axis.tick_params(axis="y", length=0)

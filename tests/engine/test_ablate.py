@@ -1,0 +1,291 @@
+"""Ablations: rows, cells that are kept, shared folders, failures, tables, bad input."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dvla_fast.engine import ablation_cells
+from dvla_fast.engine.ablate import run_ablate
+from dvla_fast.engine.ablation_cells import Cell, Store, Workshop
+from dvla_fast.engine.ablation_claims import hallucinated_shares
+from dvla_fast.engine.ablation_variants import GROUPS, all_variants, chosen_variants
+from dvla_fast.engine.config import (
+    AblateConfig,
+    AblateRun,
+    AugmentConfig,
+    DemoRun,
+    SemanticsConfig,
+    UsageError,
+    read_settings,
+)
+from dvla_fast.errors import OutputError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture
+def config(tiny: DemoRun, tmp_path: Path) -> AblateRun:
+    tiny.metatune.backbone_lr = 0.0
+    tiny.metatune.epochs = tiny.pretrain.epochs = 1
+    return AblateRun(
+        output=str(tmp_path / "run"),
+        device="cpu",
+        model=tiny.model,
+        semantics=SemanticsConfig(top_k=3),
+        pretrain=tiny.pretrain,
+        metatune=tiny.metatune,
+        evaluate=tiny.evaluate,
+        ablate=AblateConfig(seeds=2, processes=1, variants=["visual", "alpha=0.5"], draws=200),
+    )
+
+
+def rows(summary: dict[str, Any]) -> dict[str, Any]:
+    return {row["variant"]: row for row in summary["rows"]}
+
+
+def test_every_row_of_the_method_is_there(config: AblateRun) -> None:
+    config.semantics.bank = "shapes"
+    variants = {row.name: row for row in all_variants(config, 1)}
+    assert {row.group for row in variants.values()} == set(GROUPS)
+    assert set(variants) >= {
+        "full", "visual", "name", "attributes", "description", "no-top-k", "true",
+        "alpha=0", "alpha=0.25", "alpha=0.5", "alpha=0.75", "alpha=1", "static", "mlp",
+        "ppo", "grpo", "counterfactual", "dpo", "pathwise", "scope=class",
+    }  # fmt: skip
+    assert not {"k=3", "reinforce"} & set(variants)  # those are the base itself
+    for row in variants.values():
+        changed = row.apply(config)
+        assert (changed != config) == bool(row.overrides), row.name
+    assert variants["alpha=0.25"].apply(config).model.fixed_alpha == 0.25
+
+
+def test_groups_and_variants(config: AblateRun) -> None:
+    assert [row.name for row in chosen_variants(config, 1)] == ["full", "visual", "alpha=0.5"]
+    config.ablate = AblateConfig(groups=["scope"])
+    assert [row.name for row in chosen_variants(config, 1)] == ["full", "scope=class"]
+    for bad, words in (
+        ({"groups": ["semantic"]}, "did you mean 'semantics'"),
+        ({"variants": ["alpha=0.3"]}, "alpha=0.3"),
+        ({"reference": "best"}, "reference"),
+    ):
+        config.ablate = AblateConfig(**bad)
+        with pytest.raises(UsageError, match=words):
+            chosen_variants(config, 1)
+
+
+def test_whole_ablation(config: AblateRun, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = run_ablate(config)
+    assert "full-seed1" in capsys.readouterr().err
+    found = rows(summary)
+    assert list(found) == ["full", "visual", "alpha=0.5"]
+    assert summary["cells"] | {"seconds": 0, "core_seconds": 0} == {
+        "all": 8, "finished": 8, "core_seconds": 0, "seconds": 0,
+    }  # fmt: skip
+    store = Store(Path(config.output))
+    for shot in (0, 1):
+        fixed = found["alpha=0.5"]["results"][shot]
+        assert fixed["alpha"] == [0.5, 0.5]
+        full = found["full"]["results"][shot]
+        apart = np.mean(fixed["by_seed"]) - np.mean(full["by_seed"])
+        assert fixed["difference"]["estimate"] == pytest.approx(apart, abs=1e-6)
+        assert fixed["difference"]["p_holm"] >= fixed["difference"]["p_value"]
+        assert full["difference"] is None
+    hashes = [
+        store.read(Cell(row, seed))[1]["episodes_sha256"]
+        for row in chosen_variants(config, 1)
+        for seed in (0, 1)
+    ]
+    assert all(one == hashes[0] for one in hashes)
+    page = (store.path / "ablation.md").read_text()
+    assert "| `visual` |" in page
+    assert "Holm" in page
+    table = list(csv.DictReader(io.StringIO((store.path / "ablation.csv").read_text())))
+    assert len(table) == 6
+    assert float(table[0]["accuracy"]) == pytest.approx(
+        found["full"]["results"][0]["accuracy"]["estimate"]
+    )
+    assert (store.path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((store.path / "ablation.json").read_text())["rows"] == json.loads(
+        json.dumps(summary["rows"])
+    )
+    assert not list((store.path / "running").iterdir())
+
+
+def test_finished_cells_are_kept_and_others_begun_anew(config: AblateRun) -> None:
+    first = run_ablate(config, quiet=True)
+    store = Store(Path(config.output))
+    variants = {row.name: row for row in chosen_variants(config, 1)}
+    lost, kept = (store.result(Cell(variants["full"], seed)) for seed in (0, 1))
+    before = kept.stat().st_mtime_ns
+    lost.unlink()
+    half = store.path / "running" / "full-seed0"  # cut off in the middle
+    half.mkdir()
+    (half / "config.yaml").write_text("half")
+    second = run_ablate(config, quiet=True)
+    assert kept.stat().st_mtime_ns == before
+    assert second["rows"] == first["rows"]  # the same numbers again
+    config.ablate.seeds, config.ablate.groups = 3, ["scope"]  # more of both
+    third = run_ablate(config, quiet=True)
+    assert kept.stat().st_mtime_ns == before
+    assert rows(third)["scope=class"]["seeds"] == [0, 1, 2]
+
+
+def test_other_settings_are_refused(config: AblateRun) -> None:
+    config.ablate.variants = ["visual"]
+    config.ablate.seeds = 1
+    run_ablate(config, quiet=True)
+    config.metatune.lr = 0.1
+    with pytest.raises(OutputError, match=r"other settings.*metatune\.lr"):
+        run_ablate(config, quiet=True)
+    occupied = Path(config.output).parent / "occupied"
+    occupied.mkdir()
+    (occupied / "notes.txt").write_text("mine")
+    config.output = str(occupied)
+    with pytest.raises(OutputError, match="no ablation"):
+        run_ablate(config, quiet=True)
+    assert [item.name for item in occupied.iterdir()] == ["notes.txt"]
+
+
+def test_failed_cell_is_reported_and_the_rest_finished(
+    config: AblateRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Workshop._variant
+
+    def broken(self: Workshop, cell: Cell, variant: Any) -> None:
+        if cell.key == "alpha=0.5-seed1":
+            raise RuntimeError("no luck")
+        whole(self, cell, variant)
+
+    monkeypatch.setattr(Workshop, "_variant", broken)
+    summary = run_ablate(config, quiet=True)
+    assert summary["failures"] == {"alpha=0.5-seed1": "RuntimeError: no luck"}
+    assert summary["cells"]["finished"] == 7
+    assert rows(summary)["alpha=0.5"]["seeds"] == [0]
+    page = Path(config.output, "ablation.md").read_text()
+    assert "Failed cells: alpha=0.5-seed1" in page
+    assert "(1 of 2 seeds)" in page
+    monkeypatch.undo()
+    assert run_ablate(config, quiet=True)["failures"] == {}  # tried again
+
+
+def test_failed_backbone_leaves_its_cells(
+    config: AblateRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Workshop, seed: int) -> None:
+        raise RuntimeError("no backbone")
+
+    monkeypatch.setattr(Workshop, "_pretrain", broken)
+    summary = run_ablate(config, quiet=True)
+    assert set(summary["failures"]) == {"backbone-seed0", "backbone-seed1"}
+    assert summary["cells"]["finished"] == 0
+    assert "not computed" in Path(config.output, "ablation.md").read_text()
+
+
+def test_claimed_cells_are_left_to_others(config: AblateRun) -> None:
+    store = Store(Path(config.output))
+    store.prepare()
+    with store.claim("full-seed0") as mine:
+        assert mine
+        with store.claim("full-seed0") as again:
+            assert not again
+        with store.claim("full-seed1") as other:
+            assert other
+    with store.claim("full-seed0") as mine:
+        assert mine
+
+
+def test_worker_processes_give_the_same_numbers(config: AblateRun) -> None:
+    config.ablate.variants, config.ablate.seeds = ["visual"], 1
+    alone = run_ablate(config, quiet=True)
+    config.output += "-2"
+    config.ablate.processes = 2
+    shared = run_ablate(config, quiet=True)
+    assert shared["cells"]["finished"] == 3
+    assert shared["rows"] == alone["rows"]
+
+
+def test_single_seed_says_so(config: AblateRun) -> None:
+    config.ablate.seeds = 1
+    summary = run_ablate(config, quiet=True)
+    assert "single seed" in Path(config.output, "ablation.md").read_text()
+    assert summary["note"].startswith("single seed")
+
+
+def test_kept_maps_change_nothing_but_the_time(
+    config: AblateRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.ablate.variants, config.ablate.seeds = ["grpo", "layers=3.0", "scope=class"], 1
+    fast = run_ablate(config, quiet=True)
+    monkeypatch.setattr(ablation_cells, "has_constant_prefix", lambda config: False)
+    config.output += "-slow"
+    slow = run_ablate(config, quiet=True)
+    for one, other in zip(fast["rows"], slow["rows"]):
+        for a, b in zip(one["results"], other["results"]):
+            assert a["accuracy"]["estimate"] == pytest.approx(b["accuracy"]["estimate"], abs=0.02)
+            assert a["alpha"] == pytest.approx(b["alpha"], abs=1e-4)
+
+
+def test_maps_are_not_kept_where_images_change(config: AblateRun) -> None:
+    from dvla_fast.engine.prefixes import check_constant_prefix, has_constant_prefix
+
+    assert has_constant_prefix(config.metatune)
+    config.metatune.augment = AugmentConfig(flip=True)
+    with pytest.raises(UsageError, match="augmentation"):
+        check_constant_prefix(config.metatune)
+    config.metatune.augment, config.metatune.backbone_lr = AugmentConfig(), 1e-6
+    assert not has_constant_prefix(config.metatune)
+
+
+def test_settings_that_do_not_fit_fail_before_work(config: AblateRun) -> None:
+    config.ablate.layers = [[[9, 9]]]
+    config.ablate.variants = ["layers=9.9"]
+    with pytest.raises(UsageError, match=r"variant layers=9\.9"):
+        run_ablate(config, quiet=True)
+    assert not Path(config.output).exists()
+
+
+def test_selection_on_shapes_cannot_see_hallucinations(config: AblateRun) -> None:
+    config.semantics = SemanticsConfig(bank="shapes", top_k=5, dim=256)
+    shares = hallucinated_shares(config)
+    assert shares["proposed"] == pytest.approx(1 / 3)
+    assert set(shares["chosen"]) == {"1", "2", "3", "4", "5", "6", "8"}
+    assert all(0 <= share <= 1 for share in shares["chosen"].values())
+
+
+@pytest.mark.parametrize("name", ["ablation_shapes", "ablation_digits"])
+def test_shipped_configurations(name: str) -> None:
+    shipped = read_settings(str(CONFIGS / f"{name}.yaml"), AblateRun, AblateRun())
+    assert shipped.ablate.seeds >= 5
+    assert shipped.semantics.top_k > 0
+    assert shipped.metatune.backbone_lr == 0
+    variants = chosen_variants(shipped, 3 if shipped.data.dataset == "shapes" else 1)
+    assert {row.group for row in variants} == set(GROUPS)
+
+
+def test_command_line(
+    config: AblateRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dvla_fast.cli import main
+    from dvla_fast.engine.config import to_dict
+    from dvla_fast.engine.logging import _to_yaml
+
+    config.output = ""
+    config.ablate.seeds = 1
+    settings = tmp_path / "mine.yaml"
+    settings.write_text(_to_yaml(to_dict(config)))
+    out = tmp_path / "out"
+    assert main(["ablate", str(settings), "--output", str(out)]) == 0
+    assert "| `visual` |" in capsys.readouterr().out
+    assert (
+        main(["ablate", str(settings), "--output", str(out), "--ablate.groups", "[nothing]"]) == 2
+    )
+    assert "unknown" in capsys.readouterr().err
+    assert torch.get_num_threads() == 1

@@ -324,8 +324,13 @@ def _parse(name: str, rest: list[str]) -> Any:
 
 def _config_files(rest: list[str]) -> list[str]:
     """The files of ``--config FILE`` and ``--config=FILE``, in order; later ones win."""
-    files = [item.split("=", 1)[1] for item in rest if item.startswith("--config=")]
-    return files + [rest[i + 1] for i, item in enumerate(rest[:-1]) if item == "--config"]
+    following = [*rest[1:], ""]
+    found = (
+        item.split("=", 1)[1] if item.startswith("--config=") else after
+        for item, after in zip(rest, following)
+        if item == "--config" or item.startswith("--config=")
+    )
+    return [path for path in found if path]
 
 
 def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
@@ -352,6 +357,7 @@ def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
         description=f"{command.summary[0].upper()}{command.summary[1:]}.",
         epilog=f"examples:\n{command.examples}",
         formatter_class=Formatter,
+        allow_abbrev=False,  # "--conf" would be taken for --config, whose file is read before
     )
     parser.add_argument(  # read before, for the defaults that the other options override
         "--config", metavar="FILE", help="YAML file with any of these settings"

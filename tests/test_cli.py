@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dvla_fast.cli import main
+from dvla_fast.cli import _parse, main
 from dvla_fast.engine.checkpoint import save_checkpoint
 from tests.data import trees
 
@@ -386,3 +386,35 @@ def test_pretraining_without_base_classes(
     message = fails(["pretrain", *arguments, "--data.image_size=16"], capsys)
     assert "no base classes to train on" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_later_settings_files_win(tmp_path: Path) -> None:
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for seed, path in enumerate(files):
+        path.write_text(f"seed: {seed + 5}")
+    orders = [["--config", str(files[0]), f"--config={files[1]}"], [f"--config={files[1]}"]]
+    for given in orders:
+        assert _parse("pretrain", given).seed == 6
+    assert _parse("pretrain", [*orders[0], "--config", str(files[0])]).seed == 5
+    assert _parse("pretrain", [*orders[0], "--seed", "1"]).seed == 1
+
+
+def test_options_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "--conf", "settings.yaml"]) == 2
+    assert "--conf" in capsys.readouterr().err
+
+
+def test_pretraining_that_cannot_run_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    for option, message in (
+        ("--pretrain.batch_size=1", "leaves BatchNorm nothing to compare"),
+        ("--pretrain.label_smoothing=2", "label_smoothing: expected 0 to 1"),
+        ("--model.pretrained=nofile.pth", "nofile.pth"),
+    ):
+        assert main(["pretrain", "--model.backbone=visformer_tiny", "--data.image_size=32",
+                     "--device=cpu", "--model.normalisation=data", option,
+                     f"--output={output}"]) != 0  # fmt: skip
+        assert message in capsys.readouterr().err
+        assert not output.exists()

@@ -41,7 +41,11 @@ class Draws:
 
     def uniform(self, *sizes: int) -> Tensor:
         """Uniform on [0, 1): (*sizes, count) float32 on the CPU."""
-        return torch.rand(*sizes, self.total, generator=self.generator)[..., self.rows]
+        return self.whole(*sizes)[..., self.rows]
+
+    def whole(self, *sizes: int) -> Tensor:
+        """The same for the whole batch: (*sizes, total)."""
+        return torch.rand(*sizes, self.total, generator=self.generator)
 
     def integers(self, high: int) -> Tensor:
         """Uniform on 0 .. high - 1: (count,) int64 on the CPU."""
@@ -139,22 +143,35 @@ def random_erasing(images: Tensor, probability: float, draws: Draws | None = Non
     Args:
         images: (B, C, H, W), normalised: the noise is standard normal, a value a pixel.
         probability: share of the images; 0 is the identity.
-        draws: random numbers of the images. The noise itself comes from the device.
+        draws: random numbers of the images. The noise itself comes from the device's generator.
     """
     if not probability:
         return images
-    draw = (draws or Draws(len(images))).uniform(5)
-    side = images.new_tensor([images.shape[2], images.shape[3]], device="cpu")
+    draws = draws or Draws(len(images))
+    everyone = draws.whole(5)
+    erased = everyone[4] < probability
+    place = erased[draws.rows].nonzero()[:, 0]
+    # Noise for the whole batch: the device's stream, too, stays that of one process.
+    noise = torch.randn(int(erased.sum()), *images.shape[1:], device=images.device)
+    first = int(erased[: draws.rows.start].sum())
+    noise = noise[first : first + len(place)].to(images.dtype)
+    mask = to_device_of(images, _rectangles(everyone[:, draws.rows][:, place], images.shape[2:]))
+    place = to_device_of(images, place)
+    images = images.clone()
+    images[place] = torch.where(mask, noise, images[place])
+    return images
+
+
+def _rectangles(draw: Tensor, sides: torch.Size) -> Tensor:
+    """Random rectangles (n, 1, H, W) bool from uniform numbers (4 or more, n)."""
+    length = torch.tensor(list(sides), dtype=torch.float32)
     area = 0.02 + (1 / 3 - 0.02) * draw[0]
     ratio = ((2 * draw[1] - 1) * math.log(1 / 0.3)).exp()
     size = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()]).clamp_max(1.0)
-    start = draw[2:4] * (1 - size) * side[:, None]
-    stop = start + size * side[:, None]
-    stop = torch.where(draw[4] < probability, stop, start)
+    start = draw[2:4] * (1 - size) * length[:, None]
+    stop = start + size * length[:, None]
     inside = []
-    for axis, length in enumerate(images.shape[2:]):
-        place = torch.arange(length) + 0.5
-        inside.append((place >= start[axis, :, None]) & (place < stop[axis, :, None]))
-    rows, columns = (to_device_of(images, part) for part in inside)
-    mask = rows[:, None, :, None] & columns[:, None, None, :]
-    return torch.where(mask, torch.randn_like(images), images)
+    for axis, count in enumerate(sides):
+        centre = torch.arange(count) + 0.5
+        inside.append((centre >= start[axis, :, None]) & (centre < stop[axis, :, None]))
+    return inside[0][:, None, :, None] & inside[1][:, None, None, :]

@@ -196,8 +196,11 @@ def pack_rng(generator: np.random.Generator) -> tuple[dict[str, Tensor], dict[st
     """Capture every random state a run draws from: torch CPU and CUDA, NumPy, Python."""
     tensors = {"rng.torch": torch.get_rng_state()}
     if torch.cuda.is_available():
-        for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"rng.cuda.{index}"] = state
+        if torch.distributed.is_initialized():  # this process's GPU stands for everyone's
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        else:
+            for index, state in enumerate(torch.cuda.get_rng_state_all()):
+                tensors[f"rng.cuda.{index}"] = state
     version, internal, gauss = random.getstate()
     return tensors, {
         "numpy": _plain(generator.bit_generator.state),
@@ -211,6 +214,8 @@ def unpack_rng(
     """Restore what ``pack_rng`` captured (CUDA states only where those devices exist)."""
     torch.set_rng_state(tensors["rng.torch"])
     if torch.cuda.is_available():
+        if "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
         for index in range(torch.cuda.device_count()):
             if f"rng.cuda.{index}" in tensors:
                 torch.cuda.set_rng_state(tensors[f"rng.cuda.{index}"], index)

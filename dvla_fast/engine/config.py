@@ -613,7 +613,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-# One file may describe a whole experiment: a command passes over the other commands' sections.
+# One file may describe a whole experiment: a run passes over the sections of other commands.
 SECTIONS = (
     "data", "semantics", "model", "pretrain", "metatune", "evaluate", "execution", "ablate",
 )  # fmt: skip
@@ -633,10 +633,12 @@ def read_settings(path: str, cls: type[T], default: T) -> T:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UsageError(f"--config {path}: cannot read these settings ({reason})") from error
+    content = {} if content is None else content
     if not isinstance(content, Mapping):
         raise UsageError(f"--config {path}: expected settings as 'name: value', got {content!r}")
     known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
-    mine = {key: value for key, value in content.items() if key in known or key not in SECTIONS}
+    others = SECTIONS if issubclass(cls, RunConfig) else ()
+    mine = {key: value for key, value in content.items() if key in known or key not in others}
     return from_mapping(cls, mine, path, default)
 
 
@@ -665,15 +667,31 @@ def from_mapping(
             f"{', '.join(sorted(known))}"
         )
     base: Any = cls() if default is None else default
-    arguments = {
-        name: from_mapping(hints[name], value, where, getattr(base, name))
-        if is_dataclass(hints[name])
-        else value
-        for name, value in values.items()
-    }
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        kind: Any = hints[name]
+        if is_dataclass(kind):
+            section = {} if value is None else value  # "data:" with nothing under it
+            arguments[name] = from_mapping(hints[name], section, where, getattr(base, name))
+        else:
+            arguments[name] = _typed(kind, value, f"{where}: {name}")
     _check_minimums(cls, arguments, where)
     result: T = dataclasses.replace(base, **arguments)
     return result
+
+
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    """Check a plain setting; YAML reads ``5e-4`` as text, which a number may be written as."""
+    if kind is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    right = {float: int | float, int: int, bool: bool, str: str}.get(kind)
+    wrong_bool = isinstance(value, bool) and kind is not bool
+    if right is not None and (wrong_bool or not isinstance(value, right)):
+        raise UsageError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value
 
 
 def _check_minimums(cls: type, arguments: Mapping[str, Any], where: str) -> None:

@@ -105,17 +105,19 @@ class Processes:
         return torch.cat(parts, dim)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its mean over the processes; a missing one counts as zero."""
+        """Replace every gradient by its mean over the processes.
+
+        All run the same steps on equal shares, so they lack the same gradients: those of
+        parameters that a step does not use, which then stay as they are, as in one process.
+        """
         if self.count == 1:
             return
         bucket: list[Tensor] = []
         size = 0
         for parameter in parameters:
-            if not parameter.requires_grad:
-                continue
-            if parameter.grad is None:  # unused here, perhaps not elsewhere
-                parameter.grad = torch.zeros_like(parameter)
             gradient = parameter.grad
+            if gradient is None:
+                continue
             if bucket and (size > _BUCKET or gradient.dtype != bucket[0].dtype):
                 self._average(bucket)
                 bucket, size = [], 0
@@ -170,16 +172,24 @@ class _SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, images: Tensor) -> Tensor:
         if not self.training:
             return super().forward(images)
-        moments = torch.stack([images.mean((0, 2, 3)), images.square().mean((0, 2, 3))])
-        total: Tensor = _Sum.apply(moments)
-        mean, square = (total / distributed.get_world_size()).unbind()
-        variance = square - mean.square()
-        self._track(mean.detach(), variance.detach(), images)
-        scale = (variance + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight
-        shift = -mean * scale if self.bias is None else self.bias - mean * scale
-        return images * scale[:, None, None] + shift[:, None, None]
+        with torch.autocast("cpu", enabled=False):
+            values = images.to(torch.promote_types(images.dtype, torch.float32))
+            mean = self._average(values)
+            centred = values - mean[:, None, None]
+            variance = self._average(centred.square())
+            self._track(mean.detach(), variance.detach(), images)
+            scale = (variance + self.eps).rsqrt()
+            if self.weight is not None:
+                scale = scale * self.weight
+            result = centred * scale[:, None, None]
+            if self.bias is not None:
+                result = result + self.bias[:, None, None]
+            return result.to(images.dtype)
+
+    @staticmethod
+    def _average(values: Tensor) -> Tensor:
+        total: Tensor = _Sum.apply(values.mean((0, 2, 3)))
+        return total / distributed.get_world_size()
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, images: Tensor) -> None:

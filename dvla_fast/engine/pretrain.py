@@ -30,7 +30,7 @@ from dvla_fast.engine.build import (
     seed_everything,
     without_test_split,
 )
-from dvla_fast.engine.config import PretrainConfig, PretrainRun, to_dict
+from dvla_fast.engine.config import PretrainConfig, PretrainRun, UsageError, to_dict
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.logging import Progress, RunFolder, open_folder
@@ -118,8 +118,6 @@ def pretrain(
     execution = execution or Execution()
     outputs = len(data.base.class_names) * (3 if config.quarter_turns else 1)
     model = build_pretrain_model(spec, outputs, config.drop_path)
-    if pretrained and not folder.resume:
-        load_published(model["backbone"], pretrained)
     model.to(data.base.device)
     execution.prepare(model["backbone"])
     optimizer = torch.optim.AdamW(
@@ -133,8 +131,9 @@ def pretrain(
         "normalisation": normalisation(data),
         "seed": seed,
     }
-    if folder.resume:
-        state.restore()
+    restored = folder.resume and state.restore()
+    if pretrained and not restored:  # a run stopped before its first checkpoint starts again
+        load_published(model["backbone"], pretrained)
     epoch = Epoch(config, model, data, optimizer, execution, outputs)
     sampler = monitor_sampler(data, 5, 1, 15, seed)
     progress.begin("pre-train", config.epochs, state.epoch)
@@ -154,6 +153,24 @@ def pretrain(
     return state.best_path
 
 
+def check_recipe(config: PretrainConfig, data: FewShotData, processes: Processes) -> None:
+    """Find settings that cannot train before a folder is made.
+
+    Raises:
+        UsageError: batches too small or of unequal shares, amounts out of their range.
+    """
+    Augmentation(config.augment, data)
+    processes.share(config.batch_size, "pretrain.batch_size")
+    images, smallest = min(config.batch_size, len(data.base)), 2 * processes.count
+    if images < smallest:
+        raise UsageError(
+            f"pretrain.batch_size: a step of {images} image(s) leaves BatchNorm nothing to compare;"
+            f" give at least {smallest}"
+        )
+    if not 0 <= config.label_smoothing <= 1:
+        raise UsageError(f"pretrain.label_smoothing: expected 0 to 1, got {config.label_smoothing}")
+
+
 class Epoch:
     """One pass over the base images."""
 
@@ -171,7 +188,6 @@ class Epoch:
         self.augmentation = Augmentation(config.augment, data)
         self.mixer = build_mixer(config, outputs)
         self.parameters = list(model.parameters())
-        execution.processes.share(config.batch_size, "pretrain.batch_size")
 
     def __call__(self, state: TrainingState) -> dict[str, float]:
         """Train; returns the epoch's mean loss and accuracy, and its last learning rate."""
@@ -248,8 +264,9 @@ def run_pretrain(config: PretrainRun, *, quiet: bool = False) -> dict[str, Any]:
     spec = backbone_spec(config.model, data.channels, data.image_size)
     # Settings that fit no model or no batch fail before the folder is made.
     build_pretrain_model(spec, 1, config.pretrain.drop_path)
-    Augmentation(config.pretrain.augment, data)
-    processes.share(config.pretrain.batch_size, "pretrain.batch_size")
+    check_recipe(config.pretrain, data, processes)
+    if config.model.pretrained:
+        load_published(build_pretrain_model(spec, 1)["backbone"], config.model.pretrained)
     folder = open_folder(config.output, to_dict(config), processes, config.resume, config.wandb)
     rng = seed_everything(config.seed)
     with Progress({"pre-train": 1.0}, enabled=not quiet and processes.main) as progress:

@@ -8,11 +8,14 @@ import pytest
 import yaml
 
 from dvla_fast.engine.config import (
+    DataCheck,
     DemoRun,
+    PretrainRun,
     UsageError,
     demo_config,
     differences,
     from_mapping,
+    read_settings,
     to_dict,
 )
 
@@ -44,6 +47,9 @@ def test_partial_mapping_keeps_the_other_defaults() -> None:
         ({"evaluate": {"shots": []}}, "shots must be at least 1"),
         ({"evaluate": {"shots": [1, 0]}}, "shots must be at least 1"),
         ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": True}, "seed: expected int, got True"),
+        ({"pretrain": {"lr": "fast"}}, "lr: expected float, got 'fast'"),
+        ({"data": {"dataset": 3}}, "dataset: expected str, got 3"),
     ],
 )
 def test_wrong_values(values: dict[str, object], message: str) -> None:
@@ -55,3 +61,22 @@ def test_differences_are_named() -> None:
     assert differences({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}}) == [
         "b.c: 2 -> 4"
     ]
+
+
+def test_numbers_as_yaml_reads_them() -> None:
+    config = from_mapping(DemoRun, yaml.safe_load("pretrain: {lr: 5e-4}\ndata:\n"))
+    assert config.pretrain.lr == 5e-4
+    assert config.data == DemoRun().data
+
+
+def test_one_file_for_several_commands(tmp_path: Path) -> None:
+    path = tmp_path / "experiment.yaml"
+    path.write_text("pretrain: {epochs: 3}\nsemantics: {top_k: 2}\nevaluate: {episodes: 9}\n")
+    assert read_settings(str(path), PretrainRun, PretrainRun()).pretrain.epochs == 3
+    with pytest.raises(UsageError, match=r"unknown key.* evaluate, pretrain, semantics"):
+        read_settings(str(path), DataCheck, DataCheck())
+    path.write_text("")
+    assert read_settings(str(path), PretrainRun, PretrainRun()) == PretrainRun()
+    path.write_text("evaluation: {episodes: 9}")
+    with pytest.raises(UsageError, match=r"unknown key.* evaluation"):
+        read_settings(str(path), PretrainRun, PretrainRun())

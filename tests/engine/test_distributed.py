@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dvla_fast.engine import distributed
 from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import UsageError
 from dvla_fast.engine.distributed import Processes
@@ -32,6 +34,11 @@ METATUNE = [
     "--metatune.episodes_per_step=4", "--metatune.query=5", "--metatune.validation_episodes=4",
     "--metatune.augment.shift=0.1", "--metatune.rewards={accuracy: 1.0, episode_improvement: 1.0}",
 ]  # fmt: skip
+# Further updates from stored draws, in which the backbone has no gradient; noise from the device.
+PPO = [
+    *METATUNE[:-1], "--metatune.objective=ppo", "--metatune.augment.random_erasing=0.5",
+]  # fmt: skip
+HALF = [*PRETRAIN, "--execution.precision=bfloat16", "--execution.channels_last=true"]
 SCRIPT = """
 import sys
 from dvla_fast.cli import main
@@ -39,6 +46,8 @@ settings, folder = eval(sys.argv[1]), sys.argv[2]
 assert main([*settings[0], f"--output={folder}/pretrain"]) == 0
 start = f"--checkpoint={sys.argv[3]}/pretrain/checkpoints/pretrain-last.safetensors"
 assert main([*settings[1], start, f"--output={folder}/metatune"]) == 0
+assert main([*settings[2], start, f"--output={folder}/ppo"]) == 0
+assert main([*settings[3], f"--output={folder}/half"]) == 0
 """
 
 
@@ -55,7 +64,14 @@ def launch(count: int, folder: Path, start: Path) -> None:
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
-        arguments = [sys.executable, "-c", SCRIPT, repr([PRETRAIN, METATUNE]), folder, start]
+        arguments = [
+            sys.executable,
+            "-c",
+            SCRIPT,
+            repr([PRETRAIN, METATUNE, PPO, HALF]),
+            folder,
+            start,
+        ]
         processes.append(
             subprocess.Popen(
                 arguments,
@@ -80,9 +96,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "tolerance"), [("pretrain", 3e-4), ("metatune", 3e-6)])
-def test_same_weights(runs: tuple[Path, Path], stage: str, tolerance: float) -> None:
-    name = f"{stage}/checkpoints/{stage}-last.safetensors"
+@pytest.mark.parametrize(
+    ("run", "stage", "tolerance"),
+    [("pretrain", "pretrain", 3e-4), ("metatune", "metatune", 3e-6), ("ppo", "metatune", 3e-6)],
+)
+def test_same_weights(runs: tuple[Path, Path], run: str, stage: str, tolerance: float) -> None:
+    name = f"{run}/checkpoints/{stage}-last.safetensors"
     (one, _), (two, _) = (load_checkpoint(run / name) for run in runs)
     assert one.keys() == two.keys()
     for key, expected in one.items():
@@ -100,6 +119,29 @@ def test_one_process_writes(runs: tuple[Path, Path]) -> None:
         assert two[-1]["loss"] == pytest.approx(one[-1]["loss"], abs=1e-4)
         summaries = [json.loads((run / stage / "summary.json").read_text()) for run in runs]
         assert [summary["processes"] for summary in summaries] == [1, 2]
+
+
+@pytest.mark.slow
+def test_mixed_precision(runs: tuple[Path, Path]) -> None:
+    one, two = (read_metrics(run / "half")[-1]["loss"] for run in runs)
+    assert two == pytest.approx(one, abs=0.02)
+
+
+def test_shared_statistics_keep_their_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of a large mean and a small spread, where a mean of squares would cancel."""
+    monkeypatch.setattr(distributed.distributed, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(distributed.distributed, "get_world_size", lambda: 1)
+    plain = torch.nn.BatchNorm2d(3)
+    shared = copy.deepcopy(plain)
+    shared.__class__ = distributed._SyncBatchNorm2d
+    images = 300 + 0.1 * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    exact = torch.nn.BatchNorm2d(3).double()(images.double())
+    torch.testing.assert_close(shared(images).double(), exact, rtol=0, atol=5e-3)
+    plain(images)
+    torch.testing.assert_close(shared.running_var, plain.running_var)
+    half = shared(images.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert bool(half.isfinite().all())
 
 
 def test_one_process_shares_with_nobody() -> None:

@@ -47,6 +47,7 @@ from dvla_fast.rl import EMABaseline, ReinforceLoss, total_loss
 from dvla_fast.semantics import EncodedTexts
 
 CLASSES, PER_CLASS, PHRASES, TEXT_DIM = 16, 24, 6, 512
+FEWEST, EPISODES = 3, (1, 4)  # timed steps of a row, and episodes of a step
 EXECUTIONS = {
     "dvla_fast float32": ExecutionConfig(channels_last=True),
     "dvla_fast bfloat16": ExecutionConfig(precision="bfloat16", channels_last=True),
@@ -279,7 +280,7 @@ def rate(steps: Iterator[int], seconds: float, warm_up: int = 1) -> float:
         next(steps)
     rates: list[float] = []
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(rates) < 3:
+    while time.perf_counter() < end or len(rates) < FEWEST:
         start = time.perf_counter()
         count = next(steps)
         rates.append(count / (time.perf_counter() - start))
@@ -308,7 +309,7 @@ def measure(setting: Setting, stage: str, arguments: argparse.Namespace) -> dict
     if encode is not None:
         rates["plain loop, texts kept"] = rate(plain_metatuning(setting, None), arguments.seconds)
     for name, execution in EXECUTIONS.items():
-        for episodes in (1, 4):
+        for episodes in EPISODES:
             steps = our_metatuning(setting, execution, episodes)
             rates[f"{name}, {episodes} a step"] = rate(steps, arguments.seconds)
     return rates

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -65,11 +66,14 @@ def test_training_beside_the_plain_loop(
 
     monkeypatch.setattr(training, "CLASSES", 5)
     monkeypatch.setattr(training, "PER_CLASS", 16)
+    monkeypatch.setattr(training, "RECIPE", dataclasses.replace(training.RECIPE, batch_size=20))
+    monkeypatch.setattr(training, "FEWEST", 1)
+    monkeypatch.setattr(training, "EPISODES", (1,))
     training.main(
         ["--image-size", "32", "--seconds", "0", "--texts", "none", "--malloc", "returns"]
     )
     _, *stages = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    for stage, count in zip(stages, (4, 5)):
+    for stage, count in zip(stages, (4, 3)):
         rows = [row for name, row in stage.items() if name != "stage"]
         assert len(rows) == count
         assert all(row["per_second"] > 0 for row in rows)

@@ -31,12 +31,7 @@ from benchmarks.test_image_cache import photograph
 from dvla_fast.data import EpisodeSampler, FewShotData, load_data, prepare_cache
 from dvla_fast.engine import metatune, pretrain
 from dvla_fast.engine.build import build_pretrain_model
-from dvla_fast.engine.config import (
-    AugmentConfig,
-    ExecutionConfig,
-    MetatuneConfig,
-    PretrainConfig,
-)
+from dvla_fast.engine.config import AugmentConfig, ExecutionConfig, MetatuneConfig, PretrainConfig
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import GateTraining

@@ -11,163 +11,11 @@ import difflib
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dvla_fast.commands import COMMANDS, GROUPS
 from dvla_fast.errors import DVLAError, MissingDependencyError
-
-
-@dataclass(frozen=True)
-class _Command:
-    summary: str
-    config: str
-    examples: str
-
-
-# Commands of two words, with what their overview adds.
-_GROUPS = ("data", "semantics")
-
-_COMMANDS = {
-    "demo": _Command(
-        "learn to read digits never seen in training, in minutes on a CPU",
-        "DemoRun",
-        """  dvla-fast demo
-  dvla-fast demo --quick
-  dvla-fast demo --seed 1 --output runs/my-demo
-  dvla-fast demo --resume --output runs/my-demo""",
-    ),
-    "data check": _Command(
-        "check a data set: layout, splits, counts, unreadable and duplicate images",
-        "DataCheck",
-        """  dvla-fast data check photos/
-  dvla-fast data check CUB_200_2011/ --splits cub_100_50_50
-  dvla-fast data check photos/ --splits my-split.json --shot 1 --counts_only
-  dvla-fast data check caches/cub-224""",
-    ),
-    "data prepare": _Command(
-        "decode a data set once into a cache that training maps into memory",
-        "DataPrepare",
-        """  dvla-fast data prepare photos/ --output caches/photos-84 --image_size 84
-  dvla-fast data prepare CUB_200_2011/ --splits cub_100_50_50 --output caches/cub-224
-  dvla-fast data prepare photos/ --output caches/photos-224 --skip_unreadable
-
-the same command continues a build that was stopped""",
-    ),
-    "semantics build": _Command(
-        "write a bank with a language model, from class names and support images",
-        "SemanticsBuild",
-        """  dvla-fast semantics build --data.dataset photos/ --output bank.json
-  dvla-fast semantics build --data.dataset photos/ --output bank.json \\
-      --language_model.base_url http://localhost:8000/v1 --construct.images 3
-  dvla-fast semantics build --data.dataset CUB_200_2011/ --data.splits cub_100_50_50 \\
-      --construct.split [test] --construct.images 1 --output cub-novel.json \\
-      --language_model.backend transformers --construct.encoder open_clip:ViT-B-16/openai
-  dvla-fast semantics build --construct.classes names.txt --output bank.json \\
-      --language_model.backend files --language_model.answers answers.json
-
-the same command continues a build that was stopped: no answer is asked for twice""",
-    ),
-    "semantics show": _Command(
-        "show a bank of class texts: candidates with scores, what was chosen, where it is from",
-        "SemanticsShow",
-        """  dvla-fast semantics show digits
-  dvla-fast semantics show digits eight
-  dvla-fast semantics show shapes rokobu --top_k 6
-  dvla-fast semantics show banks/birds.json 'Sooty Albatross'""",
-    ),
-    "semantics diff": _Command(
-        "show what differs between two banks, class by class",
-        "SemanticsDiff",
-        """  dvla-fast semantics diff shapes shapes-true
-  dvla-fast semantics diff birds.json birds-corrected.json""",
-    ),
-    "semantics edit": _Command(
-        "edit one class of a bank in $EDITOR; only a valid class gets into the bank",
-        "SemanticsEdit",
-        """  dvla-fast semantics edit birds.json 'Sooty Albatross'
-  EDITOR=nano dvla-fast semantics edit birds.json jay""",
-    ),
-    "semantics encode": _Command(
-        "encode a bank's texts into a file beside it, which training and evaluation then read",
-        "SemanticsEncode",
-        """  dvla-fast semantics encode birds.json --encoder open_clip:ViT-B-16/openai
-  dvla-fast semantics encode birds.json --encoder transformers:models/siglip --top_k 8
-  dvla-fast semantics encode digits""",
-    ),
-    "semantics check": _Command(
-        "check a bank: format, texts, classes of a data set, images that it has seen",
-        "SemanticsCheck",
-        """  dvla-fast semantics check digits --data.dataset digits
-  dvla-fast semantics check birds.json --encoder open_clip:ViT-B-16/openai
-  dvla-fast semantics check birds.json --data.dataset CUB_200_2011/""",
-    ),
-    "semantics import": _Command(
-        "make a bank of vectors that others published (VT-FSL, DVLA-RL, SemFew, DVLA-RL++)",
-        "SemanticsImport",
-        """  dvla-fast semantics import cifar_semantic_clip_cot.pth --output banks/cifar-fs.json
-  dvla-fast semantics import semantic.pth --attributes attributes.pth --output banks/cub.json""",
-    ),
-    "pretrain": _Command(
-        "pre-train a backbone on base classes",
-        "PretrainRun",
-        """  dvla-fast pretrain --output runs/backbone
-  dvla-fast pretrain --data.dataset photos/ --data.image_size 84 --pretrain.augment.flip true
-  dvla-fast pretrain --model.backbone resnet12 --data.dataset photos/ --data.image_size 84
-  dvla-fast pretrain --config runs/backbone/config.yaml --seed 1
-  dvla-fast pretrain --resume --output runs/backbone""",
-    ),
-    "metatune": _Command(
-        "meta-tune gates and backbone on episodes, with policy gradients",
-        "MetatuneRun",
-        """  dvla-fast metatune --checkpoint runs/backbone/checkpoints/pretrain-best.safetensors
-  dvla-fast metatune --checkpoint PRE.safetensors --metatune.shots [5] --metatune.epochs 40
-  dvla-fast metatune --checkpoint PRE.safetensors --metatune.objective ppo --metatune.baseline value
-  dvla-fast metatune --checkpoint PRE.safetensors --data.dataset photos/ --semantics.bank bank.json
-  dvla-fast metatune --checkpoint visformer-CUB.pth --model.backbone visformer_tiny
-  dvla-fast metatune --model.backbone clip --model.pretrained laion2b_s34b_b88k
-  dvla-fast metatune --resume --output runs/tuned""",
-    ),
-    "evaluate": _Command(
-        "evaluate a checkpoint on episodes of novel classes",
-        "EvaluateRun",
-        """  dvla-fast evaluate --checkpoint runs/tuned/checkpoints/metatune-best.safetensors
-  dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.shots [5] --evaluate.episodes 2000
-  dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.split monitor
-  dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.episode_list authors
-  dvla-fast evaluate --checkpoint visformer-CUB.pth --data.dataset caches/cub-224
-  dvla-fast evaluate --checkpoint SEED0.safetensors --checkpoints [SEED1.safetensors]
-  dvla-fast evaluate --checkpoint TUNED.safetensors --compare runs/other-evaluation""",
-    ),
-    "report": _Command(
-        "write one self-contained HTML page about runs",
-        "ReportRun",
-        """  dvla-fast report runs/result
-  dvla-fast report runs/backbone runs/tuned runs/result --output report.html
-  dvla-fast report runs/seed-0 runs/seed-1 --title "Two seeds" --text_only
-  dvla-fast report runs/result --shot 5 --episodes [0,17]""",
-    ),
-    "compare": _Command(
-        "say whether one evaluation is better than another, on the same episodes",
-        "CompareRun",
-        """  dvla-fast compare runs/result runs/other
-  dvla-fast compare runs/result runs/result --method_b "fixed gate"
-  dvla-fast compare a/seed-0,a/seed-1,a/seed-2 b/seed-0,b/seed-1,b/seed-2
-  dvla-fast compare runs/result runs/other --output comparison.json""",
-    ),
-    "ablate": _Command(
-        "train and compare variants over seeds on the same episodes: table, plot, intervals",
-        "AblateRun",
-        """  dvla-fast ablate configs/ablation_digits.yaml --output runs/ablation
-  dvla-fast ablate configs/ablation_shapes.yaml --ablate.groups [semantics,alpha]
-  dvla-fast ablate configs/ablation_shapes.yaml --ablate.variants [visual,alpha=0.5]
-  dvla-fast ablate my.yaml --ablate.seeds 10 --ablate.processes 8 --output runs/ablation
-  accelerate launch --num_processes 4 -m dvla_fast ablate my.yaml --output runs/ablation
-
-the same command continues what was stopped, on any number of machines that share the folder""",
-    ),
-    "doctor": _Command("say what is installed, what runs here, and how to fix it", "", ""),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -188,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DVLAError as error:
         if debug:
             raise
-        from dvla_fast.engine.config import UsageError
+        from dvla_fast.engine.settings import UsageError
 
         return _fail(str(error), 2 if isinstance(error, UsageError) else 1)
     except Exception as error:
@@ -213,15 +61,15 @@ def _dispatch(given: list[str], owns_process: bool) -> int:
         print(f"dvla-fast {__version__}")
         return 0
     name, rest = given[0], given[1:]
-    if name in _GROUPS:
+    if name in GROUPS:
         if not rest or rest[0] in ("-h", "--help"):
             print(_group_overview(name))
             return 0 if rest else 2
         name, rest = f"{name} {rest[0]}", rest[1:]
-    if name not in _COMMANDS:
-        near = difflib.get_close_matches(name, _COMMANDS, 1)
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        return _fail(f"no command {name!r}{hint} Choose one of {', '.join(_COMMANDS)}", 2)
+        return _fail(f"no command {name!r}{hint} Choose one of {', '.join(COMMANDS)}", 2)
     if name == "doctor":
         return _doctor(rest)
     if name == "ablate" and rest and not rest[0].startswith("-"):
@@ -251,7 +99,7 @@ def _group_overview(group: str) -> str:
         "data": ("published split lists, for --splits", split_list_names()),
         "semantics": ("banks that come with the package", bundled_banks()),
     }
-    commands = {n: c for n, c in _COMMANDS.items() if n.startswith(f"{group} ")}
+    commands = {n: c for n, c in COMMANDS.items() if n.startswith(f"{group} ")}
     width = max(map(len, commands)) + 1
     rows = "\n".join(f"  {name:<{width}} {command.summary}" for name, command in commands.items())
     examples = "\n".join(command.examples.splitlines()[0] for command in commands.values())
@@ -263,7 +111,7 @@ def _group_overview(group: str) -> str:
 
 
 def _overview() -> str:
-    rows = "\n".join(f"  {name:<17} {command.summary}" for name, command in _COMMANDS.items())
+    rows = "\n".join(f"  {name:<17} {command.summary}" for name, command in COMMANDS.items())
     return (
         "usage: dvla-fast COMMAND [options]\n\n"
         "Few-shot image classification with text, gated by reinforcement learning (DVLA-RL).\n\n"
@@ -279,7 +127,7 @@ def _doctor(rest: list[str]) -> int:
 
     parser = argparse.ArgumentParser(
         prog="dvla-fast doctor",
-        description=_COMMANDS["doctor"].summary,
+        description=COMMANDS["doctor"].summary,
         epilog="example:\n  dvla-fast doctor",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -297,28 +145,29 @@ def _parse(name: str, rest: list[str]) -> Any:
     Defaults come from the dataclasses; over them, when resuming, the configuration of the run
     folder; over that, ``--config``; and over all, the options on the command line.
     """
-    from dvla_fast.engine import config as configuration
+    from dvla_fast.engine import config as runs
+    from dvla_fast.engine import settings, tool_config
     from dvla_fast.engine.logging import read_config
 
-    cls = getattr(configuration, _COMMANDS[name].config)
+    cls = getattr(runs, COMMANDS[name].config, None) or getattr(tool_config, COMMANDS[name].config)
     default = cls()
     if name == "demo":
         from dvla_fast.engine.config import demo_config
 
         default = demo_config(quick="--quick" in rest)
     for path in _config_files(rest):
-        default = configuration.read_settings(path, cls, default)
+        default = settings.read_settings(path, cls, default)
     parsed = _parse_with(name, rest, cls, default)
     if not getattr(parsed, "resume", False):
         return parsed
     if not parsed.output:
-        raise configuration.UsageError(
+        raise settings.UsageError(
             f"--resume needs --output, the folder of the run to continue: dvla-fast {name} "
             "--resume --output runs/..."
         )
-    saved = configuration.from_mapping(cls, read_config(parsed.output), parsed.output)
+    saved = settings.from_mapping(cls, read_config(parsed.output), parsed.output)
     for path in _config_files(rest):
-        saved = configuration.read_settings(path, cls, saved)
+        saved = settings.read_settings(path, cls, saved)
     return _parse_with(name, rest, cls, saved)
 
 
@@ -343,9 +192,9 @@ def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
             f"'dvla-fast {name}' needs jsonargparse, which is not installed; run "
             "pip install 'dvla-fast[train]'"
         ) from error
-    from dvla_fast.engine.config import add_arguments, from_mapping, positionals
+    from dvla_fast.engine.settings import add_arguments, from_mapping, positionals
 
-    command = _COMMANDS[name]
+    command = COMMANDS[name]
     places = "[CONFIG.yaml]" if name == "ablate" else positionals(cls)
 
     class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -413,8 +262,8 @@ def _data_check(config: Any) -> int:
 
 def _data_prepare(config: Any) -> int:
     from dvla_fast.data import prepare_cache
-    from dvla_fast.engine.config import UsageError
     from dvla_fast.engine.logging import Progress
+    from dvla_fast.engine.settings import UsageError
 
     if not config.output:
         raise UsageError("data prepare needs --output, the folder of the cache")

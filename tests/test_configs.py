@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dvla_fast.data.splits import load_split_list
-from dvla_fast.engine.config import EvaluateRun, MetatuneRun, PretrainRun, read_settings
+from dvla_fast.engine.config import EvaluateRun, MetatuneRun, PretrainRun
+from dvla_fast.engine.settings import read_settings
 
 FOLDER = Path(__file__).parent.parent / "configs"
 CROSS = sorted(FOLDER.glob("miniimagenet_to_*.yaml"))

@@ -33,7 +33,7 @@ from dvla_fast.engine.build import (
     model_spec,
     seed_everything,
 )
-from dvla_fast.engine.config import AblateRun, UsageError, to_dict
+from dvla_fast.engine.config import AblateRun
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import load_model
 from dvla_fast.engine.execution import Execution
@@ -43,6 +43,7 @@ from dvla_fast.engine.metatune import metatune
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor, image_features, predict_visual
 from dvla_fast.engine.prefixes import PrefixMaps, has_constant_prefix
 from dvla_fast.engine.pretrain import pretrain
+from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.starting import begin_metatuning, normalise_for
 from dvla_fast.errors import OutputError
 from dvla_fast.files import write_atomic, write_text_atomic

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dvla_fast.engine.build import backbone_spec, build_bank
-from dvla_fast.engine.config import AblateRun, UsageError, from_mapping
+from dvla_fast.engine.config import AblateRun
+from dvla_fast.engine.settings import UsageError, from_mapping
 from dvla_fast.nn import build_backbone
 from dvla_fast.rl import OBJECTIVES
 

@@ -12,7 +12,8 @@ from dvla_fast.data import FewShotData
 from dvla_fast.data.augment import Draws, color_jitter, random_affine, random_erasing
 from dvla_fast.data.images import unit_range
 from dvla_fast.data.rand_augment import RandAugment
-from dvla_fast.engine.config import AugmentConfig, PretrainConfig, UsageError
+from dvla_fast.engine.config import AugmentConfig, PretrainConfig
+from dvla_fast.engine.settings import UsageError
 from dvla_fast.errors import MissingDependencyError
 
 

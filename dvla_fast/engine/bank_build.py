@@ -11,8 +11,9 @@ from dvla_fast.data import load_digits
 from dvla_fast.data.images import FewShotData
 from dvla_fast.data.shapes import load_shapes
 from dvla_fast.engine.build import pick_device
-from dvla_fast.engine.config import LanguageModelConfig, SemanticsBuild, UsageError
 from dvla_fast.engine.logging import Progress
+from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.tool_config import LanguageModelConfig, SemanticsBuild
 from dvla_fast.errors import DataError
 from dvla_fast.semantics import build_encoder
 from dvla_fast.semantics.construct import STAGES, Settings, construct_bank, journal_path

@@ -16,17 +16,17 @@ from dvla_fast.data import is_cache, list_data, load_split_list
 from dvla_fast.data.cache import read_index
 from dvla_fast.data.splits import SplitList, candidates, class_names
 from dvla_fast.engine.build import bank_encoder, build_bank, build_data, pick_device
-from dvla_fast.engine.config import (
-    DataConfig,
+from dvla_fast.engine.config import DataConfig
+from dvla_fast.engine.logging import Progress
+from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.tool_config import (
     SemanticsCheck,
     SemanticsDiff,
     SemanticsEdit,
     SemanticsEncode,
     SemanticsImport,
     SemanticsShow,
-    UsageError,
 )
-from dvla_fast.engine.logging import Progress
 from dvla_fast.errors import BankError, OutputError
 from dvla_fast.files import write_text_atomic
 from dvla_fast.semantics import ClassEntry, SemanticBank, encode_bank

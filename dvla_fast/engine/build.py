@@ -16,14 +16,8 @@ from torch import Tensor, nn
 from dvla_fast.data import FewShotData, ImageSet, load_data
 from dvla_fast.data.shapes import load_shapes, make_classes
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
-from dvla_fast.engine.config import (
-    DataConfig,
-    ModelConfig,
-    SemanticsConfig,
-    TextOptions,
-    UsageError,
-    differences,
-)
+from dvla_fast.engine.config import DataConfig, ModelConfig, SemanticsConfig, TextOptions
+from dvla_fast.engine.settings import UsageError, differences
 from dvla_fast.errors import CheckpointError, DataError, DVLAError, TrainingError
 from dvla_fast.nn import DVLA, build_backbone
 from dvla_fast.semantics import (

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dvla_fast.engine.config import CompareRun, UsageError
 from dvla_fast.engine.records import SAME_EPISODES, EpisodeRecord, read_summary
+from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.statistics import (
     PAIRED_INTERVAL,
     episode_class_accuracies,
@@ -26,6 +26,7 @@ from dvla_fast.engine.statistics import (
     require_scipy,
     unpaired_difference,
 )
+from dvla_fast.engine.tool_config import CompareRun
 from dvla_fast.errors import OutputError
 from dvla_fast.files import json_text, write_text_atomic
 

@@ -28,7 +28,7 @@ from dvla_fast.engine.build import (
     model_spec,
     seed_everything,
 )
-from dvla_fast.engine.config import DemoRun, UsageError, to_dict
+from dvla_fast.engine.config import DemoRun
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.evaluate import Contender, Evaluation, load_model
 from dvla_fast.engine.execution import Execution
@@ -38,6 +38,7 @@ from dvla_fast.engine.metatune import metatune
 from dvla_fast.engine.predict import FIXED, LEARNED, VISUAL
 from dvla_fast.engine.pretrain import pretrain
 from dvla_fast.engine.records import keep_record
+from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.statistics import INTERVAL, PAIRED_INTERVAL, points
 
 BEFORE = "visual prototypes, before meta-tuning"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from dvla_fast.engine.build import pick_device
-from dvla_fast.engine.config import UsageError
+from dvla_fast.engine.settings import UsageError
 from dvla_fast.errors import MissingDependencyError
 
 T = TypeVar("T")

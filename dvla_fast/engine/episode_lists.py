@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from dvla_fast.data import EpisodeSampler, ImageSet
-from dvla_fast.engine.config import UsageError
+from dvla_fast.engine.settings import UsageError
 
 EPISODE_LISTS = ("own", "authors")
 _BLOCK = 128  # episodes that EpisodeSampler asks _block for at a time

@@ -26,12 +26,7 @@ from dvla_fast.engine.build import (
     seed_everything,
 )
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
-from dvla_fast.engine.config import (
-    EvaluateConfig,
-    EvaluateRun,
-    UsageError,
-    to_dict,
-)
+from dvla_fast.engine.config import EvaluateConfig, EvaluateRun
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.leaks import check_seen_images, leak_summary, seen_images
 from dvla_fast.engine.logging import Progress, RunFolder
@@ -49,6 +44,7 @@ from dvla_fast.engine.records import (
     compare_runs,
     keep_record,
 )
+from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.starting import published, published_visformer, trained_normalisation
 from dvla_fast.engine.statistics import (
     INTERVAL,

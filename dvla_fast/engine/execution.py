@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from dvla_fast.engine.config import ExecutionConfig, UsageError
+from dvla_fast.engine.config import ExecutionConfig
 from dvla_fast.engine.distributed import Processes
+from dvla_fast.engine.settings import UsageError
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dvla_fast.engine.config import MetatuneConfig, UsageError
+from dvla_fast.engine.config import MetatuneConfig
 from dvla_fast.engine.distributed import Processes
+from dvla_fast.engine.settings import UsageError
 from dvla_fast.nn import DVLA, BetaPolicy, EpisodeOutput, GatePolicy, TextTokens, frozen_policy
 from dvla_fast.rl import (
     EMABaseline,

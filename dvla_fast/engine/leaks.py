@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dvla_fast.data import FewShotData
-from dvla_fast.engine.config import UsageError
+from dvla_fast.engine.settings import UsageError
 from dvla_fast.semantics import SemanticBank
 
 SEEN_IMAGES = ("exclude", "report")

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dvla_fast.engine.config import differences
 from dvla_fast.engine.distributed import Processes
+from dvla_fast.engine.settings import differences
 from dvla_fast.errors import MissingDependencyError, OutputError
 from dvla_fast.files import json_text, write_atomic, write_text_atomic
 

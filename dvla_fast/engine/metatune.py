@@ -34,7 +34,7 @@ from dvla_fast.engine.build import (
     split_classes,
     without_test_split,
 )
-from dvla_fast.engine.config import MetatuneConfig, MetatuneRun, to_dict
+from dvla_fast.engine.config import MetatuneConfig, MetatuneRun
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
@@ -43,6 +43,7 @@ from dvla_fast.engine.memory import free_mib
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor
 from dvla_fast.engine.prefixes import PrefixMaps, check_constant_prefix
 from dvla_fast.engine.pretrain import monitor_sampler
+from dvla_fast.engine.settings import to_dict
 from dvla_fast.engine.starting import begin_metatuning
 from dvla_fast.engine.state import TrainingState
 from dvla_fast.nn import DVLA

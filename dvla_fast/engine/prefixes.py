@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dvla_fast.data import FewShotData
-from dvla_fast.engine.config import AugmentConfig, MetatuneConfig, UsageError
+from dvla_fast.engine.config import AugmentConfig, MetatuneConfig
+from dvla_fast.engine.settings import UsageError
 from dvla_fast.nn import DVLA
 from dvla_fast.nn.backbones.base import Location
 

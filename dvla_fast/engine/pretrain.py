@@ -30,11 +30,12 @@ from dvla_fast.engine.build import (
     seed_everything,
     without_test_split,
 )
-from dvla_fast.engine.config import PretrainConfig, PretrainRun, UsageError, to_dict
+from dvla_fast.engine.config import PretrainConfig, PretrainRun
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.predict import image_features, predict_visual
+from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.starting import load_published, normalise_for
 from dvla_fast.engine.state import TrainingState
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from dvla_fast.data import FewShotData
 from dvla_fast.engine.build import load_backbone
-from dvla_fast.engine.config import ModelConfig, UsageError
+from dvla_fast.engine.config import ModelConfig
+from dvla_fast.engine.settings import UsageError
 from dvla_fast.nn import DVLA, GatedBackbone, build_backbone, clip_statistics, has_small_stem
 
 # The authors meta-tune and evaluate with ImageNet's, and on CIFAR-FS and FC100 with CIFAR's; SP

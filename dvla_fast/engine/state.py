@@ -20,8 +20,8 @@ from dvla_fast.engine.checkpoint import (
     unpack_optimizer,
     unpack_rng,
 )
-from dvla_fast.engine.config import differences
 from dvla_fast.engine.logging import RunFolder
+from dvla_fast.engine.settings import differences
 from dvla_fast.errors import CheckpointError
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dvla_fast.engine.compare import compare_groups, verdict
-from dvla_fast.engine.config import ReportRun, UsageError
+from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.tool_config import ReportRun
 from dvla_fast.errors import DVLAError, MissingDependencyError, OutputError
 from dvla_fast.files import write_text_atomic
 from dvla_fast.report.collect import Run, read_runs

@@ -24,18 +24,13 @@ from dvla_fast.engine.build import (
     pick_device,
     split_classes,
 )
-from dvla_fast.engine.config import (
-    DataConfig,
-    EvaluateConfig,
-    MetatuneConfig,
-    ReportRun,
-    SemanticsConfig,
-    from_mapping,
-)
+from dvla_fast.engine.config import DataConfig, EvaluateConfig, MetatuneConfig, SemanticsConfig
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import load_model
 from dvla_fast.engine.leaks import seen_images
+from dvla_fast.engine.settings import from_mapping
 from dvla_fast.engine.starting import trained_normalisation
+from dvla_fast.engine.tool_config import ReportRun
 from dvla_fast.errors import DVLAError
 from dvla_fast.nn import DVLA, Explanation, explain_episodes, prototype_logits
 from dvla_fast.report.attention import overlay_attention, peak_ratio, resize

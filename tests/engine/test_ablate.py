@@ -17,15 +17,8 @@ from dvla_fast.engine.ablate import run_ablate
 from dvla_fast.engine.ablation_cells import Cell, Store, Workshop
 from dvla_fast.engine.ablation_claims import hallucinated_shares
 from dvla_fast.engine.ablation_variants import GROUPS, all_variants, chosen_variants
-from dvla_fast.engine.config import (
-    AblateConfig,
-    AblateRun,
-    AugmentConfig,
-    DemoRun,
-    SemanticsConfig,
-    UsageError,
-    read_settings,
-)
+from dvla_fast.engine.config import AblateConfig, AblateRun, AugmentConfig, DemoRun, SemanticsConfig
+from dvla_fast.engine.settings import UsageError, read_settings
 from dvla_fast.errors import OutputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -274,8 +267,8 @@ def test_command_line(
     config: AblateRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dvla_fast.cli import main
-    from dvla_fast.engine.config import to_dict
     from dvla_fast.engine.logging import _to_yaml
+    from dvla_fast.engine.settings import to_dict
 
     config.output = ""
     config.ablate.seeds = 1

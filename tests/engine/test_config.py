@@ -7,17 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dvla_fast.engine.config import (
-    DataCheck,
-    DemoRun,
-    PretrainRun,
-    UsageError,
-    demo_config,
-    differences,
-    from_mapping,
-    read_settings,
-    to_dict,
-)
+from dvla_fast.engine.config import DemoRun, PretrainRun, demo_config
+from dvla_fast.engine.settings import UsageError, differences, from_mapping, read_settings, to_dict
+from dvla_fast.engine.tool_config import DataCheck
 
 
 @pytest.mark.parametrize("quick", [False, True])

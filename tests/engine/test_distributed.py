@@ -15,9 +15,9 @@ import torch
 
 from dvla_fast.engine import distributed
 from dvla_fast.engine.checkpoint import load_checkpoint
-from dvla_fast.engine.config import UsageError
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.logging import read_metrics
+from dvla_fast.engine.settings import UsageError
 
 # 640 images: the batches fall into equal shares to the last one.
 SHARED = [

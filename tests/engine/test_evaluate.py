@@ -24,7 +24,7 @@ from dvla_fast.engine.build import (
     model_spec,
     without_test_split,
 )
-from dvla_fast.engine.config import DemoRun, UsageError
+from dvla_fast.engine.config import DemoRun
 from dvla_fast.engine.episode_lists import AuthorsEpisodeSampler, build_sampler
 from dvla_fast.engine.evaluate import Contender, Evaluation, compare, trained_normalisation
 from dvla_fast.engine.logging import read_metrics
@@ -40,6 +40,7 @@ from dvla_fast.engine.predict import (
     predict_visual,
 )
 from dvla_fast.engine.records import EpisodeRecord, compare_runs
+from dvla_fast.engine.settings import UsageError
 from dvla_fast.errors import DataError, OutputError, TrainingError
 from dvla_fast.nn import DVLA
 from dvla_fast.semantics import EncodedTexts

@@ -23,11 +23,12 @@ from dvla_fast.engine.build import (
     seed_everything,
 )
 from dvla_fast.engine.checkpoint import load_checkpoint
-from dvla_fast.engine.config import AugmentConfig, DataConfig, DemoRun, ExecutionConfig, UsageError
+from dvla_fast.engine.config import AugmentConfig, DataConfig, DemoRun, ExecutionConfig
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.pretrain import pretrain
+from dvla_fast.engine.settings import UsageError
 from dvla_fast.errors import MissingDependencyError
 
 SILENT = Progress({}, enabled=False)

@@ -23,10 +23,11 @@ from dvla_fast.engine.build import (
     split_classes,
 )
 from dvla_fast.engine.checkpoint import load_checkpoint
-from dvla_fast.engine.config import DemoRun, MetatuneConfig, ModelConfig, UsageError
+from dvla_fast.engine.config import DemoRun, MetatuneConfig, ModelConfig
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
 from dvla_fast.engine.logging import Progress, RunFolder
+from dvla_fast.engine.settings import UsageError
 from dvla_fast.nn import DVLA
 from dvla_fast.rl import BASELINES, OBJECTIVES, reward_names
 

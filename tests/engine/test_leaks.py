@@ -23,11 +23,11 @@ from dvla_fast.engine.config import (
     EvaluateRun,
     ModelConfig,
     SemanticsConfig,
-    UsageError,
 )
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import run_evaluate
 from dvla_fast.engine.leaks import seen_images
+from dvla_fast.engine.settings import UsageError
 from dvla_fast.errors import DataError
 from dvla_fast.semantics import SemanticBank
 

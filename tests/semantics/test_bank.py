@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dvla_fast.data.digits import DIGIT_NAMES
-from dvla_fast.engine.config import UsageError
+from dvla_fast.engine.settings import UsageError
 from dvla_fast.errors import BankError
 from dvla_fast.semantics import Candidate, ClassEntry, SemanticBank, bundled_banks, load_bank
 from dvla_fast.semantics import bank as bank_module

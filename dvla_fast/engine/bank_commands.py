@@ -43,7 +43,7 @@ from dvla_fast.semantics.bank import (
 from dvla_fast.semantics.check import check_bank
 from dvla_fast.semantics.importing import Published, read_published, save_published
 from dvla_fast.semantics.topk import Selection, progressive_top_k
-from dvla_fast.semantics.vectors import CachedEncoder
+from dvla_fast.semantics.vectors import CachedEncoder, vectors_path
 
 _BAR = 20
 # Texts of which a stopped `encode` loses at most one lot.
@@ -316,8 +316,9 @@ def import_published(config: SemanticsImport) -> int:
     output = Path(config.output)
     if output.suffix != ".json":
         raise UsageError(f"--output {output}: must end in .json; the vectors go beside it")
-    if output.exists():
-        raise OutputError(f"{output}: exists; give --output another file, or remove it")
+    for file in (output, vectors_path(output)):
+        if file.exists():
+            raise OutputError(f"{file}: exists; give --output another name, or move it away")
     published = read_published([config.path, *([config.attributes] if config.attributes else [])])
     known = _split_list(published, config.splits)
     keys = list(dict.fromkeys([*(known.keys if known else ()), *published.classes]))

@@ -157,6 +157,18 @@ def test_import_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["semantics", "check", str(output)]) == 0
 
 
+def test_import_keeps_vectors_that_are_not_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path / "s.pth", {"semantic_feature": features("owl", "jay")})
+    other = tmp_path / "birds.safetensors"
+    other.write_bytes(b"a model")
+    assert main(["semantics", "import", str(path), f"--output={tmp_path / 'birds.json'}"]) == 1
+    assert "birds.safetensors: exists" in capsys.readouterr().err
+    assert other.read_bytes() == b"a model"
+    assert not (tmp_path / "birds.json").exists()
+
+
 @needs_peer_data
 def test_published_cifar_fs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from dvla_fast.data import load_split_list

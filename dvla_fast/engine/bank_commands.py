@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from dvla_fast.engine.config import (
 )
 from dvla_fast.engine.logging import Progress
 from dvla_fast.errors import BankError, OutputError
-from dvla_fast.files import write_text_atomic
+from dvla_fast.files import write_atomic, write_text_atomic
 from dvla_fast.semantics import ClassEntry, SemanticBank, encode_bank
 from dvla_fast.semantics.bank import (
     FORMAT,
@@ -194,20 +195,26 @@ def edit(config: SemanticsEdit) -> int:
     bank = SemanticBank.from_dict(content, str(path))
     (name,) = bank.resolve([config.class_name])
     before = content["classes"][name]
-    slug = re.sub(r"\W+", "-", name).strip("-") or "class"
+    # With a hash: "a/b" and "a b" are two classes.
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    word = re.sub(r"\W+", "-", name)[:30].strip("-") or "class"
+    slug = f"{word}-{digest}"
     kept = path.with_name(f"{path.stem}.{slug}.rejected.json")
-    start = kept.read_text(encoding="utf-8") if kept.exists() else format_json(before, 0) + "\n"
-    text = _in_editor(start, slug)
+    start = kept.read_bytes() if kept.exists() else f"{format_json(before, 0)}\n".encode()
+    edited, problem = _in_editor(start, slug)
     try:
-        after = parse_json(text, "the edited class")
-        problem = entry_problem(after, bank.vectors is not None)
+        after = parse_json(edited.decode("utf-8-sig"), "the edited class")
+        problem = problem or entry_problem(after, bank.vectors is not None)
         now = read_bank_json(path)  # the editor may have been open for long
-        if not problem and now.get("classes", {}).get(name) != before:
+        SemanticBank.from_dict(now, str(path))
+        if not problem and now["classes"].get(name) != before:
             problem = "was changed in the bank meanwhile"
+    except UnicodeDecodeError as error:
+        problem = problem or f"is not UTF-8 text any more (byte {error.start})"
     except BankError as error:
-        problem = str(error)
+        problem = problem or str(error)
     if problem:
-        write_text_atomic(kept, text)
+        write_atomic(kept, lambda temporary: _write_bytes(temporary, edited))
         raise BankError(
             f"{path}: class {name!r} {problem}; the bank is as it was, your edit is kept in "
             f"{kept}: the same command opens it again"
@@ -222,22 +229,35 @@ def edit(config: SemanticsEdit) -> int:
     return 0
 
 
-def _in_editor(text: str, slug: str) -> str:
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _in_editor(content: bytes, slug: str) -> tuple[bytes, str | None]:
+    """Let a file be edited; returns its content, and what went wrong after a change was saved."""
     command = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{slug}.json"
-        file.write_text(text, encoding="utf-8")
+        file.write_bytes(content)
         try:
             done = subprocess.run([*shlex.split(command), str(file)], check=False)
+        except (OSError, ValueError) as error:  # ValueError: a quote that is not closed
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(
+                f"cannot start the editor {command!r} ({reason}); set EDITOR to yours"
+            ) from error
+        try:
+            edited = file.read_bytes()
         except OSError as error:
             raise UsageError(
-                f"cannot start the editor {command!r} ({error.strerror}); set EDITOR to yours"
+                f"the editor {command!r} left no file to read ({error.strerror}); nothing changed"
             ) from error
-        if done.returncode:
-            raise UsageError(
-                f"the editor {command!r} ended with {done.returncode}; nothing changed"
-            )
-        return file.read_text(encoding="utf-8")
+    if not done.returncode:
+        return edited, None
+    failure = f"the editor {command!r} ended with {done.returncode}"
+    if edited == content:
+        raise UsageError(f"{failure}; nothing changed")
+    return edited, f"was saved, but {failure}"
 
 
 def encode(config: SemanticsEncode) -> int:

@@ -133,7 +133,7 @@ def test_made_data_sets(dataset: str, tmp_path: Path) -> None:
 
 
 def test_settings_from_a_file(tmp_path: Path) -> None:
-    (tmp_path / "names.txt").write_text("crow\n\ngull\n")
+    (tmp_path / "names.txt").write_text("crow\n\ngull\n", encoding="utf-8-sig")
     prompt = tmp_path / "short.txt"
     prompt.write_text("version: short-1\n\nattributes of the {class}?")
     with serve(answer) as server:

@@ -39,6 +39,7 @@ from dvla_fast.semantics.bank import (
     format_json,
     normalised_name,
     parse_json,
+    printable,
     read_bank_json,
 )
 from dvla_fast.semantics.check import check_bank
@@ -88,16 +89,17 @@ def show(config: SemanticsShow) -> int:
 
 
 def _plain(text: str) -> str:
+    """Keep words of others from being taken for mark-up, or for orders to the terminal."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape(printable(text))
 
 
 def _overview_table(bank: SemanticBank) -> Any:
     from rich.table import Table
 
     table = Table("class", "candidates", "chosen", "images", "description")
-    table.title = f"{bank.name}: {len(bank.classes)} classes, made from: {bank.kind}"
+    table.title = _plain(f"{bank.name}: {len(bank.classes)} classes, made from: {bank.kind}")
     for name, entry in bank.classes.items():
         counts = [len(entry.candidates), len(entry.attributes), len(entry.images)]
         first = entry.description.split(". ")[0]
@@ -148,7 +150,7 @@ def diff(config: SemanticsDiff) -> int:
     """Show what differs between two banks, class by class."""
     first, second = build_bank(config.first), build_bank(config.second)
     theirs = {normalised_name(name): name for name in second.classes}
-    lines: list[str] = []
+    lines = _other(first.kind, second.kind, "made from")
     matched = set()
     for name, entry in first.classes.items():
         twin = name if name in second.classes else theirs.get(normalised_name(name))
@@ -160,7 +162,7 @@ def diff(config: SemanticsDiff) -> int:
         if changes:
             lines += [f"{name}:", *(f"  {change}" for change in changes)]
     lines += [f"+ class {name!r}" for name in second.classes if name not in matched]
-    print("\n".join(lines) if lines else "no difference")
+    print(printable("\n".join(lines)) if lines else "no difference")
     return 0
 
 
@@ -169,6 +171,7 @@ def _changes(first: ClassEntry, second: ClassEntry) -> list[str]:
     for kind, before, after in (
         ("attribute", first.attributes, second.attributes),
         ("candidate", *(tuple(c.text for c in e.candidates) for e in (first, second))),
+        ("image", first.images, second.images),
     ):
         lines += [f"- {kind} {text!r}" for text in before if text not in after]
         lines += [f"+ {kind} {text!r}" for text in after if text not in before]
@@ -179,9 +182,11 @@ def _changes(first: ClassEntry, second: ClassEntry) -> list[str]:
             lines.append(f"~ {kind}s reordered: {moved}")
     if first.description != second.description:
         lines += [f"- description {first.description!r}", f"+ description {second.description!r}"]
-    if first.stored != second.stored:
-        lines.append(f"~ vectors: {first.stored} -> {second.stored}")
-    return lines
+    return lines + _other(first.stored, second.stored, "vectors")
+
+
+def _other(before: object, after: object, what: str) -> list[str]:
+    return [] if before == after else [f"~ {what}: {before} -> {after}"]
 
 
 def edit(config: SemanticsEdit) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,26 @@ def test_show_a_selection_made_now(birds: Path, capsys: pytest.CaptureFixture[st
     assert "shapes" in run(capsys, "show", "shapes")
 
 
+def test_words_do_not_steer_the_terminal(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steering = json.loads(
+        json.dumps(BIRDS).replace("jay", "j\\u001b[2Jay").replace(" bird", "\\u001b]0;x\\u0007 b")
+    )
+    steering["provenance"]["kind"] = steering["name"] = "\x1b[1m[red]"
+    steering["classes"]["j\x1b[2Jay"]["answers"] = {"candidates": "\x9b2J\u202e\x1b[8m"}
+    other = birds.with_name("other.json")
+    other.write_text(json.dumps(steering))
+    lines = [
+        run(capsys, "show", other),
+        run(capsys, "show", other, "j\x1b[2Jay"),
+        run(capsys, "diff", birds, other),
+    ]
+    main(["semantics", "check", str(other)])
+    lines.append(capsys.readouterr().out)
+    for text in lines:
+        assert "[red]" in text
+        assert not [c for c in text if c != "\n" and unicodedata.category(c)[0] == "C"]
+
+
 def test_show_what_is_not_there(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "lacks 1 class(es)" in run(capsys, "show", birds, "wren", status=1)
     assert "cannot read the semantic bank" in run(capsys, "show", "none.json", status=1)
@@ -104,6 +125,21 @@ def test_diff(birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "+ class 'wren'",
     ]
     assert run(capsys, "diff", birds, birds).strip() == "no difference"
+
+
+def test_diff_of_what_decides_about_leaks(
+    birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = json.loads(json.dumps(BIRDS))
+    other["provenance"]["kind"] = "class-names"
+    other["classes"]["Sooty Albatross"]["images"] = ["train/albatross/4.jpg"]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert run(capsys, "diff", birds, tmp_path / "other.json").splitlines() == [
+        "~ made from: support-images -> class-names",
+        "Sooty Albatross:",
+        "  - image 'train/albatross/3.jpg'",
+        "  + image 'train/albatross/4.jpg'",
+    ]
 
 
 def editor(tmp_path: Path, code: str) -> str:

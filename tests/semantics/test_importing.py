@@ -68,6 +68,8 @@ def test_banks_of_the_journal_extension(tmp_path: Path) -> None:
     published = read_published([save(tmp_path / "x.pth", content)])
     assert published.encoder == "imported/ViT-B/16"
     assert published.meta == meta
+    content["meta"] = {**meta, "loss": float("nan")}  # JSON has no NaN
+    assert read_published([save(tmp_path / "y.pth", content)]).meta == meta
     assert [len(each) for each in published.classes["owl"]] == [4, 1]
 
 

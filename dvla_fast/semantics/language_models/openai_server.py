@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dvla_fast.errors import DataError, LanguageModelError, MissingDependencyError
+from dvla_fast.semantics.bank import printable
 from dvla_fast.semantics.language_models.base import Answer, Finish, Request, Usage
 
 DEFAULT_URL = "https://api.openai.com/v1"
@@ -334,7 +335,7 @@ class OpenAIServer:
             finish,
             getattr(usage, "prompt_tokens", None),
             getattr(usage, "completion_tokens", None),
-            reply.model or self.model,
+            str(reply.model or self.model),
         )
 
     def _refused_parameter(self, failed: Any, sent: dict[str, str | None]) -> bool:
@@ -397,10 +398,10 @@ class OpenAIServer:
         return f"{request.stage or 'request'}{subject}"
 
     def _short(self, error: object) -> str:
-        """Return what an error says, in short and without key and password."""
+        """Return what an error says, in short and without key, password and terminal codes."""
         text = str(error)
         text = self._secrets.sub("***", text) if self._secrets else text
-        text = " ".join(text.split()) or type(error).__name__
+        text = " ".join(printable(text).split()) or type(error).__name__
         return text if len(text) <= 160 else f"{text[:160]}..."
 
     def _unreachable(self, failed: Exception) -> str:

@@ -39,9 +39,9 @@ from dvla_fast.semantics.bank import (
     format_json,
     normalised_name,
     parse_json,
-    printable,
     read_bank_json,
 )
+from dvla_fast.semantics.characters import printable
 from dvla_fast.semantics.check import check_bank
 from dvla_fast.semantics.importing import Published, read_published, save_published
 from dvla_fast.semantics.topk import Selection, progressive_top_k

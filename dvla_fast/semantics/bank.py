@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 
 from dvla_fast.errors import BankError
 from dvla_fast.files import write_text_atomic
+from dvla_fast.semantics.characters import is_unicode
 
 FORMAT = "dvla-fast-bank/2"
 FORMATS = ("dvla-fast-bank/1", FORMAT)
@@ -346,25 +347,6 @@ def normalised_name(name: str) -> str:
     name = unicodedata.normalize("NFC", name)  # names of files on a Mac are in NFD
     name = re.sub(r"^(?:\d{3}\.|n\d{8}-)(?=.)", "", name.strip())
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
-
-
-def is_unicode(value: Any) -> bool:
-    """Whether all texts of a JSON value can be written: none holds half of a surrogate pair."""
-    try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def whole_characters(text: str) -> str:
-    """Join the halves of surrogate pairs; a half that is alone becomes the character U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def printable(text: str) -> str:
-    """Return a text without what steers a terminal: of control characters, line breaks stay."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c)[0] != "C")
 
 
 def format_json(value: Any, indent: int = 0) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dvla_fast.errors import BankError
-from dvla_fast.semantics.bank import SemanticBank, printable, read_bank_json
+from dvla_fast.semantics.bank import SemanticBank, read_bank_json
+from dvla_fast.semantics.characters import printable
 from dvla_fast.semantics.encoders import TextEncoder
 from dvla_fast.semantics.vectors import read_stored
 

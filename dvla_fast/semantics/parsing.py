@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dvla_fast.errors import LanguageModelError
-from dvla_fast.semantics.bank import normalised_name, whole_characters
+from dvla_fast.semantics.bank import normalised_name
+from dvla_fast.semantics.characters import whole_characters
 from dvla_fast.semantics.language_models.base import Answer
 
 MAX_WORDS, MAX_CHARACTERS = 16, 160  # of an attribute

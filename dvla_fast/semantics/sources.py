@@ -19,7 +19,7 @@ from dvla_fast.data.images import ImageSet
 from dvla_fast.data.layouts import list_data
 from dvla_fast.data.splits import SPLITS
 from dvla_fast.errors import DataError
-from dvla_fast.semantics.bank import is_unicode
+from dvla_fast.semantics.characters import is_unicode
 from dvla_fast.semantics.language_models.base import ShownImage
 from dvla_fast.semantics.stages import ClassSource
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from dvla_fast.data.decode import open_rgb, pillow
 from dvla_fast.errors import LanguageModelError
-from dvla_fast.semantics.bank import whole_characters
+from dvla_fast.semantics.characters import whole_characters
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dvla_fast.errors import DataError, LanguageModelError, MissingDependencyError
-from dvla_fast.semantics.bank import printable
+from dvla_fast.semantics.characters import printable
 from dvla_fast.semantics.language_models.base import Answer, Finish, Request, Usage
 
 DEFAULT_URL = "https://api.openai.com/v1"

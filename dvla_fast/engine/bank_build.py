@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -132,7 +133,8 @@ def find_classes(config: SemanticsBuild) -> tuple[list[ClassSource], dict[str, A
     if construct.classes:
         path = Path(construct.classes)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # utf-8-sig: editors on Windows begin a file with a mark
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(
@@ -141,7 +143,8 @@ def find_classes(config: SemanticsBuild) -> tuple[list[ClassSource], dict[str, A
             ) from error
         return named_classes(line for line in lines if line.strip()), {"classes": path.name}
     record: dict[str, Any] = {
-        "dataset": config.data.dataset,
+        # a path need not be UTF-8, a bank is
+        "dataset": os.fsencode(config.data.dataset).decode(errors="replace"),
         "splits": config.data.splits,
         "split": construct.split,
         "images_per_class": construct.images,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from dvla_fast.engine.tool_config import (
     SemanticsShow,
 )
 from dvla_fast.errors import BankError, OutputError
-from dvla_fast.files import write_text_atomic
+from dvla_fast.files import write_atomic, write_text_atomic
 from dvla_fast.semantics import ClassEntry, SemanticBank, encode_bank
 from dvla_fast.semantics.bank import (
     FORMAT,
@@ -40,10 +41,11 @@ from dvla_fast.semantics.bank import (
     parse_json,
     read_bank_json,
 )
+from dvla_fast.semantics.characters import printable
 from dvla_fast.semantics.check import check_bank
 from dvla_fast.semantics.importing import Published, read_published, save_published
 from dvla_fast.semantics.topk import Selection, progressive_top_k
-from dvla_fast.semantics.vectors import CachedEncoder
+from dvla_fast.semantics.vectors import CachedEncoder, vectors_path
 
 _BAR = 20
 # Texts of which a stopped `encode` loses at most one lot.
@@ -87,16 +89,17 @@ def show(config: SemanticsShow) -> int:
 
 
 def _plain(text: str) -> str:
+    """Keep words of others from being taken for mark-up, or for orders to the terminal."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape(printable(text))
 
 
 def _overview_table(bank: SemanticBank) -> Any:
     from rich.table import Table
 
     table = Table("class", "candidates", "chosen", "images", "description")
-    table.title = f"{bank.name}: {len(bank.classes)} classes, made from: {bank.kind}"
+    table.title = _plain(f"{bank.name}: {len(bank.classes)} classes, made from: {bank.kind}")
     for name, entry in bank.classes.items():
         counts = [len(entry.candidates), len(entry.attributes), len(entry.images)]
         first = entry.description.split(". ")[0]
@@ -147,7 +150,7 @@ def diff(config: SemanticsDiff) -> int:
     """Show what differs between two banks, class by class."""
     first, second = build_bank(config.first), build_bank(config.second)
     theirs = {normalised_name(name): name for name in second.classes}
-    lines: list[str] = []
+    lines = _other(first.kind, second.kind, "made from")
     matched = set()
     for name, entry in first.classes.items():
         twin = name if name in second.classes else theirs.get(normalised_name(name))
@@ -159,7 +162,7 @@ def diff(config: SemanticsDiff) -> int:
         if changes:
             lines += [f"{name}:", *(f"  {change}" for change in changes)]
     lines += [f"+ class {name!r}" for name in second.classes if name not in matched]
-    print("\n".join(lines) if lines else "no difference")
+    print(printable("\n".join(lines)) if lines else "no difference")
     return 0
 
 
@@ -168,6 +171,7 @@ def _changes(first: ClassEntry, second: ClassEntry) -> list[str]:
     for kind, before, after in (
         ("attribute", first.attributes, second.attributes),
         ("candidate", *(tuple(c.text for c in e.candidates) for e in (first, second))),
+        ("image", first.images, second.images),
     ):
         lines += [f"- {kind} {text!r}" for text in before if text not in after]
         lines += [f"+ {kind} {text!r}" for text in after if text not in before]
@@ -178,9 +182,11 @@ def _changes(first: ClassEntry, second: ClassEntry) -> list[str]:
             lines.append(f"~ {kind}s reordered: {moved}")
     if first.description != second.description:
         lines += [f"- description {first.description!r}", f"+ description {second.description!r}"]
-    if first.stored != second.stored:
-        lines.append(f"~ vectors: {first.stored} -> {second.stored}")
-    return lines
+    return lines + _other(first.stored, second.stored, "vectors")
+
+
+def _other(before: object, after: object, what: str) -> list[str]:
+    return [] if before == after else [f"~ {what}: {before} -> {after}"]
 
 
 def edit(config: SemanticsEdit) -> int:
@@ -194,20 +200,26 @@ def edit(config: SemanticsEdit) -> int:
     bank = SemanticBank.from_dict(content, str(path))
     (name,) = bank.resolve([config.class_name])
     before = content["classes"][name]
-    slug = re.sub(r"\W+", "-", name).strip("-") or "class"
+    # With a hash: "a/b" and "a b" are two classes.
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    word = re.sub(r"\W+", "-", name)[:30].strip("-") or "class"
+    slug = f"{word}-{digest}"
     kept = path.with_name(f"{path.stem}.{slug}.rejected.json")
-    start = kept.read_text(encoding="utf-8") if kept.exists() else format_json(before, 0) + "\n"
-    text = _in_editor(start, slug)
+    start = kept.read_bytes() if kept.exists() else f"{format_json(before, 0)}\n".encode()
+    edited, problem = _in_editor(start, slug)
     try:
-        after = parse_json(text, "the edited class")
-        problem = entry_problem(after, bank.vectors is not None)
+        after = parse_json(edited.decode("utf-8-sig"), "the edited class")
+        problem = problem or entry_problem(after, bank.vectors is not None)
         now = read_bank_json(path)  # the editor may have been open for long
-        if not problem and now.get("classes", {}).get(name) != before:
+        SemanticBank.from_dict(now, str(path))
+        if not problem and now["classes"].get(name) != before:
             problem = "was changed in the bank meanwhile"
+    except UnicodeDecodeError as error:
+        problem = problem or f"is not UTF-8 text any more (byte {error.start})"
     except BankError as error:
-        problem = str(error)
+        problem = problem or str(error)
     if problem:
-        write_text_atomic(kept, text)
+        write_atomic(kept, lambda temporary: _write_bytes(temporary, edited))
         raise BankError(
             f"{path}: class {name!r} {problem}; the bank is as it was, your edit is kept in "
             f"{kept}: the same command opens it again"
@@ -222,22 +234,35 @@ def edit(config: SemanticsEdit) -> int:
     return 0
 
 
-def _in_editor(text: str, slug: str) -> str:
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _in_editor(content: bytes, slug: str) -> tuple[bytes, str | None]:
+    """Let a file be edited; returns its content, and what went wrong after a change was saved."""
     command = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{slug}.json"
-        file.write_text(text, encoding="utf-8")
+        file.write_bytes(content)
         try:
             done = subprocess.run([*shlex.split(command), str(file)], check=False)
+        except (OSError, ValueError) as error:  # ValueError: a quote that is not closed
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(
+                f"cannot start the editor {command!r} ({reason}); set EDITOR to yours"
+            ) from error
+        try:
+            edited = file.read_bytes()
         except OSError as error:
             raise UsageError(
-                f"cannot start the editor {command!r} ({error.strerror}); set EDITOR to yours"
+                f"the editor {command!r} left no file to read ({error.strerror}); nothing changed"
             ) from error
-        if done.returncode:
-            raise UsageError(
-                f"the editor {command!r} ended with {done.returncode}; nothing changed"
-            )
-        return file.read_text(encoding="utf-8")
+    if not done.returncode:
+        return edited, None
+    failure = f"the editor {command!r} ended with {done.returncode}"
+    if edited == content:
+        raise UsageError(f"{failure}; nothing changed")
+    return edited, f"was saved, but {failure}"
 
 
 def encode(config: SemanticsEncode) -> int:
@@ -316,8 +341,9 @@ def import_published(config: SemanticsImport) -> int:
     output = Path(config.output)
     if output.suffix != ".json":
         raise UsageError(f"--output {output}: must end in .json; the vectors go beside it")
-    if output.exists():
-        raise OutputError(f"{output}: exists; give --output another file, or remove it")
+    for file in (output, vectors_path(output)):
+        if file.exists():
+            raise OutputError(f"{file}: exists; give --output another name, or move it away")
     published = read_published([config.path, *([config.attributes] if config.attributes else [])])
     known = _split_list(published, config.splits)
     keys = list(dict.fromkeys([*(known.keys if known else ()), *published.classes]))

@@ -26,9 +26,10 @@ def seen_images(bank: SemanticBank, data: FewShotData, split: str) -> tuple[Tens
     Returns:
         (N,) bool over the split's images, and what a summary says of it: ``bank_kind``,
         ``images_seen`` (by the texts of the data set's classes), ``seen_in_split``, ``unmatched``
-        (seen images that the data set does not have), and ``verdict``: "clean" (no image of the
-        split was seen), "overlap" (some were), or "unknown" (the bank does not say what it has
-        seen, or names images that the data set does not have).
+        (seen images that the data set does not have), ``unlisted`` (classes of the split whose
+        texts do not say which images they were made from; 0 for texts made without images), and
+        ``verdict``: "overlap" (images of the split were seen), "unknown" (``unmatched`` or
+        ``unlisted`` are not 0), or "clean" (no image of the split was seen).
     """
     lacking = set(bank.missing(data.class_names))
     entries = bank.select(name for name in data.class_names if name not in lacking)
@@ -39,13 +40,19 @@ def seen_images(bank: SemanticBank, data: FewShotData, split: str) -> tuple[Tens
         mask = torch.zeros(len(images), dtype=torch.bool)
     known = {image for part in (data.base, data.monitor, data.novel) for image in part.ids}
     unmatched = len(seen - known)
-    told = bool(seen) or bank.kind in BLIND_KINDS
-    verdict = "overlap" if bool(mask.any()) else "clean" if told and not unmatched else "unknown"
+    evaluated = [name for name in images.class_names if name not in lacking]
+    unlisted = sum(not entry.images for entry in bank.select(evaluated))
+    unlisted = (
+        0 if bank.kind in BLIND_KINDS else unlisted + len(images.class_names) - len(evaluated)
+    )
+    told = not unlisted and not unmatched
+    verdict = "overlap" if bool(mask.any()) else "clean" if told else "unknown"
     return mask, {
         "bank_kind": bank.kind,
         "images_seen": len(seen),
         "seen_in_split": int(mask.sum()),
         "unmatched": unmatched,
+        "unlisted": unlisted,
         "verdict": verdict,
     }
 
@@ -62,13 +69,16 @@ def leak_summary(
 
     Returns:
         The facts, with ``action`` ("none", "excluded" or "reported"), ``seen_queries`` and
-        ``queries`` (numbers of draws), and the verdict "excluded" or "leak" where images overlap.
+        ``queries`` (numbers of draws), and where images overlap the verdict "leak" (some are
+        queries), "unknown" (others may be, see ``seen_images``), "excluded" or "clean".
     """
     drawn = int(mask[queries.cpu()].sum())
     summary = {**facts, "action": "none", "seen_queries": drawn, "queries": queries.numel()}
     if facts["verdict"] == "overlap":
         summary["action"] = "excluded" if action == "exclude" else "reported"
-        summary["verdict"] = "leak" if drawn else "excluded" if action == "exclude" else "clean"
+        untold = facts["unlisted"] or facts["unmatched"]
+        kept_out = "excluded" if action == "exclude" else "clean"
+        summary["verdict"] = "leak" if drawn else "unknown" if untold else kept_out
     return summary
 
 

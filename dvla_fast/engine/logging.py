@@ -230,7 +230,7 @@ def read_metrics(folder: str | Path, stage: str | None = None) -> list[dict[str,
     """Read ``metrics.jsonl`` of a run folder, leaving out torn lines."""
     path = Path(folder) / "metrics.jsonl"
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

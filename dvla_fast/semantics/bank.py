@@ -30,6 +30,7 @@ import hashlib
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ from typing import Any, NamedTuple
 
 from dvla_fast.errors import BankError
 from dvla_fast.files import write_text_atomic
+from dvla_fast.semantics.characters import is_unicode
 
 FORMAT = "dvla-fast-bank/2"
 FORMATS = ("dvla-fast-bank/1", FORMAT)
@@ -44,6 +46,7 @@ SCHEMA = Path(__file__).parent / "bank.schema.json"
 _BUNDLED = Path(__file__).parent / "banks"
 _ENTRY_KEYS = ("candidates", "attributes", "description", "answers", "images")
 _LINE = 100
+_HALF = "holds half a character (a lone surrogate such as \\ud83d); correct it"
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ class SemanticBank:
         classes = {}
         problems: list[str] = []
         for name, entry in content["classes"].items():
-            problem = entry_problem(entry, vectors is not None) if name.strip() else "is no name"
+            problem = _name_problem(name) or entry_problem(entry, vectors is not None)
             if problem:
                 problems.append(f"{name!r} {problem}")
             else:
@@ -170,6 +173,8 @@ class SemanticBank:
         provenance = {} if content.get("provenance") is None else content["provenance"]
         if not isinstance(provenance, dict):
             raise BankError(f"{source}: 'provenance' must be an object, got {provenance!r}")
+        if not is_unicode([value for key, value in content.items() if key != "classes"]):
+            raise BankError(f"{source}: its name or its provenance {_HALF}")
         name = str(content.get("name", Path(source).stem))
         return cls(name, classes, provenance, source, vectors)
 
@@ -183,13 +188,27 @@ class SemanticBank:
             "classes": {name: entry.to_dict() for name, entry in self.classes.items()},
         }
 
-    def save(self, path: str | Path) -> None:
-        """Write the bank, atomically; the same bank always gives the same bytes.
+    def to_json(self) -> str:
+        """Return the text of the bank's file; the same bank always gives the same text.
 
         Raises:
+            BankError: a number that is NaN or infinite, which JSON lacks.
+        """
+        try:
+            return format_json(self.to_dict()) + "\n"
+        except ValueError as error:
+            raise BankError(
+                f"bank {self.name!r}: holds a number that is NaN or infinite, which JSON lacks"
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the bank, atomically.
+
+        Raises:
+            BankError: as ``to_json``.
             OutputError: the file cannot be written; an old one stays as it was.
         """
-        write_text_atomic(Path(path), format_json(self.to_dict()) + "\n")
+        write_text_atomic(Path(path), self.to_json())
 
     def resolve(self, class_names: Iterable[str]) -> list[str]:
         """Return the bank's own names of classes, in order.
@@ -287,7 +306,8 @@ def read_bank_json(path: Path) -> Any:
     """Parse a bank's JSON without looking at its content.
 
     Raises:
-        BankError: missing or unreadable file, invalid JSON, or a key that appears twice.
+        BankError: missing or unreadable file, invalid JSON, a key that appears twice, or a number
+            that is NaN or infinite.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -300,9 +320,21 @@ def read_bank_json(path: Path) -> Any:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Parse JSON strictly: no key twice (BankError naming ``where`` and the line)."""
+    """Parse JSON strictly: no key twice, no NaN (BankError naming ``where`` and the line)."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise BankError(f"{where}: {text} is no number that JSON has; correct or remove it")
+        return value
+
     try:
-        return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, where))
+        return json.loads(
+            text,
+            object_pairs_hook=lambda pairs: _unique(pairs, where),
+            parse_constant=number,
+            parse_float=number,
+        )
     except (json.JSONDecodeError, RecursionError) as error:
         at = f"line {error.lineno}: {error.msg}" if isinstance(error, ValueError) else "too deep"
         raise BankError(
@@ -312,13 +344,18 @@ def parse_json(text: str, where: str) -> Any:
 
 def normalised_name(name: str) -> str:
     """Reduce a class name to what counts when names are compared."""
+    name = unicodedata.normalize("NFC", name)  # names of files on a Mac are in NFD
     name = re.sub(r"^(?:\d{3}\.|n\d{8}-)(?=.)", "", name.strip())
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 
 def format_json(value: Any, indent: int = 0) -> str:
-    """Format JSON with short lists and objects on one line, so that a diff shows what changed."""
-    flat = json.dumps(value, ensure_ascii=False)
+    """Format JSON with short lists and objects on one line, so that a diff shows what changed.
+
+    Raises:
+        ValueError: a number that is NaN or infinite.
+    """
+    flat = json.dumps(value, ensure_ascii=False, allow_nan=False)
     short = isinstance(value, dict | list) and indent >= 4 and indent + len(flat) <= _LINE
     if short or not value or not isinstance(value, dict | list):
         return flat
@@ -382,6 +419,8 @@ def entry_problem(entry: Any, stored: bool = False) -> str | None:
     Args:
         stored: the bank has vectors and no words.
     """
+    if not is_unicode(entry):
+        return _HALF
     if stored:
         if not _is_stored(entry):
             return "is not {vectors: {attributes: n, description: 0 or 1}}"
@@ -402,6 +441,12 @@ def entry_problem(entry: Any, stored: bool = False) -> str | None:
     if not isinstance(entry.get("answers", {}), dict):
         return "has 'answers' that are not an object {stage: answer}"
     return _images_problem(entry)
+
+
+def _name_problem(name: str) -> str | None:
+    if not name.strip():
+        return "is no name"
+    return None if is_unicode(name) else _HALF
 
 
 def _is_stored(entry: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dvla_fast.errors import BankError
 from dvla_fast.semantics.bank import SemanticBank, read_bank_json
+from dvla_fast.semantics.characters import printable
 from dvla_fast.semantics.encoders import TextEncoder
 from dvla_fast.semantics.vectors import read_stored
 
@@ -26,7 +27,7 @@ class BankReport:
     def text(self) -> str:
         """Return the report for people, one line each."""
         lines = [*self.facts, *(f"note: {line}" for line in self.notes)]
-        return "\n".join(lines + [f"problem: {line}" for line in self.problems])
+        return printable("\n".join(lines + [f"problem: {line}" for line in self.problems]))
 
 
 def check_bank(

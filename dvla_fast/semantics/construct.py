@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dvla_fast.errors import BankError, LanguageModelError, OutputError
-from dvla_fast.semantics.bank import ClassEntry, SemanticBank, load_bank
+from dvla_fast.errors import LanguageModelError, OutputError
+from dvla_fast.files import write_text_atomic
+from dvla_fast.semantics.bank import ClassEntry, SemanticBank
 from dvla_fast.semantics.encoders import TextEncoder
 from dvla_fast.semantics.journal import Journal, JournaledModel
 from dvla_fast.semantics.language_models.base import LanguageModel, ShownImage
@@ -112,8 +112,9 @@ def construct_bank(
             classes, asked, encoder, prompts, settings, output.stem, provenance, progress
         )
         if bank is not None:
-            journal.mark(_mark(bank))  # before the file: what is there is always on record
-            bank.save(output)
+            text = bank.to_json()
+            journal.mark(_mark(text.encode()))  # before the file: what is there is on record
+            write_text_atomic(output, text)
         return Built(bank, failures, asked.reused)
 
 
@@ -123,9 +124,9 @@ def _check_own(output: Path, journal: Journal) -> None:
     if not output.exists():
         return
     try:
-        known = _mark(load_bank(output)) in journal.marks
-    except BankError:
-        known = False
+        known = _mark(output.read_bytes()) in journal.marks
+    except OSError as error:
+        raise OutputError(f"{output}: cannot read ({error.strerror or error})") from error
     if not known:
         raise OutputError(
             f"{output}: was not written by this build, or was edited since; a build would replace "
@@ -133,8 +134,9 @@ def _check_own(output: Path, journal: Journal) -> None:
         )
 
 
-def _mark(bank: SemanticBank) -> str:
-    return hashlib.sha256(json.dumps(bank.to_dict(), sort_keys=True).encode()).hexdigest()
+def _mark(content: bytes) -> str:
+    """SHA-256 of the file: not of what is read of it, which leaves out what a hand may add."""
+    return hashlib.sha256(content).hexdigest()
 
 
 class EpisodeSemantics:

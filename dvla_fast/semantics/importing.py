@@ -13,6 +13,7 @@ They are read as data alone (``weights_only``), in whatever float type, and brou
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -77,7 +78,7 @@ def read_published(paths: Iterable[str | Path]) -> Published:
             if known and found[level]:
                 raise BankError(f"{path}: holds {level} again; give one file for each level")
             known.update(found[level])
-        meta |= {k: v for k, v in _meta(content).items() if isinstance(v, str | int | float)}
+        meta |= {k: v for k, v in _meta(content).items() if _is_plain(v)}
     every = [*attributes.values(), *descriptions.values()]
     widths = sorted({vectors.shape[1] for vectors in every})
     if len(widths) != 1:
@@ -157,6 +158,10 @@ def _load(path: Path) -> Any:
             f"{path}: not loaded ({reason[:200]}); only tensors and plain containers are, since a "
             "pickle can run any program: get the file from its publisher again"
         ) from error
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _meta(content: Mapping[str, Any]) -> dict[str, Any]:

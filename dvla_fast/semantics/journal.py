@@ -24,7 +24,7 @@ class Journal:
     """Answers by key, in a file that one process writes at a time.
 
     Args:
-        path: the file, made if there is none; None: in memory only.
+        path: the file, made if there is none, with its folder; None: in memory only.
 
     Raises:
         OutputError: cannot be written, in use by another process, or no journal; naming the line
@@ -39,6 +39,7 @@ class Journal:
         if self.path is None:
             return
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             self._lock()
             self._read()
@@ -138,7 +139,7 @@ class Journal:
                 read, written = row["tokens"]
                 answer = Answer(row["answer"], row["finish"], read, written, row["model"])
                 self._answers[row["key"]] = answer
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             what = "no journal of answers" if number == 1 else f"line {number} is damaged"
             raise OutputError(
                 f"{self.path}: {what}; remove {'the file' if number == 1 else 'that line'}, or "

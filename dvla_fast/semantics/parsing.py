@@ -16,6 +16,7 @@ from typing import Any
 
 from dvla_fast.errors import LanguageModelError
 from dvla_fast.semantics.bank import normalised_name
+from dvla_fast.semantics.characters import whole_characters
 from dvla_fast.semantics.language_models.base import Answer
 
 MAX_WORDS, MAX_CHARACTERS = 16, 160  # of an attribute
@@ -24,6 +25,8 @@ DESCRIPTION_WORDS = 60  # CLIP reads 77 tokens
 _FEWEST_DESCRIPTION_WORDS = 4
 
 _THINKING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
+# Servers whose chat template holds the opening tag leave it out of the answer.
+_OPEN_THINKING = re.compile(r"\A.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
 _FENCE = re.compile(r"```[a-zA-Z]*\n?|```")
 _BULLET = re.compile(r"^\s*(?:[-*•–▪◦]\s+|\(?\d{1,3}[.):]\s*|[a-zA-Z][.)]\s+)(.+)$")
 _COMPLETE_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"\s*(?=[,\]])')
@@ -47,8 +50,8 @@ _TEXT_KEYS = ("attribute", "text", "name", "feature", "value", "description")
 # Frequent words of languages in Latin letters that are no English words, and of English.
 _FOREIGN = frozenset(
     (
-        *("el", "los", "las", "una", "del", "con", "por", "muy", "sus", "y", "le", "les", "des"),
-        *("et", "avec", "dans", "une", "sur", "aux", "du", "plus", "der", "das", "und", "mit"),
+        *("el", "los", "las", "una", "del", "con", "por", "muy", "sus", "le", "les", "des"),
+        *("et", "avec", "dans", "une", "sur", "aux", "du", "der", "das", "und", "mit"),
         *("ein", "eine", "einen", "einem", "ist", "auf", "dem", "den", "von", "zu", "il", "lo"),
         *("della", "delle", "degli", "nel", "sono", "di", "che", "um", "uma", "com", "seu", "sua"),
         *("não", "em", "os", "het", "een", "op", "voor", "niet", "jest", "oraz", "och", "med"),
@@ -109,6 +112,7 @@ def parse_attributes(answer: Answer, class_name: str, minimum: int = 2) -> Attri
         if problem is None:
             kept[key] = attribute
         else:
+            item = whole_characters(item)  # JSON in an answer may hold an escaped half
             dropped.append((item if len(item) <= 80 else f"{item[:80]}...", problem))
     if _is_foreign(" ".join(kept.values())):
         raise LanguageModelError(f"the answer is not in English: {_quote(text)}")
@@ -133,7 +137,7 @@ def parse_description(answer: Answer, *, trim: bool = False) -> str:
     """
     text = _plain(answer)
     found, cut = _description_text(text)
-    found = " ".join(unicodedata.normalize("NFC", found).split())
+    found = _one_line(found)
     found = re.sub(r"^\W*description\W*:\s*", "", found, flags=re.IGNORECASE)
     found = found.strip(" \"'“”*_`")
     cut = cut or answer.finish == "length"
@@ -155,17 +159,22 @@ def parse_description(answer: Answer, *, trim: bool = False) -> str:
 
 def clean_attribute(text: str) -> str:
     """Normalise an attribute: one line, no bullet, quotes, mark-up, leading "has", final stop."""
-    text = unicodedata.normalize("NFC", text)
-    text = "".join(" " if unicodedata.category(char)[0] == "C" else char for char in text)
-    text = re.sub(r"\*\*|__|`", "", " ".join(text.split()))
+    text = re.sub(r"\*\*|__|`", "", _one_line(text))
     bullet = _BULLET.match(text)
     text = (bullet[1] if bullet else text).strip(" \"'“”‘’*_•-–.,;:")
     return _LEADING.sub("", text)
 
 
+def _one_line(text: str) -> str:
+    """Normalise a text to NFC without control characters and repeated spaces."""
+    text = unicodedata.normalize("NFC", text)
+    text = "".join(" " if unicodedata.category(char)[0] == "C" else char for char in text)
+    return " ".join(text.split())
+
+
 def _plain(answer: Answer) -> str:
     """Return the answer without its thinking; raises for a refusal or nothing."""
-    text = _THINKING.sub("", answer.text).strip()
+    text = _OPEN_THINKING.sub("", _THINKING.sub("", answer.text)).strip()
     if answer.finish == "refusal":
         raise LanguageModelError(f"the model refused: {_quote(text or 'no reason given')}")
     if not text:

@@ -19,6 +19,7 @@ from dvla_fast.data.images import ImageSet
 from dvla_fast.data.layouts import list_data
 from dvla_fast.data.splits import SPLITS
 from dvla_fast.errors import DataError
+from dvla_fast.semantics.characters import is_unicode
 from dvla_fast.semantics.language_models.base import ShownImage
 from dvla_fast.semantics.stages import ClassSource
 
@@ -131,6 +132,15 @@ def check_classes(classes: Sequence[ClassSource], *, with_images: bool = False) 
     unnamed = [str(place + 1) for place, item in enumerate(classes) if not item.name.strip()]
     if unnamed:
         raise DataError(f"class number {', '.join(unnamed[:5])} has no name; name its folder")
+    for item in classes:
+        unwritten = [
+            text for text in (item.name, *(i.id for i in item.images)) if not is_unicode(text)
+        ]
+        if unwritten:
+            raise DataError(
+                f"class {item.name!r}: the name {unwritten[0]!r} is not UTF-8 and cannot be "
+                "recorded; rename the folder or file"
+            )
     names = [item.name for item in classes]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -112,6 +112,13 @@ def test_bank_follows_the_published_schema(photos: Path, tmp_path: Path) -> None
     validate(json.loads((tmp_path / "b.json").read_text()), json.loads(schema.read_text()))
 
 
+def test_path_of_a_data_set_need_not_be_utf8(photos: Path, tmp_path: Path) -> None:
+    root = photos.rename(photos.with_name("caf\udce9"))
+    with serve(answer) as server:
+        assert build(server.url, tmp_path / "b.json", f"--data.dataset={root}") == 0
+    assert load_bank(tmp_path / "b.json").provenance["dataset"].endswith("caf\ufffd")
+
+
 def test_one_split_and_class_names_alone(photos: Path, tmp_path: Path) -> None:
     with serve(answer) as server:
         more = [f"--data.dataset={photos}", "--construct.split=[test]", "--construct.images=0"]
@@ -133,7 +140,7 @@ def test_made_data_sets(dataset: str, tmp_path: Path) -> None:
 
 
 def test_settings_from_a_file(tmp_path: Path) -> None:
-    (tmp_path / "names.txt").write_text("crow\n\ngull\n")
+    (tmp_path / "names.txt").write_text("crow\n\ngull\n", encoding="utf-8-sig")
     prompt = tmp_path / "short.txt"
     prompt.write_text("version: short-1\n\nattributes of the {class}?")
     with serve(answer) as server:

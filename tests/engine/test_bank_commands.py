@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,26 @@ def test_show_a_selection_made_now(birds: Path, capsys: pytest.CaptureFixture[st
     assert "shapes" in run(capsys, "show", "shapes")
 
 
+def test_words_do_not_steer_the_terminal(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steering = json.loads(
+        json.dumps(BIRDS).replace("jay", "j\\u001b[2Jay").replace(" bird", "\\u001b]0;x\\u0007 b")
+    )
+    steering["provenance"]["kind"] = steering["name"] = "\x1b[1m[red]"
+    steering["classes"]["j\x1b[2Jay"]["answers"] = {"candidates": "\x9b2J\u202e\x1b[8m"}
+    other = birds.with_name("other.json")
+    other.write_text(json.dumps(steering))
+    lines = [
+        run(capsys, "show", other),
+        run(capsys, "show", other, "j\x1b[2Jay"),
+        run(capsys, "diff", birds, other),
+    ]
+    main(["semantics", "check", str(other)])
+    lines.append(capsys.readouterr().out)
+    for text in lines:
+        assert "[red]" in text
+        assert not [c for c in text if c != "\n" and unicodedata.category(c)[0] == "C"]
+
+
 def test_show_what_is_not_there(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "lacks 1 class(es)" in run(capsys, "show", birds, "wren", status=1)
     assert "cannot read the semantic bank" in run(capsys, "show", "none.json", status=1)
@@ -106,9 +127,27 @@ def test_diff(birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert run(capsys, "diff", birds, birds).strip() == "no difference"
 
 
+def test_diff_of_what_decides_about_leaks(
+    birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = json.loads(json.dumps(BIRDS))
+    other["provenance"]["kind"] = "class-names"
+    other["classes"]["Sooty Albatross"]["images"] = ["train/albatross/4.jpg"]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert run(capsys, "diff", birds, tmp_path / "other.json").splitlines() == [
+        "~ made from: support-images -> class-names",
+        "Sooty Albatross:",
+        "  - image 'train/albatross/3.jpg'",
+        "  + image 'train/albatross/4.jpg'",
+    ]
+
+
 def editor(tmp_path: Path, code: str) -> str:
     script = tmp_path / "editor.py"
-    script.write_text(f"import json, sys\npath = sys.argv[1]\ntext = open(path).read()\n{code}\n")
+    script.write_text(
+        "import json, sys\npath = sys.argv[1]\n"
+        f"text = open(path, errors='replace').read()\n{code}\n"
+    )
     return f"{sys.executable} {script}"
 
 
@@ -148,7 +187,7 @@ def test_an_invalid_edit_is_kept_aside(
     before = birds.read_bytes()
     use_editor(code)
     error = run(capsys, "edit", birds, "jay", status=1)
-    kept = birds.with_name("birds.jay.rejected.json")
+    (kept,) = birds.parent.glob("birds.jay-*.rejected.json")
     assert message in error
     assert str(kept) in error
     assert birds.read_bytes() == before
@@ -173,7 +212,60 @@ def test_an_edit_does_not_undo_what_others_wrote(
     )
     assert "changed in the bank meanwhile" in run(capsys, "edit", birds, "jay", status=1)
     assert load_bank(birds).classes["jay"].description == "Changed meanwhile."
-    assert "Mine." in birds.with_name("birds.jay.rejected.json").read_text()
+    (kept,) = birds.parent.glob("birds.jay-*.rejected.json")
+    assert "Mine." in kept.read_text()
+
+
+@pytest.mark.parametrize("now", ["[]", '{"classes": []}', "{"])
+def test_an_edit_outlives_a_bank_that_is_damaged_meanwhile(
+    birds: Path, use_editor: Any, capsys: pytest.CaptureFixture[str], now: str
+) -> None:
+    use_editor(
+        f"open({str(birds)!r}, 'w').write({now!r})\n"
+        "open(path, 'w').write(text.replace('A loud bird.', 'Mine.'))"
+    )
+    assert "your edit is kept in" in run(capsys, "edit", birds, "jay", status=1)
+    (kept,) = birds.parent.glob("birds.jay-*.rejected.json")
+    assert "Mine." in kept.read_text()
+
+
+def test_edits_of_like_names_are_kept_apart(
+    birds: Path, use_editor: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = BIRDS["classes"]["jay"]
+    birds.write_text(json.dumps({"classes": {"a/b": entry, "a b": entry, "x" * 250: entry}}))
+    use_editor("open(path, 'w').write('mine')")
+    run(capsys, "edit", birds, "a/b", status=1)
+    run(capsys, "edit", birds, "x" * 250, status=1)
+    use_editor("assert 'A loud bird.' in text")
+    assert "no change" in run(capsys, "edit", birds, "a b")
+    use_editor("assert text == 'mine'\nopen(path, 'w').write('yours')")
+    assert "kept in" in run(capsys, "edit", birds, "a/b", status=1)
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "kept"),
+    [
+        ("open(path, 'w').write('mine')\nsys.exit(3)", "was saved, but the editor", b"mine"),
+        (r"open(path, 'wb').write(b'mine \xe9')", "is not UTF-8 text any more", b"mine \xe9"),
+    ],
+)
+def test_what_was_saved_is_never_lost(
+    birds: Path,
+    use_editor: Any,
+    capsys: pytest.CaptureFixture[str],
+    code: str,
+    message: str,
+    kept: bytes,
+) -> None:
+    use_editor(code)
+    assert message in run(capsys, "edit", birds, "jay", status=1)
+    (file,) = birds.parent.glob("birds.jay-*.rejected.json")
+    assert file.read_bytes() == kept
+    assert json.loads(birds.read_text()) == BIRDS
+    use_editor("")
+    run(capsys, "edit", birds, "jay", status=1)  # it is opened again, and still no JSON
+    assert file.read_bytes() == kept
 
 
 def test_edits_that_cannot_be(
@@ -185,8 +277,11 @@ def test_edits_that_cannot_be(
     assert "comes with the package; copy" in run(capsys, "edit", "digits", "one", status=2)
     use_editor("sys.exit(3)")
     assert "ended with 3; nothing changed" in run(capsys, "edit", birds, "jay", status=2)
-    monkeypatch.setenv("EDITOR", "/no/such/editor")
-    assert "cannot start the editor" in run(capsys, "edit", birds, "jay", status=2)
+    use_editor("import os\nos.unlink(path)")
+    assert "left no file to read" in run(capsys, "edit", birds, "jay", status=2)
+    for command in ("/no/such/editor", "vi 'an open quote"):
+        monkeypatch.setenv("EDITOR", command)
+        assert "cannot start the editor" in run(capsys, "edit", birds, "jay", status=2)
     assert json.loads(birds.read_text()) == BIRDS
 
 

@@ -26,12 +26,13 @@ from dvla_fast.engine.config import (
 )
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import run_evaluate
-from dvla_fast.engine.leaks import seen_images
+from dvla_fast.engine.leaks import leak_summary, seen_images
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.errors import DataError
 from dvla_fast.semantics import SemanticBank
 
 SHOTS, QUERY = 2, 3
+NOVEL = [f"test-{name}" for name in "abcdef"]
 
 
 def images(per_class: int = 8, classes: int = 6) -> ImageSet:
@@ -109,7 +110,10 @@ def bank(kind: str | None, seen: dict[str, list[str]]) -> SemanticBank:
         ("class-names", {}, "clean", 0),
         (None, {}, "unknown", 0),
         ("support-images", {}, "unknown", 0),
-        ("support-images", {"train-a": ["train/a/1"]}, "clean", 0),
+        ("support-images", {"train-a": ["train/a/1"]}, "unknown", 0),
+        ("support-images", {name: ["train/a/1"] for name in NOVEL}, "clean", 0),
+        ("support-images", {name: ["train/a/1"] for name in NOVEL[1:]}, "unknown", 0),
+        ("definitions", {"train-a": ["train/a/1"]}, "clean", 0),
         ("support-images", {"test-a": ["test/a/1", "test/a/2"]}, "overlap", 2),
         ("class-names", {"test-a": ["test/a/1"]}, "overlap", 1),
         ("support-images", {"test-a": ["elsewhere/1.jpg"]}, "unknown", 0),
@@ -129,6 +133,24 @@ def test_what_a_bank_has_seen(
     assert [data().novel.ids[i] for i in mask.nonzero()[:, 0].tolist()] == [
         image for image in data().novel.ids if image in seen.get("test-a", [])
     ]
+
+
+@pytest.mark.parametrize(
+    ("seen", "action", "drawn", "verdict"),
+    [
+        (NOVEL, "exclude", False, "excluded"),
+        (NOVEL, "report", False, "clean"),
+        (NOVEL, "report", True, "leak"),
+        (NOVEL[:1], "exclude", False, "unknown"),
+        (NOVEL[:1], "report", True, "leak"),
+    ],
+)
+def test_verdict_on_a_list(seen: list[str], action: str, drawn: bool, verdict: str) -> None:
+    listed = {name: [f"{name.replace('-', '/')}/1"] for name in seen}
+    mask, facts = seen_images(bank("support-images", listed), data(), "novel")
+    assert facts["verdict"] == "overlap"
+    queries = torch.tensor([1 if drawn else 2])
+    assert leak_summary(facts, action, mask, queries)["verdict"] == verdict
 
 
 def test_ids_are_those_of_the_files_whatever_they_are_loaded_from(tmp_path: Path) -> None:
@@ -197,7 +219,8 @@ def test_the_verdict_is_in_the_summary(checkpoint: Path, tmp_path: Path) -> None
     reported = evaluate(checkpoint, tmp_path / "reported", bank=bank, seen_images="report")
     assert excluded["leaks"] == {
         "bank_kind": "support-images", "images_seen": 300, "seen_in_split": 300, "unmatched": 0,
-        "verdict": "excluded", "action": "excluded", "seen_queries": 0, "queries": 200,
+        "unlisted": 0, "verdict": "excluded", "action": "excluded", "seen_queries": 0,
+        "queries": 200,
     }  # fmt: skip
     assert (reported["leaks"]["verdict"], reported["leaks"]["action"]) == ("leak", "reported")
     assert 20 < reported["leaks"]["seen_queries"] < 120

@@ -36,6 +36,14 @@ def test_object_and_lines_say_the_same(tmp_path: Path) -> None:
         assert model.usage.answers == 2
 
 
+def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    row = {"stage": "candidates", "class": "Crow", "answer": "a\u2028b\u0085c"}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    (answer,) = answer_all(AnswerFile(path), [request("candidates", "Crow")])
+    assert answer.text == row["answer"]
+
+
 def test_class_without_an_answer_fails_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('{"candidates": {"Crow": "x"}}')

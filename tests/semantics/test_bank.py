@@ -55,6 +55,9 @@ def test_missing_classes_are_named() -> None:
         ),
         ({**GOOD, "answers": "red"}, "'answers' that are not an object"),
         ({**GOOD, "images": [3]}, "'images' that are not a list of image ids"),
+        ({**GOOD, "description": "A bird \ud83d."}, "'jay' holds half a character"),
+        ({**GOOD, "answers": {"description": ["\ud83d"]}}, "'jay' holds half a character"),
+        ({**GOOD, "images": ["caf\udce9.jpg"]}, "'jay' holds half a character"),
     ],
 )
 def test_incomplete_class_is_refused(entry: object, message: str) -> None:
@@ -70,10 +73,31 @@ def test_other_content_is_refused(content: object) -> None:
         SemanticBank.from_dict(content, "bank.json")
 
 
+def test_halves_of_characters_are_refused_everywhere() -> None:
+    with pytest.raises(BankError, match=r"'caf\\udce9' holds half a character"):
+        SemanticBank.from_dict({"classes": {"caf\udce9": GOOD}})
+    for other in ({"name": "\ud83d"}, {"provenance": {"model": "\ud83d"}}):
+        with pytest.raises(BankError, match="its name or its provenance holds half"):
+            SemanticBank.from_dict({**other, "classes": {"jay": GOOD}})
+
+
+def test_bank_with_a_number_that_json_lacks_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "bank.json"
+    path.write_text("old")
+    for value in (math.nan, math.inf):
+        bank = SemanticBank.from_dict({"provenance": {"x": value}, "classes": {"jay": GOOD}})
+        with pytest.raises(BankError, match="a number that is NaN or infinite"):
+            bank.save(path)
+    assert path.read_text() == "old"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('{"classes": {', "not valid JSON"),
+        ('{"classes": {"a": {"note": NaN}}}', "NaN is no number that JSON has"),
+        ('{"classes": {"a": {"note": [-Infinity]}}}', "-Infinity is no number"),
+        ('{"classes": {"a": {"note": 1e999}}}', "1e999 is no number"),
         ('{"classes": {"a": {}, "a": {}}}', "'a' appears twice"),
     ],
 )
@@ -155,6 +179,12 @@ def test_old_banks_keep_their_fingerprint() -> None:
 )
 def test_class_names_are_found_however_they_are_written(name: str) -> None:
     assert SemanticBank.from_dict(FULL).resolve(["jay", name]) == ["jay", "Sooty Albatross"]
+
+
+def test_class_names_in_two_normal_forms() -> None:
+    composed, decomposed = "caf\u00e9 jay", "cafe\u0301 jay"
+    assert SemanticBank.from_dict({"classes": {composed: GOOD}}).resolve([decomposed]) == [composed]
+    assert SemanticBank.from_dict({"classes": {decomposed: GOOD}}).missing([composed]) == []
 
 
 def test_bundled_banks_without_a_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

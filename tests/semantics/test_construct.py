@@ -214,16 +214,60 @@ def test_edited_bank_is_not_replaced(tmp_path: Path) -> None:
     assert "fine bird" in path.read_text()
     path.write_text(text)
     construct_bank(CLASSES, Scripted(), ENCODER, path)
+    content = json.loads(text)
+    content["reviewed"] = "by me"  # nothing reads it, but it is somebody's work
+    path.write_text(json.dumps(content))
+    with pytest.raises(OutputError, match="was edited since"):
+        construct_bank(CLASSES, Scripted(), ENCODER, path)
     path.write_text("{oops")
     with pytest.raises(OutputError, match="was not written by this build"):
         construct_bank(CLASSES, Scripted(), ENCODER, path)
 
 
 def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot keep answers here"):
-        construct_bank(CLASSES, Scripted(), ENCODER, tmp_path / "no" / "b.json")
+        construct_bank(CLASSES, Scripted(), ENCODER, tmp_path / "file" / "b.json")
     with pytest.raises(OutputError, match="is a folder"):
         construct_bank(CLASSES, Scripted(), ENCODER, tmp_path)
+
+
+def test_folder_of_the_bank_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "b.json"
+    construct_bank(CLASSES, Scripted(), ENCODER, path)
+    assert list(load_bank(path).classes) == list(NAMES)
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+def test_half_a_character_costs_no_answer(tmp_path: Path, escaped: bool) -> None:
+    def answers(request: Request) -> str:
+        text = good_answer(request.stage, request.subject)
+        text = text.replace("black", "black \ud83d").replace("is a bird", "is a \ud83d bird")
+        text = text.replace("]}", ', "\ud83d"]}')  # one that is dropped
+        return text.replace("\ud83d", "\\ud83d") if escaped else text
+
+    path = tmp_path / "b.json"
+    built = construct_bank(CLASSES, Scripted(answers), ENCODER, path)
+    assert not built.failures
+    assert list(load_bank(path).classes) == list(NAMES)
+    again = Scripted()
+    construct_bank(CLASSES, again, ENCODER, path)
+    assert again.asked == []
+
+
+def test_answer_can_be_written() -> None:
+    assert Answer("a \ud83d\ude00 \ud83d", model="\ude00") == Answer("a 😀 \ufffd", model="\ufffd")
+
+
+def test_names_that_are_not_utf8_are_refused_before_the_work(tmp_path: Path) -> None:
+    model = Scripted()
+    for item in (
+        ClassSource("caf\udce9"),
+        ClassSource("jay", (ShownImage("caf\udce9/1.jpg", tmp_path),)),
+    ):
+        with pytest.raises(DataError, match=r"'caf\\udce9.*' is not UTF-8.*rename"):
+            construct_bank([*CLASSES, item], model, ENCODER, tmp_path / "b.json")
+    assert model.asked == []
 
 
 def test_one_build_at_a_time(tmp_path: Path) -> None:

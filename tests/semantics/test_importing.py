@@ -68,6 +68,8 @@ def test_banks_of_the_journal_extension(tmp_path: Path) -> None:
     published = read_published([save(tmp_path / "x.pth", content)])
     assert published.encoder == "imported/ViT-B/16"
     assert published.meta == meta
+    content["meta"] = {**meta, "loss": float("nan")}  # JSON has no NaN
+    assert read_published([save(tmp_path / "y.pth", content)]).meta == meta
     assert [len(each) for each in published.classes["owl"]] == [4, 1]
 
 
@@ -155,6 +157,18 @@ def test_import_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["semantics", "show", str(output), "jay"]) == 0
     assert "no words" in capsys.readouterr().out
     assert main(["semantics", "check", str(output)]) == 0
+
+
+def test_import_keeps_vectors_that_are_not_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path / "s.pth", {"semantic_feature": features("owl", "jay")})
+    other = tmp_path / "birds.safetensors"
+    other.write_bytes(b"a model")
+    assert main(["semantics", "import", str(path), f"--output={tmp_path / 'birds.json'}"]) == 1
+    assert "birds.safetensors: exists" in capsys.readouterr().err
+    assert other.read_bytes() == b"a model"
+    assert not (tmp_path / "birds.json").exists()
 
 
 @needs_peer_data

@@ -287,6 +287,58 @@ def test_key_and_address_come_from_the_environment(monkeypatch: pytest.MonkeyPat
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize("key", ["sk-SECRET\n123", "sk-SECRET\x07", "sk-SECRÉT", "sk-SECRET\udcff"])
+def test_key_that_cannot_be_sent(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(LanguageModelError, match="variable MY_KEY holds characters") as caught:
+        OpenAIServer("tiny-vl", base_url="http://127.0.0.1:9/v1", api_key_env="MY_KEY")
+    assert "SECR" not in str(caught.value)
+
+
+def test_space_around_a_key_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", " sk-SECRET123\n")
+    with serve(echo, key="sk-SECRET123") as server:
+        assert answer_all(model(server), [Request("a")])[0].text == "about a"
+
+
+@pytest.mark.parametrize("status", [400, 401, 402, 404, 418])
+def test_key_that_a_server_echoes_is_not_shown(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-SECRET123")
+    # at the place where a long message is cut: no part of the key may remain
+    for text in (
+        "wrong: Bearer sk-SECRET123",
+        "x" * 135 + "sk-SECRET123",
+        "Basic bWU6aHVudGVyMg==",
+    ):
+        reply = Reply(status=status, error={"message": text})
+        with serve(lambda *_, reply=reply: reply) as server:
+            url = server.url.replace("://", "://me:hunter2@")
+            asked = OpenAIServer("m", base_url=url, retries=0).answers([Request("a")])
+            try:
+                message = str(next(asked)[1])
+            except LanguageModelError as error:
+                message = str(error)
+        assert "***" in message
+        assert not [part for part in ("SECR", "hunter2", "bWU6") if part in message], message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:hunter2@127.0.0.1:9/v1",
+        "me:hunter2@127.0.0.1:9/v1",
+        "http://me:hunter2/x@127.0.0.1:9/v1",
+        "http://hunter2@127.0.0.1:9/v1",
+    ],
+)
+def test_password_of_an_address_is_not_shown(url: str) -> None:
+    with pytest.raises(LanguageModelError, match=r"\*\*\*@127.0.0.1:9/v1: ") as caught:
+        answer_all(OpenAIServer("m", base_url=url, retries=0), [Request("a")])
+    assert "hunter2" not in str(caught.value)
+
+
 def test_unreachable_server() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

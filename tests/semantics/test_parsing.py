@@ -35,6 +35,8 @@ def kept(text: str, **options: Any) -> tuple[str, ...]:
         f"Here is the list:\n```\n{json.dumps({'attributes': GOOD})}\n```\nI hope it helps!",
         f"The {{answer}} is {json.dumps(GOOD)}.",
         f"<think>[\"no\", \"not this\"] hmm</think>\n{json.dumps(GOOD)}",
+        f"The first is [\"no\", \"not this\"] hmm\n</think>\n{json.dumps(GOOD)}",
+        f"<THINK>a</THINK> b </thinking>{json.dumps(GOOD)}",
         "1. long hooked bill\n2. dark brown wings\n3. white face",
         "Attributes:\n\n- **long hooked bill**\n- dark brown wings.\n* white face;\n",
         "• long hooked bill\n• dark brown wings\n• white face\n\nLet me know!",
@@ -119,6 +121,11 @@ def test_deeply_nested_json_is_no_crash() -> None:
         kept("[" * 100_000)
 
 
+def test_english_with_words_of_other_languages() -> None:
+    items = ("y-shaped tail", "y-shaped crest plus spots", "plus-shaped marks")
+    assert kept(json.dumps(items)) == items
+
+
 def test_clean_attribute() -> None:
     assert clean_attribute("3) **Bill**: long\u200b\nand  curved.") == "Bill: long and curved"
     assert clean_attribute("It has a red cap") == "a red cap"
@@ -134,6 +141,9 @@ TEXT = "A large seabird with a long hooked bill, dark wings and a white face."
         TEXT,
         f"Description: {TEXT}",
         f'"{TEXT}"',
+        f"So I write [one] text.</think>{TEXT}",
+        TEXT.replace(" with", "\x1b\u202e with"),
+        json.dumps({"description": TEXT.replace(" with", "\x1b\ud83d with")}),
         json.dumps({"description": TEXT}),
         json.dumps({"text": TEXT}),
         json.dumps([TEXT]),

@@ -14,6 +14,7 @@ import numpy as np
 
 from dvla_fast.data.decode import open_rgb, pillow
 from dvla_fast.errors import LanguageModelError
+from dvla_fast.semantics.characters import whole_characters
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -110,7 +111,7 @@ class Answer:
     """A model's answer.
 
     Attributes:
-        text: as it came.
+        text: as it came, but for halves of surrogate pairs, which no file can hold.
         finish: how it ended; a refusal's text may be empty.
         input_tokens, output_tokens: None where the back end does not count.
         model: the name that the back end gives for itself; may be more exact than the one asked.
@@ -121,6 +122,11 @@ class Answer:
     input_tokens: int | None = None
     output_tokens: int | None = None
     model: str = ""
+
+    def __post_init__(self) -> None:
+        """Make text and model such that they can be written."""
+        object.__setattr__(self, "text", whole_characters(self.text))
+        object.__setattr__(self, "model", whole_characters(self.model))
 
 
 @dataclass

@@ -84,7 +84,7 @@ class AnswerFile:
 
     def _lines(self, text: str) -> dict[tuple[str, str], str]:
         found: dict[tuple[str, str], str] = {}
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             where = f"{self.path}, line {number}"

@@ -12,12 +12,15 @@ import math
 import os
 import queue
 import random
+import re
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dvla_fast.errors import DataError, LanguageModelError, MissingDependencyError
+from dvla_fast.semantics.characters import printable
 from dvla_fast.semantics.language_models.base import Answer, Finish, Request, Usage
 
 DEFAULT_URL = "https://api.openai.com/v1"
@@ -56,7 +59,7 @@ class OpenAIServer:
 
     Raises:
         MissingDependencyError: the openai package is not installed.
-        LanguageModelError: no key for OpenAI's own server, or no model name for it.
+        LanguageModelError: no key for OpenAI's own server, a key or an address that cannot be sent.
     """
 
     def __init__(
@@ -86,18 +89,33 @@ class OpenAIServer:
                 "pip install 'dvla-fast[semantics]'"
             ) from error
         self._openai = openai
-        self.base_url = base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL
-        key = os.environ.get(api_key_env, "")
-        if not key and self.base_url.rstrip("/") == DEFAULT_URL:
+        url = (base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).strip()
+        key = os.environ.get(api_key_env, "").strip()
+        userinfo = _userinfo(url)
+        self.base_url = url.replace(f"{userinfo}@", "***@", 1) if userinfo else url
+        self._secrets = _secrets(key, userinfo)
+        if not (key.isascii() and key.isprintable()):
+            raise LanguageModelError(
+                f"environment variable {api_key_env} holds characters that no key has (line breaks "
+                "or other control characters, or beyond ASCII); copy the key into it again"
+            )
+        if not key and url.rstrip("/") == DEFAULT_URL:
             raise LanguageModelError(
                 f"no key: set the environment variable {api_key_env} to use {DEFAULT_URL}, or give "
                 "--language_model.base_url (or OPENAI_BASE_URL) the address of another server"
             )
-        self._key_env = api_key_env
+        self._key_env, self._has_key = api_key_env, bool(key)
         # max_retries=0: see the top of this file. A server without keys still gets a header.
-        self._client = openai.OpenAI(
-            api_key=key or "none", base_url=self.base_url, timeout=timeout, max_retries=0
-        )
+        try:
+            self._client = openai.OpenAI(
+                api_key=key or "none", base_url=url, timeout=timeout, max_retries=0
+            )
+        # InvalidURL, of a package whose name depends on the version of openai
+        except Exception:
+            raise LanguageModelError(
+                f"{self.base_url}: is no address; give --language_model.base_url or "
+                "OPENAI_BASE_URL one such as http://localhost:8000/v1"
+            ) from None  # its text quotes parts of the address
         self.model = model
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.temperature, self.seed = temperature, seed
@@ -263,14 +281,14 @@ class OpenAIServer:
                 delay = _retry_after(failed.response.headers)
                 if delay is not None and delay > _LONGEST_RETRY_AFTER:
                     raise _Stopped(
-                        f"{self.base_url}: asks to wait {delay:.0f} s ({_short(failed)}); run the "
-                        "same command again then: answers so far are kept"
+                        f"{self.base_url}: asks to wait {delay:.0f} s ({self._short(failed)}); run "
+                        "the same command again then: answers so far are kept"
                     ) from failed
             except (error.OpenAIError, *_MALFORMED) as failed:
                 # A proxy's page, a cut-off reply, an answer without a message.
                 problem = LanguageModelError(
                     f"{self._about(request)}: {self.base_url} sent a reply that is none "
-                    f"({_short(failed)}); is this an OpenAI-compatible address, ending in /v1?"
+                    f"({self._short(failed)}); is this an OpenAI-compatible address, ending in /v1?"
                 )
                 problem.__cause__ = failed
             if tries >= self.retries:
@@ -317,7 +335,7 @@ class OpenAIServer:
             finish,
             getattr(usage, "prompt_tokens", None),
             getattr(usage, "completion_tokens", None),
-            reply.model or self.model,
+            str(reply.model or self.model),
         )
 
     def _refused_parameter(self, failed: Any, sent: dict[str, str | None]) -> bool:
@@ -339,7 +357,7 @@ class OpenAIServer:
 
     def _status_problem(self, failed: Any, request: Request) -> LanguageModelError:
         """Return the error of one request; raise what no request can get past, or no retry."""
-        status, text = failed.status_code, _short(failed)
+        status, text = failed.status_code, self._short(failed)
         if status in (401, 403):
             raise _Stopped(self._key_refused(failed)) from failed
         if status == 404:
@@ -379,18 +397,25 @@ class OpenAIServer:
         subject = f" of {request.subject!r}" if request.subject else ""
         return f"{request.stage or 'request'}{subject}"
 
+    def _short(self, error: object) -> str:
+        """Return what an error says, in short and without key, password and terminal codes."""
+        text = str(error)
+        text = self._secrets.sub("***", text) if self._secrets else text
+        text = " ".join(printable(text).split()) or type(error).__name__
+        return text if len(text) <= 160 else f"{text[:160]}..."
+
     def _unreachable(self, failed: Exception) -> str:
         reason = failed.__cause__ or failed
         return (
-            f"{self.base_url}: the server cannot be reached ({_short(reason)}); start it, or set "
-            "--language_model.base_url or OPENAI_BASE_URL to its address (usually ending in /v1); "
-            "answers so far are kept"
+            f"{self.base_url}: the server cannot be reached ({self._short(reason)}); start it, or "
+            "set --language_model.base_url or OPENAI_BASE_URL to its address (usually ending in "
+            "/v1); answers so far are kept"
         )
 
     def _key_refused(self, failed: Exception) -> str:
-        held = "is not set" if not os.environ.get(self._key_env) else "holds another one"
+        held = "holds another one" if self._has_key else "is not set"
         return (
-            f"{self.base_url}: refuses the key ({_short(failed)}); environment variable "
+            f"{self.base_url}: refuses the key ({self._short(failed)}); environment variable "
             f"{self._key_env} {held}: set it to this server's key"
         )
 
@@ -421,6 +446,21 @@ def _retry_after(headers: Any) -> float | None:
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
-def _short(error: object) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else f"{text[:160]}..."
+def _userinfo(url: str) -> str:
+    """Return "name:password" of an address, without a parser: it may not be a proper one."""
+    found = re.match(r"(?:[a-zA-Z][\w+.-]*://)?(.*)@", url, re.DOTALL)
+    return found[1] if found else ""
+
+
+def _secrets(key: str, userinfo: str) -> re.Pattern[str] | None:
+    """Match what no message may show: the key, and name and password in any form they are sent."""
+    password = userinfo.partition(":")[2]
+    plain = urllib.parse.unquote(userinfo)
+    basic = base64.b64encode(plain.encode(errors="replace")).decode()
+    found = {key, userinfo, password, plain, plain.partition(":")[2], basic if userinfo else ""}
+    # Placeholders such as "x" count as whole words only: the letter may be in every message.
+    words = [
+        re.escape(item) if len(item) >= 8 else rf"(?<!\w){re.escape(item)}(?!\w)"
+        for item in sorted(found - {""}, key=len, reverse=True)
+    ]
+    return re.compile("|".join(words)) if words else None

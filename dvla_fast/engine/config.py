@@ -247,6 +247,11 @@ class EvaluateConfig:
     )
     fixed_alpha: float = option(0.5, "gate value of the fixed comparison")
     batch_episodes: int = option(0, "episodes of a forward pass; 0: what suits the machine", 0)
+    construct: str = option(
+        "",
+        "strictly inductive: YAML file of 'dvla-fast semantics build' settings, by which the texts "
+        "of every episode are written from its own supports; empty: the bank's texts",
+    )
     cache_mib: int = option(
         8192, "largest memory for feature maps that are kept for all episodes, in MiB", 0
     )

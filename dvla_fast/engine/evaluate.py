@@ -28,6 +28,7 @@ from dvla_fast.engine.build import (
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import EvaluateConfig, EvaluateRun
 from dvla_fast.engine.episode_lists import build_sampler
+from dvla_fast.engine.inductive import EpisodeTexts
 from dvla_fast.engine.leaks import check_seen_images, leak_summary, seen_images
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.predict import (
@@ -99,6 +100,7 @@ class Evaluation:
         config: split, ways and numbers; its ``shots`` are what :meth:`shot` takes one by one.
         seed: of the episodes.
         not_as_query: (N,) bool, images of the split that are never drawn as queries.
+        episode_texts: what writes each episode's texts, instead of ``texts``.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Evaluation:
         config: EvaluateConfig,
         seed: int,
         not_as_query: Tensor | None = None,
+        episode_texts: EpisodeTexts | None = None,
     ) -> None:
         self.contenders, self.data, self.config, self.seed = contenders, data, config, seed
         self.not_as_query = not_as_query
@@ -117,12 +120,13 @@ class Evaluation:
         self._features: dict[tuple[int, str], Tensor] = {}
         for contender in contenders:
             predictor = None
-            if contender.model is not None and texts is not None:
+            if contender.model is not None and (texts is not None or episode_texts is not None):
                 predictor = EpisodePredictor(
                     contender.model,
                     data,
                     texts,
                     config.split,
+                    episode_texts=episode_texts,
                     fixed_alpha=config.fixed_alpha,
                     visual=any(b is contender.model.backbone for b in contender.backbones.values()),
                     cache_mib=config.cache_mib / len(contenders),
@@ -308,12 +312,17 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         infos.append(info)
     _check_alike(paths, infos)
     check_seen_images(config.semantics.seen_images)
-    texts, semantics, leaks, seen, barred = None, None, None, None, None
+    texts, semantics, leaks, seen, barred, written = None, None, None, None, None, None
     if contenders[0].model is not None:
-        texts, semantics = build_texts(config.semantics, data, device, settings.split)
-        bank = build_bank(config.semantics.bank)
-        seen, leaks = seen_images(bank, data, settings.split)
-        barred = seen if config.semantics.seen_images == "exclude" else None
+        if settings.construct:
+            written = EpisodeTexts(settings.construct, data.split(settings.split))
+            semantics, leaks = written.described(), written.leaks()
+            seen = torch.zeros(len(written.images), dtype=torch.bool)
+        else:
+            texts, semantics = build_texts(config.semantics, data, device, settings.split)
+            bank = build_bank(config.semantics.bank)
+            seen, leaks = seen_images(bank, data, settings.split)
+            barred = seen if config.semantics.seen_images == "exclude" else None
         for path, info in zip(paths, infos):
             check_semantics(semantics, info, path)
     images = data.split(settings.split)
@@ -340,7 +349,9 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     seed_everything(config.seed)
     folder.trim("evaluate", -1)  # an evaluation is short: it begins anew
     results = []
-    evaluation = Evaluation(contenders, data, texts, settings, config.seed, barred)
+    if written is not None:
+        written.open(folder.path)
+    evaluation = Evaluation(contenders, data, texts, settings, config.seed, barred, written)
     with Progress({"evaluate": 1.0}, enabled=not quiet) as progress:
         progress.begin("evaluate", settings.episodes * len(settings.shots) * len(contenders))
         for shot, sampler in zip(settings.shots, samplers):
@@ -360,6 +371,8 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     # The fields of the first shot stand at the top; all of them are in "results".
     summary = {"command": "evaluate", **results[0], "results": results}
     folder.write_summary(summary)
+    if written is not None:
+        written.close()
     if config.compare:
         summary["compared"] = compare_runs(folder.path, config.compare)
         folder.write_summary(summary)

@@ -13,7 +13,7 @@ Three plans, chosen by what a feature depends on; all give the model's own numbe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from dvla_fast.data import EpisodeBatch, EpisodeSampler, FewShotData, ImageSet
 from dvla_fast.engine.build import check_weights, split_classes
 from dvla_fast.engine.logging import Progress
 from dvla_fast.errors import TrainingError
-from dvla_fast.nn import DVLA, prototype_logits
+from dvla_fast.nn import DVLA, TextTokens, prototype_logits
 from dvla_fast.semantics import EncodedTexts
 
 VISUAL, FIXED, LEARNED = "visual prototypes", "fixed gate", "learned gate"
@@ -106,8 +106,9 @@ class EpisodePredictor:
 
     Args:
         model: on the data's device. Its weights must not change while the predictor is used.
-        texts: encoded texts of ``data.class_names``.
+        texts: encoded texts of ``data.class_names``; None with ``episode_texts``.
         split: where the episodes are drawn from.
+        episode_texts: gives the texts of a batch of episodes, which then are each episode's own.
         fixed_alpha: also predict with all gates fixed at this value.
         visual: :meth:`visual` will be asked too.
         image_batch: images of one pass through the backbone; None: 32 on a CPU, whose cache holds
@@ -124,9 +125,10 @@ class EpisodePredictor:
         self,
         model: DVLA,
         data: FewShotData,
-        texts: EncodedTexts,
+        texts: EncodedTexts | None,
         split: str,
         *,
+        episode_texts: Callable[[EpisodeBatch], TextTokens] | None = None,
         fixed_alpha: float | None = None,
         visual: bool = False,
         image_batch: int | None = None,
@@ -141,6 +143,9 @@ class EpisodePredictor:
         if fixed_alpha is not None:
             self.modes[FIXED] = fixed_alpha
         self.plans = {name: plan(model, alpha) for name, alpha in self.modes.items()}
+        self.episode_texts = episode_texts
+        if episode_texts is not None:  # then a support's feature is its episode's, too
+            self.plans = {name: SUPPORTS if x == ONCE else x for name, x in self.plans.items()}
         self.image_batch = image_batch or _image_batch(self.images)
         self.cache_mib = cache_mib
         self.classes = split_classes(data, split)  # positions in texts of the split's classes
@@ -232,7 +237,7 @@ class EpisodePredictor:
         features, traces = self.model.support_features(
             self._inputs(batch.support),
             batch.support_labels,
-            self.texts.episodes(self.classes[batch.classes]),
+            self._texts_of(batch),
             way=way,
             alpha=self.modes[name],
             sample=False,
@@ -247,7 +252,7 @@ class EpisodePredictor:
             self._inputs(batch.support),
             batch.support_labels,
             self._inputs(batch.query),
-            self.texts.episodes(self.classes[batch.classes]),
+            self._texts_of(batch),
             way=way,
             alpha=self.modes[name],
             sample=False,
@@ -256,6 +261,12 @@ class EpisodePredictor:
         count = len(batch.classes)
         alphas = torch.stack([_mean_alpha(trace.alpha, count) for trace in output.layers], 1)
         return output.logits, alphas
+
+    def _texts_of(self, batch: EpisodeBatch) -> TextTokens:
+        if self.episode_texts is not None:
+            return self.episode_texts(batch)
+        assert self.texts is not None
+        return self.texts.episodes(self.classes[batch.classes])
 
     def _logits(self, support: Tensor, batch: EpisodeBatch, way: int) -> Tensor:
         query = self._tables["plain"][batch.query]
@@ -320,6 +331,8 @@ class EpisodePredictor:
             rows = {"maps": maps} if self._keep_maps else {}
         if self._plain:
             rows["plain"] = self.model.backbone(maps, start=self.model.gated_layers[0])
+        if ONCE not in self.plans.values() or self.texts is None:
+            return rows
         text = self.texts.episodes(self.classes[self.images.labels[index]].unsqueeze(1))
         for name, alpha in self.modes.items():
             if self.plans[name] != ONCE:

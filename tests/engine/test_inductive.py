@@ -1,0 +1,159 @@
+"""Texts of every episode from its own supports: nothing else is shown, and nothing is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dvla_fast.data import EpisodeSampler, load_digits
+from dvla_fast.engine import inductive
+from dvla_fast.engine.build import backbone_spec, build_model, model_spec, seed_everything
+from dvla_fast.engine.checkpoint import save_checkpoint
+from dvla_fast.engine.config import EvaluateConfig, EvaluateRun, ModelConfig, SemanticsConfig
+from dvla_fast.engine.evaluate import run_evaluate
+from dvla_fast.engine.records import EpisodeRecord
+from dvla_fast.engine.settings import UsageError
+from dvla_fast.semantics import load_bank
+from tests.semantics.scripted import Scripted
+
+WAY, SHOT, EPISODES = 5, 2, 6
+EVALUATE = EvaluateConfig(
+    way=WAY, shots=[SHOT], query=3, episodes=EPISODES, batch_episodes=4, cache_mib=1024
+)
+
+
+@pytest.fixture
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A random small model whose policy has left its starting point."""
+    seed_everything(0)
+    scope = getattr(request, "param", "episode")
+    config = ModelConfig(width=8, num_heads=4, hidden_dim=8, text_scope=scope)
+    spec = model_spec(config, backbone_spec(config, 1, 16), 64)
+    model = build_model(spec)
+    for gate in model.gates:
+        for parameter in gate.policy.parameters():  # type: ignore[union-attr]
+            torch.nn.init.normal_(parameter, std=0.3)
+    data = load_digits()
+    info = {
+        "kind": "metatune", "model": spec, "dataset": "digits", "seed": 0,
+        "normalisation": {"mean": data.mean.tolist(), "std": data.std.tolist()},
+        "semantics": {"encoder": "hashed-ngram", "dim": 64},
+    }  # fmt: skip
+    path = tmp_path / "model.safetensors"
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    save_checkpoint(path, weights, info)
+    return path
+
+
+def settings_file(folder: Path, images: int, answers: str = "") -> str:
+    path = folder / "build.yaml"
+    path.write_text(
+        f"language_model: {{backend: files, answers: '{answers}'}}\n"
+        f"construct: {{images: {images}, top_k: 3, dim: 64}}\n"
+    )
+    return str(path)
+
+
+def evaluate(checkpoint: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    config = EvaluateRun(
+        output=str(output), device="cpu", checkpoint=str(checkpoint),
+        semantics=SemanticsConfig(dim=64), evaluate=EVALUATE,
+    )  # fmt: skip
+    return run_evaluate(dataclasses.replace(config, **changes), quiet=True)
+
+
+@pytest.mark.parametrize("checkpoint", ["episode", "class"], indirect=True)
+def test_names_alone_give_what_a_bank_of_the_same_answers_gives(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    bank = load_bank("digits")
+    texts = {
+        "candidates": {name: list(entry.attributes) for name, entry in bank.classes.items()},
+        "description": {name: entry.description for name, entry in bank.classes.items()},
+    }
+    answers = tmp_path / "answers.json"
+    answers.write_text(json.dumps(texts))
+    written = dataclasses.replace(
+        EVALUATE, construct=settings_file(tmp_path, images=0, answers=str(answers))
+    )
+    summary = evaluate(checkpoint, tmp_path / "written", evaluate=written)
+    plain = evaluate(checkpoint, tmp_path / "bank", semantics=SemanticsConfig(dim=64, top_k=3))
+    found, expected = (
+        EpisodeRecord.read(tmp_path / run / f"episodes-{SHOT}shot.npz")
+        for run in ("written", "bank")
+    )
+    for method, predictions in expected.predictions.items():
+        assert torch.equal(found.predictions[method], predictions), method
+    assert summary["accuracy"] == plain["accuracy"]
+    assert summary["semantics"]["bank"] == inductive.BANK
+    assert summary["semantics"]["bank_kind"] == "class-names"
+
+
+def test_only_the_supports_of_the_episode_are_shown(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Scripted()
+    monkeypatch.setattr(inductive, "build_language_model", lambda config: model)
+    written = dataclasses.replace(EVALUATE, construct=settings_file(tmp_path, images=1))
+    summary = evaluate(checkpoint, tmp_path / "run", evaluate=written)
+    images = load_digits().novel
+    batch = EpisodeSampler(images, WAY, SHOT, 3, 0).batch(0, EPISODES)
+    allowed = [{images.ids[i] for i in row} for row in batch.support.tolist()]
+    shown = [{image.id for image in request.images} for request in model.asked if request.images]
+    assert shown
+    for ids in shown:
+        assert len(ids) == 1  # construct.images
+        assert any(ids <= supports for supports in allowed)
+    assert len(set().union(*shown)) > WAY  # other supports in other episodes
+    leaks = summary["leaks"]
+    assert (leaks["verdict"], leaks["bank_kind"], leaks["seen_queries"]) == (
+        "clean", "episode-supports", 0,
+    )  # fmt: skip
+    assert leaks["per_episode"] is True
+    assert (tmp_path / "run" / "answers.jsonl").exists()
+
+
+def test_continued_evaluation_asks_nothing_twice(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Scripted(), Scripted()
+    written = dataclasses.replace(EVALUATE, construct=settings_file(tmp_path, images=1))
+    monkeypatch.setattr(inductive, "build_language_model", lambda config: first)
+    expected = evaluate(checkpoint, tmp_path / "run", evaluate=written)
+    monkeypatch.setattr(inductive, "build_language_model", lambda config: second)
+    again = evaluate(checkpoint, tmp_path / "run", evaluate=written, resume=True)
+    assert first.asked
+    assert second.asked == []
+    assert again["accuracy"] == expected["accuracy"]
+
+
+def test_episodes_of_fewer_attributes_are_padded(checkpoint: Path) -> None:
+    from dvla_fast.semantics import ClassEntry, SemanticBank, build_encoder, encode_bank
+
+    encoder = build_encoder("hashed-ngram", 16)
+    parts = []
+    for count in (1, 3):
+        entry = ClassEntry(tuple(f"part {i} of it" for i in range(count)), "a thing with parts")
+        bank = SemanticBank("episode", {"one": entry, "two": entry})
+        parts.append(encode_bank(bank, ["one", "two"], encoder))
+    text = inductive._together(parts, torch.device("cpu"))
+    assert text.tokens.shape == (2, 2 * 4, 16)
+    assert text.levels.tolist() == [0, 0, 0, 1] * 2
+    assert text.mask is not None
+    assert text.mask.tolist() == [[True, False, False, True] * 2, [True] * 8]
+    assert torch.equal(text.tokens[0, 3], parts[0].tokens[0, -1])  # the description stays last
+    assert torch.equal(text.tokens[0, 1:3], torch.zeros(2, 16))
+
+
+def test_wrong_settings_fail_before_the_folder_is_made(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text("language_model: {backend: oracle}")
+    wrong = dataclasses.replace(EVALUATE, construct=str(path))
+    with pytest.raises(UsageError, match="backend 'oracle' is unknown"):
+        evaluate(checkpoint, tmp_path / "run", evaluate=wrong)
+    assert not (tmp_path / "run").exists()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from tests.text_encoders import (  # noqa: F401  (fixtures)
+from text_encoders import (  # noqa: F401  (fixtures)
     tiny_bert,
     tiny_clip,
     tiny_open_clip,

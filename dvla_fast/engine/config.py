@@ -146,10 +146,10 @@ class PretrainConfig:
 
     epochs: int = option(40, "passes over the base images", 1)
     batch_size: int = option(128, "distinct images of a step, over all processes", 1)
-    lr: float = option(2e-3, "peak learning rate (AdamW)")
-    weight_decay: float = option(5e-2, "weight decay")
+    lr: float = option(2e-3, "peak learning rate (AdamW)", 0)
+    weight_decay: float = option(5e-2, "weight decay", 0)
     warmup_epochs: int = option(5, "epochs of linear warm-up", 0)
-    warmup_lr: float = option(1e-6, "learning rate at the start of warm-up")
+    warmup_lr: float = option(1e-6, "learning rate at the start of warm-up", 0)
     label_smoothing: float = option(0.1, "label smoothing")
     augment: AugmentConfig = field(
         default_factory=lambda: AugmentConfig(shift=0.1, rotate=15.0, scale=0.1)
@@ -179,9 +179,9 @@ class MetatuneConfig:
         metadata=about("supports of a class; several values take turns by step", 1),
     )
     query: int = option(15, "queries of a class", 1)
-    lr: float = option(5e-4, "learning rate of the new modules")
-    backbone_lr: float = option(1e-6, "learning rate of the backbone; 0 freezes it")
-    weight_decay: float = option(1e-4, "weight decay")
+    lr: float = option(5e-4, "learning rate of the new modules", 0)
+    backbone_lr: float = option(1e-6, "learning rate of the backbone; 0 freezes it", 0)
+    weight_decay: float = option(1e-4, "weight decay", 0)
     clip_norm: float = option(1.0, "largest gradient norm")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     freeze_norm: bool = option(True, "keep the backbone's BatchNorm statistics of pre-training")

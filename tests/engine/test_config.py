@@ -40,6 +40,8 @@ def test_partial_mapping_keeps_the_other_defaults() -> None:
         ({"evaluate": {"shots": [1, 0]}}, "shots must be at least 1"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"seed": True}, "seed: expected int, got True"),
+        ({"pretrain": {"lr": -1.0}}, "lr must be at least 0"),
+        ({"metatune": {"backbone_lr": -1e-6}}, "backbone_lr must be at least 0"),
         ({"pretrain": {"lr": "fast"}}, "lr: expected float, got 'fast'"),
         ({"data": {"dataset": 3}}, "dataset: expected str, got 3"),
     ],

@@ -419,15 +419,12 @@ def contact_sheet(path: str | Path, classes: int = 15, images: int = 5, size: in
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    from dvla_fast.errors import MissingDependencyError
+    from dvla_fast.pictures import require_matplotlib
 
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "pictures need matplotlib, which is not installed; run pip install 'dvla-fast[train]'"
-        ) from error
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     made = make_classes()
     columns, rows = 3, -(-classes // 3)
     figure = Figure(figsize=(5.4 * columns, 1.72 * rows), dpi=80, facecolor="white")

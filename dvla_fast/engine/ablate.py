@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from dvla_fast.engine.ablation_cells import Cell, Store, Workshop, all_cells, work
-from dvla_fast.engine.ablation_claims import weigh_claims
+from dvla_fast.engine.ablation_claims import weigh_claims, weigh_rewards
 from dvla_fast.engine.ablation_statistics import FORMULA, SINGLE, crossed_interval, holm
 from dvla_fast.engine.ablation_variants import GROUPS, Variant, chosen_variants
 from dvla_fast.engine.build import pick_device
@@ -245,6 +245,7 @@ def summarise(
         },
         "rows": rows,
         "claims": weigh_claims(config, found, rows),
+        "pull": weigh_rewards(config, found, rows),
         "config": to_dict(config),
     }
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from dvla_fast.data import EpisodeSampler, FewShotData
-from dvla_fast.engine.ablation_variants import Variant
+from dvla_fast.engine.ablation_variants import FULL, Variant
 from dvla_fast.engine.build import (
     backbone_spec,
     build_data,
@@ -37,16 +37,18 @@ from dvla_fast.engine.config import AblateRun
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import load_model
 from dvla_fast.engine.execution import Execution
-from dvla_fast.engine.gating import GateTraining
+from dvla_fast.engine.gating import GateTraining, reward_weights
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import metatune
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor, image_features, predict_visual
 from dvla_fast.engine.prefixes import PrefixMaps, has_constant_prefix
 from dvla_fast.engine.pretrain import pretrain
+from dvla_fast.engine.reward_curves import reward_curves
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.starting import begin_metatuning, normalise_for
 from dvla_fast.errors import OutputError
 from dvla_fast.files import write_atomic, write_text_atomic
+from dvla_fast.nn import DVLA
 from dvla_fast.semantics import EncodedTexts
 
 BACKBONE = "backbone"
@@ -293,6 +295,8 @@ class Workshop:
         tuned, _, info = load_model(str(best), data)
         assert tuned is not None
         arrays, hashes = self._evaluated(tuned, data, texts, prefixes)
+        if cell.variant is not None and cell.variant.name == FULL:
+            arrays["rewards"] = self._rewards(config, tuned, data, texts, cell.seed, prefixes)
         shutil.rmtree(path, ignore_errors=True)
         return arrays, {
             "episodes_sha256": hashes,
@@ -305,6 +309,22 @@ class Workshop:
             "monitor_by_epoch": [row["monitor_accuracy"] for row in rows
                                  if "monitor_accuracy" in row],
         }  # fmt: skip
+
+    def _rewards(
+        self,
+        config: AblateRun,
+        model: DVLA,
+        data: FewShotData,
+        texts: EncodedTexts,
+        seed: int,
+        prefixes: PrefixMaps | None,
+    ) -> Any:
+        """(layers, alphas): what each gate is paid, on base episodes that training did not draw."""
+        tuning = config.metatune
+        sampler = EpisodeSampler(data.base, tuning.way, tuning.shots[0], tuning.query, seed + 2)
+        maps = None if prefixes is None else prefixes.of(model, "base")
+        weights = reward_weights(tuning)
+        return reward_curves(model.eval(), data, texts, sampler, weights, maps=maps).numpy()
 
     def _evaluated(
         self, model: Any, data: FewShotData, texts: EncodedTexts, prefixes: PrefixMaps | None

@@ -1,4 +1,4 @@
-"""The paper's five claims as tests on the cells of an ablation."""
+"""The paper's claims as tests on the cells of an ablation."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dvla_fast.engine.ablation_statistics import crossed_interval
 from dvla_fast.engine.ablation_variants import FULL, VISUAL
 from dvla_fast.engine.build import bank_encoder, build_bank, pick_device
 from dvla_fast.engine.config import AblateRun
+from dvla_fast.engine.reward_curves import ALPHAS, best_mean
 from dvla_fast.semantics.topk import progressive_top_k
 
 HOLDS, AGAINST, OPEN, MISSING = "supported", "against", "not shown", "not computed"
@@ -36,21 +37,23 @@ def weigh_claims(
         [(FULL, few, 1), (VISUAL, few, -1), (FULL, many, -1), (VISUAL, many, 1)],
     )  # fmt: skip
     fixed = _best_fixed(rows)
-    result = [
+    top_k = _claim("top-k removes what hallucinations cost", cells.over(FULL, "no-top-k"))
+    if config.semantics.bank == "shapes":
+        top_k["selection"] = hallucinated_shares(config)
+    return [
         _claim("semantics help", cells.over(FULL, VISUAL)),
+        _claim("attributes and description help beyond the class name", cells.over(FULL, "name")),
         _claim("semantics help most at one shot", gain),
         _claim(
             "both levels matter",
             cells.over(FULL, "attributes") + cells.over(FULL, "description"),
         ),
-        _claim("top-k removes what hallucinations cost", cells.over(FULL, "no-top-k")),
+        top_k,
         _claim("hallucinations cost accuracy (taken out by hand)", cells.over("true", "no-top-k")),
         _claim("the learned α beats a fixed one", cells.over(FULL, fixed) if fixed else []),
         _claim("α is larger in shallow layers", cells.alphas()),
+        _claim("attributes matter in shallow layers", cells.over(FULL, "levels=swapped")),
     ]
-    if config.semantics.bank == "shapes":
-        result[3]["selection"] = hallucinated_shares(config)
-    return result
 
 
 class _Cells:
@@ -114,6 +117,38 @@ def _best_fixed(rows: Sequence[Mapping[str, Any]]) -> str | None:
         return None
     best: str = max(fixed, key=lambda row: float(np.mean(row["monitor_accuracy"])))["variant"]
     return best
+
+
+def weigh_rewards(
+    config: AblateRun, found: _Found, rows: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Say what the rewards of the full configuration ask of its gates, a mapping a gated layer.
+
+    Returns:
+        Per layer "layer", "alphas" and "rewards" (mean over seeds), "best" (the policy mean that
+        earns most), "best_with_entropy" (and with the entropy bonus), "learned" (mean α at the
+        first shot); empty where no such cell is finished or its gates are no Beta policy's.
+    """
+    seeds = range(config.seed, config.seed + config.ablate.seeds)
+    curves = [found[FULL, s]["rewards"] for s in seeds if "rewards" in found.get((FULL, s), {})]
+    if not curves or config.model.policy != "beta":
+        return []
+    row = next(row for row in rows if row["variant"] == FULL)
+    kappa, tau = config.model.concentration, config.metatune.entropy_weight
+    result = []
+    for layer, curve in enumerate(np.mean(curves, 0)):
+        values = [float(value) for value in curve]
+        result.append(
+            {
+                "layer": row["gated_layers"][layer],
+                "alphas": list(ALPHAS),
+                "rewards": values,
+                "best": best_mean(ALPHAS, values, kappa, 0.0),
+                "best_with_entropy": best_mean(ALPHAS, values, kappa, tau),
+                "learned": row["results"][0]["alpha"][layer],
+            }
+        )
+    return result
 
 
 def hallucinated_shares(config: AblateRun) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dvla_fast.engine.build import backbone_spec, build_bank
 from dvla_fast.engine.config import AblateRun
 from dvla_fast.engine.settings import UsageError, from_mapping
 from dvla_fast.nn import build_backbone
+from dvla_fast.nn.dvla import default_level_weights
 from dvla_fast.rl import OBJECTIVES
 
 FULL, VISUAL = "full", "visual"
@@ -21,7 +22,9 @@ GROUPS = {
     "k": "k of top-k selection",
     "kappa": "Concentration κ of the Beta policy",
     "lambda": "Reward weights λ",
-    "tau": "Temperature τ of the classifier",
+    "entropy": "Entropy weight τ",
+    "temperature": "Temperature of the classifier (τ in the authors' code)",
+    "levels": "Weights of attributes and descriptions",
     "layers": "Gated layers (stage, block)",
     "scope": "Whose text an image sees",
 }
@@ -76,8 +79,14 @@ def all_variants(config: AblateRun, channels: int) -> list[Variant]:
     for name in ("lambda_sim", "lambda_imp"):
         values = getattr(ablate, name)
         rows += _sweep("lambda", name, f"metatune.{name}", values, getattr(tuning, name))
-    rows += _sweep("tau", "tau", "model.temperature", ablate.tau, model.temperature)
-    rows += _layers(config, channels)
+    weight, temperature = tuning.entropy_weight, model.temperature
+    rows += _sweep("entropy", "entropy", "metatune.entropy_weight", ablate.entropy_weight, weight)
+    rows += _sweep(
+        "temperature", "temperature", "model.temperature", ablate.temperature, temperature
+    )
+    backbone: Any = build_backbone(**backbone_spec(config.model, channels, config.data.image_size))
+    rows += _levels(config, backbone)
+    rows += _layers(config, backbone)
     other = {"episode": "class", "class": "episode"}[model.text_scope]
     words = {
         "class": "supports see their own class's texts, queries none",
@@ -198,9 +207,29 @@ def _sweep(group: str, label: str, key: str, values: Iterable[Any], base: Any) -
     ]
 
 
-def _layers(config: AblateRun, channels: int) -> list[Variant]:
-    spec = backbone_spec(config.model, channels, config.data.image_size)
-    backbone: Any = build_backbone(**spec)
+def _levels(config: AblateRun, backbone: Any) -> list[Variant]:
+    layers = [tuple(layer) for layer in config.model.gated_layers] or backbone.locations
+    default = [list(pair) for pair in default_level_weights(layers, backbone.deep_from)]
+    rows = {
+        "levels=shallow-first": (
+            "attributes lead in shallow layers, descriptions in deep",
+            default,
+        ),
+        "levels=equal": ("both alike in every layer", [[0.5, 0.5]] * len(default)),
+        "levels=swapped": (
+            "descriptions lead in shallow layers, attributes in deep",
+            [pair[::-1] for pair in default],
+        ),
+    }
+    base = config.model.level_weights or default
+    return [
+        Variant(name, "levels", title, {"model.level_weights": weights})
+        for name, (title, weights) in rows.items()
+        if weights != base
+    ]
+
+
+def _layers(config: AblateRun, backbone: Any) -> list[Variant]:
     default = [list(pair) for pair in backbone.locations]
     base = config.model.gated_layers or default
     sets = config.ablate.layers

@@ -278,6 +278,8 @@ def model_spec(config: ModelConfig, spec: dict[str, Any], text_dim: int) -> dict
         gate.pop(key)
     if config.policy != "fixed":  # means nothing there
         gate.pop("fixed_alpha")
+    if not config.level_weights:
+        gate.pop("level_weights")
     return {"backbone": spec, "text_dim": text_dim, **gate}
 
 

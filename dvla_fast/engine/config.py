@@ -99,6 +99,13 @@ class ModelConfig:
         default_factory=list,
         metadata=about("[stage, block] pairs to gate, e.g. [[2,1],[3,0]]; empty: the default"),
     )
+    level_weights: list[list[float]] = field(
+        default_factory=list,
+        metadata=about(
+            "[attributes, descriptions] weights of each gated layer's texts, e.g. "
+            "[[0.5,0.5],[0.5,0.5]]; empty: [0.7,0.3] in shallow layers, [0.3,0.7] in deep ones"
+        ),
+    )
     num_heads: int = option(8, "attention heads of a gate")
     concentration: float = option(10.0, "concentration of the Beta policy")
     hidden_dim: int = option(128, "hidden width of the policy network")
@@ -326,8 +333,8 @@ class AblateConfig:
     groups: list[str] = field(
         default_factory=list,
         metadata=about(
-            "groups of variants: semantics, alpha, objective, k, kappa, lambda, tau, layers, "
-            "scope; empty: all"
+            "groups of variants: semantics, alpha, objective, k, kappa, lambda, entropy, "
+            "temperature, levels, layers, scope; empty: all"
         ),
     )
     variants: list[str] = field(
@@ -352,8 +359,13 @@ class AblateConfig:
     lambda_imp: list[float] = field(
         default_factory=lambda: [0.0, 0.5, 2.0], metadata=about("sweep of metatune.lambda_imp", 0)
     )
-    tau: list[float] = field(
-        default_factory=lambda: [0.05, 0.1, 0.4], metadata=about("sweep of model.temperature")
+    entropy_weight: list[float] = field(
+        default_factory=lambda: [0.0, 0.02, 0.05, 0.5],
+        metadata=about("sweep of metatune.entropy_weight, the paper's τ", 0),
+    )
+    temperature: list[float] = field(
+        default_factory=lambda: [0.05, 0.1, 0.4],
+        metadata=about("sweep of model.temperature, the authors' τ"),
     )
     layers: list[list[list[int]]] = field(
         default_factory=list,

@@ -74,6 +74,12 @@ class _History(nn.Module):
         self.register_buffer("accuracy", torch.full((), 1.0 / way))
 
 
+def reward_weights(config: MetatuneConfig) -> dict[str, float]:
+    """Weights of the rewards by name: those given, or the paper's two."""
+    paper = {"similarity": config.lambda_sim, "improvement": config.lambda_imp}
+    return dict(config.rewards) or paper
+
+
 class GateTraining:
     """Objective, baseline, rewards and reference of a run, checked before work starts.
 
@@ -146,10 +152,7 @@ class GateTraining:
         )
         if config.normalise_advantage and config.episodes_per_step * self.samples < 2:
             raise ValueError("normalise_advantage: needs two or more episodes a step")
-        self.reward_weights = dict(config.rewards) or {
-            "similarity": config.lambda_sim,
-            "improvement": config.lambda_imp,
-        }
+        self.reward_weights = reward_weights(config)
         check_reward_weights(self.reward_weights)
         self._build_baseline()
         self._check_policies()

@@ -469,12 +469,19 @@ def _checked_layers(
     return checked
 
 
+def default_level_weights(
+    layers: Sequence[Location], deep_from: Location
+) -> list[tuple[float, float]]:
+    """(attribute, description) weights of each gated layer: attributes lead in shallow ones."""
+    return [(0.7, 0.3) if tuple(layer) < deep_from else (0.3, 0.7) for layer in layers]
+
+
 def _level_scales(
     weights: Sequence[Sequence[float]] | None, layers: tuple[Location, ...], deep_from: Location
 ) -> Tensor:
     """(L, 2) factors for attributes and descriptions, of mean 1 at each layer."""
     if weights is None:
-        weights = [(0.7, 0.3) if layer < deep_from else (0.3, 0.7) for layer in layers]
+        weights = default_level_weights(layers, deep_from)
     if len(weights) != len(layers):
         raise ValueError(f"level_weights: {len(weights)} pairs for {len(layers)} gated layers")
     for pair in weights:

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from dvla_fast.errors import MissingDependencyError
+from dvla_fast.pictures import require_matplotlib
 from dvla_fast.report.plots import _BLUE, _GREY, _GRID, _INK, _MUTED, _ORANGE, _STYLE
 
 _LEVEL = 0.05
@@ -45,6 +45,7 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
         lines += [_line(_cells(row, len(summary["seeds"]))) for row in rows]
         lines.append("")
     lines += _claims(summary["claims"])
+    lines += _pull(summary["pull"])
     lines += [
         "## How",
         "",
@@ -129,6 +130,29 @@ def _claims(claims: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def _pull(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not layers:
+        return []
+    shown = layers[0]["alphas"][::2]
+    lines = [
+        "## What the rewards ask of the gates",
+        "",
+        "Mean reward of base episodes with one gate of `full` set to α, the other at its policy's "
+        "mean; the mean of a Beta policy that earns most, without and with the entropy bonus; and "
+        "what was learned. Means over seeds.",
+        "",
+        _line(["gate before", *(f"α = {a:g}" for a in shown), "best mean", "with the bonus",
+               "learned"]),
+        _line(["---"] * (len(shown) + 4)),
+    ]  # fmt: skip
+    for item in layers:
+        stage, block = item["layer"]
+        rewards = [f"{value:.4f}" for value in item["rewards"][::2]]
+        means = [f"{item[key]:.2f}" for key in ("best", "best_with_entropy", "learned")]
+        lines.append(_line([f"stage {stage}, block {block}", *rewards, *means]))
+    return [*lines, ""]
+
+
 def csv_table(summary: Mapping[str, Any]) -> str:
     """One line for each variant and shot; accuracies and differences as shares."""
     stream = io.StringIO()
@@ -155,14 +179,11 @@ def plot_ablation(summary: Mapping[str, Any], output: str | Path) -> None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.style import context
-    except ImportError as error:
-        raise MissingDependencyError(
-            "pictures need matplotlib, which is not installed; run pip install 'dvla-fast[train]'"
-        ) from error
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.style import context
+
     places, heads, labels = _places(summary)
     shots = summary["shots"]
     height = 1.6 + 0.23 * max(places.values(), default=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dvla_fast.errors import MissingDependencyError
+from dvla_fast.pictures import require_matplotlib
 
 _NAMED = 60  # classes whose names still fit on the axes
 _WRITTEN = 15  # classes whose cells still hold a number
@@ -27,14 +27,11 @@ def plot_confusion(
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "pictures need matplotlib, which is not installed; run pip install 'dvla-fast[train]'"
-        ) from error
+    require_matplotlib()
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     count = len(names)
     side = min(16.0, 4.5 + 0.22 * count)
     figure = Figure(figsize=(side + 1.2, side), dpi=120, layout="constrained", facecolor="white")

@@ -13,7 +13,7 @@ from dvla_fast.data.images import unit_range
 from dvla_fast.engine.logging import read_metrics
 from dvla_fast.engine.predict import FIXED, LEARNED
 from dvla_fast.engine.statistics import points
-from dvla_fast.errors import MissingDependencyError
+from dvla_fast.pictures import require_matplotlib
 
 # Colour-blind safe (Okabe and Ito); grey for what is only there to compare with.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#D55E00", "#009E73", "#8E5BA6", "#9AA5B1"
@@ -59,14 +59,11 @@ def plot_run(
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.style import context
-    except ImportError as error:
-        raise MissingDependencyError(
-            "pictures need matplotlib, which is not installed; run pip install 'dvla-fast[train]'"
-        ) from error
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.style import context
+
     pretrain = read_metrics(folder, "pretrain")
     metatune = read_metrics(folder, "metatune")
     layers = [f"stage {stage}, block {block}" for stage, block in summary["gated_layers"]]

@@ -52,12 +52,15 @@ def test_every_row_of_the_method_is_there(config: AblateRun) -> None:
         "full", "visual", "name", "attributes", "description", "no-top-k", "true",
         "alpha=0", "alpha=0.25", "alpha=0.5", "alpha=0.75", "alpha=1", "static", "mlp",
         "ppo", "grpo", "counterfactual", "dpo", "pathwise", "scope=class",
+        "entropy=0", "temperature=0.1", "levels=equal", "levels=swapped",
     }  # fmt: skip
     assert not {"k=3", "reinforce"} & set(variants)  # those are the base itself
     for row in variants.values():
         changed = row.apply(config)
         assert (changed != config) == bool(row.overrides), row.name
     assert variants["alpha=0.25"].apply(config).model.fixed_alpha == 0.25
+    assert variants["levels=swapped"].apply(config).model.level_weights == [[0.3, 0.7], [0.7, 0.3]]
+    assert "levels=shallow-first" not in variants  # the base, too
 
 
 def test_groups_and_variants(config: AblateRun) -> None:
@@ -97,8 +100,16 @@ def test_whole_ablation(config: AblateRun, capsys: pytest.CaptureFixture[str]) -
         for seed in (0, 1)
     ]
     assert all(one == hashes[0] for one in hashes)
+    curves = [
+        store.read(Cell(chosen_variants(config, 1)[0], seed))[0]["rewards"] for seed in (0, 1)
+    ]
+    for layer, item in enumerate(summary["pull"]):
+        assert item["rewards"] == pytest.approx(np.mean(curves, 0)[layer].tolist())
+        assert item["learned"] == found["full"]["results"][0]["alpha"][layer]
+        assert abs(item["best_with_entropy"] - 0.5) <= abs(item["best"] - 0.5)
     page = (store.path / "ablation.md").read_text()
     assert "| `visual` |" in page
+    assert page.count("| stage ") == 2
     assert "Holm" in page
     table = list(csv.DictReader(io.StringIO((store.path / "ablation.csv").read_text())))
     assert len(table) == 6

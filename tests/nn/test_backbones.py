@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dvla_fast import _extension
 from dvla_fast.errors import MissingDependencyError
 from dvla_fast.nn import (
     GatedBackbone,
@@ -15,6 +16,7 @@ from dvla_fast.nn import (
     build_backbone,
     visformer_tiny,
 )
+from dvla_fast.nn.backbones import small as small_backbone
 
 
 @pytest.fixture(scope="module")
@@ -241,3 +243,23 @@ def test_build_backbone_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(MissingDependencyError, match=r"dvla-fast\[vision\]"):
         visformer_tiny()
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all keys", "masked"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "PyTorch"])
+def test_small_backbone_attends_as_pytorch(
+    masked: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(2)
+    query, key, value = (torch.randn(3, 2, n, 8).double() for n in (5, 9, 9))
+    mask = (torch.rand(3, 1, 1, 9) > 0.3) if masked else None
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    want = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    weight = torch.randn_like(want)
+    if not fused:
+        monkeypatch.setattr(_extension, "problem", "not built")
+    got = small_backbone._attention(query, key, value, mask)
+    torch.testing.assert_close(got, want)
+    pairs = (torch.autograd.grad(out, leaves, weight) for out in (got, want))
+    for mine, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(mine, theirs)

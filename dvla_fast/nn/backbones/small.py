@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dvla_fast import _extension, functional
 from dvla_fast.nn.backbones.base import (
     GatedBackbone,
     Location,
@@ -191,11 +192,27 @@ class _AttentionBlock(nn.Module):
         query_bias, others_bias = self.qkv.bias.split((dim, 2 * dim))
         query = F.linear(normed[:, :count], to_query, query_bias)
         others = F.linear(normed, to_others, others_bias).unflatten(-1, (2, self.num_heads, -1))
-        out = F.scaled_dot_product_attention(
+        out = _attention(
             query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2),  # [B, heads, N, head_dim]
             others[:, :, 0].transpose(1, 2),  # [B, heads, N + P, head_dim]
             others[:, :, 1].transpose(1, 2),
-            attn_mask=key_mask(count, extra_mask),
+            key_mask(count, extra_mask),
         )
         result: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return result
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of heads (B, heads, L, head_dim); mask (B, 1, 1, S), True = attend.
+
+    Heads here are 8 or 16 wide. On the CPU dual attention without a text, its gate open, takes them
+    in half to a third of the time of PyTorch's own operator, forward and backward.
+    """
+    if query.device.type != "cpu" or _extension.problem is not None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    no_text = key[:, :, :0]
+    image_mask = None if mask is None else mask[:, 0, 0]
+    gate = torch.ones((), dtype=torch.float32)
+    return functional.dual_attention(
+        query, key, value, no_text, no_text, gate, image_mask=image_mask
+    )

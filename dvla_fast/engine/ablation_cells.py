@@ -277,8 +277,11 @@ class Workshop:
         texts, semantics = self.texts(config)
         spec = self._spec(config)
         # Gates and episodes follow the training seed; the backbone's own seed was the same.
+        seed_everything(cell.seed + 1)
+        pattern = build_model(self._spec(self.config))
         rng = seed_everything(cell.seed + 1)
         model = build_model(spec)
+        start_alike(model, pattern)
         data, _ = begin_metatuning(
             model, spec["backbone"], self.data, config.model, str(checkpoint)
         )
@@ -367,6 +370,22 @@ class Workshop:
         if self._prefixes is None or self._prefixes[0] != seed:
             self._prefixes = (seed, PrefixMaps(data, config.evaluate.cache_mib))
         return self._prefixes[1]
+
+
+def start_alike(model: DVLA, pattern: DVLA) -> None:
+    """Give a variant the initial weights of the base configuration wherever both have them.
+
+    Policies draw different numbers of initial weights; without this the attention of a fixed gate
+    would start elsewhere than a learned gate's, and the difference between two starts (near a point
+    of accuracy on shapes) would stand between them.
+    """
+    own = model.state_dict()
+    shared = {
+        name: value
+        for name, value in pattern.state_dict().items()
+        if name in own and own[name].shape == value.shape
+    }
+    model.load_state_dict(own | shared)
 
 
 def work(workshop: Workshop, cells: Sequence[Cell], done: Any = None) -> None:

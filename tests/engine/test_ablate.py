@@ -14,9 +14,10 @@ import torch
 
 from dvla_fast.engine import ablation_cells
 from dvla_fast.engine.ablate import run_ablate
-from dvla_fast.engine.ablation_cells import Cell, Store, Workshop
+from dvla_fast.engine.ablation_cells import Cell, Store, Workshop, start_alike
 from dvla_fast.engine.ablation_claims import hallucinated_shares
 from dvla_fast.engine.ablation_variants import GROUPS, all_variants, chosen_variants
+from dvla_fast.engine.build import build_model
 from dvla_fast.engine.config import AblateConfig, AblateRun, AugmentConfig, DemoRun, SemanticsConfig
 from dvla_fast.engine.settings import UsageError, read_settings
 from dvla_fast.errors import OutputError
@@ -254,6 +255,26 @@ def test_settings_that_do_not_fit_fail_before_work(config: AblateRun) -> None:
     with pytest.raises(UsageError, match=r"variant layers=9\.9"):
         run_ablate(config, quiet=True)
     assert not Path(config.output).exists()
+
+
+def test_variants_start_alike(config: AblateRun) -> None:
+    workshop = Workshop(config, Store(Path(config.output)), torch.device("cpu"))
+    variants = {row.name: row for row in all_variants(config, 1)}
+    models = {}
+    for name in ("full", "alpha=0.5", "categorical", "layers=3.0"):
+        torch.manual_seed(3)
+        models[name] = build_model(workshop._spec(variants[name].apply(config)))
+    weight = "gates.1.text_projection.weight"
+    start = {name: model.state_dict() for name, model in models.items()}
+    assert not torch.equal(start["full"][weight], start["alpha=0.5"][weight])
+    for name in ("alpha=0.5", "categorical", "layers=3.0"):
+        start_alike(models[name], models["full"])
+        shared = [key for key in start[name] if key in start["full"]]
+        same = [
+            key for key in shared if torch.equal(start["full"][key], models[name].state_dict()[key])
+        ]
+        shapes = [start[name][key].shape == start["full"][key].shape for key in shared]
+        assert len(same) == sum(shapes)
 
 
 def test_selection_on_shapes_cannot_see_hallucinations(config: AblateRun) -> None:

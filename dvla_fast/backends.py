@@ -44,15 +44,13 @@ def choose(op: str, candidates: Sequence[tuple[str, str | None]], requested: str
         ValueError: unknown backend name.
         BackendError: the backend asked for cannot run with these inputs.
     """
-    wanted = _checked(requested, op)
-    if wanted is None and _forced in {name for name, _ in candidates}:
-        wanted = _forced  # an op without that backend is not meant
+    wanted = _forced if requested is None else _checked(requested, op)
+    if requested is None and wanted is not None and all(name != wanted for name, _ in candidates):
+        wanted = None  # an op without the process's backend is not meant
     for name, reason in candidates:
-        if wanted is None and reason is None:
+        if reason is None and (wanted is None or wanted == name):
             return name
         if wanted == name:
-            if reason is None:
-                return name
             raise BackendError(f"{op}: backend {name!r} cannot run here: {reason}")
     raise BackendError(
         f"{op}: no backend {wanted!r} for this op; it has {[name for name, _ in candidates]}"

@@ -108,6 +108,13 @@ def beta_problem(device: torch.device) -> str | None:
     return f"no kernel for {device.type}"
 
 
+def policy_triton_problem(device: torch.device) -> str | None:
+    """Why the Triton kernels of ``beta_policy`` cannot run on a device, or ``None``."""
+    if device.type != "cuda":
+        return "the inputs are not on a CUDA device"
+    return None if triton_available() else "Triton is not installed"
+
+
 def triton_problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the Triton attention kernels cannot run with such inputs, or ``None``."""
     if device.type != "cuda":

@@ -1,5 +1,6 @@
 """The ops a user calls. Each lives in ``dvla_fast.ops``; this module is the public door."""
 
+from dvla_fast.ops import policy_cuda  # noqa: F401  (registers kernels)
 from dvla_fast.ops.beta_policy import (
     BetaPolicyOutput,
     beta_entropy,

@@ -1,0 +1,33 @@
+"""The policy's Triton kernels behind the op schemas, for CUDA tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvla_fast import _extension
+from dvla_fast.ops import schemas
+
+
+def _beta_forward(*args: Any) -> tuple[Tensor, ...]:
+    from dvla_fast.kernels import beta_policy  # Triton is imported on first use
+
+    results: tuple[Tensor, ...] = beta_policy.forward(*args)
+    return results
+
+
+def _beta_backward(*args: Any) -> tuple[Tensor, ...]:
+    from dvla_fast.kernels import beta_policy
+
+    results: tuple[Tensor, ...] = beta_policy.backward(*args)
+    return results
+
+
+# Where the compiled CUDA kernels are there, they are the op.
+for _kernels in ("_triton",) if _extension.has_cuda else ("", "_triton"):
+    for _name, _kernel in (("forward", _beta_forward), ("backward", _beta_backward)):
+        torch.library.impl(
+            f"dvla_fast::beta_policy_{_name}{_kernels}", "CUDA", _kernel, lib=schemas.LIBRARY
+        )

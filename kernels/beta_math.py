@@ -51,12 +51,12 @@ DRAWN = tl.constexpr(2)
 
 
 @triton.jit
-def _like(x, value: tl.constexpr):  # type: ignore[no-untyped-def]
+def like(x, value: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.full(x.shape, value, x.dtype)
 
 
 @triton.jit
-def _divide(a, b):  # type: ignore[no-untyped-def]
+def divide(a, b):  # type: ignore[no-untyped-def]
     """Correctly rounded; Triton's own float32 division is not."""
     if a.dtype == tl.float64:
         return a / b
@@ -65,7 +65,7 @@ def _divide(a, b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sqrt(x):  # type: ignore[no-untyped-def]
+def sqrt(x):  # type: ignore[no-untyped-def]
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:
@@ -91,13 +91,13 @@ def _log_of(u, offset):  # type: ignore[no-untyped-def]
         m = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
     k = exponent.to(u.dtype)
     top = tl.where(exponent == 0, offset, m - 1.0)
-    series = _twice_atanh(_divide(top, top + 2.0))
+    series = _twice_atanh(divide(top, top + 2.0))
     if u.dtype == tl.float64:
-        small = tl.fma(k, _like(k, LN_2_LOW), series)
-        return tl.fma(k, _like(k, LN_2_HIGH), small)
+        small = tl.fma(k, like(k, LN_2_LOW), series)
+        return tl.fma(k, like(k, LN_2_HIGH), small)
     else:
-        small = tl.fma(k, _like(k, LN_2_LOW_32), series)
-        return tl.fma(k, _like(k, LN_2_HIGH_32), small)
+        small = tl.fma(k, like(k, LN_2_LOW_32), series)
+        return tl.fma(k, like(k, LN_2_HIGH_32), small)
 
 
 @triton.jit
@@ -119,11 +119,11 @@ def _log1p(t):  # type: ignore[no-untyped-def]
 def _exp_parts(x):  # type: ignore[no-untyped-def]
     """exp(x) = scale + scale · less_one."""
     bounded = tl.maximum(x, -708.0)
-    rounder = _like(x, 6755399441055744.0)  # 1.5 · 2⁵²: rounds to an integer, left in the low bits
-    shifted = tl.fma(bounded, _like(x, 1.4426950408889634), rounder)
+    rounder = like(x, 6755399441055744.0)  # 1.5 · 2⁵²: rounds to an integer, left in the low bits
+    shifted = tl.fma(bounded, like(x, 1.4426950408889634), rounder)
     k = shifted - rounder
-    r = tl.fma(k, _like(x, -LN_2_HIGH), bounded)
-    r = tl.fma(k, _like(x, -LN_2_LOW), r)
+    r = tl.fma(k, like(x, -LN_2_HIGH), bounded)
+    r = tl.fma(k, like(x, -LN_2_LOW), r)
     scale = ((shifted.to(tl.int64, bitcast=True) + 1023) << 52).to(tl.float64, bitcast=True)
     return scale, tl.fma(r * r, exp_series(r), r)
 
@@ -153,7 +153,7 @@ def _uniform_angle(word, LIKE: tl.constexpr):  # type: ignore[no-untyped-def]
     theta = (word << 2).to(tl.int32, bitcast=True).to(LIKE)
     theta = theta * ANGLE_STEP
     z = theta * theta
-    c = tl.fma(cos_series(z), z, _like(z, 1.0))
+    c = tl.fma(cos_series(z), z, like(z, 1.0))
     s = tl.fma(sin_series(z) * z, theta, theta)
     quadrant = word >> 30
     odd = (quadrant & 1) != 0
@@ -179,8 +179,8 @@ def _remainders(z, log_z):  # type: ignore[no-untyped-def]
     small = z < 8.0
     x = tl.where(small, z, 1.0)
     u = x * (x + 7.0)
-    slope = tl.fma(x, _like(x, 2.0), _like(x, 7.0))
-    value, first, half_second = _multiply(u, _like(u, 1.0), _like(u, 0.0), u + 6.0)
+    slope = tl.fma(x, like(x, 2.0), like(x, 7.0))
+    value, first, half_second = _multiply(u, like(u, 1.0), like(u, 0.0), u + 6.0)
     value, first, half_second = _multiply(value, first, half_second, u + 10.0)
     value, first, half_second = _multiply(value, first, half_second, u + 12.0)
     half_second = tl.fma(half_second * slope, slope, first)
@@ -202,7 +202,7 @@ def _remainders(z, log_z):  # type: ignore[no-untyped-def]
     rise = (y - 0.5) * log_y - (x - 0.5) * log_z - 8.0
     trigamma_y = tl.fma(r, t, r)
     trigamma = tl.where(small, trigamma_y + squares, trigamma_y)
-    tau = tl.where(small, tl.fma(z - 1.0, trigamma, _like(z, -1.0)), tau_large)
+    tau = tl.where(small, tl.fma(z - 1.0, trigamma, like(z, -1.0)), tau_large)
     epsilon = tl.where(small, e - harmonic + (log_y - log_z), e)
     return tl.where(small, d + rise, d), tl.where(small, value, 1.0), epsilon, tau, trigamma
 
@@ -279,7 +279,7 @@ def _policy_step(logit, p, q, log_p, log_q, kappa, log_kappa, action, EXACT: tl.
 @triton.jit
 def _gamma_shape(z):  # type: ignore[no-untyped-def]
     d = tl.where(z < 1.0, z + 1.0, z) - 0.3333333333333333
-    return d, _divide(_like(d, 1.0), _sqrt(d * 9.0))
+    return d, divide(like(d, 1.0), sqrt(d * 9.0))
 
 
 @triton.jit
@@ -296,7 +296,7 @@ def _uniform_of(word, low, LIKE: tl.constexpr):  # type: ignore[no-untyped-def]
     if tl.float64 == LIKE:
         coarse = word.to(tl.float64) * WORD_STEP
         fine = low.to(tl.float64) + 0.5
-        return tl.fma(fine, _like(fine, LOW_WORD_STEP), coarse)
+        return tl.fma(fine, like(fine, LOW_WORD_STEP), coarse)
     else:
         return (word.to(tl.float32) + 0.5) * WORD_STEP
 
@@ -318,11 +318,11 @@ def _propose(seed, offset, element, attempt, d_a, c_a, d_b, c_b):  # type: ignor
     else:
         low0, low2, low3 = w0, w2, w3  # not looked at
     minus_log = tl.maximum(-log(_uniform_of(w0, low0, d_a.dtype)), 0.0)
-    radius = _sqrt(minus_log * 2.0)
+    radius = sqrt(minus_log * 2.0)
     cos, sin = _uniform_angle(w1, d_a.dtype)
     t_a = c_a * radius * cos
     t_b = c_b * radius * sin
-    lowest = _like(t_a, -0.9999)  # the cube of a negative number is no Gamma
+    lowest = like(t_a, -0.9999)  # the cube of a negative number is no Gamma
     k_a = tl.maximum(t_a, lowest)
     k_b = tl.maximum(t_b, lowest)
     log1p_a = _log1p(k_a)
@@ -351,8 +351,8 @@ def _sample(seed, offset, element, a, b, wanted):  # type: ignore[no-untyped-def
     """The action log G(a) - log G(b), where wanted; the dtype of a and b."""
     d_a, c_a = _gamma_shape(a)
     d_b, c_b = _gamma_shape(b)
-    log1p_a = _like(a, 0.0)
-    log1p_b = _like(a, 0.0)
+    log1p_a = like(a, 0.0)
+    log1p_b = like(a, 0.0)
     open_a = wanted
     open_b = wanted
     attempt = 0
@@ -368,7 +368,7 @@ def _sample(seed, offset, element, a, b, wanted):  # type: ignore[no-untyped-def
         attempt += 1
     w0, w1, w2, w3 = _draw(seed, offset, element, BOOST_BLOCK)
     boost = _log_boost(a, w0, w2) - _log_boost(b, w1, w3)
-    action = log(_divide(d_a, d_b)) + (log1p_a - log1p_b) * 3.0
+    action = log(divide(d_a, d_b)) + (log1p_a - log1p_b) * 3.0
     return tl.where((a < 1.0) | (b < 1.0), action + boost, action)
 
 

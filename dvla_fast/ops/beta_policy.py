@@ -126,7 +126,7 @@ def draw_key(device: torch.device, generator: torch.Generator | None = None) -> 
 def _choose(device: torch.device, backend: str | None) -> str:
     candidates = (
         ("cpp", _extension.beta_problem(device)),
-        ("triton", _extension.policy_triton_problem(device)),
+        ("triton", _extension.beta_triton_problem(device)),
         ("reference", None),
     )
     return backends.choose("beta_policy", candidates, backend)

@@ -4,8 +4,9 @@
     logit = w₂·GELU(W₁ [norm(image mean) ‖ norm(text mean) ‖ cosine] + b₁) + b₂
     α ~ Beta(κp, κ(1 − p)), p = sigmoid(logit)
 
-(DVLA-RL, state and policy of method §3; the norms are layer norms without weights.) On the CPU one
-C++ call does it, forward and backward; elsewhere it is a composition of PyTorch operations around
+(DVLA-RL, state and policy of method §3; the norms are layer norms without weights.) One C++ call
+does it on the CPU; on a GPU two Triton kernels and the draw of a key do, and two kernels backward.
+Elsewhere, and under torch.func, it is a composition of PyTorch operations around
 :func:`dvla_fast.functional.beta_policy`.
 """
 
@@ -60,7 +61,8 @@ def gate_state(
         state_images: only the first this many images of each text group make the state; None: all.
         image_mask: (B, N) bool, True = a token.
         text_mask: (T, P) bool, True = a token.
-        backend: ``"cpp"`` or ``"reference"``; default the best for the inputs.
+        backend: ``"cpp"`` (CPU), ``"triton"`` (CUDA) or ``"reference"``; default the best for the
+            inputs.
 
     Returns:
         (A, 2·C + 1), float32, or float64 for float64 tokens.
@@ -113,7 +115,8 @@ def gate_policy(
         action_logit: (A,), evaluate these stored actions instead of drawing.
         deterministic: take the policy's mean instead of drawing.
         generator: see :func:`dvla_fast.functional.beta_policy`.
-        backend: ``"cpp"`` or ``"reference"``; default the best for the inputs.
+        backend: ``"cpp"`` (CPU), ``"triton"`` (CUDA) or ``"reference"``; default the best for the
+            inputs.
 
     Returns:
         GatePolicyOutput. log_prob, entropy and state differentiate, once, with respect to tokens
@@ -155,14 +158,17 @@ def gate_policy(
 
 
 def _in_one_call(image_tokens: Tensor, backend: str | None) -> bool:
-    """Whether the C++ op runs. torch.func transforms what PyTorch's own operations compose."""
-    problem = _extension.problem
-    if image_tokens.device.type != "cpu":
-        problem = f"no kernel for {image_tokens.device.type}"
+    """Whether the op runs. torch.func transforms what PyTorch's own operations compose."""
+    device, width = image_tokens.device, image_tokens.shape[2]
+    compiled = _extension.problem if device.type == "cpu" else f"no kernel for {device.type}"
     if backend is None and _extension.needs_python_autograd():
         return False
-    chosen = backends.choose("gate_policy", (("cpp", problem), ("reference", None)), backend)
-    return chosen == "cpp"
+    candidates = (
+        ("cpp", compiled),
+        ("triton", _extension.gate_triton_problem(device, width)),
+        ("reference", None),
+    )
+    return backends.choose("gate_policy", candidates, backend) != "reference"
 
 
 def _decisions(image_tokens: Tensor, text_tokens: Tensor, groups_per_decision: int) -> int:

@@ -36,6 +36,7 @@ def _release(version: str) -> tuple[int, int]:
         ("dual_attention_backward", "streamed"),
         ("dual_attention_backward", "not streamed"),
         ("beta_policy_kernel", ""),
+        ("gate_policy_kernel", ""),
     ],
 )
 def test_in_the_interpreter(cases: str, selection: str, tmp_path: Path) -> None:

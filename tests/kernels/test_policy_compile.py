@@ -21,6 +21,9 @@ triton = pytest.importorskip("triton")
 import ahead_of_time  # noqa: E402
 
 beta = importlib.import_module("dvla_fast.kernels.beta_policy")
+shared = importlib.import_module("dvla_fast.kernels.gate_policy.shared")
+gate_forward = importlib.import_module("dvla_fast.kernels.gate_policy.forward")
+gate_backward = importlib.import_module("dvla_fast.kernels.gate_policy.backward")
 
 BUDGET = Path(__file__).with_name("policy_budget.json")
 ARCHITECTURES = (80, 90, 100)
@@ -46,6 +49,54 @@ def beta_backward(dtype: torch.dtype) -> Any:
     return beta.backward_step((empty(4, 1000, dtype=dtype), x, x), (x, x))
 
 
+# Images, text groups, tokens of both, width, and the text groups of a decision.
+GATES = {
+    "one": (25, 1, 196, 9, 192, 1),
+    "many": (1600, 1600, 49, 45, 384, 0),
+    "wide": (32, 16, 49, 45, 1024, 1),
+}
+UNITS = 128
+
+
+def gate_steps(gate: str, dtype: torch.dtype, tokens: torch.dtype, masks: bool) -> dict[str, Any]:
+    """The two launches forward, the two back."""
+    images, groups, keys, rows, width, per_decision = GATES[gate]
+    image, text = empty(images, keys, width, dtype=tokens), empty(groups, rows, width, dtype=tokens)
+    mask = [empty(*x.shape[:2], dtype=torch.bool) if masks else None for x in (image, text)]
+    z = shared.problem_of(image, text, per_decision, 0)
+    a, features = z.decisions, 2 * width + 1
+    weights = [
+        empty(*size, dtype=dtype) for size in ((UNITS, features), (UNITS,), (1, UNITS), (1,))
+    ]
+    each, state = empty(a, dtype=dtype), empty(a, features, dtype=dtype)
+    hidden, pair = empty(a, UNITS, dtype=dtype), empty(2, a, dtype=dtype)
+    means = empty(images + groups, width, dtype=dtype)
+    results = (each, each, each, each, state, hidden, pair)
+    policy = (10.0, None, empty(2, dtype=torch.int64))
+    saved, incoming = (state, hidden, pair), [each, 1, each, 1]
+    between = (empty(a, 2 * width, dtype=dtype), state, hidden)
+    counted = ((mask[0], keys), (mask[1], rows))
+    outputs = (empty(images, width, dtype=dtype), empty(groups, width, dtype=dtype), *weights)
+    return {
+        "means": gate_forward.means_step(z, (image, text, *mask), means),
+        "decide": gate_forward.decide_step(z, means, weights, policy, results, True, False),
+        "backward": gate_backward.decisions_step(
+            z, incoming, state, (weights[0], weights[2]), saved, between
+        ),
+        "spread": gate_backward.spread_step(
+            z, incoming, saved, between, counted, outputs, UNITS
+        ),
+    }  # fmt: skip
+
+
+def all_gate_steps() -> Iterator[tuple[str, Any]]:
+    for gate in GATES:
+        for name, step in gate_steps(gate, torch.float32, torch.bfloat16, gate == "one").items():
+            yield f"gate_{name}-{gate}-fp32", step
+    for name, step in gate_steps("one", torch.float64, torch.float64, True).items():
+        yield f"gate_{name}-one-fp64", step
+
+
 def steps() -> Iterator[tuple[str, Any]]:
     """(name, launch) of everything that is compiled."""
     for dtype, name in TYPE.items():
@@ -55,6 +106,7 @@ def steps() -> Iterator[tuple[str, Any]]:
             step = beta_forward(dtype, kappa=kappa, draw=draw, check=check)
             yield f"beta_policy-{what}-{name}", step
         yield f"beta_policy_backward-{name}", beta_backward(dtype)
+    yield from all_gate_steps()
 
 
 def variants() -> Iterator[Any]:

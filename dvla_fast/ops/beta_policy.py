@@ -15,6 +15,7 @@ from torch import Tensor
 from dvla_fast import _extension, backends, reference
 from dvla_fast.ops import schemas
 from dvla_fast.ops.first_order import first_order
+from dvla_fast.ops.value_checks import value_checks
 
 _LARGEST_INT64 = 2**63 - 1
 
@@ -62,8 +63,9 @@ def beta_policy(
 
     Raises:
         TypeError: ``logits`` is not a floating tensor.
-        ValueError: shapes or devices do not fit; on the CPU, κ is not positive and finite or logits
-            hold NaN (on a GPU, where looking would stall, NaN comes out).
+        ValueError: shapes or devices do not fit; where values are checked (by default on the CPU,
+            :func:`dvla_fast.functional.set_value_checks`), κ is not positive and finite or logits
+            or actions hold NaN. Unchecked, the results of such elements are NaN.
     """
     if not logits.is_floating_point():
         raise TypeError(f"logits: expected a floating tensor, got {logits.dtype}")
@@ -142,9 +144,10 @@ def _run(
 ) -> BetaPolicyOutput:
     # Triton beside compiled CUDA kernels has names of its own, which only Python differentiates.
     kernels = "_triton" if backend == "triton" and _extension.has_cuda else ""
+    inputs, check = (logits, kappa, value, action, key), value_checks(logits.device)
     if kernels or _extension.needs_python_autograd():
-        return BetaPolicyOutput(*_BetaPolicy.apply(logits, kappa, value, action, key, kernels)[:4])
-    return BetaPolicyOutput(*_FORWARD[kernels](logits, kappa, value, action, key, False)[:4])
+        return BetaPolicyOutput(*_BetaPolicy.apply(*inputs, kernels, check)[:4])
+    return BetaPolicyOutput(*_FORWARD[kernels](*inputs, False, check)[:4])
 
 
 _FORWARD = {
@@ -186,8 +189,10 @@ class _BetaPolicy(torch.autograd.Function):
         action: Tensor | None,
         key: Tensor | None,
         kernels: str,
+        check: bool,
     ) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = _FORWARD[kernels](logits, kappa, value, action, key, True)
+        forward = _FORWARD[kernels]
+        results: tuple[Tensor, ...] = forward(logits, kappa, value, action, key, True, check)
         return results
 
     @staticmethod
@@ -205,10 +210,12 @@ class _BetaPolicy(torch.autograd.Function):
         )
         if ctx.kappa_shape is not None:
             grad_kappa = grad_kappa.sum_to_size(ctx.kappa_shape)
-        return grad_logits, None if ctx.kappa_shape is None else grad_kappa, None, None, None, None
+        if ctx.kappa_shape is None:
+            grad_kappa = None
+        return grad_logits, grad_kappa, None, None, None, None, None
 
 
-def _forward_fake(logits, concentration, concentration_value, action_logit, key, save):  # type: ignore[no-untyped-def]
+def _forward_fake(logits, concentration, value, action_logit, key, save, check=False):  # type: ignore[no-untyped-def]
     def like() -> Tensor:
         return logits.new_empty(logits.shape)
 
@@ -227,8 +234,8 @@ def _mapped_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
-def _forward_vmap(forward, info, in_dims, logits, kappa, value, action, key, save):  # type: ignore[no-untyped-def]
-    size = info.batch_size
+def _forward_vmap(op, info, in_dims, logits, kappa, value, action, key, save, check=False):  # type: ignore[no-untyped-def]
+    size, forward = info.batch_size, functools.partial(op, check=check)
     logits = _mapped_first(logits, in_dims[0], size)
     if kappa is not None:
         kappa = _mapped_first(kappa, in_dims[1], size)
@@ -296,15 +303,18 @@ def _checked_concentration(
 
 
 def _check_values(logits: Tensor, kappa: Tensor, action_logit: Tensor | None) -> None:
-    """What the C++ op checks on its way, for the reference path.
-
-    Neither a traced graph nor a CUDA graph under capture can raise, and reading a GPU would stall.
-    """
-    if torch.compiler.is_compiling() or logits.device.type != "cpu":
+    """What the ops check on their way, for the reference path; a traced graph cannot raise."""
+    if torch.compiler.is_compiling() or not value_checks(logits.device):
         return
-    if bool(torch.isnan(logits).any()):
-        raise ValueError("logits: NaN found")
-    if action_logit is not None and bool(torch.isnan(action_logit).any()):
-        raise ValueError("action_logit: NaN found")
-    if not bool(((kappa > 0) & torch.isfinite(kappa)).all()):
-        raise ValueError("concentration: expected positive finite values")
+    _require(~torch.isnan(logits), "logits: NaN found")
+    if action_logit is not None:
+        _require(~torch.isnan(action_logit), "action_logit: NaN found")
+    _require((kappa > 0) & torch.isfinite(kappa), "concentration: expected positive finite values")
+
+
+def _require(valid: Tensor, message: str) -> None:
+    """Raises on a CPU; elsewhere asserts on the device, without waiting for it."""
+    if valid.device.type != "cpu":
+        torch._assert_async(valid.all(), message)
+    elif not bool(valid.all()):
+        raise ValueError(message)

@@ -20,6 +20,7 @@ from torch import Tensor
 from dvla_fast import _extension, backends, reference
 from dvla_fast.ops import schemas
 from dvla_fast.ops.beta_policy import beta_policy, draw_key
+from dvla_fast.ops.value_checks import value_checks
 
 
 class GatePolicyOutput(NamedTuple):
@@ -123,8 +124,8 @@ def gate_policy(
         and weights.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, devices or numbers do not fit together; on the CPU,
-            the logits hold NaN.
+        TypeError, ValueError: dtypes, shapes, devices or numbers do not fit together; where values
+            are checked (:func:`dvla_fast.functional.set_value_checks`), logits or actions hold NaN.
         BackendError: the backend asked for cannot run with these inputs.
     """
     _check(image_tokens, text_tokens, groups_per_decision, state_images, image_mask, text_mask)
@@ -152,7 +153,7 @@ def gate_policy(
         key = draw_key(image_tokens.device, generator)
     results = torch.ops.dvla_fast.gate_policy_forward.default(
         image_tokens, text_tokens, *pooling, *weights, kappa,
-        action_logit, key, False,
+        action_logit, key, False, value_checks(image_tokens.device),
     )  # fmt: skip
     return GatePolicyOutput(*results[:5])
 
@@ -181,6 +182,7 @@ def _decisions(image_tokens: Tensor, text_tokens: Tensor, groups_per_decision: i
 def _forward_fake(  # type: ignore[no-untyped-def]
     image_tokens, text_tokens, image_mask, text_mask, groups_per_decision, state_images,
     hidden_weight, hidden_bias, out_weight, out_bias, concentration, action_logit, key, save,
+    check=False,
 ):  # fmt: skip
     decisions = _decisions(image_tokens, text_tokens, groups_per_decision)
     wide = torch.promote_types(image_tokens.dtype, torch.float32)

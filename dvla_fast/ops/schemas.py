@@ -55,8 +55,10 @@ for _kernels in ("", "_triton"):
         # Action: `action_logit` evaluates it, else `key` (2,) int64 samples, else the mean.
         # derivatives: (0,) unless asked for, else stacked d(log_prob), d(entropy) by the logit,
         # then, with a concentration tensor, d(log_prob), d(entropy) by the concentration.
+        # check: an invalid value raises, on a GPU by an assertion in the kernel; else it gives NaN.
         f"beta_policy_forward{_kernels}(Tensor logits, Tensor? concentration,"
-        " float concentration_value, Tensor? action_logit, Tensor? key, bool save)"
+        " float concentration_value, Tensor? action_logit, Tensor? key, bool save,"
+        " bool check=False)"
         " -> (Tensor alpha, Tensor action_logit, Tensor log_prob, Tensor entropy,"
         " Tensor derivatives)"
     )
@@ -76,8 +78,9 @@ LIBRARY.define(
     "gate_policy_forward(Tensor image_tokens, Tensor text_tokens, Tensor? image_mask,"
     " Tensor? text_mask, int groups_per_decision, int state_images, Tensor? hidden_weight,"
     " Tensor? hidden_bias, Tensor? out_weight, Tensor? out_bias, float concentration,"
-    " Tensor? action_logit, Tensor? key, bool save) -> (Tensor alpha, Tensor action_logit,"
-    " Tensor log_prob, Tensor entropy, Tensor state, Tensor hidden, Tensor derivatives)"
+    " Tensor? action_logit, Tensor? key, bool save, bool check=False) -> (Tensor alpha,"
+    " Tensor action_logit, Tensor log_prob, Tensor entropy, Tensor state, Tensor hidden,"
+    " Tensor derivatives)"
 )
 LIBRARY.define(
     # grad_image (B,C) and grad_text (T,C): the gradient of each token that counts.

@@ -8,6 +8,7 @@ not 106: rounded twice, rarely, so results may differ in the last digits.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import numpy as np
@@ -43,6 +44,20 @@ def fuse_multiply_adds() -> None:
             return interpreter.TensorHandle(exact.astype(x.data.dtype), z.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_fma = create_fma
+
+
+def turn_on_assertions(patch: pytest.MonkeyPatch) -> None:
+    """Makes the interpreter look at device assertions, which it accepts and ignores."""
+    from triton.runtime import interpreter
+
+    def create_assert(_self, condition, message):  # type: ignore[no-untyped-def]
+        if not condition.data.all():
+            raise ValueError(message)
+
+    builder = interpreter.interpreter_builder
+    checking = dataclasses.replace(builder.options, debug=True, sanitize_overflow=False)
+    patch.setattr(builder, "options", checking)
+    patch.setattr(interpreter.InterpreterBuilder, "create_assert", create_assert)
 
 
 def assert_same(got: Tensor, want: Tensor, what: str = "") -> None:

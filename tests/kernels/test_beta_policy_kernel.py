@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from typing import Any
@@ -17,7 +18,8 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from policy_cases import DEVICE, NEEDS, assert_same
+from policy_cases import DEVICE, INTERPRETED, NEEDS, assert_same, turn_on_assertions
+from triton.runtime.errors import InterpreterError
 
 import dvla_fast.functional  # noqa: F401  (the ops)
 
@@ -148,6 +150,27 @@ def test_invalid_values_give_nan_where_they_are(dtype: torch.dtype) -> None:
             kept = [i for i in range(9) if i not in bad]
             for mine, theirs in zip(got, good):
                 assert torch.equal(mine[..., kept], theirs[..., kept])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="ends the use of a GPU: tests/ops/test_value_checks.py")
+def test_the_checks_see_what_is_invalid_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    turn_on_assertions(monkeypatch)
+    fine = torch.ones(5)  # elements beyond the fifth are not there
+    run = functools.partial(kernel.forward, save=False, check=True)
+    run(fine, fine, 0.0, fine, None)
+    run(torch.tensor([math.inf, -math.inf, 1e30, -200.0, 0.0]), fine, 0.0, None, KEY)
+    spoilt = fine.clone()
+    spoilt[4] = math.nan
+    with pytest.raises(InterpreterError, match="logits: NaN found"):
+        run(spoilt, fine, 0.0, None, KEY)
+    with pytest.raises(InterpreterError, match="action_logit: NaN found"):
+        run(fine, fine, 0.0, spoilt, None)
+    for bad in (0.0, -1.0, math.inf, math.nan):
+        spoilt[4] = bad
+        with pytest.raises(InterpreterError, match="concentration: expected positive finite"):
+            run(fine, spoilt, 0.0, None, None)
+    run = functools.partial(kernel.forward, save=False, check=False)
+    run(fine, spoilt, 0.0, None, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -31,9 +31,31 @@ RESULTS = ROOT / "benchmarks" / "results"
 BUDGET_SECONDS = 590
 # Steps in order, each with the most it may take of the time left when it begins. The benchmarks'
 # records are apart, so that autotuning the compiled peers, which takes longest, can cost no other.
-SHARE = {"tests": 0.4, "memcheck": 0.2, "racecheck": 0.2, "eager": 0.5, "long": 0.5, "graph": 1.0}
-SMALL = "test_matches_float64 and float16 and (2x1x3x5 or 1x3x3x9)"
-KERNEL_TESTS = [f"tests/kernels/test_dual_attention_{name}.py" for name in ("forward", "backward")]
+SHARE = {
+    "tests": 0.4,
+    "memcheck": 0.2,
+    "racecheck": 0.2,
+    "policy": 0.3,
+    "eager": 0.5,
+    "long": 0.5,
+    "graph": 1.0,
+}
+ATTENTION = "benchmarks/test_dual_attention_gpu.py"
+SUITES = {
+    "policy": ["benchmarks/test_policy_gpu.py"],
+    **{name: [ATTENTION, "-k", f"test_{name}"] for name in ("eager", "long", "graph")},
+}
+SMALL = (
+    "(test_matches_float64 and float16 and (2x1x3x5 or 1x3x3x9))"
+    " or (test_equals_the_cpu_op and B12T6) or (test_sizes and 129)"
+)
+KERNEL_TESTS = [
+    f"tests/kernels/test_{name}.py"
+    for name in (
+        "dual_attention_forward", "dual_attention_backward", "beta_policy_kernel",
+        "gate_policy_kernel",
+    )
+]  # fmt: skip
 
 
 def run(
@@ -126,9 +148,8 @@ def main(arguments: list[str] | None = None) -> int:
         step(tool, [*command, *KERNEL_TESTS, "-k", SMALL], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("eager", "long", "graph"):
+        for name, suite in SUITES.items():
             record = Path(folder) / f"{name}.json"
-            suite = ["benchmarks/test_dual_attention_gpu.py", "-k", f"test_{name}"]
             step(name, [*pytest_command, *suite, "--benchmark-only", f"--benchmark-json={record}"])
             if record.exists() and record.stat().st_size:
                 rows += benchmark_rows(json.loads(record.read_text()))

@@ -1,13 +1,15 @@
-"""Writes csrc/beta/series.h: the polynomials of the elementary and gamma-type functions.
+"""Writes the polynomials of the elementary and gamma-type functions, for C++ and for Triton.
 
 Each is a Chebyshev fit (near-minimax) computed in 40 digits with mpmath and rounded to the type it
 is used in; the error printed beside it is that of the exact coefficients on the interval.
 
-    python build_tools/series.py > csrc/beta/series.h
+    python build_tools/series.py cpp > csrc/beta/series.h
+    python build_tools/series.py triton > kernels/beta_series.py
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -128,14 +130,21 @@ def literal(value: Number, dtype: str) -> str:
     return f"T({text})" if dtype == "T" else text
 
 
-def code(series: Series) -> str:
-    low, high = series.interval
-    fit, error = mp.chebyfit(series.function, [low, high], series.terms, error=True)
-    first, *rest = (literal(c, series.dtype) for c in fit)
+def fit(series: Series) -> tuple[list[Number], str]:
+    """Coefficients, that of the highest power first, and the error in words."""
+    coefficients, error = mp.chebyfit(
+        series.function, list(series.interval), series.terms, error=True
+    )
+    return coefficients, f"{series.formula}; error {mp.nstr(error, 2)}"
+
+
+def cpp_function(series: Series) -> str:
+    coefficients, meaning = fit(series)
+    first, *rest = (literal(c, series.dtype) for c in coefficients)
     template = ["template <class T>"] if series.dtype == "T" else []
     return "\n".join(
         [
-            f"// {series.formula}; error {mp.nstr(error, 2)}",
+            f"// {meaning}",
             *template,
             f"DVLA_HD {series.dtype} {series.name}({series.dtype} x) {{",
             f"  {series.dtype} sum = {first};",
@@ -146,16 +155,65 @@ def code(series: Series) -> str:
     )
 
 
-def main() -> None:
-    print(
-        "// Polynomials of this library's elementary functions. Written by build_tools/series.py."
-    )
-    print("#pragma once\n")
-    print('#include "beta/portable.h"\n')
-    print("namespace dvla_fast {\n")
-    print("\n\n".join(code(series) for series in all_series()))
-    print("\n}  // namespace dvla_fast")
+def cpp() -> str:
+    functions = "\n\n".join(cpp_function(series) for series in all_series())
+    return f"""\
+// Polynomials of this library's elementary functions. Written by build_tools/series.py.
+#pragma once
+
+#include "beta/portable.h"
+
+namespace dvla_fast {{
+
+{functions}
+
+}}  // namespace dvla_fast
+"""
+
+
+def triton_function(name: str, versions: list[Series]) -> str:
+    """One function of a block in float64 or float32; a series of one type serves both."""
+    lines = ["@triton.jit", f"def {name}(x):  # type: ignore[no-untyped-def]"]
+    for series in versions:
+        coefficients, meaning = fit(series)
+        first, *rest = (repr(float(c)) for c in coefficients)
+        body = [
+            f"# {meaning}",
+            f"total = tl.full(x.shape, {first}, x.dtype)",
+            *(f"total = _step(total, x, {c})" for c in rest),
+        ]
+        if len(versions) > 1:
+            branch = "if x.dtype == tl.float64:" if series.dtype == "double" else "else:"
+            body = [branch, *(f"    {line}" for line in body)]
+        lines += [f"    {line}" for line in body]
+    return "\n".join([*lines, "    return total"])
+
+
+def triton() -> str:
+    named: dict[str, list[Series]] = {}
+    for series in all_series():
+        named.setdefault(series.name, []).append(series)
+    functions = "\n\n\n".join(triton_function(*item) for item in named.items())
+    return f'''\
+"""Polynomials of this library's elementary functions. Written by build_tools/series.py.
+
+x is a block, float64 or (where a function serves the sampling) float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _step(total, x, coefficient: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.fma(total, x, tl.full(x.shape, coefficient, x.dtype))
+
+
+{functions}
+'''
 
 
 if __name__ == "__main__":
-    main()
+    print({"cpp": cpp, "triton": triton}[sys.argv[1]](), end="")

@@ -51,27 +51,29 @@ variable_list first_order_only(variable_list grads, const char* op) {
 
 using BetaResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using BetaSignature = BetaResult(const Tensor&, const OptionalTensor&, double,
-                                 const OptionalTensor&, const OptionalTensor&, bool);
+                                 const OptionalTensor&, const OptionalTensor&, bool, bool);
 
 using BetaBackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&,
                                                          const OptionalTensor&);
 
 BetaResult call_beta(const Tensor& logits, const OptionalTensor& concentration, double value,
-                     const OptionalTensor& action_logit, const OptionalTensor& key, bool save) {
+                     const OptionalTensor& action_logit, const OptionalTensor& key, bool save,
+                     bool check) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("dvla_fast::beta_policy_forward", "")
                              .typed<BetaSignature>();
   at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(logits, concentration, value, action_logit, key, save);
+  return op.call(logits, concentration, value, action_logit, key, save, check);
 }
 
 class BetaPolicy : public torch::autograd::Function<BetaPolicy> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& logits,
                                const OptionalTensor& concentration, double value,
-                               const OptionalTensor& action_logit, const OptionalTensor& key) {
+                               const OptionalTensor& action_logit, const OptionalTensor& key,
+                               bool check) {
     auto [alpha, action, log_prob, entropy, derivatives] =
-        call_beta(logits, concentration, value, action_logit, key, true);
+        call_beta(logits, concentration, value, action_logit, key, true, check);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({derivatives});
     ctx->mark_non_differentiable({alpha, action, derivatives});
@@ -96,18 +98,18 @@ class BetaPolicy : public torch::autograd::Function<BetaPolicy> {
     grad_kappa = shape == ctx->saved_data.end()
                      ? Tensor()
                      : at::sum_to(grad_kappa, shape->second.toSymIntVector());
-    return {grad_logits, grad_kappa, Tensor(), Tensor(), Tensor()};
+    return {grad_logits, grad_kappa, Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
 BetaResult beta_policy_autograd(const Tensor& logits, const OptionalTensor& concentration,
                                 double value, const OptionalTensor& action_logit,
-                                const OptionalTensor& key, bool save) {
+                                const OptionalTensor& key, bool save, bool check) {
   const Tensor kappa = or_undefined(concentration);
   if (save || !wants_grad({&logits, &kappa})) {
-    return call_beta(logits, concentration, value, action_logit, key, save);
+    return call_beta(logits, concentration, value, action_logit, key, save, check);
   }
-  const auto out = BetaPolicy::apply(logits, concentration, value, action_logit, key);
+  const auto out = BetaPolicy::apply(logits, concentration, value, action_logit, key, check);
   return {out[0], out[1], out[2], out[3], out[4]};
 }
 
@@ -282,7 +284,7 @@ using PolicySignature = PolicyResult(const Tensor&, const Tensor&, const Optiona
                                      const OptionalTensor&, int64_t, int64_t, const OptionalTensor&,
                                      const OptionalTensor&, const OptionalTensor&,
                                      const OptionalTensor&, double, const OptionalTensor&,
-                                     const OptionalTensor&, bool);
+                                     const OptionalTensor&, bool, bool);
 using PolicyGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using PolicyBackwardSignature = PolicyGrads(const OptionalTensor&, const OptionalTensor&,
                                             const OptionalTensor&, const Tensor&, const Tensor&,
@@ -295,13 +297,14 @@ PolicyResult call_policy(const Tensor& image_tokens, const Tensor& text_tokens,
                          int64_t groups, int64_t images, const OptionalTensor& hidden_weight,
                          const OptionalTensor& hidden_bias, const OptionalTensor& out_weight,
                          const OptionalTensor& out_bias, double concentration,
-                         const OptionalTensor& action_logit, const OptionalTensor& key, bool save) {
+                         const OptionalTensor& action_logit, const OptionalTensor& key, bool save,
+                         bool check) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("dvla_fast::gate_policy_forward", "")
                              .typed<PolicySignature>();
   at::AutoDispatchBelowADInplaceOrView below;
   return op.call(image_tokens, text_tokens, image_mask, text_mask, groups, images, hidden_weight,
-                 hidden_bias, out_weight, out_bias, concentration, action_logit, key, save);
+                 hidden_bias, out_weight, out_bias, concentration, action_logit, key, save, check);
 }
 
 // The gradient of tokens from that of each token that counts (outer, C): without a mask a view.
@@ -318,10 +321,11 @@ class GatePolicy : public torch::autograd::Function<GatePolicy> {
                                const OptionalTensor& hidden_weight,
                                const OptionalTensor& hidden_bias, const OptionalTensor& out_weight,
                                const OptionalTensor& out_bias, double concentration,
-                               const OptionalTensor& action_logit, const OptionalTensor& key) {
-    auto [alpha, action, log_prob, entropy, state, hidden, derivatives] =
-        call_policy(image_tokens, text_tokens, image_mask, text_mask, groups, images, hidden_weight,
-                    hidden_bias, out_weight, out_bias, concentration, action_logit, key, true);
+                               const OptionalTensor& action_logit, const OptionalTensor& key,
+                               bool check) {
+    auto [alpha, action, log_prob, entropy, state, hidden, derivatives] = call_policy(
+        image_tokens, text_tokens, image_mask, text_mask, groups, images, hidden_weight,
+        hidden_bias, out_weight, out_bias, concentration, action_logit, key, true, check);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({image_tokens, text_tokens, or_undefined(image_mask),
                             or_undefined(text_mask), or_undefined(hidden_weight),
@@ -339,7 +343,7 @@ class GatePolicy : public torch::autograd::Function<GatePolicy> {
  private:
   static variable_list call_backward(AutogradContext* ctx, const Tensor& grad_log_prob,
                                      const Tensor& grad_entropy, const Tensor& grad_state) {
-    variable_list result(13);
+    variable_list result(14);
     if (!grad_log_prob.defined() && !grad_entropy.defined() && !grad_state.defined()) {
       return result;
     }
@@ -369,18 +373,18 @@ PolicyResult gate_policy_autograd(const Tensor& image_tokens, const Tensor& text
                                   const OptionalTensor& hidden_bias,
                                   const OptionalTensor& out_weight, const OptionalTensor& out_bias,
                                   double concentration, const OptionalTensor& action_logit,
-                                  const OptionalTensor& key, bool save) {
+                                  const OptionalTensor& key, bool save, bool check) {
   const Tensor weights[] = {or_undefined(hidden_weight), or_undefined(hidden_bias),
                             or_undefined(out_weight), or_undefined(out_bias)};
   if (save || !wants_grad({&image_tokens, &text_tokens, &weights[0], &weights[1], &weights[2],
                            &weights[3]})) {
     return call_policy(image_tokens, text_tokens, image_mask, text_mask, groups, images,
                        hidden_weight, hidden_bias, out_weight, out_bias, concentration,
-                       action_logit, key, save);
+                       action_logit, key, save, check);
   }
   const auto out = GatePolicy::apply(image_tokens, text_tokens, image_mask, text_mask, groups,
                                      images, hidden_weight, hidden_bias, out_weight, out_bias,
-                                     concentration, action_logit, key);
+                                     concentration, action_logit, key, check);
   return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
 }
 

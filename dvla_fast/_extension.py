@@ -108,6 +108,22 @@ def beta_problem(device: torch.device) -> str | None:
     return f"no kernel for {device.type}"
 
 
+def beta_triton_problem(device: torch.device) -> str | None:
+    """Why the Triton kernels of ``beta_policy`` cannot run on a device, or ``None``."""
+    if device.type != "cuda":
+        return "the inputs are not on a CUDA device"
+    return None if triton_available() else "Triton is not installed"
+
+
+def gate_triton_problem(device: torch.device, width: int) -> str | None:
+    """Why the Triton kernels of ``gate_policy`` cannot run with such tokens, or ``None``."""
+    if not has_autograd and device.type == "cuda":
+        return f"its gradients need the extension: {problem}"
+    if width > 4096:
+        return f"width {width}: the Triton kernels go to 4096"
+    return beta_triton_problem(device)
+
+
 def triton_problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the Triton attention kernels cannot run with such inputs, or ``None``."""
     if device.type != "cuda":

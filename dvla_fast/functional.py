@@ -1,5 +1,6 @@
 """The ops a user calls. Each lives in ``dvla_fast.ops``; this module is the public door."""
 
+from dvla_fast.ops import policy_cuda  # noqa: F401  (registers kernels)
 from dvla_fast.ops.beta_policy import (
     BetaPolicyOutput,
     beta_entropy,
@@ -12,6 +13,7 @@ from dvla_fast.ops.dual_attention import dual_attention
 from dvla_fast.ops.dual_attention_cuda import float32_precision, set_float32_precision
 from dvla_fast.ops.gate_policy import GatePolicyOutput, gate_policy, gate_state
 from dvla_fast.ops.gated_attention import gated_attention
+from dvla_fast.ops.value_checks import set_value_checks, value_checks
 
 __all__ = [
     "BetaPolicyOutput",
@@ -29,4 +31,6 @@ __all__ = [
     "gate_state",
     "gated_attention",
     "set_float32_precision",
+    "set_value_checks",
+    "value_checks",
 ]

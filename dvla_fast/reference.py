@@ -197,6 +197,11 @@ def beta_policy(
     """
     dtype = logits.dtype
     wide_logits, kappa = logits.double().clamp(-300, 300), concentration.double()  # as the kernels
+    # An invalid element is NaN throughout: a negative κ has densities that look like numbers.
+    valid = (kappa > 0) & torch.isfinite(kappa) & ~torch.isnan(wide_logits)
+    if action_logit is not None:
+        valid = valid & ~torch.isnan(action_logit)
+    kappa, wide_logits = (x.where(valid, torch.nan) for x in (kappa, wide_logits))
     a = kappa * torch.sigmoid(wide_logits)
     b = kappa * torch.sigmoid(-wide_logits)
     if action_logit is None:
@@ -207,7 +212,8 @@ def beta_policy(
         )
         limit = torch.finfo(dtype).max
         action_logit = drawn.clamp(-limit, limit).to(dtype)
-    action = action_logit.detach().double()
+    action_logit = action_logit.detach().where(valid, torch.nan)
+    action = action_logit.double()
     log_alpha = torch.nn.functional.logsigmoid(action)
     log_rest = torch.nn.functional.logsigmoid(-action)
     log_norm = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(kappa)
@@ -219,12 +225,13 @@ def beta_policy(
         + (kappa - 2) * torch.digamma(kappa)
     )
     alpha = torch.sigmoid(action).to(dtype)
-    return alpha, action_logit.detach(), log_prob.to(dtype), entropy.to(dtype)
+    return alpha, action_logit, log_prob.to(dtype), entropy.to(dtype)
 
 
 def _log_gamma_draw(a: Tensor, generator: torch.Generator | None) -> Tensor:
     """log G with G ~ Gamma(a, 1); for a < 1 by log G(a) = log G(a + 1) + log(U)/a, no underflow."""
     a = a.detach()
+    a = a.where(a > 0, 1.0)  # PyTorch's sampler never returns from NaN
     small = a < 1
     gamma = torch._standard_gamma(torch.where(small, a + 1, a), generator=generator)
     uniform = torch.rand(a.shape, dtype=a.dtype, device=a.device, generator=generator)

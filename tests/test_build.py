@@ -68,11 +68,13 @@ def test_installs_without_a_compiler(reason: str, tmp_path: Path) -> None:
     assert done.stderr.count("the C++ extension is not built") == 1
 
 
-def test_the_series_header_is_what_its_script_writes() -> None:
-    """Numbers only: the header on disk has been through clang-format."""
+@pytest.mark.parametrize(
+    ("language", "path"), [("cpp", "csrc/beta/series.h"), ("triton", "kernels/beta_series.py")]
+)
+def test_the_series_on_disk_are_what_their_script_writes(language: str, path: str) -> None:
+    """Numbers only: the files on disk have been through a formatter."""
     import re
 
-    written = run(sys.executable, ROOT / "build_tools" / "series.py").stdout
-    on_disk = (ROOT / "csrc" / "beta" / "series.h").read_text()
-    number = re.compile(r"-?0x[0-9a-f.]+p[-+]\d+f?")
-    assert number.findall(written) == number.findall(on_disk) != []
+    written = run(sys.executable, ROOT / "build_tools" / "series.py", language).stdout
+    number = re.compile(r"-?0x[0-9a-f.]+p[-+]\d+f?|-?\d\.\d+(?:e[-+]\d+)?")
+    assert number.findall(written) == number.findall((ROOT / path).read_text()) != []

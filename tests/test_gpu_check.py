@@ -84,5 +84,5 @@ def test_whole_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps.clear()
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
     assert gpu_check.main(["--output", str(output)]) == 0
-    assert steps == ["tests", "eager", "long", "graph"]
+    assert steps == ["tests", "policy", "eager", "long", "graph"]
     assert "not installed" in json.loads(output.read_text())["checks"]["memcheck"]["outcome"]

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 
 #include "beta/beta_math.h"
 #include "beta/beta_policy.h"
@@ -225,8 +226,19 @@ void store(const Block& block, const BetaBuffers<T>& io, const double (*out)[kBl
   for (int row = 0; row < rows; ++row) put(io.derivatives + row * io.n, out[3 + row]);
 }
 
+// NaN for the elements of a block that hold an invalid value.
 template <class T>
-int run(const BetaBuffers<T>& io, const Stream* stream) {
+void poison(const Block& block, const BetaBuffers<T>& io, int rows) {
+  constexpr T nan = std::numeric_limits<T>::quiet_NaN();
+  for (std::int64_t i = block.start; i < block.start + block.count; ++i) {
+    if (!io.bad_logit(i) && !io.bad_kappa(i) && !io.bad_action(i)) continue;
+    for (T* out : {io.alpha, io.action, io.log_prob, io.entropy}) out[i] = nan;
+    for (int row = 0; row < rows; ++row) io.derivatives[row * io.n + i] = nan;
+  }
+}
+
+template <class T>
+int run(const BetaBuffers<T>& io, const Stream* stream, bool check) {
   const bool varies = io.kappa != nullptr, save = io.derivatives != nullptr;
   constexpr bool exact = sizeof(T) == 8;
   const auto kernel = varies
@@ -239,22 +251,24 @@ int run(const BetaBuffers<T>& io, const Stream* stream) {
     alignas(64) double out[7][kBlock];
     for (auto index = begin; index < end; ++index) {
       int found = load(block, io, index * kBlock);
-      if (found == kValid) found = set_action(block, io, stream);
-      if (found != kValid) {
+      if (found == kValid || !check) found |= set_action(block, io, stream);
+      if (found != kValid && check) {
         invalid.fetch_or(found);
         return;
       }
       kernel(block, whole, out);
-      store(block, io, out, save ? (varies ? 4 : 2) : 0);
+      const int rows = save ? (varies ? 4 : 2) : 0;
+      store(block, io, out, rows);
+      if (found != kValid) poison(block, io, rows);
     }
   });
   return invalid.load();
 }
 
 template <class T>
-BetaResult forward(const BetaCall& call, const std::int64_t* key) {
+BetaResult forward(const BetaCall& call, const std::int64_t* key, bool check) {
   const Stream stream = key ? stream_of(key[0], key[1]) : Stream{};
-  const int invalid = run(call.buffers<T>(), key ? &stream : nullptr);
+  const int invalid = run(call.buffers<T>(), key ? &stream : nullptr, check);
   TORCH_CHECK_VALUE(!(invalid & kBadLogit), "logits: NaN found");
   TORCH_CHECK_VALUE(!(invalid & kBadKappa), "concentration: expected positive finite values");
   TORCH_CHECK_VALUE(!(invalid & kBadAction), "action_logit: NaN found");
@@ -295,13 +309,13 @@ BetaResult beta_policy_forward_cpu(const at::Tensor& logits,
                                    const std::optional<at::Tensor>& concentration,
                                    double concentration_value,
                                    const std::optional<at::Tensor>& action_logit,
-                                   const std::optional<at::Tensor>& key, bool save) {
+                                   const std::optional<at::Tensor>& key, bool save, bool check) {
   const BetaCall call(logits, concentration, concentration_value, action_logit, save);
   const std::int64_t* words = key_of(key, action_logit);
-  if (logits.scalar_type() == at::kDouble) return forward<double>(call, words);
+  if (logits.scalar_type() == at::kDouble) return forward<double>(call, words, check);
   TORCH_CHECK_TYPE(logits.scalar_type() == at::kFloat, "logits: expected float32 or float64, got ",
                    logits.scalar_type());
-  return forward<float>(call, words);
+  return forward<float>(call, words, check);
 }
 
 }  // namespace dvla_fast

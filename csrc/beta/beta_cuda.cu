@@ -1,10 +1,11 @@
 // The policy on CUDA: one thread an element, one launch. The same mathematics and the same random
-// stream as on the CPU (beta_math.h, philox.h). Nothing synchronises: NaN inputs give NaN results
-// instead of an error.
+// stream as on the CPU (beta_math.h, philox.h). Nothing synchronises: an invalid value stops the
+// kernel where it is asked to check, else its results are NaN.
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
+#include <c10/macros/Macros.h>
 #include <torch/library.h>
 
 #include "beta/beta_math.h"
@@ -40,18 +41,25 @@ __device__ T saturate(double x) {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    beta_policy_kernel(BetaBuffers<T> io, const std::int64_t* key) {
+    beta_policy_kernel(BetaBuffers<T> io, const std::int64_t* key, bool check) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= io.n) return;
   const double logit = static_cast<double>(io.logits[i]);
   const double kappa = io.kappa ? static_cast<double>(io.kappa[i]) : io.kappa_value;
-  const bool valid = logit == logit && kappa > 0.0;
+  const bool bad_logit = io.bad_logit(i), bad_kappa = io.bad_kappa(i),
+             bad_action = io.bad_action(i);
+  if (check) {
+    CUDA_KERNEL_ASSERT(!bad_logit && "dvla_fast: logits: NaN found");
+    CUDA_KERNEL_ASSERT(!bad_kappa && "dvla_fast: concentration: expected positive finite values");
+    CUDA_KERNEL_ASSERT(!bad_action && "dvla_fast: action_logit: NaN found");
+  }
+  const bool valid = !bad_logit && !bad_kappa && !bad_action;
   const double log_kappa = log_(kappa);
   const Policy policy = make_policy(logit, kappa, log_kappa);
   const Whole whole = whole_remainders(kappa, log_kappa);
   T action = static_cast<T>(policy.logit);
   if (io.given_action) {
-    action = io.given_action[i];
+    action = saturate<T>(static_cast<double>(io.given_action[i]));
   } else if (key) {
     action = draw<T>(stream_of(key[0], key[1]), i, static_cast<T>(policy.kappa * policy.p),
                      static_cast<T>(policy.kappa * policy.q));
@@ -94,11 +102,12 @@ void backward(const BetaBackwardCall& call) {
 }
 
 template <class T>
-BetaResult forward(const BetaCall& call, const std::int64_t* key) {
+BetaResult forward(const BetaCall& call, const std::int64_t* key, bool check) {
   const auto io = call.buffers<T>();
   if (io.n > 0) {
     const auto blocks = static_cast<unsigned>((io.n + kThreads - 1) / kThreads);
-    beta_policy_kernel<T><<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(io, key);
+    beta_policy_kernel<T>
+        <<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(io, key, check);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
   return call.result();
@@ -110,14 +119,14 @@ BetaResult beta_policy_forward_cuda(const at::Tensor& logits,
                                     const std::optional<at::Tensor>& concentration,
                                     double concentration_value,
                                     const std::optional<at::Tensor>& action_logit,
-                                    const std::optional<at::Tensor>& key, bool save) {
+                                    const std::optional<at::Tensor>& key, bool save, bool check) {
   const c10::DeviceGuard guard(logits.device());
   const BetaCall call(logits, concentration, concentration_value, action_logit, save);
   const std::int64_t* words = key_of(key, action_logit);
-  if (logits.scalar_type() == at::kDouble) return forward<double>(call, words);
+  if (logits.scalar_type() == at::kDouble) return forward<double>(call, words, check);
   TORCH_CHECK_TYPE(logits.scalar_type() == at::kFloat, "logits: expected float32 or float64, got ",
                    logits.scalar_type());
-  return forward<float>(call, words);
+  return forward<float>(call, words, check);
 }
 
 std::tuple<at::Tensor, at::Tensor> beta_policy_backward_cuda(

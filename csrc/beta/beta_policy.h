@@ -18,13 +18,13 @@ BetaResult beta_policy_forward_cpu(const at::Tensor& logits,
                                    const std::optional<at::Tensor>& concentration,
                                    double concentration_value,
                                    const std::optional<at::Tensor>& action_logit,
-                                   const std::optional<at::Tensor>& key, bool save);
+                                   const std::optional<at::Tensor>& key, bool save, bool check);
 
 BetaResult beta_policy_forward_cuda(const at::Tensor& logits,
                                     const std::optional<at::Tensor>& concentration,
                                     double concentration_value,
                                     const std::optional<at::Tensor>& action_logit,
-                                    const std::optional<at::Tensor>& key, bool save);
+                                    const std::optional<at::Tensor>& key, bool save, bool check);
 
 std::tuple<at::Tensor, at::Tensor> beta_policy_backward_cpu(
     const at::Tensor& derivatives, const std::optional<at::Tensor>& grad_log_prob,
@@ -48,6 +48,14 @@ struct BetaBuffers {
   T* entropy;
   T* derivatives;
   std::int64_t n;
+
+  DVLA_HD bool bad_logit(std::int64_t i) const { return logits[i] != logits[i]; }
+  DVLA_HD bool bad_kappa(std::int64_t i) const {
+    return kappa && !(kappa[i] > T(0) && kappa[i] <= Format<T>::largest);
+  }
+  DVLA_HD bool bad_action(std::int64_t i) const {
+    return given_action && given_action[i] != given_action[i];
+  }
 };
 
 // The tensors of one call, alive for as long as its buffers are used.

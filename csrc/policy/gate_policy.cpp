@@ -23,7 +23,7 @@ gate_policy_forward(const at::Tensor& image_tokens, const at::Tensor& text_token
                     const OptionalTensor& hidden_weight, const OptionalTensor& hidden_bias,
                     const OptionalTensor& out_weight, const OptionalTensor& out_bias,
                     double concentration, const OptionalTensor& action_logit,
-                    const OptionalTensor& key, bool save) {
+                    const OptionalTensor& key, bool save, bool check) {
   const policy::Shape z(image_tokens, text_tokens, groups_per_decision, state_images);
   const bool is_double = image_tokens.scalar_type() == at::kDouble;
   const auto options = image_tokens.options().dtype(is_double ? at::kDouble : at::kFloat);
@@ -43,7 +43,7 @@ gate_policy_forward(const at::Tensor& image_tokens, const at::Tensor& text_token
   });
   if (!hidden_weight) return {none(), none(), none(), none(), state, none(), none()};
   const auto [alpha, action, log_prob, entropy, derivatives] =
-      beta_policy_forward_cpu(logits, std::nullopt, concentration, action_logit, key, save);
+      beta_policy_forward_cpu(logits, std::nullopt, concentration, action_logit, key, save, check);
   return {alpha, action, log_prob, entropy, state, save ? hidden : none(), derivatives};
 }
 

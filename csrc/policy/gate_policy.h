@@ -26,7 +26,7 @@ gate_policy_forward(const at::Tensor& image_tokens, const at::Tensor& text_token
                     const std::optional<at::Tensor>& out_weight,
                     const std::optional<at::Tensor>& out_bias, double concentration,
                     const std::optional<at::Tensor>& action_logit,
-                    const std::optional<at::Tensor>& key, bool save);
+                    const std::optional<at::Tensor>& key, bool save, bool check);
 
 // Gradients from those of log_prob, entropy (A) and state (A,2C+1), nullopt: 0. Returns those of
 // every unmasked token of an image (B,C) and of a text (T,C), and of the four weights (empty where

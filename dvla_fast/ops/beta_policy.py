@@ -6,6 +6,7 @@ carried as its logit l = log(α/(1 − α)): α itself saturates near 0 and 1 in
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from dvla_fast import _extension, backends, reference
 from dvla_fast.ops import schemas
 from dvla_fast.ops.first_order import first_order
+from dvla_fast.ops.value_checks import value_checks
 
 _LARGEST_INT64 = 2**63 - 1
 
@@ -51,8 +53,9 @@ def beta_policy(
         generator: source of the random key; default PyTorch's global one, the only one that
             ``torch.compile`` traces and that activation checkpointing rewinds. The same generator
             state gives the same draws whatever the number of threads.
-        backend: ``"cpp"`` or ``"reference"``; default the best for the inputs. The reference draws
-            from another random stream.
+        backend: ``"cpp"`` (compiled: CPU, and CUDA where built with nvcc), ``"triton"`` (CUDA) or
+            ``"reference"``; default the first that can run. The reference draws from another
+            random stream.
 
     Returns:
         BetaPolicyOutput; log_prob and entropy differentiate with respect to ``logits`` and a tensor
@@ -60,8 +63,9 @@ def beta_policy(
 
     Raises:
         TypeError: ``logits`` is not a floating tensor.
-        ValueError: shapes or devices do not fit; on the CPU, κ is not positive and finite or logits
-            hold NaN (on a GPU, where looking would stall, NaN comes out).
+        ValueError: shapes or devices do not fit; where values are checked (by default on the CPU,
+            :func:`dvla_fast.functional.set_value_checks`), κ is not positive and finite or logits
+            or actions hold NaN. Unchecked, the results of such elements are NaN.
     """
     if not logits.is_floating_point():
         raise TypeError(f"logits: expected a floating tensor, got {logits.dtype}")
@@ -78,12 +82,12 @@ def beta_policy(
         if action_logit.device != logits.device:
             raise ValueError(f"action_logit: on {action_logit.device}, logits on {logits.device}")
         action_logit = action_logit.detach().to(logits.dtype)
-    problem = _extension.beta_problem(logits.device)
-    if backends.choose("beta_policy", (("cpp", problem), ("reference", None)), backend) == "cpp":
+    chosen = _choose(logits.device, backend)
+    if chosen != "reference":
         key = None
         if action_logit is None and not deterministic:
             key = draw_key(logits.device, generator)
-        return _run(logits, kappa, value, action_logit, key)
+        return _run(logits, kappa, value, action_logit, key, chosen)
     full = torch.full((), value, dtype=logits.dtype, device=logits.device)
     _check_values(logits, full if kappa is None else kappa, action_logit)
     return BetaPolicyOutput(
@@ -121,18 +125,51 @@ def draw_key(device: torch.device, generator: torch.Generator | None = None) -> 
     return torch.randint(_LARGEST_INT64, (2,), device=device, generator=generator)
 
 
+def _choose(device: torch.device, backend: str | None) -> str:
+    candidates = (
+        ("cpp", _extension.beta_problem(device)),
+        ("triton", _extension.beta_triton_problem(device)),
+        ("reference", None),
+    )
+    return backends.choose("beta_policy", candidates, backend)
+
+
 def _run(
-    logits: Tensor, kappa: Tensor | None, value: float, action: Tensor | None, key: Tensor | None
+    logits: Tensor,
+    kappa: Tensor | None,
+    value: float,
+    action: Tensor | None,
+    key: Tensor | None,
+    backend: str,
 ) -> BetaPolicyOutput:
-    if _extension.needs_python_autograd():
-        return BetaPolicyOutput(*_BetaPolicy.apply(logits, kappa, value, action, key)[:4])
-    forward = torch.ops.dvla_fast.beta_policy_forward.default
-    return BetaPolicyOutput(*forward(logits, kappa, value, action, key, False)[:4])
+    # Triton beside compiled CUDA kernels has names of its own, which only Python differentiates.
+    kernels = "_triton" if backend == "triton" and _extension.has_cuda else ""
+    inputs, check = (logits, kappa, value, action, key), value_checks(logits.device)
+    if kernels or _extension.needs_python_autograd():
+        return BetaPolicyOutput(*_BetaPolicy.apply(*inputs, kernels, check)[:4])
+    return BetaPolicyOutput(*_FORWARD[kernels](*inputs, False, check)[:4])
 
 
-def _backward(_logits: Tensor, _kappa: Tensor | None, *args: Tensor) -> tuple[Tensor, Tensor]:
+_FORWARD = {
+    "": torch.ops.dvla_fast.beta_policy_forward.default,
+    "_triton": torch.ops.dvla_fast.beta_policy_forward_triton.default,
+}
+_BACKWARD = {
+    "": torch.ops.dvla_fast.beta_policy_backward.default,
+    "_triton": torch.ops.dvla_fast.beta_policy_backward_triton.default,
+}
+
+
+def _backward(
+    kernels: str,
+    _logits: Tensor,
+    _kappa: Tensor | None,
+    derivatives: Tensor,
+    grad_log_prob: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """The backward op, taking too what its derivatives hang on: else a second one would be 0."""
-    grads: tuple[Tensor, Tensor] = torch.ops.dvla_fast.beta_policy_backward.default(*args)
+    grads: tuple[Tensor, Tensor] = _BACKWARD[kernels](derivatives, grad_log_prob, grad_entropy)
     return grads
 
 
@@ -142,7 +179,7 @@ _BetaPolicyBackward = first_order(_backward, "beta_policy")
 class _BetaPolicy(torch.autograd.Function):
     """The forward op yields the closed-form derivatives too; backward only scales them."""
 
-    generate_vmap_rule = True  # from those of the two ops, below
+    generate_vmap_rule = True  # from those of the ops, below
 
     @staticmethod
     def forward(
@@ -151,10 +188,12 @@ class _BetaPolicy(torch.autograd.Function):
         value: float,
         action: Tensor | None,
         key: Tensor | None,
+        kernels: str,
+        check: bool,
     ) -> tuple[Tensor, ...]:
-        return torch.ops.dvla_fast.beta_policy_forward.default(
-            logits, kappa, value, action, key, True
-        )
+        forward = _FORWARD[kernels]
+        results: tuple[Tensor, ...] = forward(logits, kappa, value, action, key, True, check)
+        return results
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -162,19 +201,21 @@ class _BetaPolicy(torch.autograd.Function):
         ctx.mark_non_differentiable(alpha, action_logit, derivatives)
         ctx.save_for_backward(*inputs[:2], derivatives)
         ctx.kappa_shape = None if inputs[1] is None else inputs[1].shape
+        ctx.kernels = inputs[5]
 
     @staticmethod
     def backward(ctx, _alpha, _action, grad_log_prob, grad_entropy, _derivatives):  # type: ignore[no-untyped-def]
         grad_logits, grad_kappa = _BetaPolicyBackward.apply(
-            *ctx.saved_tensors, grad_log_prob, grad_entropy
+            ctx.kernels, *ctx.saved_tensors, grad_log_prob, grad_entropy
         )
         if ctx.kappa_shape is not None:
             grad_kappa = grad_kappa.sum_to_size(ctx.kappa_shape)
-        return grad_logits, None if ctx.kappa_shape is None else grad_kappa, None, None, None
+        if ctx.kappa_shape is None:
+            grad_kappa = None
+        return grad_logits, grad_kappa, None, None, None, None, None
 
 
-@torch.library.register_fake("dvla_fast::beta_policy_forward", lib=schemas.LIBRARY)
-def _forward_fake(logits, concentration, concentration_value, action_logit, key, save):  # type: ignore[no-untyped-def]
+def _forward_fake(logits, concentration, value, action_logit, key, save, check=False):  # type: ignore[no-untyped-def]
     def like() -> Tensor:
         return logits.new_empty(logits.shape)
 
@@ -183,7 +224,6 @@ def _forward_fake(logits, concentration, concentration_value, action_logit, key,
     return like(), like(), like(), like(), derivatives
 
 
-@torch.library.register_fake("dvla_fast::beta_policy_backward", lib=schemas.LIBRARY)
 def _backward_fake(derivatives, grad_log_prob, grad_entropy):  # type: ignore[no-untyped-def]
     shape = derivatives.shape[1:]
     grad_kappa = derivatives.new_empty(shape if derivatives.shape[0] == 4 else 0)
@@ -194,9 +234,8 @@ def _mapped_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
-@torch.library.register_vmap("dvla_fast::beta_policy_forward", lib=schemas.LIBRARY)
-def _forward_vmap(info, in_dims, logits, kappa, value, action, key, save):  # type: ignore[no-untyped-def]
-    forward, size = torch.ops.dvla_fast.beta_policy_forward.default, info.batch_size
+def _forward_vmap(op, info, in_dims, logits, kappa, value, action, key, save, check=False):  # type: ignore[no-untyped-def]
+    size, forward = info.batch_size, functools.partial(op, check=check)
     logits = _mapped_first(logits, in_dims[0], size)
     if kappa is not None:
         kappa = _mapped_first(kappa, in_dims[1], size)
@@ -218,16 +257,26 @@ def _forward_vmap(info, in_dims, logits, kappa, value, action, key, save):  # ty
     return (*elementwise, derivatives), (0, 0, 0, 0, 1)
 
 
-@torch.library.register_vmap("dvla_fast::beta_policy_backward", lib=schemas.LIBRARY)
-def _backward_vmap(info, in_dims, derivatives, grad_log_prob, grad_entropy):  # type: ignore[no-untyped-def]
+def _backward_vmap(backward, info, in_dims, derivatives, grad_log_prob, grad_entropy):  # type: ignore[no-untyped-def]
     size = info.batch_size
     derivatives = _mapped_first(derivatives, in_dims[0], size).movedim(0, 1)
     grads = (
         None if grad is None else _mapped_first(grad, dim, size)
         for grad, dim in zip((grad_log_prob, grad_entropy), in_dims[1:])
     )
-    grad_logits, grad_kappa = torch.ops.dvla_fast.beta_policy_backward.default(derivatives, *grads)
+    grad_logits, grad_kappa = backward(derivatives, *grads)
     return (grad_logits, grad_kappa), (0, 0 if derivatives.shape[0] == 4 else None)
+
+
+for _kernels in _FORWARD:
+    for _direction, _ops, _fake, _vmap in (
+        ("forward", _FORWARD, _forward_fake, _forward_vmap),
+        ("backward", _BACKWARD, _backward_fake, _backward_vmap),
+    ):
+        _op = f"dvla_fast::beta_policy_{_direction}{_kernels}"
+        torch.library.register_fake(_op, _fake, lib=schemas.LIBRARY)
+        _rule = functools.partial(_vmap, _ops[_kernels])
+        torch.library.register_vmap(_op, _rule, lib=schemas.LIBRARY)
 
 
 def _checked_concentration(
@@ -254,15 +303,18 @@ def _checked_concentration(
 
 
 def _check_values(logits: Tensor, kappa: Tensor, action_logit: Tensor | None) -> None:
-    """What the C++ op checks on its way, for the reference path.
-
-    Neither a traced graph nor a CUDA graph under capture can raise, and reading a GPU would stall.
-    """
-    if torch.compiler.is_compiling() or logits.device.type != "cpu":
+    """What the ops check on their way, for the reference path; a traced graph cannot raise."""
+    if torch.compiler.is_compiling() or not value_checks(logits.device):
         return
-    if bool(torch.isnan(logits).any()):
-        raise ValueError("logits: NaN found")
-    if action_logit is not None and bool(torch.isnan(action_logit).any()):
-        raise ValueError("action_logit: NaN found")
-    if not bool(((kappa > 0) & torch.isfinite(kappa)).all()):
-        raise ValueError("concentration: expected positive finite values")
+    _require(~torch.isnan(logits), "logits: NaN found")
+    if action_logit is not None:
+        _require(~torch.isnan(action_logit), "action_logit: NaN found")
+    _require((kappa > 0) & torch.isfinite(kappa), "concentration: expected positive finite values")
+
+
+def _require(valid: Tensor, message: str) -> None:
+    """Raises on a CPU; elsewhere asserts on the device, without waiting for it."""
+    if valid.device.type != "cpu":
+        torch._assert_async(valid.all(), message)
+    elif not bool(valid.all()):
+        raise ValueError(message)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -30,4 +31,13 @@ def first_order(op: Any, name: str) -> type[torch.autograd.Function]:
                 f"{name}: second derivatives are not implemented; use backend='reference'"
             )
 
+    FirstOrder.forward.__signature__ = _signature(op)  # type: ignore[attr-defined]
     return FirstOrder
+
+
+def _signature(op: Any) -> inspect.Signature:
+    """One parameter an argument: torch.compile counts them to tell whether there is a context."""
+    if not isinstance(op, torch._ops.OpOverload):
+        return inspect.signature(op)
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Signature([inspect.Parameter(a.name, kind) for a in op._schema.arguments])

@@ -4,8 +4,9 @@
     logit = w₂·GELU(W₁ [norm(image mean) ‖ norm(text mean) ‖ cosine] + b₁) + b₂
     α ~ Beta(κp, κ(1 − p)), p = sigmoid(logit)
 
-(DVLA-RL, state and policy of method §3; the norms are layer norms without weights.) On the CPU one
-C++ call does it, forward and backward; elsewhere it is a composition of PyTorch operations around
+(DVLA-RL, state and policy of method §3; the norms are layer norms without weights.) One C++ call
+does it on the CPU; on a GPU two Triton kernels and the draw of a key do, and two kernels backward.
+Elsewhere, and under torch.func, it is a composition of PyTorch operations around
 :func:`dvla_fast.functional.beta_policy`.
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from dvla_fast import _extension, backends, reference
 from dvla_fast.ops import schemas
 from dvla_fast.ops.beta_policy import beta_policy, draw_key
+from dvla_fast.ops.value_checks import value_checks
 
 
 class GatePolicyOutput(NamedTuple):
@@ -60,7 +62,8 @@ def gate_state(
         state_images: only the first this many images of each text group make the state; None: all.
         image_mask: (B, N) bool, True = a token.
         text_mask: (T, P) bool, True = a token.
-        backend: ``"cpp"`` or ``"reference"``; default the best for the inputs.
+        backend: ``"cpp"`` (CPU), ``"triton"`` (CUDA) or ``"reference"``; default the best for the
+            inputs.
 
     Returns:
         (A, 2·C + 1), float32, or float64 for float64 tokens.
@@ -113,15 +116,16 @@ def gate_policy(
         action_logit: (A,), evaluate these stored actions instead of drawing.
         deterministic: take the policy's mean instead of drawing.
         generator: see :func:`dvla_fast.functional.beta_policy`.
-        backend: ``"cpp"`` or ``"reference"``; default the best for the inputs.
+        backend: ``"cpp"`` (CPU), ``"triton"`` (CUDA) or ``"reference"``; default the best for the
+            inputs.
 
     Returns:
         GatePolicyOutput. log_prob, entropy and state differentiate, once, with respect to tokens
         and weights.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, devices or numbers do not fit together; on the CPU,
-            the logits hold NaN.
+        TypeError, ValueError: dtypes, shapes, devices or numbers do not fit together; where values
+            are checked (:func:`dvla_fast.functional.set_value_checks`), logits or actions hold NaN.
         BackendError: the backend asked for cannot run with these inputs.
     """
     _check(image_tokens, text_tokens, groups_per_decision, state_images, image_mask, text_mask)
@@ -149,20 +153,23 @@ def gate_policy(
         key = draw_key(image_tokens.device, generator)
     results = torch.ops.dvla_fast.gate_policy_forward.default(
         image_tokens, text_tokens, *pooling, *weights, kappa,
-        action_logit, key, False,
+        action_logit, key, False, value_checks(image_tokens.device),
     )  # fmt: skip
     return GatePolicyOutput(*results[:5])
 
 
 def _in_one_call(image_tokens: Tensor, backend: str | None) -> bool:
-    """Whether the C++ op runs. torch.func transforms what PyTorch's own operations compose."""
-    problem = _extension.problem
-    if image_tokens.device.type != "cpu":
-        problem = f"no kernel for {image_tokens.device.type}"
+    """Whether the op runs. torch.func transforms what PyTorch's own operations compose."""
+    device, width = image_tokens.device, image_tokens.shape[2]
+    compiled = _extension.problem if device.type == "cpu" else f"no kernel for {device.type}"
     if backend is None and _extension.needs_python_autograd():
         return False
-    chosen = backends.choose("gate_policy", (("cpp", problem), ("reference", None)), backend)
-    return chosen == "cpp"
+    candidates = (
+        ("cpp", compiled),
+        ("triton", _extension.gate_triton_problem(device, width)),
+        ("reference", None),
+    )
+    return backends.choose("gate_policy", candidates, backend) != "reference"
 
 
 def _decisions(image_tokens: Tensor, text_tokens: Tensor, groups_per_decision: int) -> int:
@@ -175,6 +182,7 @@ def _decisions(image_tokens: Tensor, text_tokens: Tensor, groups_per_decision: i
 def _forward_fake(  # type: ignore[no-untyped-def]
     image_tokens, text_tokens, image_mask, text_mask, groups_per_decision, state_images,
     hidden_weight, hidden_bias, out_weight, out_bias, concentration, action_logit, key, save,
+    check=False,
 ):  # fmt: skip
     decisions = _decisions(image_tokens, text_tokens, groups_per_decision)
     wide = torch.promote_types(image_tokens.dtype, torch.float32)

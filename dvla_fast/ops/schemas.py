@@ -47,21 +47,27 @@ LIBRARY.define(
     " Tensor grad_image_tokens, Tensor grad_kv_weight, Tensor grad_text_key,"
     " Tensor grad_text_value, Tensor grad_alpha, Tensor grad_out_weight)"
 )
-LIBRARY.define(
-    # The concentration is a tensor that broadcasts to logits, or (None) the number beside it.
-    # Action: `action_logit` evaluates it, else `key` (2,) int64 samples, else the mean.
-    # derivatives: (0,) unless asked for, else stacked d(log_prob), d(entropy) by the logit, then,
-    # with a concentration tensor, d(log_prob), d(entropy) by the concentration.
-    "beta_policy_forward(Tensor logits, Tensor? concentration, float concentration_value,"
-    " Tensor? action_logit, Tensor? key, bool save)"
-    " -> (Tensor alpha, Tensor action_logit, Tensor log_prob, Tensor entropy, Tensor derivatives)"
-)
-LIBRARY.define(
-    # Scales the saved derivatives by the gradients that came in (None: not used). The second result
-    # is empty unless the derivatives hold those by the concentration.
-    "beta_policy_backward(Tensor derivatives, Tensor? grad_log_prob, Tensor? grad_entropy)"
-    " -> (Tensor grad_logits, Tensor grad_concentration)"
-)
+for _kernels in ("", "_triton"):
+    # The second pair of names: the Triton kernels wherever they can run. On a GPU the first pair
+    # means the CUDA kernels if they were built, else the Triton kernels too.
+    LIBRARY.define(
+        # The concentration is a tensor that broadcasts to logits, or (None) the number beside it.
+        # Action: `action_logit` evaluates it, else `key` (2,) int64 samples, else the mean.
+        # derivatives: (0,) unless asked for, else stacked d(log_prob), d(entropy) by the logit,
+        # then, with a concentration tensor, d(log_prob), d(entropy) by the concentration.
+        # check: an invalid value raises, on a GPU by an assertion in the kernel; else it gives NaN.
+        f"beta_policy_forward{_kernels}(Tensor logits, Tensor? concentration,"
+        " float concentration_value, Tensor? action_logit, Tensor? key, bool save,"
+        " bool check=False)"
+        " -> (Tensor alpha, Tensor action_logit, Tensor log_prob, Tensor entropy,"
+        " Tensor derivatives)"
+    )
+    LIBRARY.define(
+        # Scales the saved derivatives by the gradients that came in (None: not used). The second
+        # result is empty unless the derivatives hold those by the concentration.
+        f"beta_policy_backward{_kernels}(Tensor derivatives, Tensor? grad_log_prob,"
+        " Tensor? grad_entropy) -> (Tensor grad_logits, Tensor grad_concentration)"
+    )
 LIBRARY.define(
     # A gate's decision from image_tokens (B,N,C), text_tokens (T,P,C) and masks (B,N), (T,P):
     # state, network, policy. groups_per_decision: text groups that share a decision, 0: one an
@@ -72,8 +78,9 @@ LIBRARY.define(
     "gate_policy_forward(Tensor image_tokens, Tensor text_tokens, Tensor? image_mask,"
     " Tensor? text_mask, int groups_per_decision, int state_images, Tensor? hidden_weight,"
     " Tensor? hidden_bias, Tensor? out_weight, Tensor? out_bias, float concentration,"
-    " Tensor? action_logit, Tensor? key, bool save) -> (Tensor alpha, Tensor action_logit,"
-    " Tensor log_prob, Tensor entropy, Tensor state, Tensor hidden, Tensor derivatives)"
+    " Tensor? action_logit, Tensor? key, bool save, bool check=False) -> (Tensor alpha,"
+    " Tensor action_logit, Tensor log_prob, Tensor entropy, Tensor state, Tensor hidden,"
+    " Tensor derivatives)"
 )
 LIBRARY.define(
     # grad_image (B,C) and grad_text (T,C): the gradient of each token that counts.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -106,10 +105,3 @@ def by_token(tensor: Tensor, outer: int) -> Tensor:
     """An uninitialised (outer, H, L, D) tensor stored (outer, L, H, D), for rows like tensor's."""
     _, heads, length, head_dim = tensor.shape
     return tensor.new_empty(outer, length, heads, head_dim).transpose(1, 2)
-
-
-def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(tensor.device)

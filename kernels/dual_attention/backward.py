@@ -33,7 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import Step, by_token, layouts_of, on_device_of
+from ..devices import on_device_of
+from .arguments import Step, by_token, layouts_of
 from .backward_plan import plan
 from .launch import device_of
 

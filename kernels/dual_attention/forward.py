@@ -42,6 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..devices import on_device_of
 from .arguments import (
     Layout,
     Step,
@@ -49,7 +50,6 @@ from .arguments import (
     check_supported,
     layouts_of,
     needs_wide_offsets,
-    on_device_of,
     options_of,
     problem_of,
     strides_of,

@@ -1,4 +1,4 @@
-"""Compiling the dual-attention kernels for GPUs that need not be there, and what they then use."""
+"""Compiling the kernels for GPUs that need not be there, and what they then use."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ backward = importlib.import_module("dvla_fast.kernels.dual_attention.backward")
 launch = importlib.import_module("dvla_fast.kernels.dual_attention.launch")
 
 TYPE_NAMES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.int64: "i64",
     torch.bool: "i1",
 }
 

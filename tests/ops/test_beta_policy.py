@@ -1,13 +1,14 @@
-"""The policy: densities against mpmath, draws against SciPy, and its behaviour inside PyTorch."""
+"""The policy: densities against mpmath, and its behaviour inside PyTorch."""
 
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import mpmath
-import numpy as np
 import pytest
-import scipy.stats
 import torch
 from torch import Tensor
 
@@ -83,71 +84,6 @@ def test_densities_and_gradients_equal_50_digit_values(
             error = abs(float(got[name][i]) - value)
             bound = relative * abs(value) + absolute * max(1.0, math.sqrt(k))
             assert error <= bound, (name, f"logit {x:.3g}, kappa {k:g}", float(error), bound)
-
-
-@needs_extension
-@pytest.mark.parametrize("kappa", [0.1, 1.0, 10.0, 1e4])
-@pytest.mark.parametrize("p", [1e-4, 0.3, 0.5, 1 - 1e-4])
-def test_draws_follow_the_distribution(p: float, kappa: float) -> None:
-    # Compared through u = cdf(alpha), uniform if all is right, on whichever tail holds the digits.
-    n = 100_000
-    _, action = beta_sample(torch.full((n,), logit(p)), kappa)
-    log_alpha = -np.logaddexp(0.0, -action.double().numpy())
-    log_rest = -np.logaddexp(0.0, action.double().numpy())
-    a, b = kappa * p, kappa * (1 - p)
-    u = np.where(
-        log_alpha < log_rest,
-        scipy.stats.beta.cdf(np.exp(log_alpha), a, b),
-        scipy.stats.beta.sf(np.exp(log_rest), b, a),
-    )
-    # With a tiny shape a float64 alpha underflows: there u = alpha^a / (a B(a, b)) by the series.
-    log_norm = scipy.special.betaln(a, b)
-    tiny = log_alpha < -600
-    u[tiny] = np.exp(a * log_alpha[tiny] - np.log(a) - log_norm)
-    tiny = log_rest < -600
-    u[tiny] = 1 - np.exp(b * log_rest[tiny] - np.log(b) - log_norm)
-    assert scipy.stats.kstest(u, "uniform").pvalue > 1e-4
-
-
-@needs_extension
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_tails_are_not_cut_off(dtype: torch.dtype) -> None:
-    """E[log p] of Beta(9.9, 0.1) is 9.29: rounding alpha to float32 would give about 7."""
-    logits = torch.full((200_000,), logit(0.99), dtype=dtype)
-    out = beta_policy(logits, 10.0)
-    expected = -float(beta_entropy(logits[:1], 10.0))
-    assert expected == pytest.approx(9.29, abs=0.01)
-    assert float(out.log_prob.mean()) == pytest.approx(expected, abs=0.15)
-
-
-@needs_extension
-def test_draws_do_not_depend_on_threads_or_batch_split() -> None:
-    logits = torch.randn(10_000)
-
-    def draw(threads: int) -> Tensor:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            return beta_sample(logits, 0.7, generator=torch.Generator().manual_seed(3))[1]
-        finally:
-            torch.set_num_threads(before)
-
-    assert torch.equal(draw(1), draw(2))
-    assert not torch.equal(draw(1), beta_sample(logits, 0.7)[1])
-
-
-@needs_extension
-def test_philox_gives_the_published_answers() -> None:
-    """Known answers of Random123's philox4x32-10 (Salmon et al., SC 2011)."""
-    from dvla_fast import _build_info
-
-    ones = [0xFFFFFFFF] * 4
-    assert _build_info.philox4x32([0] * 4, [0] * 2) == [
-        0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8,
-    ]  # fmt: skip
-    assert _build_info.philox4x32(ones, ones[:2]) == [
-        0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD,
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -285,7 +221,9 @@ def test_wrong_inputs_raise_before_work(backend: str) -> None:
         beta_policy(logits, 1.0, action_logit=torch.zeros(2), backend=backend)
     with pytest.raises(ValueError, match="exclude each other"):
         beta_policy(logits, 1.0, action_logit=logits, deterministic=True, backend=backend)
-    with pytest.raises(BackendError, match="no backend 'triton'"):
+    with pytest.raises(
+        BackendError, match="backend 'triton' cannot run here: the inputs are not on a CUDA"
+    ):
         beta_policy(logits, 1.0, backend="triton")
 
 
@@ -301,17 +239,133 @@ def test_parts_agree_with_the_whole() -> None:
     torch.testing.assert_close(beta_entropy(logits, 2.0), out.entropy)
 
 
+def on_cuda() -> list[str]:
+    """What implements the op's names on a GPU here, as suffixes of the op."""
+    return ["", "_triton"] if _extension.has_cuda else [""]
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not _extension.has_cuda, reason="the extension was built without CUDA")
-@pytest.mark.parametrize("kappa", [0.1, 10.0, 1e4])
-def test_cuda_draws_the_same_numbers_as_the_cpu(kappa: float) -> None:
-    logits = torch.linspace(-6, 6, 4096)
+@needs_extension
+@pytest.mark.parametrize("kernels", on_cuda())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kappa", [0.1, 10.0, 1e4, None])
+def test_cuda_draws_the_same_numbers_as_the_cpu(
+    kappa: float | None, dtype: torch.dtype, kernels: str
+) -> None:
+    logits = torch.linspace(-6, 6, 4096, dtype=dtype)
+    each = torch.logspace(-2, 6, 4096, dtype=dtype) if kappa is None else None
     key = torch.tensor([1234, 5678])
-    op = torch.ops.dvla_fast.beta_policy_forward.default
-    cpu = op(logits, None, kappa, None, key, True)
-    gpu = op(logits.cuda(), None, kappa, None, key.cuda(), True)
-    for want, got in zip(cpu, gpu, strict=True):
+    arguments = (logits, each, kappa or 0.0, None, key)
+    cpu = torch.ops.dvla_fast.beta_policy_forward.default(*arguments, True)
+    on_gpu = (x.cuda() if isinstance(x, Tensor) else x for x in arguments)
+    op = getattr(torch.ops.dvla_fast, f"beta_policy_forward{kernels}").default
+    for want, got in zip(cpu, op(*on_gpu, True), strict=True):
         torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+@needs_extension
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
+def test_gradients_on_cuda_are_those_on_the_cpu(backend: str) -> None:
+    if backend == "cpp" and not _extension.has_cuda:
+        pytest.skip("the extension was built without CUDA")
+    logits, kappa = torch.randn(64, 5), torch.rand(64, 1) + 0.1
+    action = beta_sample(logits, kappa)[1]
+    want = measured(logits, kappa, action, "cpp")
+    got = measured(logits.cuda(), kappa.cuda(), action.cuda(), backend)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name].cpu(), value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
+def test_cuda_graph_draws_afresh_and_compiles(backend: str) -> None:
+    if backend == "cpp" and not _extension.has_cuda:
+        pytest.skip("the extension was built without CUDA")
+    logits = torch.zeros(100, device="cuda", requires_grad=True)
+
+    def step(logits: Tensor) -> Tensor:
+        out = beta_policy(logits, 10.0, backend=backend)
+        torch.autograd.grad(out.log_prob.sum(), logits)
+        return out.alpha
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(logits)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        alpha = step(logits)
+    graph.replay()
+    first = alpha.clone()
+    graph.replay()
+    assert not torch.equal(first, alpha)
+    compiled = torch.compile(
+        lambda x: beta_policy(x, 10.0, backend=backend).log_prob, fullgraph=True
+    )
+    (grad,) = torch.autograd.grad(compiled(logits).sum(), logits)
+    assert bool(grad.isfinite().all())
+
+
+@needs_extension
+def test_the_second_names_behave_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their autograd, fakes and vmap rules, with the C++ op standing in for the Triton kernels."""
+    from dvla_fast.ops import beta_policy as module
+
+    ops, x, action = torch.ops.dvla_fast, torch.randn(6, 4), torch.randn(6, 4)
+
+    def loss(logits: Tensor, backend: str = "triton") -> Tensor:
+        out = module._run(logits, torch.tensor(3.0), 0.0, action[0], None, backend)
+        return (out.log_prob + 0.2 * out.entropy).sum()
+
+    monkeypatch.setattr(_extension, "has_cuda", True)
+    with torch.library._scoped_library("dvla_fast", "IMPL") as library:
+        library.impl("beta_policy_forward_triton", ops.beta_policy_forward.default, "CPU")
+        library.impl("beta_policy_backward_triton", ops.beta_policy_backward.default, "CPU")
+        each = torch.stack([torch.func.grad(loss)(row) for row in x])
+        leaf = x[0].clone().requires_grad_()
+        torch.testing.assert_close(torch.autograd.grad(loss(leaf), leaf)[0], each[0])
+        torch.testing.assert_close(torch.autograd.grad(loss(leaf, "cpp"), leaf)[0], each[0])
+        torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(x), each)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(torch.autograd.grad(compiled(leaf), leaf)[0], each[0])
+        arguments = (x, torch.ones(4), 0.0, action, None, True)
+        torch.library.opcheck(ops.beta_policy_forward_triton.default, arguments)
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key(
+        "dvla_fast::beta_policy_forward_triton", "CPU"
+    )
+
+
+def test_which_kernels_serve_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dvla_fast.ops import beta_policy as module
+
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(_extension, "has_cuda", True)
+    assert module._choose(cuda, None) == "cpp"
+    assert module._choose(cuda, "triton") == "triton"
+    monkeypatch.setattr(_extension, "has_cuda", False)
+    assert module._choose(cuda, None) == "triton"
+    with pytest.raises(BackendError, match="built without CUDA"):
+        module._choose(cuda, "cpp")
+    monkeypatch.setattr(_extension, "triton_available", lambda: False)
+    assert module._choose(cuda, None) == "reference"
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_op_has_a_cuda_kernel_with_and_without_nvcc(compiled: bool) -> None:
+    """Without the compiled kernels (here: none is loaded) Triton's take the op's own name."""
+    if compiled and not _extension.has_cuda:
+        pytest.skip("the extension was built without CUDA")
+    code = (
+        "import torch, dvla_fast.functional;"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key;"
+        "print([has(f'dvla_fast::beta_policy_{d}{k}', 'CUDA')"
+        " for d in ('forward', 'backward') for k in ('', '_triton')],"
+        " 'beta_cuda.cu' in torch._C._dispatch_dump('dvla_fast::beta_policy_forward'))"
+    )
+    env = {**os.environ, "DVLA_FAST_BACKEND": "" if compiled else "reference"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.split("] ") == ["[True, True, True, True", f"{compiled}\n"], done.stderr
 
 
 @needs_extension

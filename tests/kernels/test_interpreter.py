@@ -31,14 +31,16 @@ def _release(version: str) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("cases", "selection"),
     [
-        ("forward", "float16"),
-        ("forward", "not float16"),
-        ("backward", "streamed"),
-        ("backward", "not streamed"),
+        ("dual_attention_forward", "float16"),
+        ("dual_attention_forward", "not float16"),
+        ("dual_attention_backward", "streamed"),
+        ("dual_attention_backward", "not streamed"),
+        ("beta_policy_kernel", ""),
+        ("gate_policy_kernel", ""),
     ],
 )
 def test_in_the_interpreter(cases: str, selection: str, tmp_path: Path) -> None:
-    path = Path(__file__).with_name(f"test_dual_attention_{cases}.py")
+    path = Path(__file__).with_name(f"test_{cases}.py")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     options = ["-q", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider", "-k", selection]

@@ -45,6 +45,21 @@ def _logit_gradient(  # type: ignore[no-untyped-def]
     return grad
 
 
+@triton.jit
+def _cosine_backward(x, y, grad):  # type: ignore[no-untyped-def]
+    """What the gradient [BLOCK_A] of the cosine adds to those of the rows x and y."""
+    cosine, x_norm, y_norm = cosine_of(x, y)
+    slope = grad.to(tl.float64)
+    both = (slope / (x_norm * y_norm))[:, None]
+    # A norm below the smallest is a constant.
+    along_x = tl.where(x_norm > like(x_norm, 1e-8), slope * cosine / (x_norm * x_norm), 0.0)
+    along_y = tl.where(y_norm > like(y_norm, 1e-8), slope * cosine / (y_norm * y_norm), 0.0)
+    wide_x, wide_y = x.to(tl.float64), y.to(tl.float64)
+    add_x = both * wide_y - along_x[:, None] * wide_x
+    add_y = both * wide_x - along_y[:, None] * wide_y
+    return add_x.to(x.dtype), add_y.to(y.dtype)
+
+
 @triton.jit(do_not_specialize=["log_prob_step", "entropy_step", "decisions", "units"])
 def gate_backward_kernel(  # type: ignore[no-untyped-def]
     derivatives, log_prob, log_prob_step, entropy, entropy_step, grad_state,
@@ -102,15 +117,9 @@ def gate_backward_kernel(  # type: ignore[no-untyped-def]
         grad_y += normalise_backward(of_y, norm, factor, in_width, width)
         tl.store(inputs + left + width, norm, keep)
         tl.store(inputs + last, tl.load(state + last, inside, other=0.0), inside)
-    cosine, x_norm, y_norm = cosine_of(x, y)
-    slope = grad_cosine.to(tl.float64)
-    both = (slope / (x_norm * y_norm))[:, None]
-    # A norm below the smallest is a constant.
-    along_x = tl.where(x_norm > like(x_norm, 1e-8), slope * cosine / (x_norm * x_norm), 0.0)
-    along_y = tl.where(y_norm > like(y_norm, 1e-8), slope * cosine / (y_norm * y_norm), 0.0)
-    x, y = x.to(tl.float64), y.to(tl.float64)
-    grad_x += (both * y - along_x[:, None] * x).to(WIDE)
-    grad_y += (both * x - along_y[:, None] * y).to(WIDE)
+    add_x, add_y = _cosine_backward(x, y, grad_cosine)
+    grad_x += add_x
+    grad_y += add_y
     to = (decision * (2 * width))[:, None] + channel[None, :]
     tl.store(grad_means + to, grad_x, keep)
     tl.store(grad_means + to + width, grad_y, keep)

@@ -102,6 +102,35 @@ def _mean_of_rows(  # type: ignore[no-untyped-def]
     return divide(total, tl.zeros_like(total) + count)
 
 
+@triton.jit
+def _network(  # type: ignore[no-untyped-def]
+    x, y, cosine, hidden_weight, hidden_bias, out_weight, out_bias, hidden,
+    decision, inside, units, channel, width,
+    SAVE: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Logits [BLOCK_A] from normalised means [BLOCK_A, BLOCK_C] and their cosine [BLOCK_A]."""
+    logit = tl.zeros([BLOCK_A], x.dtype) + tl.load(out_bias)
+    for start in range(0, units, BLOCK_K):
+        unit = start + tl.arange(0, BLOCK_K)
+        exists = unit < units
+        by_image, by_text, by_cosine = weights_of(
+            hidden_weight, unit, units, channel, width, BLOCK_C
+        )
+        total = tl.sum(x[:, None, :] * by_image[None, :, :], 2)  # [BLOCK_A, BLOCK_K]
+        total += tl.sum(y[:, None, :] * by_text[None, :, :], 2)
+        total += cosine[:, None] * by_cosine[None, :]
+        total += tl.load(hidden_bias + unit, exists, other=0.0)[None, :]
+        if SAVE:
+            here = hidden + decision[:, None] * units + unit[None, :]
+            tl.store(here, total, inside[:, None] & exists[None, :])
+        out = tl.load(out_weight + unit, exists, other=0.0)
+        logit += tl.sum(gelu(total)[0] * out[None, :], 1)
+    return logit
+
+
 @triton.jit(do_not_specialize=["decisions", "images", "texts", "share", "units", "kappa_bits"])
 def gate_decide_kernel(  # type: ignore[no-untyped-def]
     image_means, text_means,
@@ -138,22 +167,10 @@ def gate_decide_kernel(  # type: ignore[no-untyped-def]
     if NETWORK:
         x, _ = normalise(x, in_width, width)
         y, _ = normalise(y, in_width, width)
-        logit = tl.zeros([BLOCK_A], WIDE) + tl.load(out_bias)
-        for start in range(0, units, BLOCK_K):
-            unit = start + tl.arange(0, BLOCK_K)
-            exists = unit < units
-            by_image, by_text, by_cosine = weights_of(
-                hidden_weight, unit, units, channel, width, BLOCK_C
-            )
-            total = tl.sum(x[:, None, :] * by_image[None, :, :], 2)  # [BLOCK_A, BLOCK_K]
-            total += tl.sum(y[:, None, :] * by_text[None, :, :], 2)
-            total += cosine[:, None] * by_cosine[None, :]
-            total += tl.load(hidden_bias + unit, exists, other=0.0)[None, :]
-            if SAVE:
-                here = hidden + decision[:, None] * units + unit[None, :]
-                tl.store(here, total, inside[:, None] & exists[None, :])
-            out = tl.load(out_weight + unit, exists, other=0.0)
-            logit += tl.sum(gelu(total)[0] * out[None, :], 1)
+        logit = _network(
+            x, y, cosine, hidden_weight, hidden_bias, out_weight, out_bias, hidden,
+            decision, inside, units, channel, width, SAVE, BLOCK_A, BLOCK_K, BLOCK_C,
+        )  # fmt: skip
         kappa = tl.zeros([BLOCK_A], tl.float64)
         kappa += tl.cast(kappa_bits, tl.int64).to(tl.float64, bitcast=True)
         actions = logit

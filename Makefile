@@ -55,6 +55,8 @@ $(VENV)/.demo: $(SOURCES) | $(VENV)/.torch
 	$(BIN)/pip install -q -e '.[train]'
 	touch $@
 
+# Warnings are errors in a first build, as in a clean clone. After `make demo` its flags stay: others
+# would compile everything again.
 $(VENV)/.dev: $(SOURCES) | $(VENV)/.torch
-	DVLA_FAST_WERROR=1 $(BIN)/pip install -q -e '.[dev]'
+	$(if $(wildcard build/*/CMakeCache.txt),,DVLA_FAST_WERROR=1 )$(BIN)/pip install -q -e '.[dev]'
 	touch $@ $(VENV)/.demo

@@ -59,9 +59,10 @@ def build(folder: Path, output: Path, targets: tuple[str, ...] = (), **options: 
         "DVLA_TORCH_LIBRARIES": ";".join(cpp_extension.library_paths()),
         "DVLA_PYTHON_INCLUDE": sysconfig.get_paths()["include"],
         "DVLA_PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
-        "DVLA_WERROR": "ON" if os.environ.get("DVLA_FAST_WERROR") == "1" else "OFF",
         **options,
     }
+    if os.environ.get("DVLA_FAST_WERROR") == "1":  # else as the folder was first built: no rebuild
+        definitions["DVLA_WERROR"] = "ON"
     if shutil.which("ccache"):
         definitions["CMAKE_CXX_COMPILER_LAUNCHER"] = "ccache"
     cmake, ninja = tool("cmake"), tool("ninja")

@@ -1,6 +1,7 @@
 // The op beta_policy_forward; its schema and meaning are in dvla_fast/ops/schemas.py.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
@@ -66,15 +67,13 @@ class BetaCall {
       : logits_(logits.contiguous()), value_(value), save_(save) {
     if (concentration) kappa_ = concentration->expand(logits.sizes()).contiguous();
     if (action_logit) given_ = action_logit->contiguous();
-    for (at::Tensor* out : {&alpha_, &action_, &log_prob_, &entropy_}) {
-      *out = at::empty(logits.sizes(), logits.options());
-    }
+    for (at::Tensor* out : {&alpha_, &action_, &log_prob_, &entropy_}) *out = made(logits.sizes());
     std::vector<std::int64_t> shape{0};
     if (save) {
       shape.assign(logits.sizes().begin(), logits.sizes().end());
       shape.insert(shape.begin(), concentration ? 4 : 2);
     }
-    derivatives_ = at::empty(shape, logits.options());
+    derivatives_ = made(shape);
   }
 
   template <class T>
@@ -94,6 +93,12 @@ class BetaCall {
   BetaResult result() const { return {alpha_, action_, log_prob_, entropy_, derivatives_}; }
 
  private:
+  // Past the dispatcher on a CPU, where it is a good part of the time for a few states.
+  at::Tensor made(at::IntArrayRef sizes) const {
+    if (logits_.is_cpu()) return at::detail::empty_cpu(sizes, logits_.scalar_type());
+    return at::empty(sizes, logits_.options());
+  }
+
   at::Tensor logits_, kappa_, given_, alpha_, action_, log_prob_, entropy_, derivatives_;
   double value_;
   bool save_;

@@ -208,7 +208,7 @@ def _sweep(group: str, label: str, key: str, values: Iterable[Any], base: Any) -
 
 
 def _levels(config: AblateRun, backbone: Any) -> list[Variant]:
-    layers = [tuple(layer) for layer in config.model.gated_layers] or backbone.locations
+    layers = [(stage, block) for stage, block in config.model.gated_layers] or backbone.locations
     default = [list(pair) for pair in default_level_weights(layers, backbone.deep_from)]
     rows = {
         "levels=shallow-first": (

@@ -18,6 +18,7 @@ from dvla_fast.ops.first_order import first_order
 from dvla_fast.ops.value_checks import value_checks
 
 _LARGEST_INT64 = 2**63 - 1
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
 
 class BetaPolicyOutput(NamedTuple):
@@ -67,9 +68,9 @@ def beta_policy(
             :func:`dvla_fast.functional.set_value_checks`), κ is not positive and finite or logits
             or actions hold NaN. Unchecked, the results of such elements are NaN.
     """
-    if not logits.is_floating_point():
-        raise TypeError(f"logits: expected a floating tensor, got {logits.dtype}")
-    if logits.dtype in (torch.float16, torch.bfloat16):
+    if logits.dtype not in _LARGEST:
+        if not logits.is_floating_point():
+            raise TypeError(f"logits: expected a floating tensor, got {logits.dtype}")
         logits = logits.float()
     kappa, value = _checked_concentration(concentration, logits)
     if action_logit is not None:
@@ -82,13 +83,14 @@ def beta_policy(
         if action_logit.device != logits.device:
             raise ValueError(f"action_logit: on {action_logit.device}, logits on {logits.device}")
         action_logit = action_logit.detach().to(logits.dtype)
-    chosen = _choose(logits.device, backend)
+    device = logits.device
+    chosen = _choose(device, backend)
     if chosen != "reference":
         key = None
         if action_logit is None and not deterministic:
-            key = draw_key(logits.device, generator)
+            key = draw_key(device, generator)
         return _run(logits, kappa, value, action_logit, key, chosen)
-    full = torch.full((), value, dtype=logits.dtype, device=logits.device)
+    full = torch.full((), value, dtype=logits.dtype, device=device)
     _check_values(logits, full if kappa is None else kappa, action_logit)
     return BetaPolicyOutput(
         *reference.beta_policy(
@@ -126,8 +128,11 @@ def draw_key(device: torch.device, generator: torch.Generator | None = None) -> 
 
 
 def _choose(device: torch.device, backend: str | None) -> str:
+    compiled = _extension.beta_problem(device)
+    if compiled is None and backend is None and backends.get_backend() is None:
+        return "cpp"  # as below; for a few states every microsecond counts
     candidates = (
-        ("cpp", _extension.beta_problem(device)),
+        ("cpp", compiled),
         ("triton", _extension.beta_triton_problem(device)),
         ("reference", None),
     )
@@ -285,7 +290,7 @@ def _checked_concentration(
     """(tensor or None, number): the two forms the op takes."""
     if not isinstance(concentration, Tensor):
         value = float(concentration)
-        if not 0.0 < value <= torch.finfo(logits.dtype).max:
+        if not 0.0 < value <= _LARGEST[logits.dtype]:
             raise ValueError(f"concentration: expected a positive finite number, got {value}")
         return None, value
     if concentration.device != logits.device:

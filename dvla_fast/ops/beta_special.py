@@ -19,6 +19,7 @@ from torch.nn import functional as F
 _NODES = 128
 _LOW, _HIGH = -4.0, 4.25  # beyond these, what is left out is below float64's rounding
 _SHIFT = 8  # Stirling's series below is exact to rounding from here on
+_SMALL_SHAPE = 0.1  # a = κp: below, the derivative by κ takes its form without 1/a
 
 
 class ImplicitDerivatives(NamedTuple):
@@ -73,11 +74,19 @@ def beta_implicit_derivatives(
     with torch.no_grad():
         tail, upper = _tail(logits, concentration, action_logit)
         a, b, kappa = tail.a, tail.b, tail.a + tail.b
-        p, center = a / kappa, torch.digamma(a) - torch.digamma(b)
-        by_logit = a * b / kappa * (tail.first - (tail.l - center) * tail.mass)
+        p, center = a / kappa, torch.digamma(1 + a) - torch.digamma(b)
+        # By parts: J of s is (J of 1 + κ J of s·σ(l − s))/a. With ψ(a) = ψ(1 + a) − 1/a the terms
+        # in 1/a drop out, and all that are left are positive.
+        by_logit = b * tail.drift - a * b / kappa * (tail.l - center) * tail.mass
         mean = p * torch.digamma(a) + (1 - p) * torch.digamma(b) - torch.digamma(kappa)
         level = p * tail.l - F.softplus(tail.l) - mean
         by_kappa = -(level * tail.mass + tail.exponent / kappa)
+        # Likewise, where 1/a would be all that is left; large κ keep their digits above. 1/b drops
+        # out too: ψ(b) = ψ(1 + b) − 1/b here and in ψ(κ) − ψ(b).
+        level = p * (tail.l - torch.digamma(1 + a) + torch.digamma(1 + b))
+        level = level + _digamma_rise(1 + b, a)
+        small = tail.drift + tail.soft - level * tail.mass
+        by_kappa = torch.where(a < _SMALL_SHAPE, small, by_kappa)
         dtype = _result_dtype(logits)
         return ImplicitDerivatives(
             by_logit.to(dtype), torch.where(upper, -by_kappa, by_kappa).to(dtype)
@@ -92,8 +101,10 @@ class _Tail(NamedTuple):
     l: Tensor  # noqa: E741  (the logit of the draw, as above)
     mass: Tensor
     """J of φ = 1."""
-    first: Tensor
-    """J of φ = s."""
+    drift: Tensor
+    """J of φ = s·σ(l − s)."""
+    soft: Tensor
+    """J of φ = softplus(l − s)."""
     exponent: Tensor
     """J of φ = h(l − s) − h(l)."""
 
@@ -124,8 +135,9 @@ def _tail(
     s = scale * nodes  # [..., nodes]
     exponent = _exponent(a.unsqueeze(-1), kappa.unsqueeze(-1), draw.unsqueeze(-1), s)
     value = exponent.exp() * weights * scale
-    parts = (value.sum(-1), (s * value).sum(-1), (exponent * value).sum(-1))
-    return _Tail(a, b, draw, *parts), upper
+    place = draw.unsqueeze(-1) - s
+    integrands = (1.0, s * torch.sigmoid(place), F.softplus(place), exponent)
+    return _Tail(a, b, draw, *((phi * value).sum(-1) for phi in integrands)), upper
 
 
 def _exponent(a: Tensor, kappa: Tensor, logit: Tensor, s: Tensor) -> Tensor:
@@ -133,6 +145,22 @@ def _exponent(a: Tensor, kappa: Tensor, logit: Tensor, s: Tensor) -> Tensor:
     near = torch.log1p(torch.sigmoid(logit) * torch.expm1(-s))
     far = torch.logaddexp(F.logsigmoid(-logit), F.logsigmoid(logit) - s)
     return -a * s - kappa * torch.where(s < 0.5, near, far)
+
+
+def _digamma_rise(x: Tensor, step: Tensor) -> Tensor:
+    """ψ(x + step) − ψ(x) for step ≥ 0, to full accuracy for small steps."""
+    total = torch.zeros_like(x)
+    for k in range(_SHIFT):
+        total = total + step / ((x + k) * (x + k + step))
+    low, high = x + _SHIFT, x + _SHIFT + step
+    # ψ(y) = log y − 1/(2y) − 1/(12y²) + 1/(120y⁴) − 1/(252y⁶) + 1/(240y⁸) − 1/(132y¹⁰) …
+    r, t = 1 / (low * low), 1 / (high * high)
+    square = step * (low + high) * r * t  # 1/low² − 1/high²
+    power, series = torch.ones_like(r), torch.zeros_like(r)
+    for n, factor in enumerate((1 / 12, -1 / 120, 1 / 252, -1 / 240, 1 / 132, -691 / 32760)):
+        series = series + factor * power
+        power = power * t + r ** (n + 1)  # (rⁿ⁺² − tⁿ⁺²)/(r − t)
+    return total + torch.log1p(step / low) + step / (2 * low * high) + square * series
 
 
 def beta_kl(

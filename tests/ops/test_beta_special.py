@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import mpmath
 import pytest
 import torch
@@ -9,6 +11,7 @@ from scipy import special, stats
 from torch import Tensor
 
 from dvla_fast.functional import beta_cdf, beta_implicit_derivatives, beta_kl, beta_sample
+from dvla_fast.ops.beta_special import _digamma_rise
 
 
 def wide(value: float) -> Tensor:
@@ -54,12 +57,28 @@ def test_cdf_and_implicit_derivatives_against_mpmath(
 @pytest.mark.parametrize("kappa", [1e-8, 1.0, 10.0])
 def test_means_beyond_reach_of_a_draw(eta: float, kappa: float) -> None:
     """The lower tail is 1/a long, a = κp: there F = e^(a·l)/(a·B(a, b)) to the last digit."""
-    with mpmath.workdps(40):
+    with mpmath.workdps(220):
         p = 1 / (1 + mpmath.exp(-mpmath.mpf(eta)))
         a, b = kappa * p, kappa * (1 - p)
         want = float(mpmath.exp(a * eta) / (a * mpmath.beta(a, b)))
+        # log F = a·l + log Γ(κ) − log Γ(1 + a) − log Γ(b), held fixed
+        rise = mpmath.digamma(1 + a) - mpmath.digamma(b)
+        by_logit = float((1 - p) * (rise - eta))
+        level = p * (eta - rise) + mpmath.digamma(a + b) - mpmath.digamma(b)
+        by_kappa = float(-level / a)
     assert float(beta_cdf(wide(eta), kappa, wide(eta))) == pytest.approx(want, rel=1e-6)
-    assert float(beta_implicit_derivatives(wide(eta), kappa, wide(eta)).logits) > 0
+    got = beta_implicit_derivatives(wide(eta), kappa, wide(eta))
+    left_out = 100 * math.exp(eta)  # of the formula, relative
+    assert float(got.logits) == pytest.approx(by_logit, rel=1e-10 + left_out)
+    assert float(got.concentration) == pytest.approx(by_kappa, rel=1e-10 + left_out)
+
+
+@pytest.mark.parametrize("x", [1e-8, 0.3, 5.0, 1e6])
+@pytest.mark.parametrize("step", [1e-30, 1e-9, 0.02, 3.0])
+def test_digamma_rise(x: float, step: float) -> None:
+    with mpmath.workdps(60):
+        want = float(mpmath.digamma(mpmath.mpf(x) + step) - mpmath.digamma(x))
+    assert float(_digamma_rise(wide(x), wide(step))) == pytest.approx(want, rel=1e-14)
 
 
 @pytest.mark.parametrize("kappa", [0.05, 10.0, 1e6])

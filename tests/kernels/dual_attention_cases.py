@@ -215,9 +215,10 @@ def assert_near(
 def slack_of(case: Case) -> float:
     """Units of rounding allowed beyond the peer's error: half of one for rounding the result.
 
-    The interpreter also adds float32 products one by one, where the CPU's matmul keeps many partial
-    sums: at D = 256 that alone is twice the peer's error.
+    The interpreter also adds float32 products one by one, or as NumPy's BLAS does on the CPU at
+    hand, where PyTorch's matmul keeps many partial sums: at D = 256 that alone is twice the peer's
+    error.
     """
     if INTERPRETED and case.query.dtype == torch.float32:
-        return max(1.0, case.query.shape[-1] / 64)
+        return max(6.0, case.query.shape[-1] / 32)
     return 0.5

@@ -31,6 +31,7 @@ REGISTERS_PER_PROCESSOR = 65_536
 # ptxas and Triton differ between releases; a disaster is larger than this.
 STACK_SLACK = 128
 SHARED_SLACK = 1.25
+OTHER_RELEASE_SLACK = 2.0  # another Triton lays shared memory out otherwise, with fewer registers
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,13 @@ def test_within_budget(variant: Variant) -> None:
     row = launch.table_rows("default")[variant.row]
     compiled, options = variant.compile()
     used = resources(compiled)
-    budget = json.loads(BUDGET.read_text())["variants"][variant.name]
+    recorded = json.loads(BUDGET.read_text())
+    budget, same = recorded["variants"][variant.name], triton.__version__ == recorded["triton"]
     assert used["stack"] <= budget["stack"] + STACK_SLACK, (used, budget)
-    assert used["shared"] <= budget["shared"] * SHARED_SLACK, (used, budget)
+    slack = SHARED_SLACK if same else OTHER_RELEASE_SLACK
+    assert used["shared"] <= budget["shared"] * slack, (used, budget)
     assert used["registers"] * options["num_warps"] * 32 <= REGISTERS_PER_PROCESSOR, used
-    if triton.__version__ == json.loads(BUDGET.read_text())["triton"]:
+    if same:
         assert used["shared"] <= row["shared"], "the table promises less shared memory"
     long_side = row["rows"] if row["kernel"] == "forward" else row["keys"]
     if variant.arch == 90 and row["element_size"] == 2 and long_side >= 64:

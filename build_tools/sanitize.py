@@ -32,13 +32,19 @@ def variant() -> str:
 
 
 def runtime() -> str | None:
-    """The compiler's address-sanitizer runtime, to be loaded before everything else."""
+    """The compiler's address-sanitizer runtime, to be loaded before everything else.
+
+    With the C++ library behind it: the runtime looks exceptions up when it starts, and the first
+    one thrown (Triton throws some as it is imported) would end the process otherwise.
+    """
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
-    name = "libasan.so"
-    found = subprocess.run(
-        [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return found if found not in ("", name) else None
+    found = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    return ":".join(found) if found[0] not in ("", "libasan.so") else None
 
 
 def main() -> int:

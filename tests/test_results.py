@@ -14,7 +14,7 @@ ABLATIONS = sorted(RESULTS.glob("ablation-*.json"))
 
 
 def test_there_are_results() -> None:
-    assert {path.stem for path in ABLATIONS} >= {"ablation-shapes"}
+    assert {path.stem for path in ABLATIONS} >= {"ablation-shapes", "ablation-digits"}
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)

@@ -125,9 +125,10 @@ def weigh_rewards(
     """Say what the rewards of the full configuration ask of its gates, a mapping a gated layer.
 
     Returns:
-        Per layer "layer", "alphas" and "rewards" (mean over seeds), "best" (the policy mean that
-        earns most), "best_with_entropy" (and with the entropy bonus), "learned" (mean α at the
-        first shot); empty where no such cell is finished or its gates are no Beta policy's.
+        Per layer "layer", "alphas" and "rewards" (mean over seeds), and seed by seed, since a mean
+        of curves that peak apart peaks nowhere: "best" (the policy mean that earns most),
+        "best_with_entropy" (and with the entropy bonus), "learned" (mean α at the first shot).
+        Empty where no such cell is finished or its gates are no Beta policy's.
     """
     seeds = range(config.seed, config.seed + config.ablate.seeds)
     curves = [found[FULL, s]["rewards"] for s in seeds if "rewards" in found.get((FULL, s), {})]
@@ -136,16 +137,15 @@ def weigh_rewards(
     row = next(row for row in rows if row["variant"] == FULL)
     kappa, tau = config.model.concentration, config.metatune.entropy_weight
     result = []
-    for layer, curve in enumerate(np.mean(curves, 0)):
-        values = [float(value) for value in curve]
+    for layer, by_seed in enumerate(np.stack(curves, 1).tolist()):
         result.append(
             {
                 "layer": row["gated_layers"][layer],
                 "alphas": list(ALPHAS),
-                "rewards": values,
-                "best": best_mean(ALPHAS, values, kappa, 0.0),
-                "best_with_entropy": best_mean(ALPHAS, values, kappa, tau),
-                "learned": row["results"][0]["alpha"][layer],
+                "rewards": np.mean(by_seed, 0).tolist(),
+                "best": [best_mean(ALPHAS, curve, kappa, 0.0) for curve in by_seed],
+                "best_with_entropy": [best_mean(ALPHAS, curve, kappa, tau) for curve in by_seed],
+                "learned": [alphas[layer] for alphas in row["results"][0]["alpha_by_seed"]],
             }
         )
     return result

@@ -138,8 +138,8 @@ def _pull(layers: Sequence[Mapping[str, Any]]) -> list[str]:
         "## What the rewards ask of the gates",
         "",
         "Mean reward of base episodes with one gate of `full` set to α, the other at its policy's "
-        "mean; the mean of a Beta policy that earns most, without and with the entropy bonus; and "
-        "what was learned. Means over seeds.",
+        "mean, averaged over seeds. Then seed by seed: the mean of a Beta policy that earns most, "
+        "without and with the entropy bonus, and the mean α that was learned.",
         "",
         _line(["gate before", *(f"α = {a:g}" for a in shown), "best mean", "with the bonus",
                "learned"]),
@@ -148,7 +148,8 @@ def _pull(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     for item in layers:
         stage, block = item["layer"]
         rewards = [f"{value:.4f}" for value in item["rewards"][::2]]
-        means = [f"{item[key]:.2f}" for key in ("best", "best_with_entropy", "learned")]
+        keys = ("best", "best_with_entropy", "learned")
+        means = [" ".join(f"{value:.2f}" for value in item[key]) for key in keys]
         lines.append(_line([f"stage {stage}, block {block}", *rewards, *means]))
     return [*lines, ""]
 

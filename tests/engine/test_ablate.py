@@ -106,8 +106,11 @@ def test_whole_ablation(config: AblateRun, capsys: pytest.CaptureFixture[str]) -
     ]
     for layer, item in enumerate(summary["pull"]):
         assert item["rewards"] == pytest.approx(np.mean(curves, 0)[layer].tolist())
-        assert item["learned"] == found["full"]["results"][0]["alpha"][layer]
-        assert abs(item["best_with_entropy"] - 0.5) <= abs(item["best"] - 0.5)
+        by_seed = found["full"]["results"][0]["alpha_by_seed"]
+        assert item["learned"] == [alphas[layer] for alphas in by_seed]
+        assert len(item["best"]) == 2
+        for best, held in zip(item["best"], item["best_with_entropy"], strict=True):
+            assert abs(held - 0.5) <= abs(best - 0.5) + 0.011  # the bonus pulls to 1/2
     page = (store.path / "ablation.md").read_text()
     assert "| `visual` |" in page
     assert page.count("| stage ") == 2

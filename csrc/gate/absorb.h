@@ -10,6 +10,7 @@
 #include <ATen/ops/ones.h>
 
 #include "gate/problem.h"
+#include "gate/product.h"
 
 namespace dvla_fast::gate {
 
@@ -46,11 +47,12 @@ inline at::Tensor one_head(const Problem& z, const at::Tensor& rows) {
 }
 
 // q Wk of every head, (T * P, H * C).
-inline at::Tensor absorbed_query(const Problem& z) {
+template <class scalar_t>
+at::Tensor absorbed_query(const Problem& z) {
   const at::Tensor all = at::empty({z.T * z.P, z.H * z.C}, z.query.options());
   each_head(z, [&](int64_t h) {
-    at::Tensor to = of_head(all, h, z.C);
-    at::mm_out(to, query_rows(z, h), key_weight(z, h));
+    const Factor<scalar_t> weight(key_weight(z, h));
+    weight.multiply(query_rows(z, h), of_head(all, h, z.C));
   });
   return all;
 }

@@ -10,11 +10,11 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/add.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
 
 #include <numeric>
+#include <vector>
 
 #include "gate/absorb.h"
 #include "gate/gated_attention.h"
@@ -26,12 +26,11 @@ namespace {
 
 // The slots' sums of the weights' gradients take this many times the weights at most.
 constexpr int64_t kMostSlots = 16;
-// Rows of one thread's part of a weight's gradient, where threads share it.
+// Rows of one thread's part of a weight's gradient in half types, where threads share it.
 constexpr int64_t kPartRows = 96;
-// A product over more rows than this a library may cut up along them, and differently so for other
-// numbers of threads: it is taken in runs, longer where each run's result is rounded to half.
-constexpr int64_t kRunRows = 128, kHalfRunRows = 1024;
-
+// Columns by which rows of a buffer that is read down its columns are longer than what they hold:
+// rows a multiple of a large power of two apart fall into the same few lines of the cache.
+constexpr int64_t kSkew = 16;
 // out (n) = the sum of rows [first, first + count) of `slots` (…, n), in order; `out` may be the
 // first.
 template <class acc_t>
@@ -60,7 +59,7 @@ struct Buffers {
   explicit Buffers(const Problem& z, bool kept)
       : mixed(z.buffer(z.P, z.width)), grad_mixed(z.buffer(z.P, z.width)) {
     if (!kept) kv = z.kept_buffer();
-    grad_kept = z.kept_buffer();
+    grad_kept = z.absorbed ? z.kept_buffer() : z.buffer(z.N, 2 * z.width + kSkew);
     if (z.absorbed) {
       grad_keys = z.buffer(z.N, z.C), grad_values = z.buffer(z.N, z.C);
       no_text = at::zeros({z.plan.most_groups(), 1, z.P * z.H, z.C}, z.query.options());
@@ -68,7 +67,7 @@ struct Buffers {
       no_text = z.by_token(1, z.P).zero_();
     }
   }
-  at::Tensor kv, grad_kept;           // see Problem::kept_rows
+  at::Tensor kv, grad_kept;           // see Problem::kept_rows; the rows of keys are longer
   at::Tensor mixed, grad_mixed;       // (images * P, HD)
   at::Tensor grad_keys, grad_values;  // absorbed: (images * N, C)
   at::Tensor no_text;  // zeros: output of a text path that runs apart, in the form of the image's
@@ -89,12 +88,19 @@ class Backward {
         slots(z.plan, z.T, std::clamp<int64_t>(z.B * z.N / (2 * z.width), 1, kMostSlots)),
         chunk_weight(z.absorbed ? grads.kv_weight.narrow(0, z.width, z.width) : grads.kv_weight),
         kv_sums(sums_of(chunk_weight)),
-        out_sums(sums_of(grads.out_weight)) {
+        out_sums(sums_of(grads.out_weight)),
+        out(z.out_weight) {
+    if (z.absorbed) {
+      for (int64_t h = 0; h < z.H; ++h) values.emplace_back(value_weight(z, h));
+    } else {
+      kv = Factor<scalar_t>(z.kv_weight);
+      if (!saved.kept.defined()) projection = Factor<scalar_t>(z.kv_weight.t());
+    }
     if (!z.apart) return;
     const int64_t rows = z.T * slots.per_group();
     query_sums = at::zeros({rows, z.P * (z.absorbed ? z.H * z.C : z.width)}, z.alpha.options());
     text_sums = at::zeros({rows, z.P * z.width}, z.alpha.options());
-    if (z.absorbed) query = absorbed_query(z);
+    if (z.absorbed) query = absorbed_query<scalar_t>(z);
   }
 
   void run() const {
@@ -140,10 +146,11 @@ class Backward {
   // A chunk whose keys and values are projected.
   void projected(const Chunk& c, int64_t slot, bool first, const Buffers& b) const {
     const at::Tensor rows = z.rows_of(c);
-    at::Tensor kv = z.chunk_rows(saved.kept, b.kv, z.N, c);
-    if (!saved.kept.defined()) at::mm_out(kv, rows, z.kv_weight.t());
-    attention_backward(c, slot, kv, b);
-    const at::Tensor grad_kv = z.filled(b.grad_kept, z.N, c);
+    const at::Tensor kept = z.chunk_rows(saved.kept, b.kv, z.N, c);
+    if (!saved.kept.defined()) projection.multiply(rows, kept);
+    const at::Tensor grad_rows = z.filled(b.grad_kept, z.N, c);
+    attention_backward(c, slot, kept, grad_rows, b);
+    const at::Tensor grad_kv = grad_rows.narrow(1, 0, 2 * z.width);
     grad_tokens(c, grad_kv);
     add_weight(grad_kv.t(), rows, first, kv_sums[slot]);
   }
@@ -156,9 +163,9 @@ class Backward {
     const at::Tensor grad_weighted = z.filled(b.grad_kept, z.P, c), sums = kv_sums[slot];
     each_head(z, [&](int64_t h) {
       const at::Tensor grad = of_head(grad_image, h, z.D);
-      at::Tensor to = of_head(grad_weighted, h, z.C);
-      at::mm_out(to, grad, value_weight(z, h));
-      add_product(grad.t(), of_head(weighted, h, z.C), first, sums.narrow(0, h * z.D, z.D));
+      values[h].multiply(grad, of_head(grad_weighted, h, z.C));
+      const Factor<scalar_t> right(of_head(weighted, h, z.C));
+      right.accumulate(grad.t(), sums.narrow(0, h * z.D, z.D), !first);
     });
     const AbsorbedChunk a(z, query, c);
     const at::Tensor grad_query = at::empty_like(a.query), no_text = part(b.no_text, 0, c.groups);
@@ -183,20 +190,21 @@ class Backward {
   // The gradient of a chunk's mixture, and its part of the out-projection's.
   void out_projection(const Chunk& c, int64_t slot, bool first, const Buffers& b) const {
     const at::Tensor grad = fused_gradient(c).view({c.images * z.P, z.C});
-    at::Tensor grad_mixed = z.filled(b.grad_mixed, z.P, c);
-    at::mm_out(grad_mixed, grad, z.out_weight);
+    out.multiply(grad, z.filled(b.grad_mixed, z.P, c));
     mix(z, c, saved.text_out.const_data_ptr<scalar_t>(),
         saved.image_out.const_data_ptr<scalar_t>() + c.image * z.P * z.width, false,
         b.mixed.mutable_data_ptr<scalar_t>());
     add_weight(grad.t(), z.filled(b.mixed, z.P, c), first, out_sums[slot]);
   }
 
-  // What flows into `fused` of a chunk (images, P, C), by itself and by the updated tokens.
+  // What flows into `fused` of a chunk (images, P, C), by itself and by the updated tokens; rows a
+  // little apart.
   at::Tensor fused_gradient(const Chunk& c) const {
     const at::Tensor direct =
         grad_fused ? z.images(*grad_fused, c)
                    : at::zeros({1, 1, 1}, z.query.options()).expand({c.images, z.P, z.C});
-    const at::Tensor grad = at::empty({c.images, z.P, z.C}, z.query.options());
+    const at::Tensor grad =
+        at::empty({c.images, z.P, z.C + kSkew}, z.query.options()).narrow(2, 0, z.C);
     if (grad_updated) {
       const at::Tensor added =
           at::sum(z.images(*grad_updated, c), 1, true, z.alpha.scalar_type())  // [images, 1, C]
@@ -213,7 +221,7 @@ class Backward {
 
   // Gradients of a chunk's keys and values, of its gates, and of what only its groups share.
   void attention_backward(const Chunk& c, int64_t slot, const at::Tensor& kv,
-                          const Buffers& b) const {
+                          const at::Tensor& grad_kv, const Buffers& b) const {
     const at::Tensor none = z.apart ? z.no_keys(1) : at::Tensor();
     const at::Tensor grad_query = z.apart ? z.by_token(1, z.P) : z.texts(grads.query, c);
     dual_attention_backward_into(
@@ -222,8 +230,8 @@ class Backward {
         z.images(z.alpha, c), part(z.image_mask, c.image, c.images),
         z.apart ? std::nullopt : part(z.text_mask, c.group, c.groups), z.images(saved.image_out, c),
         z.apart ? b.no_text : z.texts(saved.text_out, c), z.images(saved.image_lse, c),
-        z.texts(saved.text_lse, c), z.scale, grad_query, z.keys(b.grad_kept, 0, c),
-        z.keys(b.grad_kept, 1, c), z.apart ? none : z.texts(grads.text_key, c),
+        z.texts(saved.text_lse, c), z.scale, grad_query, z.keys(grad_kv, 0, c),
+        z.keys(grad_kv, 1, c), z.apart ? none : z.texts(grads.text_key, c),
         z.apart ? none : z.texts(grads.text_value, c), z.images(grads.alpha, c));
     if (!z.apart) return;
     add_query(c, slot, grad_query.const_data_ptr<scalar_t>());
@@ -288,50 +296,32 @@ class Backward {
 
   // The tokens' gradient: what came in for the updated ones, and by way of keys and values.
   void grad_tokens(const Chunk& c, const at::Tensor& grad_kv) const {
-    at::Tensor to = z.images(grads.tokens, c).view({c.images * z.N, z.C});
-    const bool same = to.scalar_type() == grad_kv.scalar_type();
-    if (same && !grad_updated) {
-      at::mm_out(to, grad_kv, z.kv_weight);
+    const at::Tensor to = z.images(grads.tokens, c).view({c.images * z.N, z.C});
+    if (to.scalar_type() == grad_kv.scalar_type()) {
+      if (grad_updated) z.images(grads.tokens, c).copy_(z.images(*grad_updated, c));
+      kv.multiply(grad_kv, to, grad_updated.has_value());
       return;
     }
-    if (!grad_updated) {
-      to.copy_(at::mm(grad_kv, z.kv_weight));
-      return;
-    }
-    const at::Tensor passed = z.images(*grad_updated, c).reshape({c.images * z.N, z.C});
-    if (same) {
-      at::addmm_out(to, passed, grad_kv, z.kv_weight);
-    } else {
-      at::add_out(to, passed, at::mm(grad_kv, z.kv_weight));
-    }
+    const at::Tensor product = at::empty({to.size(0), z.C}, grad_kv.options());
+    kv.multiply(grad_kv, product);
+    to.copy_(product);
+    if (grad_updated) z.images(grads.tokens, c).add_(z.images(*grad_updated, c));
   }
 
   // sum (M, K) = or, but for the first, += a (M, rows) b (rows, K).
   void add_weight(const at::Tensor& a, const at::Tensor& b, bool first,
                   const at::Tensor& sum) const {
+    const Factor<scalar_t> right(b);
     const int64_t rows = sum.size(0);
-    const int64_t parts = z.plan.parallel() ? 1 : std::clamp<int64_t>(rows / kPartRows, 1, 64);
+    const bool shared = !kSame && !z.plan.parallel();  // the library's products, cut up here
+    const int64_t parts = shared ? std::clamp<int64_t>(rows / kPartRows, 1, 64) : 1;
     attention::parallel_items(parts, [&](int64_t begin, int64_t end) {
       const PlainTensors plain;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t from = rows * i / parts, count = rows * (i + 1) / parts - from;
-        add_product(a.narrow(0, from, count), b, first, sum.narrow(0, from, count));
+        right.accumulate(a.narrow(0, from, count), sum.narrow(0, from, count), !first);
       }
     });
-  }
-
-  static void add_product(const at::Tensor& a, const at::Tensor& b, bool first, at::Tensor sum) {
-    const int64_t rows = b.size(0), run = kSame ? kRunRows : kHalfRunRows;
-    for (int64_t from = 0; from == 0 || from < rows; from += run, first = false) {
-      const int64_t count = std::min(run, rows - from);
-      const at::Tensor left = a.narrow(1, from, count), right = b.narrow(0, from, count);
-      if (kSame) {
-        sum.addmm_(left, right, first ? 0 : 1);
-      } else {
-        const at::Tensor product = at::mm(left, right);
-        first ? sum.copy_(product) : sum.add_(product);
-      }
-    }
   }
 
   // The text path of every group, from the sum over its images, and the query's gradient.
@@ -370,9 +360,11 @@ class Backward {
     const auto type = z.alpha.scalar_type();
     each_head(z, [&](int64_t h) {
       const at::Tensor grad = of_head(wide, h, z.C);
-      at::Tensor to = of_head(query_grad, h, z.D), weight = grads.kv_weight.narrow(0, h * z.D, z.D);
-      at::mm_out(to, grad, key_weight(z, h).to(type).t());
-      weight.copy_(at::mm(query_rows(z, h).t().to(type), grad));
+      const Factor<acc_t> weight(key_weight(z, h).to(type).t()), right(grad);
+      weight.multiply(grad, of_head(query_grad, h, z.D));
+      const at::Tensor product = at::empty({z.D, z.C}, z.alpha.options());
+      right.multiply(query_rows(z, h).to(type).t(), product);
+      grads.kv_weight.narrow(0, h * z.D, z.D).copy_(product);
     });
     return query_grad;
   }
@@ -384,8 +376,11 @@ class Backward {
   const Slots slots;
   const at::Tensor chunk_weight;       // gradient of what chunks sum up: (2HD, C), absorbed (HD, C)
   const at::Tensor kv_sums, out_sums;  // (slots, as chunk_weight), (slots, C, HD)
-  at::Tensor query_sums, text_sums;    // (T * slots per group, P * HD), absorbed first (…, P * HC)
-  at::Tensor query;                    // absorbed (T * P, HC)
+  const Factor<scalar_t> out;          // the weights, to the right of products
+  Factor<scalar_t> kv, projection;     // the latter transposed
+  std::vector<Factor<scalar_t>> values;  // absorbed: of each head
+  at::Tensor query_sums, text_sums;  // (T * slots per group, P * HD), absorbed first (…, P * HC)
+  at::Tensor query;                  // absorbed (T * P, HC)
 };
 
 }  // namespace

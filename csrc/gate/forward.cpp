@@ -12,6 +12,8 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/sum.h>
 
+#include <vector>
+
 #include "gate/absorb.h"
 #include "gate/gated_attention.h"
 #include "gate/problem.h"
@@ -33,12 +35,26 @@ void text_path(const Problem& z, const Results& r) {
                               left_out, r.text_lse);
 }
 
+// The weights that every chunk is multiplied by.
+template <class scalar_t>
+struct Weights {
+  explicit Weights(const Problem& z) : out(z.out_weight.t()) {
+    if (!z.absorbed) {
+      kv = Factor<scalar_t>(z.kv_weight.t());
+    } else {
+      for (int64_t h = 0; h < z.H; ++h) values.emplace_back(value_weight(z, h).t());
+    }
+  }
+  Factor<scalar_t> kv, out;
+  std::vector<Factor<scalar_t>> values;  // absorbed: of each head
+};
+
 // mixed (images * P, HD) of a chunk, by way of its keys and values, in `buffer` if not to be kept.
 template <class scalar_t>
-void attend(const Problem& z, const Results& r, const Chunk& c, const at::Tensor& buffer,
-            const at::Tensor& mixed) {
-  at::Tensor kv = z.chunk_rows(r.kept, buffer, z.N, c);
-  at::mm_out(kv, z.rows_of(c), z.kv_weight.t());
+void attend(const Problem& z, const Results& r, const Weights<scalar_t>& weights, const Chunk& c,
+            const at::Tensor& buffer, const at::Tensor& mixed) {
+  const at::Tensor kv = z.chunk_rows(r.kept, buffer, z.N, c);
+  weights.kv.multiply(z.rows_of(c), kv);
   const at::Tensor none = z.apart ? z.no_keys(1) : at::Tensor();
   // Apart, the text's results are there already.
   const at::Tensor text_out = z.apart ? at::Tensor() : z.texts(r.text_out, c);
@@ -56,8 +72,9 @@ void attend(const Problem& z, const Results& r, const Chunk& c, const at::Tensor
 
 // The same with absorbed weights, `query` being absorbed and `buffer` for the weighted tokens.
 template <class scalar_t>
-void attend_absorbed(const Problem& z, const Results& r, const at::Tensor& query, const Chunk& c,
-                     const at::Tensor& buffer, const at::Tensor& mixed) {
+void attend_absorbed(const Problem& z, const Results& r, const Weights<scalar_t>& weights,
+                     const at::Tensor& query, const Chunk& c, const at::Tensor& buffer,
+                     const at::Tensor& mixed) {
   const AbsorbedChunk a(z, query, c);
   const at::Tensor weighted = z.chunk_rows(r.kept, buffer, z.P, c), left_out;
   dual_attention_forward_into(a.query, a.tokens, a.tokens, a.no_text, a.no_text, a.open,
@@ -67,18 +84,18 @@ void attend_absorbed(const Problem& z, const Results& r, const at::Tensor& query
   const at::Tensor image =
       r.save() ? z.token_rows(z.images(r.image_out, c)) : z.filled(mixed, z.P, c);
   each_head(z, [&](int64_t h) {
-    at::Tensor to = of_head(image, h, z.D);
-    at::mm_out(to, of_head(weighted, h, z.C), value_weight(z, h).t());
+    weights.values[h].multiply(of_head(weighted, h, z.C), of_head(image, h, z.D));
   });
   mix(z, c, r.text_out.const_data_ptr<scalar_t>(), image.const_data_ptr<scalar_t>(), false,
       mixed.mutable_data_ptr<scalar_t>());
 }
 
 // From the mixture of a chunk to its part of the results.
-void finish(const Problem& z, const Results& r, const Chunk& c, const at::Tensor& mixed) {
+template <class scalar_t>
+void finish(const Problem& z, const Results& r, const Weights<scalar_t>& weights, const Chunk& c,
+            const at::Tensor& mixed) {
   const at::Tensor fused = z.images(r.fused, c);  // [images, P, C]
-  at::Tensor rows = fused.view({c.images * z.P, z.C});
-  at::mm_out(rows, z.filled(mixed, z.P, c), z.out_weight.t());
+  weights.out.multiply(z.filled(mixed, z.P, c), fused.view({c.images * z.P, z.C}));
   z.drop_masked(fused, c);
   const at::Tensor added = at::sum(fused, 1, true, z.alpha.scalar_type())  // [images, 1, C]
                                .mul_(z.images(z.mean_share, c).unsqueeze(1))
@@ -90,7 +107,8 @@ void finish(const Problem& z, const Results& r, const Chunk& c, const at::Tensor
 template <class scalar_t>
 void forward(const Problem& z, const Results& r) {
   if (z.apart) text_path(z, r);
-  const at::Tensor query = z.absorbed ? absorbed_query(z) : at::Tensor();
+  const Weights<scalar_t> weights(z);
+  const at::Tensor query = z.absorbed ? absorbed_query<scalar_t>(z) : at::Tensor();
   const auto chunks = [&](int64_t begin, int64_t end) {
     const PlainTensors plain;
     const at::Tensor buffer = r.kept.defined() ? at::Tensor() : z.kept_buffer(),
@@ -98,11 +116,11 @@ void forward(const Problem& z, const Results& r) {
     for (int64_t i = begin; i < end; ++i) {
       const Chunk c = z.plan[i];
       if (z.absorbed) {
-        attend_absorbed<scalar_t>(z, r, query, c, buffer, mixed);
+        attend_absorbed<scalar_t>(z, r, weights, query, c, buffer, mixed);
       } else {
-        attend<scalar_t>(z, r, c, buffer, mixed);
+        attend<scalar_t>(z, r, weights, c, buffer, mixed);
       }
-      finish(z, r, c, mixed);
+      finish(z, r, weights, c, mixed);
     }
   };
   if (z.plan.parallel()) {

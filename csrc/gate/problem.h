@@ -6,7 +6,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
@@ -101,9 +100,9 @@ struct Problem {
     return kept.defined() ? kept.narrow(0, c.image * rows, c.images * rows)
                           : filled(buffer, rows, c);
   }
-  // Keys (which = 0) or values (1) of rows (images * N, 2HD) as (images, H, N, D).
+  // Keys (which = 0) or values (1) of rows (images * N, 2HD or longer) as (images, H, N, D).
   at::Tensor keys(const at::Tensor& rows, int64_t which, const Chunk& c) const {
-    const int64_t row = 2 * width;
+    const int64_t row = rows.stride(0);
     return rows.as_strided({c.images, H, N, D}, {N * row, D, row, 1},
                            rows.storage_offset() + which * width);
   }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -214,10 +213,11 @@ def test_error_at_most_twice_plain_pytorch(shape: Shape, dtype: torch.dtype, bac
         error = (got[name].double() - exact[name]).abs().max()
         peer = (plain[name].double() - exact[name]).abs().max()
         # A few roundings of the largest value: over few numbers the peer may be right by luck.
-        roundings = 8.0 if dtype == torch.float32 else 1.0
-        if dtype == torch.float32 and name == "grad_kv_weight":
-            # A sum over all tokens, whose order is the BLAS's own: on some machines one by one.
-            roundings += (shape.groups * shape.images * shape.keys) ** 0.5 / 4
+        roundings = 4.0 if dtype == torch.float32 else 1.0
+        if dtype == torch.float32 and backend == "reference":
+            # Sums over many tokens, whose order is the BLAS's own: on some machines one by one.
+            tokens = shape.groups * shape.images * shape.keys
+            roundings = 8.0 + (tokens**0.5 / 4 if name == "grad_kv_weight" else 0.0)
         floor = roundings * torch.finfo(dtype).eps * exact[name].abs().max()
         assert error <= 2 * peer + floor, f"{name}: error {error}, plain PyTorch {peer}"
 
@@ -319,27 +319,6 @@ def test_gradcheck(shape: Shape, backend: str) -> None:
     )
 
 
-@functools.cache
-def blas_depends_on_threads() -> bool:
-    """Whether torch.mm itself rounds otherwise with more threads, as MKL does on AMD with AVX2."""
-    generator = torch.Generator().manual_seed(0)
-    before = torch.get_num_threads()
-    try:
-        for rows, depth, columns in ((102, 40, 32), (42, 32, 40), (4200, 24, 5), (9000, 24, 240)):
-            a = torch.randn(rows, depth, generator=generator)
-            b = torch.randn(depth, columns, generator=generator)
-            products = []
-            for threads in (1, 2, 5):
-                torch.set_num_threads(threads)
-                products.append((a @ b, a.t() @ (a @ b)))
-            for other in products[1:]:
-                if not all(map(torch.equal, other, products[0])):
-                    return True
-    finally:
-        torch.set_num_threads(before)
-    return False
-
-
 @pytest.mark.parametrize("backend", [CPP])
 @pytest.mark.parametrize("shape", [*PROJECTED[3:7], *ABSORBED[1:], LONG], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -353,9 +332,6 @@ def test_thread_count_changes_no_bit(dtype: torch.dtype, shape: Shape, backend: 
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
-        if dtype == torch.float32 and blas_depends_on_threads():
-            assert_near(other, results[0], tolerance=1e-5)
-            continue
         for name, value in other.items():
             assert torch.equal(value, results[0][name]), name
 

@@ -4,12 +4,6 @@
 //     dV = share E' go,   dS = share E (go V' - delta),   dK = dS' q scale,   dQ = scale dS K.
 // The text path is linear in go, so the images of a group first add up (1 - alpha) go and the text
 // runs backward once; the gate's gradient is the difference of the paths' deltas, summed.
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
-// GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for a mistake (bug 105593);
-// it goes by where the headers are read, so this comes before all of them.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 

@@ -1,11 +1,5 @@
 // Forward of dual attention: which head is computed when, and where its result goes. What happens
 // inside a head is the engine's. The text path runs once per group.
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
-// GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for a mistake (bug 105593);
-// it goes by where the headers are read, so this comes before all of them.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 

@@ -11,6 +11,7 @@
 
 #include "beta/beta_math.h"
 #include "beta/beta_policy.h"
+#include "beta/philox_lanes.h"
 
 namespace dvla_fast {
 namespace {
@@ -85,16 +86,39 @@ struct Proposals {
   alignas(64) T log1p_a[kBlock], log1p_b[kBlock], margin_a[kBlock], margin_b[kBlock];
 };
 
+// Random words of some lanes, and with double precision their further bits.
+struct RandomWords {
+  alignas(64) std::uint32_t element[kBlock], words[4][kBlock], low[4][kBlock];
+
+  // Those of block `block` of the listed lanes, counted from `first`.
+  template <class T>
+  void draw(const Stream& stream, Element first, const int* lanes, int count, std::uint32_t block) {
+    for (int j = 0; j < padded(count); ++j) {
+      element[j] = first.low + static_cast<std::uint32_t>(lanes[j]);
+    }
+    draw_lanes(stream, element, first.high, count, block, words);
+    if (sizeof(T) == 8 && block < kLowBits) {
+      draw_lanes(stream, element, first.high, count, block | kLowBits, low);
+    }
+  }
+
+  template <class T>
+  DVLA_HD Draw at(int j) const {
+    const Words further =
+        sizeof(T) == 8 ? Words{low[0][j], low[1][j], low[2][j], low[3][j]} : Words{0, 0, 0, 0};
+    return {{words[0][j], words[1][j], words[2][j], words[3][j]}, further};
+  }
+};
+
 // Proposals for the listed lanes; kEvery: all lanes in order, which spares the gathers.
 template <bool kEvery, class T>
-void propose_lanes(Proposals<T>& out, const Gammas<T>& gammas, const int* lanes, int count,
-                   const Stream& stream, Element first, std::uint32_t attempt) {
+void propose_lanes(Proposals<T>& out, const Gammas<T>& gammas, const RandomWords& random,
+                   const int* lanes, int count) {
 #pragma omp simd
   for (int j = 0; j < padded(count); ++j) {
     const int lane = kEvery ? j : lanes[j];
-    const Proposal<T> made =
-        propose<T>(stream, {first.low + static_cast<std::uint32_t>(lane), first.high}, attempt,
-                   {gammas.d_a[lane], gammas.c_a[lane]}, {gammas.d_b[lane], gammas.c_b[lane]});
+    const Proposal<T> made = propose<T>(random.at<T>(j), {gammas.d_a[lane], gammas.c_a[lane]},
+                                        {gammas.d_b[lane], gammas.c_b[lane]});
     out.log1p_a[j] = made.log1p_a;
     out.log1p_b[j] = made.log1p_b;
     out.margin_a[j] = made.margin_a;
@@ -124,6 +148,7 @@ template <class T>
 void sample(Block& block, const Stream& stream) {
   Gammas<T> gammas;
   Proposals<T> made;
+  RandomWords random;
   int lanes[kBlock];
   const int width = padded(block.count);
 #pragma omp simd
@@ -141,11 +166,13 @@ void sample(Block& block, const Stream& stream) {
   // A block starts at a multiple of its size: adding a lane never carries into the high half.
   const auto start = static_cast<std::uint64_t>(block.start);
   const Element first{static_cast<std::uint32_t>(start), static_cast<std::uint32_t>(start >> 32)};
-  propose_lanes<true>(made, gammas, lanes, block.count, stream, first, 0);
+  random.draw<T>(stream, first, lanes, block.count, 0);
+  propose_lanes<true>(made, gammas, random, lanes, block.count);
   int waiting = accept(gammas, made, lanes, block.count);
   for (std::uint32_t attempt = 1; waiting > 0 && attempt < kMaxAttempts; ++attempt) {
     for (int j = waiting; j < padded(waiting); ++j) lanes[j] = 0;
-    propose_lanes<false>(made, gammas, lanes, waiting, stream, first, attempt);
+    random.draw<T>(stream, first, lanes, waiting, attempt);
+    propose_lanes<false>(made, gammas, random, lanes, waiting);
     waiting = accept(gammas, made, lanes, waiting);
   }
   T action[kBlock];
@@ -158,12 +185,15 @@ void sample(Block& block, const Stream& stream) {
     lanes[boosted] = i;
     boosted += (gammas.a[i] < T(1)) | (gammas.b[i] < T(1));
   }
+  for (int j = boosted; j < padded(boosted); ++j) lanes[j] = 0;
+  random.draw<T>(stream, first, lanes, boosted, kBoostBlock);
+  T boost[kBlock];
 #pragma omp simd
-  for (int j = 0; j < boosted; ++j) {
+  for (int j = 0; j < padded(boosted); ++j) {
     const int lane = lanes[j];
-    action[lane] += boost_of<T>(stream, {first.low + static_cast<std::uint32_t>(lane), first.high},
-                                gammas.a[lane], gammas.b[lane]);
+    boost[j] = boost_of<T>(random.at<T>(j).words, gammas.a[lane], gammas.b[lane]);
   }
+  for (int j = 0; j < boosted; ++j) action[lanes[j]] += boost[j];
   for (int i = 0; i < width; ++i) block.action[i] = static_cast<double>(action[i]);
 }
 

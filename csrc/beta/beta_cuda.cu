@@ -24,12 +24,15 @@ __device__ T draw(const Stream& stream, std::int64_t index, T a, T b) {
   T log1p_a = T(0), log1p_b = T(0);
   bool open_a = true, open_b = true;
   for (std::uint32_t attempt = 0; (open_a || open_b) && attempt < kMaxAttempts; ++attempt) {
-    const Proposal<T> made = propose<T>(stream, element, attempt, shape_a, shape_b);
+    const Proposal<T> made =
+        propose<T>(draw_attempt<T>(stream, element, attempt), shape_a, shape_b);
     if (open_a && made.margin_a > T(0)) log1p_a = made.log1p_a, open_a = false;
     if (open_b && made.margin_b > T(0)) log1p_b = made.log1p_b, open_b = false;
   }
   T action = action_of(shape_a.d, shape_b.d, log1p_a, log1p_b);
-  if (a < T(1) || b < T(1)) action += boost_of<T>(stream, element, a, b);
+  if (a < T(1) || b < T(1)) {
+    action += boost_of<T>(stream.draw(element, kBoostBlock), a, b);
+  }
   return action;
 }
 

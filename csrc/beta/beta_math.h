@@ -214,15 +214,20 @@ DVLA_HD T uniform_of(std::uint32_t word, std::uint32_t low) {
 constexpr std::uint32_t kLowBits = 0x40000000u;
 constexpr std::uint32_t kBoostBlock = 0x80000000u;
 
+// The random words of one proposal, and further bits for double precision.
+struct Draw {
+  Words words, low;
+};
+
 template <class T>
-DVLA_HD Words draw_low(const Stream& stream, Element element, std::uint32_t block) {
-  return sizeof(T) == 8 ? stream.draw(element, block | kLowBits) : Words{0, 0, 0, 0};
+DVLA_HD Draw draw_attempt(const Stream& stream, Element element, std::uint32_t attempt) {
+  const Words words = stream.draw(element, attempt);
+  return {words, sizeof(T) == 8 ? stream.draw(element, attempt | kLowBits) : Words{0, 0, 0, 0}};
 }
 
 template <class T>
-DVLA_HD Proposal<T> propose(const Stream& stream, Element element, std::uint32_t attempt,
-                            GammaShape<T> a, GammaShape<T> b) {
-  const Words w = stream.draw(element, attempt), low = draw_low<T>(stream, element, attempt);
+DVLA_HD Proposal<T> propose(const Draw& draw, GammaShape<T> a, GammaShape<T> b) {
+  const Words w = draw.words, low = draw.low;
   const T minus_log = max_(-log_(uniform_of<T>(w.w0, low.w0)), T(0));
   const T radius = std::sqrt(T(2) * minus_log);  // Box-Muller
   const CosSin<T> angle = uniform_angle<T>(w.w1);
@@ -247,10 +252,9 @@ DVLA_HD T log_boost(T z, std::uint32_t word, std::uint32_t low) {
   return z < T(1) ? max_(boost, -Format<T>::largest / T(4)) : T(0);
 }
 
-// The action's share of both boosts, from the element's own block.
+// The action's share of both boosts, from the words of the element's own block.
 template <class T>
-DVLA_HD T boost_of(const Stream& stream, Element element, T a, T b) {
-  const Words w = stream.draw(element, kBoostBlock);
+DVLA_HD T boost_of(const Words& w, T a, T b) {
   return log_boost(a, w.w0, w.w2) - log_boost(b, w.w1, w.w3);
 }
 

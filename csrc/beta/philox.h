@@ -11,21 +11,25 @@ struct Words {
   std::uint32_t w0, w1, w2, w3;
 };
 
+constexpr int kPhiloxRounds = 10;
+constexpr std::uint32_t kPhiloxLeft = 0xD2511F53u, kPhiloxRight = 0xCD9E8D57u;  // multipliers
+constexpr std::uint32_t kPhiloxKey0 = 0x9E3779B9u, kPhiloxKey1 = 0xBB67AE85u;   // a round's step
+
 DVLA_HD Words philox(Words counter, std::uint32_t key0, std::uint32_t key1) {
 #if defined(__CUDACC__)
 #pragma unroll
 #else
 #pragma GCC unroll 10
 #endif
-  for (int round = 0; round < 10; ++round) {
-    const std::uint64_t left = std::uint64_t(0xD2511F53u) * counter.w0;
-    const std::uint64_t right = std::uint64_t(0xCD9E8D57u) * counter.w2;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const std::uint64_t left = std::uint64_t(kPhiloxLeft) * counter.w0;
+    const std::uint64_t right = std::uint64_t(kPhiloxRight) * counter.w2;
     counter = {static_cast<std::uint32_t>(right >> 32) ^ counter.w1 ^ key0,
                static_cast<std::uint32_t>(right),
                static_cast<std::uint32_t>(left >> 32) ^ counter.w3 ^ key1,
                static_cast<std::uint32_t>(left)};
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+    key0 += kPhiloxKey0;
+    key1 += kPhiloxKey1;
   }
   return counter;
 }

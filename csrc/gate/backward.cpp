@@ -3,11 +3,6 @@
 // updated tokens included. What chunks have in common is added up in slots. With absorbed weights
 // (absorb.h) the chunks sum up the gradient of the absorbed query, from which those of the query
 // and of the keys' weight follow at the end.
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
-// See attention/forward.cpp.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
 #include <ATen/Dispatch.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>

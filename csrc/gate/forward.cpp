@@ -3,11 +3,6 @@
 // projected out and added to the tokens while those are still in the cache. Where a text group is
 // longer than a chunk, its text path runs apart, once. Where weights are absorbed (absorb.h) there
 // are no keys and values, and the text path runs apart always.
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
-// See attention/forward.cpp.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
 #include <ATen/Dispatch.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/sum.h>

@@ -1,10 +1,5 @@
 // One decision of the gate: its state (state.h), the network (network.h), and the Beta policy
 // (beta/), without a tensor operation in between.
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
-// See attention/forward.cpp.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
 #include "policy/gate_policy.h"
 
 #include <ATen/ops/zeros.h>

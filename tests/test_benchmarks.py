@@ -63,7 +63,12 @@ def test_training_beside_the_plain_loop(
     """``python -m benchmarks.training`` small: both sides agree, every row is there."""
     pytest.importorskip("timm")
     from benchmarks import training
+    from dvla_fast.engine.config import ExecutionConfig
 
+    # bfloat16 takes minutes where the CPU has no instructions for it; test_execution.py has it.
+    monkeypatch.setitem(
+        training.EXECUTIONS, "dvla_fast bfloat16", ExecutionConfig(channels_last=True)
+    )
     monkeypatch.setattr(training, "CLASSES", 5)
     monkeypatch.setattr(training, "PER_CLASS", 16)
     monkeypatch.setattr(training, "RECIPE", dataclasses.replace(training.RECIPE, batch_size=20))

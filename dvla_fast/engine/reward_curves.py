@@ -13,6 +13,7 @@ both from one that has not learned yet.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,7 +55,12 @@ def reward_curves(
 
     Returns:
         (L, len(alphas)) float64, a row a gated layer.
+
+    Raises:
+        ValueError: less than one episode.
     """
+    if episodes < 1:
+        raise ValueError(f"episodes: expected at least 1, got {episodes}")
     positions = split_classes(data, "base").cpu()
     sums = torch.zeros(len(model.gated_layers), len(alphas), dtype=torch.float64)
     for first in range(0, episodes, _BATCH):
@@ -95,7 +101,14 @@ def best_mean(
         rewards: the mean reward there.
         concentration: κ.
         entropy_weight: τ.
+
+    Raises:
+        ValueError: fewer than two values, not as many rewards, or values that do not increase.
     """
+    if len(alphas) < 2 or len(rewards) != len(alphas):
+        raise ValueError(f"rewards: {len(rewards)} of them at {len(alphas)} alphas")
+    if any(a >= b for a, b in pairwise(alphas)):
+        raise ValueError(f"alphas: expected increasing values, got {list(alphas)}")
     known = torch.tensor(alphas, dtype=torch.float64)
     level = torch.tensor(rewards, dtype=torch.float64)
     edges = torch.linspace(0, 1, _CELLS + 1, dtype=torch.float64)

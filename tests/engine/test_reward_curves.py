@@ -72,3 +72,21 @@ def test_best_mean_of_broken_lines(rewards: tuple[float, ...], entropy_weight: f
 
 def test_flat_rewards_leave_the_bonus_to_decide() -> None:
     assert best_mean([0.0, 1.0], [0.4, 0.4], 10.0, 0.2) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("alphas", "rewards", "message"),
+    [
+        ([0.5], [1.0], "rewards: 1"),
+        ([0.0, 1.0], [1.0], "rewards: 1"),
+        ([1.0, 0.0], [1.0, 2.0], "increasing"),
+    ],
+)
+def test_best_mean_of_no_curve(alphas: list[float], rewards: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        best_mean(alphas, rewards, 10.0, 0.0)
+
+
+def test_no_episodes(few_digits: FewShotData) -> None:
+    with pytest.raises(ValueError, match="episodes"):
+        reward_curves(None, few_digits, None, None, WEIGHTS, 0)

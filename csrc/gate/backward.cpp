@@ -26,6 +26,7 @@ constexpr int64_t kPartRows = 96;
 // Columns by which rows of a buffer that is read down its columns are longer than what they hold:
 // rows a multiple of a large power of two apart fall into the same few lines of the cache.
 constexpr int64_t kSkew = 16;
+
 // out (n) = the sum of rows [first, first + count) of `slots` (…, n), in order; `out` may be the
 // first.
 template <class acc_t>

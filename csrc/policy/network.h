@@ -15,8 +15,13 @@ using attention::kLanes;
 using attention::Vec;
 
 constexpr double kNormEpsilon = 1e-5;  // torch.nn.functional.layer_norm
-// Decisions, and hidden units, whose products are taken together.
+// Decisions, and hidden units, whose products are taken together: as many as their sums and the
+// operands fill the register file (32 vector registers with AVX-512, 16 below).
+#if defined(CPU_CAPABILITY_AVX512)
 constexpr int kRows = 4, kUnits = 4;
+#else
+constexpr int kRows = 4, kUnits = 3;
+#endif
 
 // x (n) normalised to mean 0 and variance 1; the reciprocal of its deviation.
 template <class wide_t>

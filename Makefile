@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/dvla-fast demo
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile --durations 25
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 	$(MAKE) sanitize
 
 # The C++ kernels on random problems under the address and undefined-behaviour sanitizers.

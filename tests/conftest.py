@@ -11,8 +11,12 @@ from text_encoders import (  # noqa: F401  (fixtures)
     tiny_siglip,
 )
 
+# Files of a few long tests. They come first, so that no process is left alone with one at the end.
+LONG = ("test_interpreter.py", "test_benchmarks.py", "test_docs.py")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -47,7 +47,7 @@ class Factor {
       packed(a, to, add);
     } else {
       at::Tensor out = to;
-      add ? out.add_(at::mm(a, data_)) : at::mm_out(out, a, data_);
+      add ? out.addmm_(a, data_) : at::mm_out(out, a, data_);
     }
   }
 

@@ -206,7 +206,8 @@ using GatedBackwardSignature = GatedGrads(const OptionalTensor&, const OptionalT
                                           const Tensor&, const Tensor&, const Tensor&,
                                           const Tensor&, const OptionalTensor&,
                                           const OptionalTensor&, const Tensor&, const Tensor&,
-                                          const Tensor&, const Tensor&, const Tensor&, double);
+                                          const Tensor&, const Tensor&, const Tensor&, double,
+                                          bool);
 
 GatedResult call_gated(const Tensor& query, const Tensor& image_tokens, const Tensor& kv_weight,
                        const Tensor& text_key, const Tensor& text_value, const Tensor& alpha,
@@ -251,12 +252,14 @@ class GatedAttention : public torch::autograd::Function<GatedAttention> {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("dvla_fast::gated_attention_backward", "")
                                .typed<GatedBackwardSignature>();
+    const bool wants_tokens = ctx->needs_input_grad(1);
     const auto s = ctx->get_saved_variables();  // before the guard, see BetaPolicy
     at::AutoDispatchBelowADInplaceOrView below;
     auto [query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight] =
         op.call(or_none(grad_updated), or_none(grad_fused), s[0], s[1], s[2], s[3], s[4], s[5],
                 s[6], or_none(s[7]), or_none(s[8]), s[9], s[10], s[11], s[12], s[13],
-                ctx->saved_data["scale"].toDouble());
+                ctx->saved_data["scale"].toDouble(), wants_tokens);
+    if (!wants_tokens) image_tokens = Tensor();
     return {query, image_tokens, kv_weight, text_key, text_value,
             alpha, out_weight,   Tensor(),  Tensor(), Tensor()};
   }

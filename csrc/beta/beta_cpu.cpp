@@ -93,17 +93,18 @@ struct RandomWords {
   // Those of block `block` of the listed lanes, counted from `first`.
   template <class T>
   void draw(const Stream& stream, Element first, const int* lanes, int count, std::uint32_t block) {
-    for (int j = 0; j < padded(count); ++j) {
+    const int width = padded(count);
+    for (int j = 0; j < width; ++j) {
       element[j] = first.low + static_cast<std::uint32_t>(lanes[j]);
     }
-    draw_lanes(stream, element, first.high, count, block, words);
-    if (sizeof(T) == 8 && block < kLowBits) {
-      draw_lanes(stream, element, first.high, count, block | kLowBits, low);
+    draw_lanes(stream, element, first.high, width, block, words);
+    if constexpr (sizeof(T) == 8) {
+      if (block < kLowBits) draw_lanes(stream, element, first.high, width, block | kLowBits, low);
     }
   }
 
   template <class T>
-  DVLA_HD Draw at(int j) const {
+  Draw at(int j) const {
     const Words further =
         sizeof(T) == 8 ? Words{low[0][j], low[1][j], low[2][j], low[3][j]} : Words{0, 0, 0, 0};
     return {{words[0][j], words[1][j], words[2][j], words[3][j]}, further};

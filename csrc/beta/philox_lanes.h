@@ -46,8 +46,8 @@ struct WordLanes {
 };
 #endif
 
-// Words w of block `block` of the elements {low[j], high}, to out[w][j], for j in [0, count). Whole
-// runs of 16 elements are read and written.
+// Words w of block `block` of the elements {low[j], high}, to out[w][j], for j in [0, count);
+// `count` is a multiple of 16.
 template <int kSize>
 void draw_lanes(const Stream& stream, const std::uint32_t* low, std::uint32_t high, int count,
                 std::uint32_t block, std::uint32_t (*out)[kSize]) {

@@ -6,7 +6,6 @@
 #include <ATen/Dispatch.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/sum.h>
 
 #include <numeric>
 #include <vector>
@@ -14,6 +13,7 @@
 #include "gate/absorb.h"
 #include "gate/gated_attention.h"
 #include "gate/problem.h"
+#include "gate/sums.h"
 
 namespace dvla_fast {
 namespace gate {
@@ -85,11 +85,12 @@ class Backward {
         chunk_weight(z.absorbed ? grads.kv_weight.narrow(0, z.width, z.width) : grads.kv_weight),
         kv_sums(sums_of(chunk_weight)),
         out_sums(sums_of(grads.out_weight)),
+        wants_tokens(grads.tokens.dim() == 3),
         out(z.out_weight) {
     if (z.absorbed) {
       for (int64_t h = 0; h < z.H; ++h) values.emplace_back(value_weight(z, h));
     } else {
-      kv = Factor<scalar_t>(z.kv_weight);
+      if (wants_tokens) kv = Factor<scalar_t>(z.kv_weight);
       if (!saved.kept.defined()) projection = Factor<scalar_t>(z.kv_weight.t());
     }
     if (!z.apart) return;
@@ -147,7 +148,7 @@ class Backward {
     const at::Tensor grad_rows = z.filled(b.grad_kept, z.N, c);
     attention_backward(c, slot, kept, grad_rows, b);
     const at::Tensor grad_kv = grad_rows.narrow(1, 0, 2 * z.width);
-    grad_tokens(c, grad_kv);
+    if (wants_tokens) grad_tokens(c, grad_kv);
     add_weight(grad_kv.t(), rows, first, kv_sums[slot]);
   }
 
@@ -174,6 +175,7 @@ class Backward {
         z.images(saved.image_lse, c), z.texts(saved.text_lse, c), z.scale, grad_query,
         filled(b.grad_keys), filled(b.grad_values), a.no_text, a.no_text, at::empty_like(a.open));
     add_query(c, slot, grad_query.const_data_ptr<scalar_t>());
+    if (!wants_tokens) return;
     at::Tensor to = z.images(grads.tokens, c).view({c.images * z.N, z.C});
     const at::Tensor sum = z.filled(b.grad_keys, z.N, c).add_(z.filled(b.grad_values, z.N, c));
     if (grad_updated) {
@@ -203,9 +205,7 @@ class Backward {
         at::empty({c.images, z.P, z.C + kSkew}, z.query.options()).narrow(2, 0, z.C);
     if (grad_updated) {
       const at::Tensor added =
-          at::sum(z.images(*grad_updated, c), 1, true, z.alpha.scalar_type())  // [images, 1, C]
-              .mul_(z.images(z.mean_share, c).unsqueeze(1))
-              .to(z.query.scalar_type());
+          shared_sum(z, c, z.images(*grad_updated, c)).to(z.query.scalar_type());
       at::Tensor to = grad;
       at::add_out(to, direct, added);
     } else {
@@ -372,6 +372,7 @@ class Backward {
   const Slots slots;
   const at::Tensor chunk_weight;       // gradient of what chunks sum up: (2HD, C), absorbed (HD, C)
   const at::Tensor kv_sums, out_sums;  // (slots, as chunk_weight), (slots, C, HD)
+  const bool wants_tokens;             // whether the tokens' gradient is asked for
   const Factor<scalar_t> out;          // the weights, to the right of products
   Factor<scalar_t> kv, projection;     // the latter transposed
   std::vector<Factor<scalar_t>> values;  // absorbed: of each head
@@ -391,7 +392,8 @@ gated_attention_backward(const std::optional<at::Tensor>& grad_updated,
                          const std::optional<at::Tensor>& image_mask,
                          const std::optional<at::Tensor>& text_mask, const at::Tensor& image_out,
                          const at::Tensor& text_out, const at::Tensor& image_lse,
-                         const at::Tensor& text_lse, const at::Tensor& kept, double scale) {
+                         const at::Tensor& text_lse, const at::Tensor& kept, double scale,
+                         bool tokens) {
   const gate::PlainTensors plain;
   const gate::Problem z(query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
                         image_mask, text_mask, scale);
@@ -402,7 +404,8 @@ gated_attention_backward(const std::optional<at::Tensor>& grad_updated,
                           image_lse.contiguous(), text_lse.contiguous(),
                           z.kept() ? kept.contiguous() : at::Tensor()};
   const gate::Grads grads{z.by_token(z.T, z.P),
-                          at::empty({z.B, z.N, z.C}, image_tokens.options()),
+                          tokens ? at::empty({z.B, z.N, z.C}, image_tokens.options())
+                                 : at::empty({0}, image_tokens.options()),
                           at::empty({2 * z.width, z.C}, query.options()),
                           z.by_token(z.T, z.P),
                           z.by_token(z.T, z.P),

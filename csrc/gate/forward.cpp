@@ -5,13 +5,13 @@
 // are no keys and values, and the text path runs apart always.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/add.h>
-#include <ATen/ops/sum.h>
 
 #include <vector>
 
 #include "gate/absorb.h"
 #include "gate/gated_attention.h"
 #include "gate/problem.h"
+#include "gate/sums.h"
 
 namespace dvla_fast {
 namespace gate {
@@ -92,9 +92,7 @@ void finish(const Problem& z, const Results& r, const Weights<scalar_t>& weights
   const at::Tensor fused = z.images(r.fused, c);  // [images, P, C]
   weights.out.multiply(z.filled(mixed, z.P, c), fused.view({c.images * z.P, z.C}));
   z.drop_masked(fused, c);
-  const at::Tensor added = at::sum(fused, 1, true, z.alpha.scalar_type())  // [images, 1, C]
-                               .mul_(z.images(z.mean_share, c).unsqueeze(1))
-                               .to(z.tokens.scalar_type());
+  const at::Tensor added = shared_sum(z, c, fused).to(z.tokens.scalar_type());
   at::Tensor updated = z.images(r.updated, c);
   at::add_out(updated, z.images(z.tokens, c), added);
 }

@@ -26,7 +26,8 @@ gated_attention_forward(const at::Tensor& query, const at::Tensor& image_tokens,
                         const std::optional<at::Tensor>& text_mask, double scale, bool save);
 
 // Gradients of query, image_tokens, kv_weight, text_key, text_value, alpha and out_weight, in this
-// order, from those of updated and fused (nullopt: 0).
+// order, from those of updated and fused (nullopt: 0). That of image_tokens, which is a third of
+// the work, is empty unless `tokens`: nothing asks for it where the layers below are frozen.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 gated_attention_backward(const std::optional<at::Tensor>& grad_updated,
                          const std::optional<at::Tensor>& grad_fused, const at::Tensor& query,
@@ -36,6 +37,7 @@ gated_attention_backward(const std::optional<at::Tensor>& grad_updated,
                          const std::optional<at::Tensor>& image_mask,
                          const std::optional<at::Tensor>& text_mask, const at::Tensor& image_out,
                          const at::Tensor& text_out, const at::Tensor& image_lse,
-                         const at::Tensor& text_lse, const at::Tensor& kept, double scale);
+                         const at::Tensor& text_lse, const at::Tensor& kept, double scale,
+                         bool tokens);
 
 }  // namespace dvla_fast

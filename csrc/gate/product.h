@@ -1,7 +1,8 @@
 // Matrix products of the gated layer. In float32 and float64 they run on the register tiles of
 // attention: every value is a sum over the depth whose order follows from the depth alone, so it
 // depends neither on the number of threads nor on how the rows were cut up, which a BLAS does not
-// promise. Half types go to the library, which has the machine's own tiles.
+// promise. Half types go to the library, which has the machine's own tiles, and so does everything
+// in the variant without vector instructions of its own, where the tiles are several times slower.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,21 +20,30 @@ using attention::Acc;
 
 // Of the right-hand side this many rows are taken at once: with them a strip of it stays in the
 // first-level cache. Long sums are sums of such parts, which also keeps their rounding small.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int64_t kDepth = 128;
+#else
 constexpr int64_t kDepth = 192;
+#endif
 // Rows of the left-hand side that are taken at once, to stay in the second-level cache.
 constexpr int64_t kRows = 96;
-// Pieces that a product is cut into at least, for the threads, where it has as many.
+// Pieces that a product is cut into at least, for the threads, where it has as many strips.
 constexpr int64_t kPieces = 16;
-// In half types the library's products over more rows than this are taken in runs: it may cut a
-// longer one up along them, and differently so for other numbers of threads.
+// In half types the library's products that are deeper than this are taken in runs: it may cut a
+// deeper one up along its depth, and differently so for other numbers of threads.
 constexpr int64_t kHalfRun = 1024;
 
-// The right-hand side (depth, columns) of products. Floating types are packed: strip after strip of
-// at most kMaxVecs vectors, `depth` rows of them, padding 0.
+// The right-hand side (depth, columns) of products. For the tiles it is packed: strip after strip
+// of at most kMaxVecs vectors, `depth` rows of them, padding 0.
 template <class scalar_t>
 class Factor {
  public:
-  static constexpr bool kPacked = std::is_same_v<scalar_t, Acc<scalar_t>>;
+  static constexpr bool kSame = std::is_same_v<scalar_t, Acc<scalar_t>>;
+#if defined(CPU_CAPABILITY_DEFAULT)
+  static constexpr bool kPacked = false;
+#else
+  static constexpr bool kPacked = kSame;
+#endif
   static constexpr int64_t kLanes = attention::kLanes<Acc<scalar_t>>;
 
   Factor() = default;
@@ -43,6 +53,7 @@ class Factor {
 
   // to (rows, columns), unit column stride, = a (rows, depth) b; or += where `add`.
   void multiply(const at::Tensor& a, const at::Tensor& to, bool add = false) const {
+    check(a, to);
     if constexpr (kPacked) {
       packed(a, to, add);
     } else {
@@ -53,9 +64,10 @@ class Factor {
 
   // The same for `to` in the type that sums have, which is float32 for half types.
   void accumulate(const at::Tensor& a, const at::Tensor& to, bool add) const {
-    if constexpr (kPacked) {
-      packed(a, to, add);
+    if constexpr (kSame) {
+      multiply(a, to, add);
     } else {
+      check(a, to);
       for (int64_t from = 0; from == 0 || from < depth_; from += kHalfRun, add = true) {
         const int64_t count = std::min(kHalfRun, depth_ - from);
         const at::Tensor part = at::mm(a.narrow(1, from, count), data_.narrow(0, from, count));
@@ -65,6 +77,13 @@ class Factor {
   }
 
  private:
+  // The tiles read and write what the sizes say.
+  void check(const at::Tensor& a, const at::Tensor& to) const {
+    TORCH_CHECK_VALUE(a.size(1) == depth_ && to.size(0) == a.size(0) && to.size(1) == columns_,
+                      "gated_attention: a product of ", a.sizes(), " and [", depth_, ", ", columns_,
+                      "] is not ", to.sizes(), "; the weights' shapes do not fit the tokens'");
+  }
+
   int64_t vecs() const { return attention::ceil_div(columns_, kLanes); }
   int64_t strips() const { return attention::ceil_div(vecs(), attention::kMaxVecs); }
   // First vector of a strip; that of strip strips() is vecs().
@@ -107,8 +126,9 @@ class Factor {
     const scalar_t* from = a.const_data_ptr<scalar_t>();
     scalar_t* out = to.mutable_data_ptr<scalar_t>();
     const int64_t blocks = attention::ceil_div(rows, kRows);
-    const int64_t cuts = std::clamp<int64_t>(kPieces / std::max<int64_t>(1, blocks), 1,
-                                             std::max<int64_t>(1, strips()));
+    const int64_t cuts =
+        std::clamp<int64_t>(attention::ceil_div(kPieces, std::max<int64_t>(1, blocks)), 1,
+                            std::max<int64_t>(1, strips()));
     attention::parallel_items(blocks * cuts, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t row = i / cuts * kRows, cut = i % cuts;

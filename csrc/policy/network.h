@@ -233,15 +233,19 @@ class Network {
     });
   }
 
-  // grads (rows, 2C + 1) = grad_hidden (rows, K) hidden_weight. Rows of weights need not be whole
-  // vectors, so the last is added apart.
+  // grads (rows, 2C + 1) = grad_hidden (rows, K) hidden_weight. The product reads whole vectors,
+  // which from the last rows of the weights would reach past their end: those are added apart.
   void input_gradients(const wide_t* grad_hidden, int64_t rows, wide_t* grads) const {
-    attention::gemm<false>(rows, z_.features, units_ - 1, grad_hidden, units_, weight_, z_.features,
+    const int64_t reach = attention::ceil_div(ld_, z_.features);  // rows that a row's vectors touch
+    const int64_t whole = std::max<int64_t>(0, units_ - reach + 1);
+    attention::gemm<false>(rows, z_.features, whole, grad_hidden, units_, weight_, z_.features,
                            grads, z_.features, false);
-    const wide_t* last = weight_ + (units_ - 1) * z_.features;
     for (int64_t r = 0; r < rows; ++r) {
-      const wide_t factor = grad_hidden[r * units_ + units_ - 1];
-      for (int64_t c = 0; c < z_.features; ++c) grads[r * z_.features + c] += factor * last[c];
+      for (int64_t unit = whole; unit < units_; ++unit) {
+        const wide_t factor = grad_hidden[r * units_ + unit];
+        const wide_t* weight = weight_ + unit * z_.features;
+        for (int64_t c = 0; c < z_.features; ++c) grads[r * z_.features + c] += factor * weight[c];
+      }
     }
   }
 

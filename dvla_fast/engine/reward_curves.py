@@ -12,6 +12,7 @@ both from one that has not learned yet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -103,12 +104,16 @@ def best_mean(
         entropy_weight: τ.
 
     Raises:
-        ValueError: fewer than two values, not as many rewards, or values that do not increase.
+        ValueError: alphas do not increase from 0 to 1, are not as many as the rewards, or a reward
+            is not finite.
     """
-    if len(alphas) < 2 or len(rewards) != len(alphas):
-        raise ValueError(f"rewards: {len(rewards)} of them at {len(alphas)} alphas")
-    if any(a >= b for a, b in pairwise(alphas)):
-        raise ValueError(f"alphas: expected increasing values, got {list(alphas)}")
+    if len(rewards) != len(alphas):
+        raise ValueError(f"rewards: expected {len(alphas)}, one an alpha, got {len(rewards)}")
+    whole = len(alphas) > 1 and (alphas[0], alphas[-1]) == (0.0, 1.0)
+    if not whole or not all(a < b for a, b in pairwise(alphas)):
+        raise ValueError(f"alphas: expected values increasing from 0 to 1, got {list(alphas)}")
+    if not all(map(math.isfinite, rewards)):
+        raise ValueError(f"rewards: expected finite numbers, got {list(rewards)}")
     known = torch.tensor(alphas, dtype=torch.float64)
     level = torch.tensor(rewards, dtype=torch.float64)
     edges = torch.linspace(0, 1, _CELLS + 1, dtype=torch.float64)

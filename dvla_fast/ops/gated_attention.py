@@ -185,10 +185,11 @@ def _absorbs(heads: int, rows: int, width: int, keys: int, channels: int) -> boo
 def _backward_fake(  # type: ignore[no-untyped-def]
     grad_updated, grad_fused, query, image_tokens, kv_weight, text_key, text_value, alpha,
     out_weight, image_mask, text_mask, image_out, text_out, image_lse, text_lse, kept, scale,
+    tokens=True,
 ):  # fmt: skip
     return (
         stored_by_token(query),
-        image_tokens.new_empty(image_tokens.shape),
+        image_tokens.new_empty(image_tokens.shape if tokens else 0),
         kv_weight.new_empty(kv_weight.shape),
         stored_by_token(text_key),
         stored_by_token(text_value),

@@ -40,11 +40,12 @@ LIBRARY.define(
     " Tensor image_lse, Tensor text_lse, Tensor kept)"
 )
 LIBRARY.define(
+    # tokens: whether grad_image_tokens is wanted; (0,) if not.
     "gated_attention_backward(Tensor? grad_updated, Tensor? grad_fused, Tensor query,"
     " Tensor image_tokens, Tensor kv_weight, Tensor text_key, Tensor text_value, Tensor alpha,"
     " Tensor out_weight, Tensor? image_mask, Tensor? text_mask, Tensor image_out, Tensor text_out,"
-    " Tensor image_lse, Tensor text_lse, Tensor kept, float scale) -> (Tensor grad_query,"
-    " Tensor grad_image_tokens, Tensor grad_kv_weight, Tensor grad_text_key,"
+    " Tensor image_lse, Tensor text_lse, Tensor kept, float scale, bool tokens=True)"
+    " -> (Tensor grad_query, Tensor grad_image_tokens, Tensor grad_kv_weight, Tensor grad_text_key,"
     " Tensor grad_text_value, Tensor grad_alpha, Tensor grad_out_weight)"
 )
 for _kernels in ("", "_triton"):

@@ -77,9 +77,12 @@ def test_flat_rewards_leave_the_bonus_to_decide() -> None:
 @pytest.mark.parametrize(
     ("alphas", "rewards", "message"),
     [
-        ([0.5], [1.0], "rewards: 1"),
-        ([0.0, 1.0], [1.0], "rewards: 1"),
+        ([0.5], [1.0], "alphas: expected values increasing from 0 to 1"),
+        ([0.0, 1.0], [1.0], "rewards: expected 2, one an alpha, got 1"),
         ([1.0, 0.0], [1.0, 2.0], "increasing"),
+        ([0.2, 0.8], [1.0, 2.0], "from 0 to 1"),
+        ([0.0, float("nan"), 1.0], [1.0, 1.0, 2.0], "increasing"),
+        ([0.0, 1.0], [1.0, float("nan")], "rewards: expected finite"),
     ],
 )
 def test_best_mean_of_no_curve(alphas: list[float], rewards: list[float], message: str) -> None:

@@ -173,6 +173,19 @@ def test_error_at_most_twice_plain_pytorch(case: Case, dtype: torch.dtype, backe
         assert error <= 2 * peer + floor, f"{name}: error {error}, plain PyTorch {peer}"
 
 
+@pytest.mark.parametrize("backend", [CPP])
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_narrow_tokens(width: int, backend: str) -> None:
+    """Several rows of weights fit a vector: what lies behind the last must not be touched."""
+    case = Case(5, 5, 3, 2, width, 6)
+    tensors, action = make(case), torch.linspace(-2, 2, 5, dtype=torch.float64)
+    single = run(case, [x.float() for x in tensors], action.float(), backend)
+    leaves = [x.requires_grad_() for x in tensors]
+    expected = with_grads(exact(case, leaves, action, {}), leaves)
+    for name, value in single.items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_state_alone(case: Case, backend: str) -> None:

@@ -200,9 +200,19 @@ def test_keys_and_values_projected_again(masked: bool, backend: str) -> None:
     assert_near(got, with_grads(layer, tensors, grads, **masks), tolerance=1e-10)
 
 
+# Half types of plain PyTorch are slow on CPUs without instructions for them: one shape of each kind.
+COMPARED = [
+    *((shape, torch.float32) for shape in PROJECTED[1:] + ABSORBED[1:]),
+    *(
+        (shape, dtype)
+        for shape in (*PROJECTED[1:4], *PROJECTED[7:], *ABSORBED[1:4], ABSORBED[6])
+        for dtype in (torch.float16, torch.bfloat16)
+    ),
+]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", PROJECTED[1:] + ABSORBED[1:], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), COMPARED, ids=str)
 def test_error_at_most_twice_plain_pytorch(shape: Shape, dtype: torch.dtype, backend: str) -> None:
     tensors, grads = make(shape, dtype), make_grads(shape, dtype)
     exact = with_grads(layer, [x.double() for x in tensors], [x.double() for x in grads])
@@ -335,6 +345,55 @@ def test_thread_count_changes_no_bit(dtype: torch.dtype, shape: Shape, backend: 
     for other in results[1:]:
         for name, value in other.items():
             assert torch.equal(value, results[0][name]), name
+
+
+@pytest.mark.parametrize("backend", [CPP])
+@pytest.mark.parametrize("model", [5, 13, 200])
+def test_thread_count_and_odd_strides(model: int, backend: str) -> None:
+    """Gradients as loss functions send them: one number for all, or columns first."""
+    shape = Shape(1, 2, 2, 3, 9000, 4, model)
+    tensors, (updated, fused) = make(shape, torch.float32), make_grads(shape, torch.float32)
+    columns_first = updated.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    before = torch.get_num_threads()
+    for grads in ([torch.ones(()).expand_as(updated), fused], [columns_first, fused]):
+        results = []
+        try:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                results.append(with_grads(gated_attention, tensors, grads, backend=backend))
+        finally:
+            torch.set_num_threads(before)
+        for other in results[1:]:
+            for name, value in other.items():
+                assert torch.equal(value, results[0][name]), name
+
+
+@pytest.mark.parametrize("backend", [CPP])
+@pytest.mark.parametrize("shape", [PROJECTED[2], PROJECTED[4], ABSORBED[2], LONG], ids=str)
+def test_frozen_image_tokens(shape: Shape, backend: str) -> None:
+    """Without a gradient of the tokens, which is then left out, the others are the same."""
+    tensors, grads = make(shape, torch.float32), make_grads(shape, torch.float32)
+    expected = with_grads(gated_attention, tensors, grads, backend=backend)
+    leaves = [x.detach().requires_grad_(i != 1) for i, x in enumerate(tensors)]
+    results = gated_attention(*leaves, backend=backend)
+    asked = [x for x in leaves if x.requires_grad]
+    names = [f"grad_{name}" for name in NAMES if name != "image_tokens"]
+    for name, grad in zip(names, torch.autograd.grad(results, asked, grads)):
+        assert torch.equal(grad, expected[name]), name
+    # Neither where the tokens require one that is not asked for.
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    (grad,) = torch.autograd.grad(gated_attention(*leaves, backend=backend), [leaves[2]], grads)
+    assert torch.equal(grad, expected["grad_kv_weight"])
+
+
+@pytest.mark.parametrize("backend", [CPP])
+@pytest.mark.parametrize(("name", "size"), [("kv_weight", (5, 40)), ("out_weight", (3, 72))])
+def test_weights_of_wrong_size_given_to_the_op(name: str, size: tuple, backend: str) -> None:
+    """The op itself, as an exported graph calls it, reads nothing beyond its tensors."""
+    tensors = dict(zip(NAMES, make(Shape(2, 3, 3, 17, 33, 24, 40), torch.float32)))
+    tensors[name] = torch.randn(size)
+    with pytest.raises((ValueError, RuntimeError), match="shape"):
+        torch.ops.dvla_fast.gated_attention_forward(*tensors.values(), None, None, 0.2, False)
 
 
 WRONG = [

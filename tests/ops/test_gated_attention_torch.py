@@ -38,6 +38,7 @@ def test_opcheck(shape: Shape, dtype: torch.dtype, save: bool, backend: str) -> 
         backward = torch.ops.dvla_fast.gated_attention_backward.default
         for grads in (make_grads(shape, dtype), [None, make_grads(shape, dtype)[1]]):
             torch.library.opcheck(backward, (*grads, *tensors, *masks, *saved, 0.3))
+        torch.library.opcheck(backward, (*grads, *tensors, *masks, *saved, 0.3, False))
     else:
         leaves = [x.detach().requires_grad_() for x in tensors]
         torch.library.opcheck(forward, (*leaves, *masks, 0.3, save))

@@ -16,7 +16,9 @@ from benchmarks.ratios import markdown, plot, rows
 from benchmarks.roofline import CASE, Ceilings, bound, table
 
 ROOT = Path(__file__).parent.parent
-LONG = ("1000000", "N4096", "T16", "B1280", "compile", "Flex")  # to compute or to compile
+LONG = (  # to compute or to compile
+    "1000000", "N4096", "T16", "G80", "B1280", "B80", "B25", "compile", "Flex",
+)  # fmt: skip
 
 
 def bench(group: str, provider: str, median: float) -> dict:

@@ -178,17 +178,20 @@ class RLAGate(nn.Module):
             state = functional.gate_state(image_tokens, texts, **pooling)
             step = _replayed(alpha, state, image_tokens.shape[0], text_tokens.shape[0])
         query, text_key, text_value = self._heads(self.text_qkv(texts), 3)
-        updated, fused = functional.gated_attention(
-            query,
-            image_tokens,
-            self.image_kv.weight,
-            text_key,
-            text_value,
-            _spread(step.alpha, image_tokens.shape[0]),
-            self.out_projection.weight,
-            image_mask=image_mask,
-            text_mask=text_mask,
-        )
+        gate = _spread(step.alpha, image_tokens.shape[0])
+        masks: dict[str, Any] = {"image_mask": image_mask, "text_mask": text_mask}
+        if _only_weights(self.image_kv) and _only_weights(self.out_projection):
+            updated, fused = functional.gated_attention(
+                query, image_tokens, self.image_kv.weight, text_key, text_value, gate,
+                self.out_projection.weight, **masks,
+            )  # fmt: skip
+        else:
+            image_key, image_value = self._heads(self.image_kv(image_tokens), 2)
+            mixed = functional.dual_attention(
+                query, image_key, image_value, text_key, text_value, gate, **masks
+            )
+            fused = self.out_projection(mixed.transpose(1, 2).flatten(2))
+            updated, fused = reference.add_to_tokens(image_tokens, fused, text_mask)
         return GateOutput(
             updated, fused, step.alpha, step.action_logit, step.log_prob, step.entropy, state
         )
@@ -285,6 +288,18 @@ class RLAGate(nn.Module):
             f"dim={self.dim}, text_dim={self.text_dim}, num_heads={self.num_heads},"
             f" alpha_scope={self.alpha_scope!r}"
         )
+
+
+def _only_weights(layer: nn.Module) -> bool:
+    """Whether a linear layer is its weight and nothing else, as it was made here.
+
+    One that was replaced (LoRA, quantisation) or hooked must be called instead.
+    """
+    hooked = (
+        layer._forward_hooks or layer._forward_pre_hooks
+        or layer._backward_hooks or layer._backward_pre_hooks
+    )  # fmt: skip
+    return type(layer) is nn.Linear and layer.bias is None and not hooked
 
 
 def _check_action(action_logit: Tensor | None, decisions: int) -> None:

@@ -223,6 +223,53 @@ def test_text_work_is_done_once_per_group(make_gate: MakeGate) -> None:
     assert rows == [2]
 
 
+class LowRank(torch.nn.Module):
+    """A linear layer with a low-rank correction, as LoRA libraries put it in a layer's place."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = torch.nn.Linear(layer.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, layer.out_features, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("name", ["image_kv", "out_projection"])
+def test_replaced_layers_count(make_gate: MakeGate, name: str) -> None:
+    """What stands in the place of a layer is called; its own weight alone would say otherwise."""
+    gate, (z, text) = make_gate(), _tokens()
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    layer = getattr(gate, name)
+    adapted = LowRank(layer)
+    setattr(gate, name, adapted)
+    got = gate(z, text, text_mask=mask, alpha=0.3)
+    setattr(gate, name, layer)
+    layer.weight.data += adapted.up.weight @ adapted.down.weight
+    expected = gate(z, text, text_mask=mask, alpha=0.3)
+    torch.testing.assert_close(got.image_tokens, expected.image_tokens)
+    torch.testing.assert_close(got.fused, expected.fused)
+
+
+@pytest.mark.parametrize("name", ["image_kv", "out_projection"])
+def test_hooks_run(make_gate: MakeGate, name: str) -> None:
+    gate, (z, text) = make_gate(), _tokens()
+    expected = gate(z, text, alpha=0.3)
+    shapes: list[torch.Size] = []
+    hook = getattr(gate, name).register_forward_hook(lambda _m, _a, out: shapes.append(out.shape))
+    got = gate(z, text, alpha=0.3)
+    assert shapes == [{"image_kv": (*z.shape[:2], 32), "out_projection": got.fused.shape}[name]]
+    torch.testing.assert_close(got.image_tokens, expected.image_tokens)
+    hook.remove()
+    assert torch.equal(gate(z, text, alpha=0.3).image_tokens, expected.image_tokens)
+    assert len(shapes) == 1
+
+
 def _tokens(images: int = 4, groups: int = 2) -> tuple[Tensor, Tensor]:
     return torch.randn(images, 5, 16), torch.randn(groups, 3, TEXT_DIM)
 

@@ -200,7 +200,7 @@ def test_keys_and_values_projected_again(masked: bool, backend: str) -> None:
     assert_near(got, with_grads(layer, tensors, grads, **masks), tolerance=1e-10)
 
 
-# Half types of plain PyTorch are slow on CPUs without instructions for them: one shape of each kind.
+# Plain half types are slow on CPUs without instructions for them: one shape of each kind.
 COMPARED = [
     *((shape, torch.float32) for shape in PROJECTED[1:] + ABSORBED[1:]),
     *(

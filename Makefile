@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc build_tools -type f)
+SOURCES := setup.py pyproject.toml CMakeLists.txt dvla_fast/ops/schemas.py $(shell find csrc build_tools -type f)
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: demo test sanitize install lint format bench gpu-check clean

@@ -19,8 +19,8 @@ using OptionalTensor = std::optional<Tensor>;
 bool wants_grad(std::initializer_list<const Tensor*> tensors) {
   for (const Tensor* tensor : tensors) {
     TORCH_CHECK_NOT_IMPLEMENTED(!tensor->defined() || !tensor->_fw_grad(0).defined(),
-                                "forward-mode derivatives are not implemented; use"
-                                " backend='reference'");
+                                "forward-mode derivatives are not implemented; use the reference"
+                                " backend (backend='reference' or dvla_fast.set_backend)");
   }
   if (!at::GradMode::is_enabled()) return false;
   for (const Tensor* tensor : tensors) {
@@ -41,7 +41,10 @@ variable_list first_order_only(variable_list grads, const char* op) {
   for (Tensor& grad : grads) {
     if (!grad.defined()) continue;
     auto raise = std::make_shared<torch::autograd::DelayedError>(
-        std::string(op) + ": second derivatives are not implemented; use backend='reference'", 1);
+        std::string(op) +
+            ": second derivatives are not implemented; use the reference backend"
+            " (backend='reference' or dvla_fast.set_backend)",
+        1);
     grad = (*raise)({grad.detach().requires_grad_(true)})[0];
   }
   return grads;

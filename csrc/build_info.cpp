@@ -71,6 +71,7 @@ std::vector<std::uint32_t> philox4x32(const std::vector<std::uint32_t>& counter,
 
 PYBIND11_MODULE(_build_info, m) {
   m.attr("torch_version") = DVLA_TORCH_VERSION;
+  m.attr("schemas") = DVLA_SCHEMAS;
   m.attr("cpu_capabilities") = split(DVLA_CAPABILITIES);
   m.attr("cuda_architectures") = split(DVLA_CUDA_ARCHITECTURES);
   m.attr("compiler") = DVLA_COMPILER;

@@ -13,12 +13,15 @@ _LAZY = {
     "RLAGate": "dvla_fast.nn",
     "GateOutput": "dvla_fast.nn",
     "DVLA": "dvla_fast.nn",
+    "FewShotClassifier": "dvla_fast.engine.classifier",
     "ReinforceLoss": "dvla_fast.rl",
     "build_info": "dvla_fast._extension",
     "functional": "",
     "distributions": "",
     "nn": "",
     "rl": "",
+    "semantics": "",
+    "report": "",
 }
 
 __all__ = ["__version__", "get_backend", "set_backend", *_LAZY]

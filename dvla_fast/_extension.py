@@ -8,6 +8,7 @@ built against another torch is broken and raises at the first use.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import os
 import platform
@@ -37,14 +38,31 @@ def _import_build_info() -> ModuleType | None:
 
 def _choose_capability(info: ModuleType) -> str:
     """The best instruction set built that this CPU runs, or the one asked for."""
-    asked = os.environ.get("DVLA_FAST_CPU_CAPABILITY")
+    asked, best = os.environ.get("DVLA_FAST_CPU_CAPABILITY"), str(info.cpu_capability())
     if asked is None:
-        return str(info.cpu_capability())
-    if asked not in info.cpu_capabilities:
+        return best
+    built = list(info.cpu_capabilities)  # each includes those before it
+    if asked not in built:
+        raise ValueError(f"DVLA_FAST_CPU_CAPABILITY={asked!r}: built are {built}")
+    if built.index(asked) > built.index(best):
         raise ValueError(
-            f"DVLA_FAST_CPU_CAPABILITY={asked!r}: built are {list(info.cpu_capabilities)}"
+            f"DVLA_FAST_CPU_CAPABILITY={asked!r}: this CPU has not its instructions; the best it"
+            f" runs is {best!r}"
         )
     return asked
+
+
+def _check_schemas(info: ModuleType) -> None:
+    """Raise if the libraries implement other ops than this version defines."""
+    source = Path(schemas.__file__)
+    if not source.exists():  # installed without sources
+        return
+    if getattr(info, "schemas", None) != hashlib.sha256(source.read_bytes()).hexdigest():
+        raise BackendError(
+            "dvla_fast's extension was built from another version of its sources; build it again:"
+            " pip install --no-build-isolation -e . (or set DVLA_FAST_BACKEND=reference to run"
+            " without the extension)"
+        )
 
 
 def _load() -> None:
@@ -65,6 +83,7 @@ def _load() -> None:
             f" {torch.__version__}; build it again: pip install --no-build-isolation -e . (or set"
             " DVLA_FAST_BACKEND=reference to run without the extension)"
         )
+    _check_schemas(info)
     capability = _choose_capability(info)
     # The CUDA part loads without a GPU: asking for one would start the driver before a fork.
     has_cuda = bool(info.cuda_architectures) and torch.version.cuda is not None
@@ -85,6 +104,11 @@ def needs_python_autograd() -> bool:
     functorch does not enter C++ autograd functions, which are otherwise several times faster.
     """
     return not has_autograd or _functorch_active()
+
+
+def transforming() -> bool:
+    """Whether tensors stand for others (torch.compile, torch.func) and have no values to check."""
+    return torch.compiler.is_compiling() or _functorch_active()
 
 
 def _functorch_active() -> bool:

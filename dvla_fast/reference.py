@@ -173,7 +173,8 @@ def state_logits(
     stream, often tens of times larger than projected text, and would drown it in a shared norm.
     Weights of a half type are widened: they are small, the logit is not.
     """
-    with torch.autocast(device_type=state.device.type, enabled=False):
+    device = "cpu" if state.is_meta else state.device.type  # autocast knows no meta device
+    with torch.autocast(device_type=device, enabled=False):
         state = state.to(torch.promote_types(hidden_weight.dtype, torch.float32))
         width = state.shape[-1] // 2
         image, text, cosine = state.split([width, width, 1], dim=-1)

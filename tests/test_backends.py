@@ -75,6 +75,32 @@ def test_an_extension_built_against_another_torch_raises_readably() -> None:
     assert "pip install --no-build-isolation -e ." in done.stderr
 
 
+@pytest.mark.skipif(_extension.problem is not None, reason=str(_extension.problem))
+def test_an_extension_of_other_sources_raises_readably() -> None:
+    """Loading it would end the process: its ops have other arguments."""
+    code = "from dvla_fast import _build_info; _build_info.schemas = ''; import dvla_fast.{}"
+    done = run_python(code.format("functional"))
+    assert done.returncode == 1
+    assert "another version of its sources" in done.stderr
+    assert "pip install --no-build-isolation -e ." in done.stderr
+    doctor = run_python(code.format("doctor; print(dvla_fast.doctor.report()[0])"))
+    assert doctor.returncode == 0, doctor.stderr
+    assert "cannot be examined: BackendError" in doctor.stdout
+
+
+@pytest.mark.skipif(_extension.problem is not None, reason=str(_extension.problem))
+def test_instruction_set_that_the_cpu_lacks() -> None:
+    code = (
+        "from dvla_fast import _build_info; _build_info.cpu_capability = lambda: 'default'\n"
+        "import dvla_fast.functional"
+    )
+    done = run_python(code, DVLA_FAST_CPU_CAPABILITY=_extension.capability)
+    if _extension.capability == "default":
+        pytest.skip("this machine has no other")
+    assert done.returncode == 1
+    assert "the best it runs is 'default'" in done.stderr
+
+
 def test_a_missing_extension_warns_once_and_works() -> None:
     code = (
         "import importlib.util as u; real = u.find_spec\n"

@@ -137,14 +137,14 @@ struct Problem {
   const bool absorbed;  // scores are taken against the tokens themselves (absorb.h)
   const Plan plan;
   const bool apart;             // the text path runs apart from the chunks
-  const at::Tensor mean_share;  // (B, 1) one over the number of text tokens
+  const at::Tensor mean_share;  // (B, 1) contiguous: one over the number of text tokens
   at::Tensor dropped;           // (T, 1, P, 1) text tokens masked out
 
  private:
   at::Tensor shares() const {
     if (!text_mask) return at::full({B, 1}, 1.0 / std::max<int64_t>(1, P), alpha.options());
     const at::Tensor kept = text_mask->sum(1, true).clamp_min(1).to(alpha.scalar_type());
-    return kept.reciprocal().expand({T, B / T}).reshape({B, 1});
+    return kept.reciprocal().expand({T, B / T}).reshape({B, 1}).contiguous();
   }
 };
 

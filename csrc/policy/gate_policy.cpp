@@ -4,6 +4,8 @@
 
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+
 #include "beta/beta_policy.h"
 #include "policy/network.h"
 
@@ -26,6 +28,7 @@ gate_policy_forward(const at::Tensor& image_tokens, const at::Tensor& text_token
   const at::Tensor state = at::empty({z.A, z.features}, options);
   const at::Tensor logits = at::empty({z.A}, options);
   at::Tensor hidden = none();
+  bool undefined = false;
   AT_DISPATCH_FLOATING_TYPES(state.scalar_type(), "gate_policy_forward", [&] {
     scalar_t* rows = state.mutable_data_ptr<scalar_t>();
     policy::make_state(z, image_tokens, text_tokens, image_mask, text_mask, rows);
@@ -35,8 +38,12 @@ gate_policy_forward(const at::Tensor& image_tokens, const at::Tensor& text_token
     policy::Network<scalar_t>(z, *hidden_weight, *out_weight)
         .forward(rows, bias.const_data_ptr<scalar_t>(), *out_bias->const_data_ptr<scalar_t>(),
                  hidden.mutable_data_ptr<scalar_t>(), logits.mutable_data_ptr<scalar_t>());
+    const scalar_t* values = logits.const_data_ptr<scalar_t>();
+    undefined = check && std::any_of(values, values + z.A, [](scalar_t x) { return x != x; });
   });
   if (!hidden_weight) return {none(), none(), none(), none(), state, none(), none()};
+  TORCH_CHECK_VALUE(!undefined,
+                    "logits: NaN found; the tokens or the policy's weights are not finite");
   const auto [alpha, action, log_prob, entropy, derivatives] =
       beta_policy_forward_cpu(logits, std::nullopt, concentration, action_logit, key, save, check);
   return {alpha, action, log_prob, entropy, state, save ? hidden : none(), derivatives};

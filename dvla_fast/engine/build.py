@@ -161,6 +161,21 @@ def build_texts(
     Raises:
         BankError: missing bank, class or text, or a text longer than the encoder reads.
     """
+    bank = build_bank(config.bank)
+    names = list(data.class_names)
+    lacking = set(bank.missing(names)) if split else set()
+    if lacking and lacking.isdisjoint(data.split(split).class_names):
+        names = [name for name in names if name not in lacking]
+    texts, described = encode_texts(config, bank, names, device)
+    if len(names) < len(data.class_names):
+        texts = texts.among(data.class_names)
+    return texts, described
+
+
+def encode_texts(
+    config: SemanticsConfig, bank: SemanticBank | str, names: list[str], device: torch.device
+) -> tuple[EncodedTexts, dict[str, Any]]:
+    """Encode a bank's texts for the named classes, in that order; see :func:`build_texts`."""
     if config.template not in TEMPLATES:
         raise UsageError(
             f"semantics.template: {config.template!r} is unknown; choose one of "
@@ -170,14 +185,10 @@ def build_texts(
         raise UsageError(
             f"semantics.parts: {config.parts!r} is unknown; choose one of {', '.join(PARTS)}"
         )
-    bank = build_bank(config.bank)
-    names = list(data.class_names)
-    lacking = set(bank.missing(names)) if split else set()
-    if lacking and lacking.isdisjoint(data.split(split).class_names):
-        names = [name for name in names if name not in lacking]
+    bank = build_bank(bank) if isinstance(bank, str) else bank
     if bank.vectors and config.parts == "name":
         raise UsageError(
-            f"semantics.parts: {config.bank} has vectors and no words, so its classes' names "
+            f"semantics.parts: {bank.source} has vectors and no words, so its classes' names "
             "cannot be encoded; choose all, attributes or description"
         )
     if bank.vectors:
@@ -204,8 +215,6 @@ def build_texts(
         "parts": config.parts,
         "truncated_texts": truncated,
     }
-    if len(names) < len(data.class_names):
-        texts = texts.among(data.class_names)
     return texts.to(device), described
 
 

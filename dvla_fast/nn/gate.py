@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dvla_fast import functional, reference
+from dvla_fast import _extension, functional, reference
 from dvla_fast.nn.policy import PolicyStep, build_policy
 from dvla_fast.ops.gate_policy import check_groups_and_masks
+from dvla_fast.ops.value_checks import require, value_checks
 
 ALPHA_SCOPES = ("episode", "image")
 
@@ -153,7 +154,9 @@ class RLAGate(nn.Module):
                 consecutive text groups. None: T.
 
         Raises:
-            TypeError, ValueError: dtypes, shapes, devices or options do not fit together.
+            TypeError, ValueError: dtypes, shapes, devices or options do not fit together; where
+                values are checked (:func:`dvla_fast.functional.set_value_checks`), a replayed gate
+                outside [0, 1].
         """
         self._check(image_tokens, text_tokens, image_mask, text_mask)
         decisions = self._decisions(image_tokens, text_tokens, episodes, state_images)
@@ -266,7 +269,8 @@ class RLAGate(nn.Module):
         text_mask: Tensor | None,
     ) -> None:
         weight = self.image_kv.weight
-        autocast = torch.is_autocast_enabled(weight.device.type)
+        device = weight.device.type
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
         for name, tensor, width in (
             ("image_tokens", image_tokens, self.dim),
             ("text_tokens", text_tokens, self.text_dim),
@@ -325,6 +329,8 @@ def _replayed(alpha: Tensor | float, state: Tensor, images: int, groups: int) ->
     allowed = ((), (decisions,), (groups,), (images,))
     if tuple(alpha.shape) not in allowed:
         raise ValueError(f"alpha: shape {tuple(alpha.shape)}, expected one of {set(allowed)}")
+    if value_checks(alpha.device) and not _extension.transforming():
+        require((alpha >= 0) & (alpha <= 1), "alpha: expected values in [0, 1]")
     alpha = alpha.to(state.dtype)
     if alpha.dim() == 0:
         alpha = alpha.expand(decisions)

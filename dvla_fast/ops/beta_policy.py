@@ -15,7 +15,7 @@ from torch import Tensor
 from dvla_fast import _extension, backends, reference
 from dvla_fast.ops import schemas
 from dvla_fast.ops.first_order import first_order
-from dvla_fast.ops.value_checks import value_checks
+from dvla_fast.ops.value_checks import require, value_checks
 
 _LARGEST_INT64 = 2**63 - 1
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
@@ -311,15 +311,7 @@ def _check_values(logits: Tensor, kappa: Tensor, action_logit: Tensor | None) ->
     """What the ops check on their way, for the reference path; a traced graph cannot raise."""
     if torch.compiler.is_compiling() or not value_checks(logits.device):
         return
-    _require(~torch.isnan(logits), "logits: NaN found")
+    require(~torch.isnan(logits), "logits: NaN found")
     if action_logit is not None:
-        _require(~torch.isnan(action_logit), "action_logit: NaN found")
-    _require((kappa > 0) & torch.isfinite(kappa), "concentration: expected positive finite values")
-
-
-def _require(valid: Tensor, message: str) -> None:
-    """Raises on a CPU; elsewhere asserts on the device, without waiting for it."""
-    if valid.device.type != "cpu":
-        torch._assert_async(valid.all(), message)
-    elif not bool(valid.all()):
-        raise ValueError(message)
+        require(~torch.isnan(action_logit), "action_logit: NaN found")
+    require((kappa > 0) & torch.isfinite(kappa), "concentration: expected positive finite values")

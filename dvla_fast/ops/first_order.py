@@ -28,7 +28,8 @@ def first_order(op: Any, name: str) -> type[torch.autograd.Function]:
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             raise NotImplementedError(
-                f"{name}: second derivatives are not implemented; use backend='reference'"
+                f"{name}: second derivatives are not implemented; use the reference backend"
+                " (backend='reference' or dvla_fast.set_backend)"
             )
 
     FirstOrder.forward.__signature__ = _signature(op)  # type: ignore[attr-defined]

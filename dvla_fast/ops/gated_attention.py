@@ -108,7 +108,7 @@ def gated_attention(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts as a linear layer does; image tokens keep their dtype, for they pass through."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

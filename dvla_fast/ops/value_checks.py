@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor
 
 _enabled: bool | None = None
 
@@ -34,6 +35,14 @@ def set_value_checks(enabled: bool | None) -> None:
 def value_checks(device: torch.device) -> bool:
     """Whether values on that device are checked now; see :func:`set_value_checks`."""
     return device.type == "cpu" if _enabled is None else _enabled
+
+
+def require(valid: Tensor, message: str) -> None:
+    """Raises on a CPU; elsewhere asserts on the device, without waiting for it."""
+    if valid.device.type != "cpu":
+        torch._assert_async(valid.all(), message)
+    elif not bool(valid.all()):
+        raise ValueError(message)
 
 
 def _from_environment() -> bool | None:

@@ -223,6 +223,14 @@ def test_text_work_is_done_once_per_group(make_gate: MakeGate) -> None:
     assert rows == [2]
 
 
+def test_meta_device() -> None:
+    """Shapes without data, as large models are planned."""
+    with torch.device("meta"):
+        out = RLAGate(16, TEXT_DIM, 2)(*_tokens())
+    assert out.image_tokens.shape == (4, 5, 16)
+    assert out.fused.device.type == "meta"
+
+
 class LowRank(torch.nn.Module):
     """A linear layer with a low-rank correction, as LoRA libraries put it in a layer's place."""
 
@@ -292,6 +300,9 @@ def _tokens(images: int = 4, groups: int = 2) -> tuple[Tensor, Tensor]:
             lambda z, t: ((z, t), {"text_mask": torch.ones(4, 3, dtype=torch.bool)}),
         ),
         (ValueError, "alpha: shape", lambda z, t: ((z, t), {"alpha": torch.rand(3)})),
+        (ValueError, "alpha: expected val", lambda z, t: ((z, t), {"alpha": torch.tensor(1.5)})),
+        (ValueError, "alpha: expected val", lambda z, t: ((z, t), {"alpha": torch.tensor(-0.1)})),
+        (ValueError, "alpha: expected val", lambda z, t: ((z, t), {"alpha": z[:2, 0, 0] * 0 / 0})),
         (TypeError, "alpha: expected", lambda z, t: ((z, t), {"alpha": torch.ones(2).long()})),
         (ValueError, "action_logit: shape", lambda z, t: ((z, t), {"action_logit": z[:, 0, 0]})),
         (

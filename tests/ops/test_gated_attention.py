@@ -386,6 +386,15 @@ def test_frozen_image_tokens(shape: Shape, backend: str) -> None:
     assert torch.equal(grad, expected["grad_kv_weight"])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [Shape(1, 5, 2, 6, 7, 8, 24), ABSORBED[6]], ids=str)
+def test_one_text_partly_masked(shape: Shape, backend: str) -> None:
+    tensors, grads = make(shape), make_grads(shape)
+    mask = torch.arange(shape.rows).unsqueeze(0) < 2
+    got = with_grads(gated_attention, tensors, grads, backend=backend, text_mask=mask)
+    assert_near(got, with_grads(layer, tensors, grads, text_mask=mask))
+
+
 @pytest.mark.parametrize("backend", [CPP])
 @pytest.mark.parametrize(("name", "size"), [("kv_weight", (5, 40)), ("out_weight", (3, 72))])
 def test_weights_of_wrong_size_given_to_the_op(name: str, size: tuple, backend: str) -> None:

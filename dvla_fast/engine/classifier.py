@@ -1,0 +1,200 @@
+"""A trained model in use: it learns new classes from a few images and their texts.
+
+Nothing is trained here. Supports become class prototypes, and queries go to the nearest one
+(method §1), as in an episode of an evaluation with the policy's mean gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvla_fast.data.decode import is_image, open_rgb, pillow, to_square
+from dvla_fast.data.images import unit_range
+from dvla_fast.engine.build import build_model, encode_texts, pick_device
+from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
+from dvla_fast.engine.config import SemanticsConfig
+from dvla_fast.errors import CheckpointError, DataError
+from dvla_fast.nn import DVLA, TextTokens
+from dvla_fast.semantics import SemanticBank
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Picture: TypeAlias = "str | Path | NDArray[np.uint8] | Any"
+"""A file, an array (H, W, 3) or (H, W) of uint8, or a Pillow image."""
+
+
+class Classification(NamedTuple):
+    """What is said about Q images, on the CPU."""
+
+    class_names: tuple[str, ...]
+    """The classes that were learned, in their order."""
+    probabilities: Tensor
+    """(Q, way) float32; rows sum to 1."""
+
+    @property
+    def predicted(self) -> list[str]:
+        """The likeliest class of each image."""
+        return [self.class_names[index] for index in self.probabilities.argmax(1).tolist()]
+
+
+class FewShotClassifier:
+    """A checkpoint ready to learn classes and classify images; see :meth:`load`.
+
+    Args:
+        model: the model, on the device to work on.
+        description: what its checkpoint says: model, normalisation, semantics, kind.
+    """
+
+    def __init__(self, model: DVLA, description: Mapping[str, Any]) -> None:
+        self.model = model.eval()
+        self.description = dict(description)
+        self.device = next(model.parameters()).device
+        backbone = description["model"]["backbone"]
+        self.image_size = int(backbone.get("image_size", 224))
+        self.channels = int(backbone.get("in_channels", 3))
+        statistics = description.get("normalisation") or {"mean": [0.0], "std": [1.0]}
+        self._mean, self._std = (
+            torch.tensor(statistics[name], device=self.device)[:, None, None]
+            for name in ("mean", "std")
+        )
+        self.class_names: tuple[str, ...] = ()
+        self._support, self._labels = torch.empty(0), torch.empty(0)
+        self._text: TextTokens | None = None
+
+    @classmethod
+    def load(cls, checkpoint: str | Path, device: str = "auto") -> FewShotClassifier:
+        """Load a checkpoint of ``dvla-fast metatune`` (or ``pretrain``: then without texts).
+
+        Args:
+            checkpoint: ``.safetensors`` file of a run's ``checkpoints/`` folder.
+            device: "cpu", "cuda", or "auto": cuda where there is one.
+
+        Raises:
+            CheckpointError: missing, damaged, or of another kind.
+            UsageError: no such device.
+        """
+        tensors, info = load_checkpoint(checkpoint, ("pretrain", "metatune"))
+        model = build_model(info["model"] if info["kind"] == "metatune" else _ungated(info))
+        if info["kind"] == "metatune":
+            load_weights(model, tensors, "model.", checkpoint)
+        else:
+            load_weights(model.backbone, tensors, "model.backbone.", checkpoint)
+        return cls(model.to(pick_device(device)), info)
+
+    @torch.inference_mode()
+    def learn(
+        self,
+        supports: str | Path | Mapping[str, Sequence[Picture]],
+        bank: str | Path | SemanticBank | None = None,
+    ) -> FewShotClassifier:
+        """Learn classes, in the place of any that were known before.
+
+        Args:
+            supports: class name to a few images of it, or a folder with a folder for each class.
+            bank: texts of at least these classes, encoded as in training: a bank, its JSON file or
+                its bundled name. None: no gate runs, and images alone decide.
+
+        Returns:
+            The classifier itself.
+
+        Raises:
+            DataError: an image that cannot be read, a class without images, fewer than two classes.
+            BankError: a class without texts, or texts that another encoder wrote.
+            CheckpointError: a bank for a checkpoint without trained gates.
+        """
+        given = _folders(Path(supports)) if isinstance(supports, (str, Path)) else supports
+        empty = [name for name, images in given.items() if not len(images)]
+        if empty or len(given) < 2:
+            raise DataError(
+                f"supports: no image of {empty[0]!r}; give at least one of each class"
+                if empty
+                else f"supports: {len(given)} class(es); at least two are told apart"
+            )
+        text = None if bank is None else self._texts(bank, list(given))
+        images = [image for group in given.values() for image in group]
+        labels = [label for label, group in enumerate(given.values()) for _ in group]
+        self._support = self.model.prefix(self._read(images)).unsqueeze(0)
+        self._labels = torch.tensor([labels], device=self.device)
+        self._text, self.class_names = text, tuple(given)
+        return self
+
+    @torch.inference_mode()
+    def classify(self, images: Sequence[Picture], batch: int = 32) -> Classification:
+        """Classify images; each by itself, so that their number and order change nothing.
+
+        Args:
+            batch: images of one pass.
+
+        Raises:
+            ValueError: nothing was learned, no images, or ``batch`` is not positive.
+            DataError: an image that cannot be read.
+        """
+        if not self.class_names:
+            raise ValueError("classify: learn(...) some classes first")
+        if batch < 1 or not len(images):
+            raise ValueError(f"classify: {len(images)} images in batches of {batch}")
+        parts = []
+        for first in range(0, len(images), batch):
+            query = self.model.prefix(self._read(images[first : first + batch])).unsqueeze(0)
+            output = self.model(
+                self._support, self._labels, query, self._text,
+                way=len(self.class_names), sample=False, from_prefix=True,
+            )  # fmt: skip
+            parts.append(output.logits[0].softmax(-1).float().cpu())
+        return Classification(self.class_names, torch.cat(parts))
+
+    def _read(self, images: Sequence[Picture]) -> Tensor:
+        """Network input (n, C, H, W) of images."""
+        squares = np.stack([self._square(image) for image in images])
+        pixels = unit_range(torch.from_numpy(squares).to(self.device))
+        return (pixels - self._mean) / self._std
+
+    def _square(self, image: Picture) -> NDArray[np.uint8]:
+        if isinstance(image, (str, Path)):
+            image = open_rgb(Path(image))[0]
+        elif isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim not in (2, 3):
+                raise DataError(
+                    f"image: expected uint8 (H, W) or (H, W, 3), got {image.dtype} {image.shape}"
+                )
+            image = pillow().fromarray(image)
+        square = to_square(image.convert("RGB"), self.image_size)
+        if self.channels == 3:
+            return square
+        grey = pillow().fromarray(np.ascontiguousarray(square.transpose(1, 2, 0))).convert("L")
+        return np.asarray(grey)[None]
+
+    def _texts(self, bank: str | Path | SemanticBank, names: list[str]) -> TextTokens:
+        if self.description["kind"] != "metatune":
+            raise CheckpointError(
+                "bank: a pre-training checkpoint has no trained gates to read texts; meta-tune it,"
+                " or learn from images alone"
+            )
+        trained = self.description.get("semantics") or {}
+        known = {"encoder", "dim", "top_k", "template", "parts"}
+        options = {key: value for key, value in trained.items() if key in known and value}
+        config = SemanticsConfig(**options)
+        texts, _ = encode_texts(
+            config, bank if isinstance(bank, SemanticBank) else str(bank), names, self.device
+        )
+        return texts.episodes(torch.arange(len(names), device=self.device)[None])
+
+
+def _ungated(info: Mapping[str, Any]) -> dict[str, Any]:
+    """A model around a pre-trained backbone whose gates are never asked."""
+    return {"backbone": info["model"]["backbone"], "gated_layers": []}
+
+
+def _folders(root: Path) -> dict[str, list[Path]]:
+    """Images of each class folder, in the order of their names."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; give one with a folder of images for each class")
+    classes = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    return {path.name: sorted(filter(is_image, path.iterdir())) for path in classes}

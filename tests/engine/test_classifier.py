@@ -1,0 +1,159 @@
+"""FewShotClassifier: a checkpoint that learns classes from a few images and classifies others."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dvla_fast
+from dvla_fast.engine.build import build_model, build_pretrain_model
+from dvla_fast.engine.checkpoint import save_checkpoint
+from dvla_fast.errors import BankError, CheckpointError, DataError
+from dvla_fast.semantics import SemanticBank
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("safetensors")
+
+BANK = SemanticBank.from_dict(
+    {
+        "classes": {
+            "jay": {"attributes": ["blue wings", "a crest"], "description": "A loud blue bird."},
+            "wren": {"attributes": ["a short tail"], "description": "A small brown bird."},
+            "crow": {"attributes": ["black all over"], "description": "A large black bird."},
+        }
+    }
+)
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    def make(kind: str = "metatune", channels: int = 3, **options: Any) -> Path:
+        torch.manual_seed(1)
+        backbone = {"name": "small", "image_size": 16, "in_channels": channels, "width": 8}
+        spec = {"backbone": backbone, "text_dim": 64, "gated_layers": [], **options}
+        info: dict[str, Any] = {"kind": kind, "model": spec}
+        info["normalisation"] = {"mean": MEAN[:channels], "std": STD[:channels]}
+        if kind == "metatune":
+            model: torch.nn.Module = build_model(spec)
+            info["semantics"] = {"encoder": "hashed-ngram", "dim": 64, "top_k": 0, "parts": "all"}
+        else:
+            model, info["model"] = build_pretrain_model(backbone, 5), {"backbone": backbone}
+        path = tmp_path / f"{kind}.safetensors"
+        tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+        save_checkpoint(path, tensors, info)
+        return path
+
+    return make
+
+
+def pictures(count: int, seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(count)]
+
+
+SUPPORTS = {"jay": pictures(2, 0), "wren": pictures(1, 1), "crow": pictures(3, 2)}
+
+
+@pytest.mark.parametrize("text_scope", ["episode", "class"])
+def test_says_what_the_model_says(make_checkpoint: Callable, text_scope: str) -> None:
+    path = make_checkpoint(text_scope=text_scope)
+    classifier = dvla_fast.FewShotClassifier.load(path, "cpu").learn(SUPPORTS, BANK)
+    queries = pictures(5, 3)
+    got = classifier.classify(queries, batch=2)
+
+    def prepare(images: list[np.ndarray]) -> torch.Tensor:
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+        mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+        return ((pixels - mean) / std)[None]
+
+    supports = prepare([image for group in SUPPORTS.values() for image in group])
+    labels = torch.tensor([[0, 0, 1, 2, 2, 2]])
+    assert classifier._text is not None
+    with torch.inference_mode():
+        expected = classifier.model(
+            supports, labels, prepare(queries), classifier._text, way=3, sample=False
+        ).logits[0]
+        plain = classifier.model(supports, labels, prepare(queries), way=3).logits[0]
+    torch.testing.assert_close(got.probabilities, expected.softmax(-1), rtol=1e-4, atol=1e-5)
+    assert got.class_names == ("jay", "wren", "crow")
+    assert got.predicted == [got.class_names[i] for i in expected.argmax(1).tolist()]
+    assert not torch.allclose(expected, plain, atol=1e-4)  # the texts count
+
+
+def test_documented_example(
+    make_checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+    (code,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    checkpoints = tmp_path / "runs/tuned/checkpoints"
+    checkpoints.mkdir(parents=True)
+    make_checkpoint().rename(checkpoints / "metatune-best.safetensors")
+    for name, images in SUPPORTS.items():
+        (tmp_path / "birds" / name).mkdir(parents=True)
+        Image.fromarray(images[0]).save(tmp_path / "birds" / name / "0.png")
+    Image.fromarray(SUPPORTS["jay"][0]).save(tmp_path / "query.jpg")
+    entries = {
+        name: {"attributes": list(entry.attributes), "description": entry.description}
+        for name, entry in BANK.classes.items()
+    }
+    (tmp_path / "birds.json").write_text(json.dumps({"classes": entries}))
+    monkeypatch.chdir(tmp_path)
+    variables: dict[str, Any] = {}
+    exec(compile(code, "evaluation.md", "exec"), variables)
+    assert variables["result"].predicted == ["jay"]
+
+
+def test_files_folders_and_pillow_images(make_checkpoint: Callable, tmp_path: Path) -> None:
+    root = tmp_path / "birds"
+    for name, images in SUPPORTS.items():
+        (root / name).mkdir(parents=True)
+        for number, image in enumerate(images):
+            Image.fromarray(image).save(root / name / f"{number}.png")
+    (root / "crow" / "notes.txt").write_text("no image")
+    classifier = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu").learn(root, BANK)
+    query = pictures(1, 9)[0]
+    Image.fromarray(query).save(tmp_path / "query.png")
+    got = classifier.classify([tmp_path / "query.png", query, Image.fromarray(query)])
+    assert got.class_names == ("crow", "jay", "wren")
+    assert torch.equal(got.probabilities[0], got.probabilities[1])
+    assert torch.equal(got.probabilities[0], got.probabilities[2])
+    torch.testing.assert_close(got.probabilities.sum(1), torch.ones(3))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pretrained_backbone_without_texts(make_checkpoint: Callable, channels: int) -> None:
+    path = make_checkpoint("pretrain", channels=channels)
+    classifier = dvla_fast.FewShotClassifier.load(path, "cpu").learn(SUPPORTS)
+    # A class's only support is nearer to its own prototype than to any other.
+    assert classifier.classify(SUPPORTS["wren"]).predicted == ["wren"]
+    with pytest.raises(CheckpointError, match="no trained gates"):
+        classifier.learn(SUPPORTS, BANK)
+
+
+def test_wrong_inputs(make_checkpoint: Callable, tmp_path: Path) -> None:
+    classifier = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu")
+    with pytest.raises(ValueError, match="learn"):
+        classifier.classify(pictures(1, 0))
+    with pytest.raises(DataError, match="no image of 'wren'"):
+        classifier.learn({"jay": pictures(1, 0), "wren": []})
+    with pytest.raises(DataError, match="at least two"):
+        classifier.learn({"jay": pictures(1, 0)})
+    with pytest.raises(DataError, match="no such folder"):
+        classifier.learn(tmp_path / "nowhere")
+    with pytest.raises(BankError, match="owl"):
+        classifier.learn({"owl": pictures(1, 0), "jay": pictures(1, 1)}, BANK)
+    classifier.learn(SUPPORTS, BANK)
+    with pytest.raises(ValueError, match="0 images"):
+        classifier.classify([])
+    with pytest.raises(DataError, match="uint8"):
+        classifier.classify([np.zeros((16, 16, 3))])
+    with pytest.raises(DataError, match="no such file"):
+        classifier.classify([tmp_path / "nowhere.png"])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dvla_fast.commands import COMMANDS, GROUPS
-from dvla_fast.errors import DVLAError, MissingDependencyError
+from dvla_fast.errors import DVLAError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,7 +147,6 @@ def _parse(name: str, rest: list[str]) -> Any:
     """
     from dvla_fast.engine import config as runs
     from dvla_fast.engine import settings, tool_config
-    from dvla_fast.engine.logging import read_config
 
     cls = getattr(runs, COMMANDS[name].config, None) or getattr(tool_config, COMMANDS[name].config)
     default = cls()
@@ -165,6 +164,8 @@ def _parse(name: str, rest: list[str]) -> Any:
             f"--resume needs --output, the folder of the run to continue: dvla-fast {name} "
             "--resume --output runs/..."
         )
+    from dvla_fast.engine.logging import read_config  # loads torch
+
     saved = settings.from_mapping(cls, read_config(parsed.output), parsed.output)
     for path in _config_files(rest):
         saved = settings.read_settings(path, cls, saved)
@@ -183,37 +184,10 @@ def _config_files(rest: list[str]) -> list[str]:
 
 
 def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
-    import argparse
+    from dvla_fast.engine.command_parser import build_parser
+    from dvla_fast.engine.settings import from_mapping
 
-    try:
-        from jsonargparse import ArgumentParser
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"'dvla-fast {name}' needs jsonargparse, which is not installed; run "
-            "pip install 'dvla-fast[train]'"
-        ) from error
-    from dvla_fast.engine.settings import add_arguments, from_mapping, positionals
-
-    command = COMMANDS[name]
-    places = "[CONFIG.yaml]" if name == "ablate" else positionals(cls)
-
-    class Formatter(argparse.RawDescriptionHelpFormatter):
-        """Keeps the examples' line breaks; the defaults are already in each help text."""
-
-    parser = ArgumentParser(
-        prog=f"dvla-fast {name}",
-        usage=f"dvla-fast {name}{f' {places}' if places else ''} [options]",
-        description=f"{command.summary[0].upper()}{command.summary[1:]}.",
-        epilog=f"examples:\n{command.examples}",
-        formatter_class=Formatter,
-        allow_abbrev=False,  # "--conf" would be taken for --config, whose file is read before
-    )
-    parser.add_argument(  # read before, for the defaults that the other options override
-        "--config", metavar="FILE", help="YAML file with any of these settings"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
-    add_arguments(parser, cls, default)
-    values = parser.parse_args(rest).as_dict()
+    values = build_parser(name, cls, default).parse_args(rest).as_dict()
     values.pop("config", None)
     values.pop("debug", None)
     return from_mapping(cls, values, "command line")
@@ -379,6 +353,8 @@ def _evaluate(config: Any) -> int:
     print(result_table(summary["results"]))
     if "compared" in summary:
         print(f"\n{comparison_table(summary['compared'])}")
+    if summary["split"] == "monitor":
+        print(f"\nsplit       monitor: {summary['monitor']}")
     print(f"\nsummary     {config.output}/summary.json")
     print(f"page        dvla-fast report {config.output}")
     return 0

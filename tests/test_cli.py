@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -418,3 +420,48 @@ def test_pretraining_that_cannot_run_leaves_no_folder(
                      f"--output={output}"]) != 0  # fmt: skip
         assert message in capsys.readouterr().err
         assert not output.exists()
+
+
+def test_mistyped_options_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    for argument, words in (
+        ("--pretrain.epoch=3", "did you mean --pretrain.epochs?"),
+        ("--zzz=3", "unrecognized arguments: --zzz=3\n"),
+    ):
+        assert main(["pretrain", argument]) == 2
+        assert words in capsys.readouterr().err
+    assert "expected int, or a list such as [A,B]" in fails(
+        ["evaluate", "--evaluate.shots=1,2"], capsys, 2
+    )
+    assert "evaluate.way: expected at least 2" in fails(
+        ["evaluate", "--evaluate.way=1"], capsys, 2
+    )
+    given = _parse("evaluate", ["--evaluate.shots", "5", "--checkpoints", "X.safetensors"])
+    assert (given.evaluate.shots, given.checkpoints) == ([5], ["X.safetensors"])
+    given = _parse("evaluate", ["--evaluate.shots=[1,5]", "--checkpoints=[a,b]"])
+    assert (given.evaluate.shots, given.checkpoints) == ([1, 5], ["a", "b"])
+
+
+@pytest.mark.parametrize("arguments", [["evaluate", "--help"], ["pretrain", "--no-such-option"]])
+def test_help_and_wrong_options_do_not_wait_for_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from dvla_fast.cli import main; main(sys.argv[1:]);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert arguments[0] in done.stdout + done.stderr
+
+
+def test_evaluation_on_the_splits_that_data_sets_name(
+    photos: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A data set without validation classes says what "val" stands for."""
+    arguments = ["evaluate", f"--checkpoint={pretrained}", f"--data.dataset={photos}",
+                 "--data.image_size=16", "--evaluate.episodes=2", "--evaluate.query=1",
+                 "--evaluate.shots=1"]  # fmt: skip
+    for given, kept in (("val", "monitor"), ("train", "base")):
+        output = tmp_path / given
+        assert main([*arguments, f"--evaluate.split={given}", f"--output={output}"]) == 0
+        said = "split       monitor: held-out images of the base classes"
+        assert (said in capsys.readouterr().out) == (kept == "monitor")
+        assert json.loads((output / "summary.json").read_text())["split"] == kept

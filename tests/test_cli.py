@@ -432,9 +432,7 @@ def test_mistyped_options_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected int, or a list such as [A,B]" in fails(
         ["evaluate", "--evaluate.shots=1,2"], capsys, 2
     )
-    assert "evaluate.way: expected at least 2" in fails(
-        ["evaluate", "--evaluate.way=1"], capsys, 2
-    )
+    assert "evaluate.way: expected at least 2" in fails(["evaluate", "--evaluate.way=1"], capsys, 2)
     given = _parse("evaluate", ["--evaluate.shots", "5", "--checkpoints", "X.safetensors"])
     assert (given.evaluate.shots, given.checkpoints) == ([5], ["X.safetensors"])
     given = _parse("evaluate", ["--evaluate.shots=[1,5]", "--checkpoints=[a,b]"])

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dvla_fast.engine.ablation_cells import Cell, Store, Workshop, all_cells, work
+from dvla_fast.engine.ablation_cells import FREE_KEYS, Cell, Store, Workshop, all_cells, work
 from dvla_fast.engine.ablation_claims import weigh_claims, weigh_rewards
 from dvla_fast.engine.ablation_statistics import FORMULA, SINGLE, crossed_interval, holm
 from dvla_fast.engine.ablation_variants import GROUPS, Variant, chosen_variants
@@ -34,8 +34,6 @@ from dvla_fast.engine.statistics import require_scipy
 from dvla_fast.errors import OutputError
 from dvla_fast.files import write_atomic, write_text_atomic
 
-# What may change between two launches on one folder: which cells there are, not what is in them.
-_FREE_KEYS = ("output", "resume", "device", "wandb", "ablate")
 _POLL = 0.5
 
 
@@ -92,7 +90,7 @@ def _open(store: Store, config: AblateRun) -> None:
     if strangers and not (path / "config.yaml").exists():
         raise OutputError(f"{path}: not empty and no ablation; give --output a new or empty folder")
     store.prepare()
-    kept = {key: value for key, value in to_dict(config).items() if key not in _FREE_KEYS[:2]}
+    kept = {key: value for key, value in to_dict(config).items() if key not in FREE_KEYS[:2]}
     while True:
         with store.claim("config") as mine:
             if mine:
@@ -104,7 +102,7 @@ def _open(store: Store, config: AblateRun) -> None:
     changed = [
         line
         for line in differences(saved, json.loads(json.dumps(kept)))
-        if line.split(":")[0].split(".")[0] not in _FREE_KEYS
+        if line.split(":")[0].split(".")[0] not in FREE_KEYS
     ]
     if changed:
         raise OutputError(

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +35,7 @@ class RunFolder:
         resume: continue the run in the folder instead of starting one.
         writes: False in all but one of several processes: such a folder is read, never written.
         wandb: Weights & Biases project that gets the figures too.
+        free: settings that may change on resuming: they are not kept.
 
     Raises:
         OutputError: not writable, not empty, nothing to resume, or settings that differ from
@@ -48,6 +50,7 @@ class RunFolder:
         resume: bool = False,
         writes: bool = True,
         wandb: str = "",
+        free: Sequence[str] = (),
     ) -> None:
         self.path = Path(path)
         self.resume = resume
@@ -58,7 +61,8 @@ class RunFolder:
         self._wandb: Any = None
         if not writes:
             return
-        kept = {key: value for key, value in config.items() if key not in _FREE_KEYS}
+        self._free = (*_FREE_KEYS, *free)
+        kept = {key: value for key, value in config.items() if key not in self._free}
         if resume:
             self._check_resumable(kept)
         else:
@@ -91,6 +95,8 @@ class RunFolder:
 
     def _check_resumable(self, config: dict[str, Any]) -> None:
         saved = read_config(self.path)
+        for key in self._free:
+            saved.pop(key, None)
         changed = differences(saved, json.loads(json.dumps(config)))
         if changed:
             raise OutputError(

@@ -224,7 +224,8 @@ def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "'first' is unknown; choose one of all, last" in fails(
         [output, "--construct.template=first"], capsys, 2
     )
-    assert "construct.top_k: expected at least 1" in fails([output, "--construct.top_k=0"], capsys, 2)
+    message = fails([output, "--construct.top_k=0"], capsys, 2)
+    assert "construct.top_k: expected at least 1" in message
 
 
 def test_bad_input(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -229,6 +230,8 @@ def test_bad_data_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "none: no such folder" in fails(arguments, capsys)
     (tmp_path / "empty").mkdir()
     arguments = ["pretrain", f"--data.dataset={tmp_path / 'empty'}", f"--output={output}"]
+    assert "data.image_size: " in fails(arguments, capsys, 2)
+    arguments.append("--data.image_size=16")
     assert "no data set here" in fails(arguments, capsys)
     assert not output.exists()
 
@@ -463,3 +466,103 @@ def test_evaluation_on_the_splits_that_data_sets_name(
         said = "split       monitor: held-out images of the base classes"
         assert (said in capsys.readouterr().out) == (kept == "monitor")
         assert json.loads((output / "summary.json").read_text())["split"] == kept
+
+
+def test_printed_next_commands_work(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Pre-training, meta-tuning and evaluation of one's own images, each as the last one said."""
+    monkeypatch.chdir(tmp_path)
+    small = ["--metatune.epochs=1", "--metatune.steps_per_epoch=1", "--metatune.query=2",
+             "--metatune.validation_episodes=2"]  # fmt: skip
+    few = ["--evaluate.episodes=2", "--evaluate.query=2", "--evaluate.shots=1"]
+    Path("photos").symlink_to(photos)
+    arguments = ["pretrain", "--data.dataset=photos", "--data.image_size=24", *TINY_PRETRAIN]
+    for more, words in (([*small], "metatune"), ([*few], "evaluate"), ([], "")):
+        assert main(arguments) == 0
+        said = capsys.readouterr().out
+        if not words:
+            break
+        (line,) = [line for line in said.splitlines() if line.startswith("next ")]
+        program, *arguments = shlex.split(line.removeprefix("next"))
+        assert (program, arguments[0]) == ("dvla-fast", words)
+        arguments = [x.replace("BANK.json", "photos/bank.json") for x in arguments] + more
+    assert "learned gate" in said
+
+
+def test_resuming_from_another_folder(
+    photos: Path,
+    pretrained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(photos)
+    arguments = metatune(Path(), pretrained, f"--output={tmp_path / 'run'}")
+    assert main(arguments) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert main(["metatune", "--resume", "--output=run"]) == 0
+    assert (tmp_path / "run" / "summary.json").exists()
+    monkeypatch.chdir(photos)  # as first given, too
+    assert main([*arguments, "--resume"]) == 0
+    capsys.readouterr()
+    message = fails(["pretrain", "--resume", f"--output={tmp_path / 'run'}"], capsys, 2)
+    assert f"continue it with dvla-fast metatune --resume --output {tmp_path / 'run'}" in message
+
+
+def test_record_with_relative_paths_is_resumed_where_it_began(
+    photos: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    arguments = metatune(Path(photos.name), pretrained, f"--output={tmp_path / 'run'}")
+    assert main(arguments) == 0
+    record = tmp_path / "run" / "config.yaml"
+    assert str(photos) in record.read_text()
+    record.write_text(record.read_text().replace(str(photos), photos.name))
+    assert main(["metatune", "--resume", f"--output={tmp_path / 'run'}"]) == 0
+
+
+def test_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Status 130, and "--resume" only where there is a run to continue."""
+    output = tmp_path / "run"
+    arguments = ["pretrain", f"--output={output}", *TINY_PRETRAIN]
+
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dvla_fast.engine.pretrain.build_data", stop)
+        message = fails(arguments, capsys, 130)
+    assert "nothing is kept" in message
+    assert "resume" not in message
+    with monkeypatch.context() as patch:
+        patch.setattr("dvla_fast.engine.pretrain.Epoch.__call__", stop)
+        message = fails(arguments, capsys, 130)
+    assert f"continue: dvla-fast pretrain --resume --output {output}" in message
+    with monkeypatch.context() as patch:
+        patch.setattr("dvla_fast.doctor.report", stop)
+        assert fails(["doctor"], capsys, 130) == "error: interrupted"
+
+
+def test_output_that_nobody_reads_on() -> None:
+    code = (
+        "import os, sys; from dvla_fast.cli import main; sys.stdin.read();"
+        "sys.argv[1:] = ['--help']; sys.exit(main())"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout
+        assert process.stdin
+        assert process.stderr
+        process.stdout.close()  # before it writes
+        process.stdin.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

@@ -30,6 +30,7 @@ from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.config import AblateRun
 from dvla_fast.engine.logging import Progress, _to_yaml, read_config
 from dvla_fast.engine.settings import UsageError, differences, from_mapping, to_dict
+from dvla_fast.engine.settle import absolute_paths
 from dvla_fast.engine.statistics import require_scipy
 from dvla_fast.errors import OutputError
 from dvla_fast.files import write_atomic, write_text_atomic
@@ -98,10 +99,10 @@ def _open(store: Store, config: AblateRun) -> None:
                     write_text_atomic(path / "config.yaml", _to_yaml(kept))
                 break
         time.sleep(0.01)
-    saved = read_config(path)
+    saved = absolute_paths(read_config(path))
     changed = [
         line
-        for line in differences(saved, json.loads(json.dumps(kept)))
+        for line in differences(saved, json.loads(json.dumps(absolute_paths(kept))))
         if line.split(":")[0].split(".")[0] not in FREE_KEYS
     ]
     if changed:
@@ -217,7 +218,7 @@ def summarise(
         "command": "ablate",
         "line": "dvla-fast " + " ".join(sys.argv[1:]) if sys.argv[1:2] == ["ablate"] else None,
         **_provenance(),
-        "dataset": config.data.dataset,
+        "dataset": Path(config.data.dataset).name,
         "split": settings.split,
         "way": settings.way,
         "query": settings.query,

@@ -55,7 +55,12 @@ class DataConfig:
     splits: str = option(
         "", "published split list, or a JSON file; empty: as the folders say, or the one that fits"
     )
-    image_size: int = option(16, "side of the square images in pixels")
+    image_size: int = option(
+        0,
+        "side of the square images in pixels; 0: a cache's own, 16 for digits, 32 for shapes; a "
+        "folder of images needs it",
+        0,
+    )
     holdout: float = option(0.25, "share of base images kept for monitoring (without val classes)")
     split_seed: int = option(0, "seed of that share")
     images_per_class: int = option(60, "images drawn for each class (shapes only)", 2)

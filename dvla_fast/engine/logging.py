@@ -19,6 +19,7 @@ from typing import Any
 
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.settings import differences
+from dvla_fast.engine.settle import absolute_paths
 from dvla_fast.errors import MissingDependencyError, OutputError
 from dvla_fast.files import json_text, write_atomic, write_text_atomic
 
@@ -97,7 +98,7 @@ class RunFolder:
         saved = read_config(self.path)
         for key in self._free:
             saved.pop(key, None)
-        changed = differences(saved, json.loads(json.dumps(config)))
+        changed = differences(absolute_paths(saved), json.loads(json.dumps(absolute_paths(config))))
         if changed:
             raise OutputError(
                 f"{self.path}: cannot resume with other settings than the run began with "

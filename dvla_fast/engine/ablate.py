@@ -186,10 +186,13 @@ def _worker(settings: dict[str, Any], names: list[tuple[str | None, int]]) -> No
     device = _device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    workshop = Workshop(config, Store(Path(config.output)), device)
-    known = {row.name: row for row in chosen_variants(config, workshop.data.channels)}
-    cells = [Cell(None if name is None else known[name], seed) for name, seed in names]
-    work(workshop, cells)
+    try:
+        workshop = Workshop(config, Store(Path(config.output)), device)
+        known = {row.name: row for row in chosen_variants(config, workshop.data.channels)}
+        cells = [Cell(None if name is None else known[name], seed) for name, seed in names]
+        work(workshop, cells)
+    except KeyboardInterrupt:
+        sys.exit(130)  # Ctrl-C reaches every process; the first one says so
 
 
 def summarise(

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from dvla_fast.engine import ablation_cells
-from dvla_fast.engine.ablate import run_ablate
+from dvla_fast.engine.ablate import _worker, run_ablate
 from dvla_fast.engine.ablation_cells import Cell, Store, Workshop, start_alike
 from dvla_fast.engine.ablation_claims import hallucinated_shares
 from dvla_fast.engine.ablation_variants import GROUPS, all_variants, chosen_variants
 from dvla_fast.engine.build import build_model
 from dvla_fast.engine.config import AblateConfig, AblateRun, AugmentConfig, DemoRun, SemanticsConfig
 from dvla_fast.engine.logging import RunFolder, read_config, read_metrics
-from dvla_fast.engine.settings import UsageError, read_settings
+from dvla_fast.engine.settings import UsageError, read_settings, to_dict
 from dvla_fast.errors import OutputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -334,7 +334,6 @@ def test_command_line(
 ) -> None:
     from dvla_fast.cli import main
     from dvla_fast.engine.logging import _to_yaml
-    from dvla_fast.engine.settings import to_dict
 
     config.output = ""
     config.ablate.seeds = 1
@@ -348,3 +347,13 @@ def test_command_line(
     )
     assert "unknown" in capsys.readouterr().err
     assert torch.get_num_threads() == 1
+
+
+def test_interrupted_worker_is_silent(config: AblateRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dvla_fast.engine.ablate.work", stop)
+    with pytest.raises(SystemExit) as ended:
+        _worker(to_dict(config), [("visual", 0)])
+    assert ended.value.code == 130

@@ -61,7 +61,9 @@ class DataConfig:
         "folder of images needs it",
         0,
     )
-    holdout: float = option(0.25, "share of base images kept for monitoring (without val classes)")
+    holdout: float = option(
+        0.25, "share of base images kept for monitoring (without val classes)", check=_not_inside
+    )
     split_seed: int = option(0, "seed of that share")
     images_per_class: int = option(60, "images drawn for each class (shapes only)", 2)
     resident: str = option(
@@ -165,16 +167,19 @@ class AugmentConfig:
     rotate: float = option(0.0, "largest random rotation in degrees", 0)
     scale: float = option(0.0, "largest random change of size", 0)
     crop: float = option(
-        1.0, "smallest share of the area that a random crop keeps before it is resized; 1: no crop"
+        1.0,
+        "smallest share of the area that a random crop keeps before it is resized; 1: no crop",
+        0.01,
+        1,
     )
     flip: bool = option(False, "mirror half of the images (not for digits)")
     rand_augment: str = option(
         "", "RandAugment as timm names it, e.g. rand-m9-mstd0.5-inc1; empty: none"
     )
     color_jitter: float = option(
-        0.0, "largest change of brightness, contrast and saturation, 0 to 1", 0
+        0.0, "largest change of brightness, contrast and saturation, 0 to 1", 0, 1
     )
-    random_erasing: float = option(0.0, "share of images that get a rectangle of noise", 0)
+    random_erasing: float = option(0.0, "share of images that get a rectangle of noise", 0, 1)
 
 
 @dataclass

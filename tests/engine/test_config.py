@@ -65,6 +65,8 @@ def test_partial_mapping_keeps_the_other_defaults() -> None:
         ({"pretrain": {"lr": float("nan")}}, "pretrain.lr: expected at least 0, got nan"),
         ({"metatune": {"backbone_lr": -1e-6}}, "metatune.backbone_lr: expected at least 0"),
         ({"pretrain": {"lr": "fast"}}, "pretrain.lr: expected float, got 'fast'"),
+        ({"data": {"holdout": 1}}, "data.holdout: expected above 0 and below 1"),
+        ({"metatune": {"augment": {"crop": 2}}}, "metatune.augment.crop: expected 0.01 to 1"),
         ({"data": {"dataset": 3}}, "data.dataset: expected str, got 3"),
     ],
 )

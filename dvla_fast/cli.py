@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -217,7 +217,7 @@ def _parse(name: str, rest: list[str]) -> Any:
     from dvla_fast.engine.logging import read_config  # loads torch
 
     record = read_config(parsed.output)
-    theirs = next((command for key, command in _SIGNS.items() if key in record), name)
+    theirs = _whose(record, name)
     if theirs != name:
         raise settings.UsageError(
             f"{parsed.output}: a run of 'dvla-fast {theirs}', not of {name}; continue it with "
@@ -237,6 +237,14 @@ _SIGNS = {
     "pretrain": "pretrain",
     "evaluate": "evaluate",
 }
+
+
+def _whose(record: Mapping[str, Any], name: str) -> str:
+    """Return the command whose run a record is of; ``name`` where it does not tell."""
+    several = {"pretrain", "metatune", "evaluate"} <= set(record)
+    if several and not {"ablate", "quick"} & set(record):
+        return name  # a backbone of an ablation
+    return next((command for key, command in _SIGNS.items() if key in record), name)
 
 
 def _config_files(rest: list[str]) -> list[str]:

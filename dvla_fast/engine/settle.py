@@ -60,7 +60,8 @@ def sized(config: DataConfig) -> DataConfig:
     if os.path.exists(config.dataset):
         raise UsageError(
             f"data.image_size: {config.dataset} holds images of any size; give the side in pixels "
-            "that training uses, e.g. --data.image_size 84"
+            "that training uses, e.g. --data.image_size 84, or an earlier run's settings: --config "
+            "RUN/config.yaml"
         )
     return replace(config, image_size=1)  # loading it says that there is no such folder
 

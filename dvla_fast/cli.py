@@ -1,38 +1,47 @@
 """The ``dvla-fast`` command line: one function per subcommand over typed configurations.
 
-Exit status: 0 done, 1 failed, 2 wrong usage. A failure is one line that says what to do; the
-traceback comes with ``--debug``. Only the subcommand that runs imports what it needs, so ``--help``
-is quick and ``doctor`` works on an incomplete installation.
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C), 141 nobody reads the output.
+A failure is one line that says what to do; the traceback comes with ``--debug``. Only the
+subcommand that runs imports what it needs, so ``--help`` is quick and ``doctor`` works on an
+incomplete installation.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
+import select
+import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dvla_fast.commands import COMMANDS, GROUPS
-from dvla_fast.errors import DVLAError, MissingDependencyError
+from dvla_fast.errors import DVLAError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0 done, 1 failed, 2 wrong usage."""
+    """Run the command line and return its exit status, as above."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
     try:
-        return _dispatch(given, owns_process=arguments is None)
+        with _short_warnings():
+            status = _dispatch(given, owns_process=arguments is None)
+        sys.stdout.flush()  # a reader that is gone shows here, not when Python ends
+        return status
     except SystemExit as stop:  # from the argument parser: --help (0) or wrong usage (2)
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:
         if debug:
             raise
         if given[:1] == ["semantics"]:
-            return _fail("interrupted; the same command continues")
-        return _fail("interrupted; continue with --resume and the same --output")
+            return _fail("interrupted; the same command continues", _INTERRUPTED)
+        return _fail("interrupted", _INTERRUPTED)
     except DVLAError as error:
         if debug:
             raise
@@ -40,10 +49,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return _fail(str(error), 2 if isinstance(error, UsageError) else 1)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _output_closed():
+            return _BROKEN_PIPE
         if debug:
             raise
         message = " ".join(str(error).split()) or "no message"
         return _fail(f"{type(error).__name__}: {message} (--debug shows the traceback)")
+
+
+# What a shell reports of a process that a signal ended: 128 + SIGINT, 128 + SIGPIPE.
+_INTERRUPTED, _BROKEN_PIPE = 130, 141
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Show warnings as one line each, without the place in the code."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *more, **options: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
+def _output_closed() -> bool:
+    """Whether nobody reads on (``| head``); what is left to say then goes nowhere."""
+    closed = [stream for stream in (sys.stdout, sys.stderr) if _reader_gone(stream)]
+    for stream in closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return bool(closed)
+
+
+def _reader_gone(stream: Any) -> bool:
+    """Whether a stream is a pipe that is closed at its other end."""
+    try:
+        ask = select.poll()
+        ask.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in ask.poll(0))
+    except (OSError, ValueError, AttributeError):  # no file behind it, or a system without poll
+        return False
 
 
 def _fail(message: str, status: int = 1) -> int:
@@ -84,11 +128,17 @@ def _dispatch(given: list[str], owns_process: bool) -> int:
     if not config.output:
         config.output = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
+        from dvla_fast.engine.settle import settle
+
+        config = settle(config)
+        if name in _CONTINUED:
+            return _CONTINUED[name](config, _config_files(rest))
         return _RUNNERS[name](config)
     except KeyboardInterrupt:
         if not Path(config.output, "config.yaml").exists():
-            raise
-        return _fail(f"interrupted; continue: dvla-fast {name} --resume --output {config.output}")
+            return _fail("interrupted before the run began; nothing is kept", _INTERRUPTED)
+        again = shlex.join(["dvla-fast", name, "--resume", "--output", config.output])
+        return _fail(f"interrupted; continue: {again}", _INTERRUPTED)
 
 
 def _group_overview(group: str) -> str:
@@ -147,7 +197,6 @@ def _parse(name: str, rest: list[str]) -> Any:
     """
     from dvla_fast.engine import config as runs
     from dvla_fast.engine import settings, tool_config
-    from dvla_fast.engine.logging import read_config
 
     cls = getattr(runs, COMMANDS[name].config, None) or getattr(tool_config, COMMANDS[name].config)
     default = cls()
@@ -165,10 +214,37 @@ def _parse(name: str, rest: list[str]) -> Any:
             f"--resume needs --output, the folder of the run to continue: dvla-fast {name} "
             "--resume --output runs/..."
         )
-    saved = settings.from_mapping(cls, read_config(parsed.output), parsed.output)
+    from dvla_fast.engine.logging import read_config  # loads torch
+
+    record = read_config(parsed.output)
+    theirs = _whose(record, name)
+    if theirs != name:
+        raise settings.UsageError(
+            f"{parsed.output}: a run of 'dvla-fast {theirs}', not of {name}; continue it with "
+            f"dvla-fast {theirs} --resume --output {shlex.quote(parsed.output)}"
+        )
+    saved = settings.from_mapping(cls, record, parsed.output)
     for path in _config_files(rest):
         saved = settings.read_settings(path, cls, saved)
     return _parse_with(name, rest, cls, saved)
+
+
+# Settings that tell whose record it is, the most telling first.
+_SIGNS = {
+    "ablate": "ablate",
+    "quick": "demo",
+    "metatune": "metatune",
+    "pretrain": "pretrain",
+    "evaluate": "evaluate",
+}
+
+
+def _whose(record: Mapping[str, Any], name: str) -> str:
+    """Return the command whose run a record is of; ``name`` where it does not tell."""
+    several = {"pretrain", "metatune", "evaluate"} <= set(record)
+    if several and not {"ablate", "quick"} & set(record):
+        return name  # a backbone of an ablation
+    return next((command for key, command in _SIGNS.items() if key in record), name)
 
 
 def _config_files(rest: list[str]) -> list[str]:
@@ -183,37 +259,10 @@ def _config_files(rest: list[str]) -> list[str]:
 
 
 def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
-    import argparse
+    from dvla_fast.engine.command_parser import build_parser
+    from dvla_fast.engine.settings import from_mapping
 
-    try:
-        from jsonargparse import ArgumentParser
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"'dvla-fast {name}' needs jsonargparse, which is not installed; run "
-            "pip install 'dvla-fast[train]'"
-        ) from error
-    from dvla_fast.engine.settings import add_arguments, from_mapping, positionals
-
-    command = COMMANDS[name]
-    places = "[CONFIG.yaml]" if name == "ablate" else positionals(cls)
-
-    class Formatter(argparse.RawDescriptionHelpFormatter):
-        """Keeps the examples' line breaks; the defaults are already in each help text."""
-
-    parser = ArgumentParser(
-        prog=f"dvla-fast {name}",
-        usage=f"dvla-fast {name}{f' {places}' if places else ''} [options]",
-        description=f"{command.summary[0].upper()}{command.summary[1:]}.",
-        epilog=f"examples:\n{command.examples}",
-        formatter_class=Formatter,
-        allow_abbrev=False,  # "--conf" would be taken for --config, whose file is read before
-    )
-    parser.add_argument(  # read before, for the defaults that the other options override
-        "--config", metavar="FILE", help="YAML file with any of these settings"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
-    add_arguments(parser, cls, default)
-    values = parser.parse_args(rest).as_dict()
+    values = build_parser(name, cls, default).parse_args(rest).as_dict()
     values.pop("config", None)
     values.pop("debug", None)
     return from_mapping(cls, values, "command line")
@@ -279,12 +328,12 @@ def _data_prepare(config: Any) -> int:
                 advance=_counter(progress, "prepare"),
             )
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command continues")
+        return _fail("interrupted; the same command continues", _INTERRUPTED)
     for line in done.skipped:
         print(f"left out: {line}")
     print(
         f"cache       {done.path}, {done.images} images ({done.decoded} decoded, {done.reused} "
-        f"kept)\nnext        dvla-fast pretrain --data.dataset {done.path} "
+        f"kept)\nnext        dvla-fast pretrain --data.dataset {shlex.quote(str(done.path))} "
         f"--data.image_size {config.image_size}"
     )
     return 0
@@ -321,7 +370,7 @@ def _semantics_build(config: Any) -> int:
     try:
         return build(config)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command continues")
+        return _fail("interrupted; the same command continues", _INTERRUPTED)
 
 
 def _ablate(config: Any) -> int:
@@ -346,26 +395,28 @@ def _ablate(config: Any) -> int:
     return 0
 
 
-def _pretrain(config: Any) -> int:
+def _pretrain(config: Any, files: Sequence[str]) -> int:
+    from dvla_fast.engine.next_steps import metatune_command
     from dvla_fast.engine.pretrain import run_pretrain
 
     summary = run_pretrain(config)
     print(
         f"1-shot accuracy on {summary['monitor']}: {summary['monitor_episode_accuracy']:.2%}\n"
         f"run folder  {config.output}\n"
-        f"next        dvla-fast metatune --checkpoint {summary['checkpoint']}"
+        f"next        {metatune_command(config, summary['checkpoint'], files)}"
     )
     return 0
 
 
-def _metatune(config: Any) -> int:
+def _metatune(config: Any, files: Sequence[str]) -> int:
     from dvla_fast.engine.metatune import run_metatune
+    from dvla_fast.engine.next_steps import evaluate_command
 
     summary = run_metatune(config)
     print(
         f"accuracy on {summary['monitor']}: {summary['monitor_accuracy']:.2%}\n"
         f"run folder  {config.output}\n"
-        f"next        dvla-fast evaluate --checkpoint {summary['checkpoint']}"
+        f"next        {evaluate_command(summary['checkpoint'], files)}"
     )
     return 0
 
@@ -379,6 +430,8 @@ def _evaluate(config: Any) -> int:
     print(result_table(summary["results"]))
     if "compared" in summary:
         print(f"\n{comparison_table(summary['compared'])}")
+    if summary["split"] == "monitor":
+        print(f"\nsplit       monitor: {summary['monitor']}")
     print(f"\nsummary     {config.output}/summary.json")
     print(f"page        dvla-fast report {config.output}")
     return 0
@@ -401,6 +454,9 @@ def _compare(config: Any) -> int:
     return 0
 
 
+# Runs that say what comes next, from the settings files that they were given.
+_CONTINUED = {"pretrain": _pretrain, "metatune": _metatune}
+
 _RUNNERS = {
     "data check": _data_check,
     "data prepare": _data_prepare,
@@ -413,8 +469,6 @@ _RUNNERS = {
     "semantics check": _bank_command("check"),
     "semantics import": _bank_command("import_published"),
     "ablate": _ablate,
-    "pretrain": _pretrain,
-    "metatune": _metatune,
     "evaluate": _evaluate,
     "report": _report,
     "compare": _compare,

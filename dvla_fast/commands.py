@@ -112,7 +112,8 @@ the same command continues a build that was stopped: no answer is asked for twic
         """  dvla-fast metatune --checkpoint runs/backbone/checkpoints/pretrain-best.safetensors
   dvla-fast metatune --checkpoint PRE.safetensors --metatune.shots [5] --metatune.epochs 40
   dvla-fast metatune --checkpoint PRE.safetensors --metatune.objective ppo --metatune.baseline value
-  dvla-fast metatune --checkpoint PRE.safetensors --data.dataset photos/ --semantics.bank bank.json
+  dvla-fast metatune --config runs/backbone/config.yaml --checkpoint PRE.safetensors \\
+      --semantics.bank bank.json
   dvla-fast metatune --checkpoint visformer-CUB.pth --model.backbone visformer_tiny
   dvla-fast metatune --model.backbone clip --model.pretrained laion2b_s34b_b88k
   dvla-fast metatune --resume --output runs/tuned""",
@@ -122,7 +123,8 @@ the same command continues a build that was stopped: no answer is asked for twic
         "EvaluateRun",
         """  dvla-fast evaluate --checkpoint runs/tuned/checkpoints/metatune-best.safetensors
   dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.shots [5] --evaluate.episodes 2000
-  dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.split monitor
+  dvla-fast evaluate --config runs/tuned/config.yaml --checkpoint TUNED.safetensors
+  dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.split val
   dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.episode_list authors
   dvla-fast evaluate --checkpoint visformer-CUB.pth --data.dataset caches/cub-224
   dvla-fast evaluate --checkpoint SEED0.safetensors --checkpoints [SEED1.safetensors]

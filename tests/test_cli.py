@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import builtins
 import json
+import shlex
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dvla_fast.cli import _parse, main
+from dvla_fast.cli import main
 from dvla_fast.engine.checkpoint import save_checkpoint
 from tests.data import trees
 
@@ -94,36 +93,6 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
         if name != "doctor":
             for option in ("--config", "--seed", "--resume", "--debug", "--output"):
                 assert option in text
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["dmeo"],
-        ["demo", "--no-such-option"],
-        ["demo", "--pretrain.epochs", "many"],
-        ["demo", "--config", "missing.yaml"],
-        ["demo", "--pretrain.epochs", "0"],
-        ["demo", "--resume"],
-        ["doctor", "--loud"],
-        ["pretrain", "--model.width", "7"],
-    ],
-)
-def test_wrong_usage_is_status_2(
-    arguments: list[str],
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    assert "error" in capsys.readouterr().err
-    assert not list(tmp_path.rglob("config.yaml"))
-
-
-def test_no_command_shows_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    assert "demo" in capsys.readouterr().out
 
 
 def test_doctor_reports(capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,6 +196,8 @@ def test_bad_data_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "none: no such folder" in fails(arguments, capsys)
     (tmp_path / "empty").mkdir()
     arguments = ["pretrain", f"--data.dataset={tmp_path / 'empty'}", f"--output={output}"]
+    assert "data.image_size: " in fails(arguments, capsys, 2)
+    arguments.append("--data.image_size=16")
     assert "no data set here" in fails(arguments, capsys)
     assert not output.exists()
 
@@ -281,21 +252,6 @@ def test_too_few_images_for_the_episodes(
     arguments = metatune(photos, pretrained, "--metatune.query=9", f"--output={tmp_path / 'run'}")
     assert "fewer than the 1 support + 9 query" in fails(arguments, capsys)
     assert not (tmp_path / "run").exists()
-
-
-def test_missing_extra_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    real = builtins.__import__
-
-    def without_jsonargparse(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("jsonargparse"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_jsonargparse)
-    assert "pip install 'dvla-fast[train]'" in fails(["demo"], capsys)
-    assert main(["doctor"]) == 0
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
@@ -388,22 +344,6 @@ def test_pretraining_without_base_classes(
     assert not (tmp_path / "run").exists()
 
 
-def test_later_settings_files_win(tmp_path: Path) -> None:
-    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
-    for seed, path in enumerate(files):
-        path.write_text(f"seed: {seed + 5}")
-    orders = [["--config", str(files[0]), f"--config={files[1]}"], [f"--config={files[1]}"]]
-    for given in orders:
-        assert _parse("pretrain", given).seed == 6
-    assert _parse("pretrain", [*orders[0], "--config", str(files[0])]).seed == 5
-    assert _parse("pretrain", [*orders[0], "--seed", "1"]).seed == 1
-
-
-def test_options_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["pretrain", "--conf", "settings.yaml"]) == 2
-    assert "--conf" in capsys.readouterr().err
-
-
 def test_pretraining_that_cannot_run_leaves_no_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -418,3 +358,76 @@ def test_pretraining_that_cannot_run_leaves_no_folder(
                      f"--output={output}"]) != 0  # fmt: skip
         assert message in capsys.readouterr().err
         assert not output.exists()
+
+
+def test_evaluation_on_the_splits_that_data_sets_name(
+    photos: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A data set without validation classes says what "val" stands for."""
+    arguments = ["evaluate", f"--checkpoint={pretrained}", f"--data.dataset={photos}",
+                 "--data.image_size=16", "--evaluate.episodes=2", "--evaluate.query=1",
+                 "--evaluate.shots=1"]  # fmt: skip
+    for given, kept in (("val", "monitor"), ("train", "base")):
+        output = tmp_path / given
+        assert main([*arguments, f"--evaluate.split={given}", f"--output={output}"]) == 0
+        said = "split       monitor: held-out images of the base classes"
+        assert (said in capsys.readouterr().out) == (kept == "monitor")
+        assert json.loads((output / "summary.json").read_text())["split"] == kept
+
+
+def test_printed_next_commands_work(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Pre-training, meta-tuning and evaluation of one's own images, each as the last one said."""
+    monkeypatch.chdir(tmp_path)
+    small = ["--metatune.epochs=1", "--metatune.steps_per_epoch=1", "--metatune.query=2",
+             "--metatune.validation_episodes=2"]  # fmt: skip
+    few = ["--evaluate.episodes=2", "--evaluate.query=2", "--evaluate.shots=1"]
+    Path("photos").symlink_to(photos)
+    arguments = ["pretrain", "--data.dataset=photos", "--data.image_size=24", *TINY_PRETRAIN]
+    for more, words in (([*small], "metatune"), ([*few], "evaluate"), ([], "")):
+        assert main(arguments) == 0
+        said = capsys.readouterr().out
+        if not words:
+            break
+        (line,) = [line for line in said.splitlines() if line.startswith("next ")]
+        program, *arguments = shlex.split(line.removeprefix("next"))
+        assert (program, arguments[0]) == ("dvla-fast", words)
+        arguments = [x.replace("BANK.json", "photos/bank.json") for x in arguments] + more
+    assert "learned gate" in said
+
+
+def test_resuming_from_another_folder(
+    photos: Path,
+    pretrained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(photos)
+    arguments = metatune(Path(), pretrained, f"--output={tmp_path / 'run'}")
+    assert main(arguments) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert main(["metatune", "--resume", "--output=run"]) == 0
+    assert (tmp_path / "run" / "summary.json").exists()
+    monkeypatch.chdir(photos)  # as first given, too
+    assert main([*arguments, "--resume"]) == 0
+    capsys.readouterr()
+    message = fails(["pretrain", "--resume", f"--output={tmp_path / 'run'}"], capsys, 2)
+    assert f"continue it with dvla-fast metatune --resume --output {tmp_path / 'run'}" in message
+
+
+def test_record_with_relative_paths_is_resumed_where_it_began(
+    photos: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    arguments = metatune(Path(photos.name), pretrained, f"--output={tmp_path / 'run'}")
+    assert main(arguments) == 0
+    record = tmp_path / "run" / "config.yaml"
+    assert str(photos) in record.read_text()
+    record.write_text(record.read_text().replace(str(photos), photos.name))
+    assert main(["metatune", "--resume", f"--output={tmp_path / 'run'}"]) == 0

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dvla_fast.engine.ablation_cells import Cell, Store, Workshop, all_cells, work
+from dvla_fast.engine.ablation_cells import FREE_KEYS, Cell, Store, Workshop, all_cells, work
 from dvla_fast.engine.ablation_claims import weigh_claims, weigh_rewards
 from dvla_fast.engine.ablation_statistics import FORMULA, SINGLE, crossed_interval, holm
 from dvla_fast.engine.ablation_variants import GROUPS, Variant, chosen_variants
@@ -30,12 +30,11 @@ from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.config import AblateRun
 from dvla_fast.engine.logging import Progress, _to_yaml, read_config
 from dvla_fast.engine.settings import UsageError, differences, from_mapping, to_dict
+from dvla_fast.engine.settle import absolute_paths
 from dvla_fast.engine.statistics import require_scipy
 from dvla_fast.errors import OutputError
 from dvla_fast.files import write_atomic, write_text_atomic
 
-# What may change between two launches on one folder: which cells there are, not what is in them.
-_FREE_KEYS = ("output", "resume", "device", "wandb", "ablate")
 _POLL = 0.5
 
 
@@ -92,7 +91,7 @@ def _open(store: Store, config: AblateRun) -> None:
     if strangers and not (path / "config.yaml").exists():
         raise OutputError(f"{path}: not empty and no ablation; give --output a new or empty folder")
     store.prepare()
-    kept = {key: value for key, value in to_dict(config).items() if key not in _FREE_KEYS[:2]}
+    kept = {key: value for key, value in to_dict(config).items() if key not in FREE_KEYS[:2]}
     while True:
         with store.claim("config") as mine:
             if mine:
@@ -100,11 +99,11 @@ def _open(store: Store, config: AblateRun) -> None:
                     write_text_atomic(path / "config.yaml", _to_yaml(kept))
                 break
         time.sleep(0.01)
-    saved = read_config(path)
+    saved = absolute_paths(read_config(path))
     changed = [
         line
-        for line in differences(saved, json.loads(json.dumps(kept)))
-        if line.split(":")[0].split(".")[0] not in _FREE_KEYS
+        for line in differences(saved, json.loads(json.dumps(absolute_paths(kept))))
+        if line.split(":")[0].split(".")[0] not in FREE_KEYS
     ]
     if changed:
         raise OutputError(
@@ -187,10 +186,13 @@ def _worker(settings: dict[str, Any], names: list[tuple[str | None, int]]) -> No
     device = _device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    workshop = Workshop(config, Store(Path(config.output)), device)
-    known = {row.name: row for row in chosen_variants(config, workshop.data.channels)}
-    cells = [Cell(None if name is None else known[name], seed) for name, seed in names]
-    work(workshop, cells)
+    try:
+        workshop = Workshop(config, Store(Path(config.output)), device)
+        known = {row.name: row for row in chosen_variants(config, workshop.data.channels)}
+        cells = [Cell(None if name is None else known[name], seed) for name, seed in names]
+        work(workshop, cells)
+    except KeyboardInterrupt:
+        sys.exit(130)  # Ctrl-C reaches every process; the first one says so
 
 
 def summarise(
@@ -219,7 +221,7 @@ def summarise(
         "command": "ablate",
         "line": "dvla-fast " + " ".join(sys.argv[1:]) if sys.argv[1:2] == ["ablate"] else None,
         **_provenance(),
-        "dataset": config.data.dataset,
+        "dataset": Path(config.data.dataset).name,
         "split": settings.split,
         "way": settings.way,
         "query": settings.query,

@@ -52,6 +52,8 @@ from dvla_fast.nn import DVLA
 from dvla_fast.semantics import EncodedTexts
 
 BACKBONE = "backbone"
+# What may change between two launches on one folder: which cells there are, not what is in them.
+FREE_KEYS = ("output", "resume", "device", "wandb", "ablate")
 _POLL = 0.2  # seconds between two looks at cells that others compute
 
 
@@ -217,7 +219,8 @@ class Workshop:
         resume = (path / "config.yaml").exists()
         if not resume:
             shutil.rmtree(path, ignore_errors=True)
-        folder = RunFolder(path, {**to_dict(config), "seed": seed}, resume=resume)
+        settings = {**to_dict(config), "seed": seed}
+        folder = RunFolder(path, settings, resume=resume, free=FREE_KEYS)
         rng = seed_everything(seed)
         silent = Progress({"pre-train": 1.0}, enabled=False)
         best = pretrain(
@@ -287,7 +290,7 @@ class Workshop:
         )
         model.to(self.device)
         prefixes = self._prefix_maps(cell.seed, data, config)
-        folder = RunFolder(path, to_dict(config))
+        folder = RunFolder(path, to_dict(config), free=FREE_KEYS)
         silent = Progress({"meta-tune": 1.0}, enabled=False)
         best = metatune(
             config.metatune, model, spec, data, texts, folder, rng, cell.seed, silent,

@@ -10,6 +10,7 @@ from typing import Any
 from dvla_fast.engine.build import backbone_spec, build_bank
 from dvla_fast.engine.config import AblateRun
 from dvla_fast.engine.settings import UsageError, from_mapping
+from dvla_fast.engine.settle import sized
 from dvla_fast.nn import build_backbone
 from dvla_fast.nn.dvla import default_level_weights
 from dvla_fast.rl import OBJECTIVES
@@ -84,7 +85,8 @@ def all_variants(config: AblateRun, channels: int) -> list[Variant]:
     rows += _sweep(
         "temperature", "temperature", "model.temperature", ablate.temperature, temperature
     )
-    backbone: Any = build_backbone(**backbone_spec(config.model, channels, config.data.image_size))
+    spec = backbone_spec(config.model, channels, sized(config.data).image_size)
+    backbone: Any = build_backbone(**spec)
     rows += _levels(config, backbone)
     rows += _layers(config, backbone)
     other = {"episode": "class", "class": "episode"}[model.text_scope]

@@ -14,6 +14,7 @@ from dvla_fast.data.shapes import load_shapes
 from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.logging import Progress
 from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.settle import sized
 from dvla_fast.engine.tool_config import LanguageModelConfig, SemanticsBuild
 from dvla_fast.errors import DataError
 from dvla_fast.semantics import build_encoder
@@ -169,7 +170,7 @@ def find_classes(config: SemanticsBuild) -> tuple[list[ClassSource], dict[str, A
 
 
 def _made_data(config: SemanticsBuild) -> FewShotData:
-    data = config.data
+    data = sized(config.data)
     if data.dataset == "digits":
         return load_digits(data.image_size, data.holdout, data.split_seed)
     return load_shapes(data.image_size, data.images_per_class)

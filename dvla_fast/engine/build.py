@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dvla_fast.data.shapes import load_shapes, make_classes
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import DataConfig, ModelConfig, SemanticsConfig, TextOptions
 from dvla_fast.engine.settings import UsageError, differences
+from dvla_fast.engine.settle import sized
 from dvla_fast.errors import CheckpointError, DataError, DVLAError, TrainingError
 from dvla_fast.nn import DVLA, build_backbone
 from dvla_fast.semantics import (
@@ -55,12 +57,16 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise DVLAError(f"device {name!r} is unknown; choose cpu, cuda or auto") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise DVLAError("device 'cuda' was asked for, but torch sees no GPU; choose cpu or auto")
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise DVLAError(f"device {name!r} is unknown; choose cpu, cuda, cuda:N or auto")
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise DVLAError(f"device {name!r} was asked for, but torch sees no GPU; choose cpu or auto")
+    if device.index is not None and device.index >= count:
+        raise DVLAError(f"device {name!r}: torch sees {count} GPU(s), cuda:0 to cuda:{count - 1}")
     return device
 
 
@@ -70,6 +76,7 @@ def build_data(config: DataConfig, device: torch.device, *, training: bool = Fal
     Raises:
         DataError: missing or unusable; or, for ``training``, without base classes.
     """
+    config = sized(config)
     if config.dataset == "shapes":
         data = load_shapes(config.image_size, config.images_per_class)
     else:

@@ -7,6 +7,42 @@ from typing import Any, ClassVar
 
 from dvla_fast.engine.settings import about, option
 
+# What data sets call their splits, and what they are called here: "monitor" selects checkpoints,
+# and is a held-out share of the base classes' images where a data set has no val.
+SPLIT_NAMES = {"test": "novel", "val": "monitor", "train": "base"}
+
+
+def _repeated(values: list[int]) -> str:
+    """Say which entries a list has more than once."""
+    twice = sorted({value for value in values if values.count(value) > 1})
+    return f"{', '.join(map(str, twice))} is there more than once in {values}" if twice else ""
+
+
+def _not_inside(value: float) -> str:
+    """Say that a number is not between 0 and 1."""
+    return "" if 0 < value < 1 else f"expected above 0 and below 1, got {value!r}"
+
+
+def _unknown_split(name: str) -> str:
+    """Say that a split does not exist."""
+    if name in SPLIT_NAMES or name in SPLIT_NAMES.values():
+        return ""
+    known = ", ".join(f"{ours} (or {theirs})" for theirs, ours in SPLIT_NAMES.items())
+    return f"{name!r} is unknown; choose one of {known}"
+
+
+def _unknown_rewards(weights: dict[str, float]) -> str:
+    """Say which rewards do not exist."""
+    if not weights:  # the paper's
+        return ""
+    from dvla_fast.rl import check_reward_weights  # loads torch
+
+    try:
+        check_reward_weights(weights)
+    except ValueError as error:
+        return str(error).removeprefix("rewards: ")
+    return ""
+
 
 @dataclass
 class DataConfig:
@@ -19,8 +55,15 @@ class DataConfig:
     splits: str = option(
         "", "published split list, or a JSON file; empty: as the folders say, or the one that fits"
     )
-    image_size: int = option(16, "side of the square images in pixels")
-    holdout: float = option(0.25, "share of base images kept for monitoring (without val classes)")
+    image_size: int = option(
+        0,
+        "side of the square images in pixels; 0: a cache's own, 16 for digits, 32 for shapes; a "
+        "folder of images needs it",
+        0,
+    )
+    holdout: float = option(
+        0.25, "share of base images kept for monitoring (without val classes)", check=_not_inside
+    )
     split_seed: int = option(0, "seed of that share")
     images_per_class: int = option(60, "images drawn for each class (shapes only)", 2)
     resident: str = option(
@@ -110,7 +153,7 @@ class ModelConfig:
     concentration: float = option(10.0, "concentration of the Beta policy")
     hidden_dim: int = option(128, "hidden width of the policy network")
     policy: str = option("beta", "gate policy: beta, categorical, fixed, static or mlp")
-    fixed_alpha: float = option(0.5, "gate value of policy fixed", 0)
+    fixed_alpha: float = option(0.5, "gate value of policy fixed", 0, 1)
     text_scope: str = option("episode", "whose text an image sees: episode or class")
     alpha_scope: str = option("episode", "one gate value per episode or per image")
     temperature: float = option(0.2, "temperature of the cosine prototype classifier")
@@ -124,16 +167,19 @@ class AugmentConfig:
     rotate: float = option(0.0, "largest random rotation in degrees", 0)
     scale: float = option(0.0, "largest random change of size", 0)
     crop: float = option(
-        1.0, "smallest share of the area that a random crop keeps before it is resized; 1: no crop"
+        1.0,
+        "smallest share of the area that a random crop keeps before it is resized; 1: no crop",
+        0.01,
+        1,
     )
     flip: bool = option(False, "mirror half of the images (not for digits)")
     rand_augment: str = option(
         "", "RandAugment as timm names it, e.g. rand-m9-mstd0.5-inc1; empty: none"
     )
     color_jitter: float = option(
-        0.0, "largest change of brightness, contrast and saturation, 0 to 1", 0
+        0.0, "largest change of brightness, contrast and saturation, 0 to 1", 0, 1
     )
-    random_erasing: float = option(0.0, "share of images that get a rectangle of noise", 0)
+    random_erasing: float = option(0.0, "share of images that get a rectangle of noise", 0, 1)
 
 
 @dataclass
@@ -157,7 +203,7 @@ class PretrainConfig:
     weight_decay: float = option(5e-2, "weight decay", 0)
     warmup_epochs: int = option(5, "epochs of linear warm-up", 0)
     warmup_lr: float = option(1e-6, "learning rate at the start of warm-up", 0)
-    label_smoothing: float = option(0.1, "label smoothing")
+    label_smoothing: float = option(0.1, "label smoothing", 0, 1)
     augment: AugmentConfig = field(
         default_factory=lambda: AugmentConfig(shift=0.1, rotate=15.0, scale=0.1)
     )
@@ -166,7 +212,7 @@ class PretrainConfig:
     cutmix: float = option(
         0.0, "parameter of cutmix's Beta distribution; 0: none; with mixup: either, by a coin", 0
     )
-    drop_path: float = option(0.0, "stochastic depth of the backbone, where it has one", 0)
+    drop_path: float = option(0.0, "stochastic depth of the backbone, where it has one", 0, below=1)
     clip_norm: float = option(0.0, "largest gradient norm; 0: no limit", 0)
     quarter_turns: bool = option(True, "learn each class turned by 90 and 270 degrees as two more")
     validate_every: int = option(5, "epochs between validations", 1)
@@ -180,7 +226,7 @@ class MetatuneConfig:
     epochs: int = option(20, "epochs", 1)
     steps_per_epoch: int = option(12, "optimiser steps of an epoch", 1)
     episodes_per_step: int = option(4, "episodes of a step, over all processes", 1)
-    way: int = option(5, "classes of an episode", 1)
+    way: int = option(5, "classes of an episode", 2)
     shots: list[int] = field(
         default_factory=lambda: [1],
         metadata=about("supports of a class; several values take turns by step", 1),
@@ -205,7 +251,8 @@ class MetatuneConfig:
         metadata=about(
             "weights of rewards by name, e.g. {accuracy: 1.0}: similarity, improvement, "
             "episode_improvement, accuracy, log_likelihood; empty: similarity and improvement, "
-            "weighted lambda_sim and lambda_imp"
+            "weighted lambda_sim and lambda_imp",
+            check=_unknown_rewards,
         ),
     )
     samples: int = option(
@@ -223,10 +270,10 @@ class MetatuneConfig:
         "frozen gate to compare with (counterfactual, dpo, kl_weight): fixed, of mean "
         "reference_alpha, or epoch, the policy as it was when the epoch began",
     )
-    reference_alpha: float = option(0.5, "mean of the fixed reference gate")
+    reference_alpha: float = option(0.5, "mean of the fixed reference gate", check=_not_inside)
     kl_weight: float = option(0.0, "weight of the divergence from the reference policy", 0)
     normalise_advantage: bool = option(False, "give a layer's advantages mean 0 and deviation 1")
-    discount: float = option(0.0, "share of later gates' rewards in a gate's own, 0 to 1", 0)
+    discount: float = option(0.0, "share of later gates' rewards in a gate's own, 0 to 1", 0, 1)
     value_weight: float = option(0.5, "weight of the value network's squared error", 0)
     reinforce_weight: float = option(0.1, "weight of the policy loss")
     entropy_weight: float = option(0.2, "weight of the policy's entropy bonus")
@@ -241,18 +288,23 @@ class MetatuneConfig:
 class EvaluateConfig:
     """Evaluation on paired episodes."""
 
-    split: str = option("novel", "novel or monitor")
-    way: int = option(5, "classes of an episode", 1)
+    split: str = option(
+        "novel",
+        "novel (or test), monitor (or val: the validation classes; held-out images of the base "
+        "classes where there are none), or base (or train)",
+        check=_unknown_split,
+    )
+    way: int = option(5, "classes of an episode", 2)
     shots: list[int] = field(
         default_factory=lambda: [1, 5],
-        metadata=about("supports of a class; one result for each value", 1),
+        metadata=about("supports of a class; one result for each value", 1, check=_repeated),
     )
     query: int = option(15, "queries of a class", 1)
     episodes: int = option(1000, "episodes of a result", 1)
     episode_list: str = option(
         "own", "own, or authors: the list of the method's authors (theirs is seed 0)"
     )
-    fixed_alpha: float = option(0.5, "gate value of the fixed comparison")
+    fixed_alpha: float = option(0.5, "gate value of the fixed comparison", 0, 1)
     batch_episodes: int = option(0, "episodes of a forward pass; 0: what suits the machine", 0)
     construct: str = option(
         "",
@@ -263,15 +315,76 @@ class EvaluateConfig:
         8192, "largest memory for feature maps that are kept for all episodes, in MiB", 0
     )
 
+    def __post_init__(self) -> None:
+        self.split = SPLIT_NAMES.get(self.split, self.split)
+
+
+@dataclass
+class AblateConfig:
+    """Which variants, how often, and how they are compared."""
+
+    groups: list[str] = field(
+        default_factory=list,
+        metadata=about(
+            "groups of variants: semantics, alpha, objective, k, kappa, lambda, entropy, "
+            "temperature, levels, layers, scope; empty: all"
+        ),
+    )
+    variants: list[str] = field(
+        default_factory=list,
+        metadata=about("single variants by name, e.g. [visual, alpha=0.5]; empty: whole groups"),
+    )
+    seeds: int = option(5, "training seeds: --seed, --seed + 1, ...", 1)
+    reference: str = option("full", "the variant that the others are compared with")
+    processes: int = option(
+        0, "worker processes, one thread each on a CPU; 0: one per core (one on a GPU)", 0
+    )
+    k: list[int] = field(
+        default_factory=lambda: [1, 2, 3, 4, 6, 8], metadata=about("sweep of semantics.top_k", 1)
+    )
+    kappa: list[float] = field(
+        default_factory=lambda: [2.0, 5.0, 20.0, 50.0],
+        metadata=about("sweep of model.concentration"),
+    )
+    lambda_sim: list[float] = field(
+        default_factory=lambda: [0.0, 0.25, 1.0], metadata=about("sweep of metatune.lambda_sim", 0)
+    )
+    lambda_imp: list[float] = field(
+        default_factory=lambda: [0.0, 0.5, 2.0], metadata=about("sweep of metatune.lambda_imp", 0)
+    )
+    entropy_weight: list[float] = field(
+        default_factory=lambda: [0.0, 0.02, 0.05, 0.5],
+        metadata=about("sweep of metatune.entropy_weight, the paper's τ", 0),
+    )
+    temperature: list[float] = field(
+        default_factory=lambda: [0.05, 0.1, 0.4],
+        metadata=about("sweep of model.temperature, the authors' τ"),
+    )
+    layers: list[list[list[int]]] = field(
+        default_factory=list,
+        metadata=about(
+            "sets of gated layers to try, e.g. [[[2,0]], [[2,1],[3,0]]]; empty: each of the base "
+            "configuration's layers alone, and every block that can be gated"
+        ),
+    )
+    draws: int = option(4000, "bootstrap draws of an interval", 100)
+
 
 @dataclass
 class RunConfig:
     """What all commands share."""
 
     # One file may describe a whole experiment: a run passes over the sections of other commands.
-    passes_over: ClassVar[tuple[str, ...]] = (
-        "data", "semantics", "model", "pretrain", "metatune", "evaluate", "execution", "ablate",
-    )  # fmt: skip
+    passes_over: ClassVar[dict[str, type]] = {
+        "data": DataConfig,
+        "semantics": SemanticsConfig,
+        "model": ModelConfig,
+        "pretrain": PretrainConfig,
+        "metatune": MetatuneConfig,
+        "evaluate": EvaluateConfig,
+        "execution": ExecutionConfig,
+        "ablate": AblateConfig,
+    }
 
     output: str = option("", "run folder, new or empty; default: runs/<command>-<date>-<time>")
     resume: bool = option(False, "continue the run in --output after an interruption")
@@ -324,57 +437,6 @@ class EvaluateRun(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     semantics: SemanticsConfig = field(default_factory=SemanticsConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-
-
-@dataclass
-class AblateConfig:
-    """Which variants, how often, and how they are compared."""
-
-    groups: list[str] = field(
-        default_factory=list,
-        metadata=about(
-            "groups of variants: semantics, alpha, objective, k, kappa, lambda, entropy, "
-            "temperature, levels, layers, scope; empty: all"
-        ),
-    )
-    variants: list[str] = field(
-        default_factory=list,
-        metadata=about("single variants by name, e.g. [visual, alpha=0.5]; empty: whole groups"),
-    )
-    seeds: int = option(5, "training seeds: --seed, --seed + 1, ...", 1)
-    reference: str = option("full", "the variant that the others are compared with")
-    processes: int = option(
-        0, "worker processes, one thread each on a CPU; 0: one per core (one on a GPU)", 0
-    )
-    k: list[int] = field(
-        default_factory=lambda: [1, 2, 3, 4, 6, 8], metadata=about("sweep of semantics.top_k", 1)
-    )
-    kappa: list[float] = field(
-        default_factory=lambda: [2.0, 5.0, 20.0, 50.0],
-        metadata=about("sweep of model.concentration"),
-    )
-    lambda_sim: list[float] = field(
-        default_factory=lambda: [0.0, 0.25, 1.0], metadata=about("sweep of metatune.lambda_sim", 0)
-    )
-    lambda_imp: list[float] = field(
-        default_factory=lambda: [0.0, 0.5, 2.0], metadata=about("sweep of metatune.lambda_imp", 0)
-    )
-    entropy_weight: list[float] = field(
-        default_factory=lambda: [0.0, 0.02, 0.05, 0.5],
-        metadata=about("sweep of metatune.entropy_weight, the paper's τ", 0),
-    )
-    temperature: list[float] = field(
-        default_factory=lambda: [0.05, 0.1, 0.4],
-        metadata=about("sweep of model.temperature, the authors' τ"),
-    )
-    layers: list[list[list[int]]] = field(
-        default_factory=list,
-        metadata=about(
-            "sets of gated layers to try, e.g. [[[2,0]], [[2,1],[3,0]]]; empty: each of the base "
-            "configuration's layers alone, and every block that can be gated"
-        ),
-    )
-    draws: int = option(4000, "bootstrap draws of an interval", 100)
 
 
 @dataclass

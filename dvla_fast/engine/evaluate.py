@@ -342,6 +342,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         "checkpoints": paths,
         "trained_on": infos[0].get("dataset"),
         "cross_domain": infos[0].get("dataset", data.name) != data.name,
+        "monitor": data.monitor_kind,
         "semantics": semantics,
         "device": str(device),
     }

@@ -12,12 +12,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.settings import differences
+from dvla_fast.engine.settle import absolute_paths
 from dvla_fast.errors import MissingDependencyError, OutputError
 from dvla_fast.files import json_text, write_atomic, write_text_atomic
 
@@ -34,6 +36,7 @@ class RunFolder:
         resume: continue the run in the folder instead of starting one.
         writes: False in all but one of several processes: such a folder is read, never written.
         wandb: Weights & Biases project that gets the figures too.
+        free: settings that may change on resuming: they are not kept.
 
     Raises:
         OutputError: not writable, not empty, nothing to resume, or settings that differ from
@@ -48,6 +51,7 @@ class RunFolder:
         resume: bool = False,
         writes: bool = True,
         wandb: str = "",
+        free: Sequence[str] = (),
     ) -> None:
         self.path = Path(path)
         self.resume = resume
@@ -58,7 +62,8 @@ class RunFolder:
         self._wandb: Any = None
         if not writes:
             return
-        kept = {key: value for key, value in config.items() if key not in _FREE_KEYS}
+        self._free = (*_FREE_KEYS, *free)
+        kept = {key: value for key, value in config.items() if key not in self._free}
         if resume:
             self._check_resumable(kept)
         else:
@@ -91,7 +96,9 @@ class RunFolder:
 
     def _check_resumable(self, config: dict[str, Any]) -> None:
         saved = read_config(self.path)
-        changed = differences(saved, json.loads(json.dumps(config)))
+        for key in self._free:
+            saved.pop(key, None)
+        changed = differences(absolute_paths(saved), json.loads(json.dumps(absolute_paths(config))))
         if changed:
             raise OutputError(
                 f"{self.path}: cannot resume with other settings than the run began with "

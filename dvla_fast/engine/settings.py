@@ -7,9 +7,10 @@ into command-line options and back, so no default is written twice.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from dvla_fast.errors import DVLAError
 
@@ -20,14 +21,35 @@ class UsageError(DVLAError):
     """A setting that cannot mean anything: the command line exits with status 2."""
 
 
-def about(help: str, minimum: float | None = None) -> dict[str, Any]:
-    """Return a field's metadata: help text and smallest value."""
-    return {"help": help, "minimum": minimum}
+def about(
+    help: str,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    *,
+    below: float | None = None,
+    check: Callable[[Any], str] | None = None,
+) -> dict[str, Any]:
+    """Return a field's metadata.
+
+    Args:
+        help: help text.
+        minimum, maximum: smallest and largest value, of every entry where the field is a list.
+        below: what values must be smaller than.
+        check: says what is wrong with a value in words, or returns "".
+    """
+    limits = {"minimum": minimum, "maximum": maximum, "below": below}
+    return {"help": help, "limits": limits, "check": check}
 
 
-def option(default: Any, help: str, minimum: float | None = None) -> Any:
-    """Declare a field with its default, help text and smallest value."""
-    return field(default=default, metadata=about(help, minimum))
+def option(
+    default: Any,
+    help: str,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    **more: Any,
+) -> Any:
+    """Declare a field with its default; the other arguments are those of :func:`about`."""
+    return field(default=default, metadata=about(help, minimum, maximum, **more))
 
 
 def positional(help: str, optional: bool = False) -> Any:
@@ -58,8 +80,13 @@ def read_settings(path: str, cls: type[T], default: T) -> T:
     if not isinstance(content, Mapping):
         raise UsageError(f"--config {path}: expected settings as 'name: value', got {content!r}")
     known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
-    others = getattr(cls, "passes_over", ())
-    mine = {key: value for key, value in content.items() if key in known or key not in others}
+    others: Mapping[str, Any] = getattr(cls, "passes_over", {})
+    mine = {}
+    for key, value in content.items():
+        if key in known or key not in others:
+            mine[key] = value
+        else:  # another command's section: its typing errors are errors here, too
+            from_mapping(others[key], {} if value is None else value, path, section=f"{key}.")
     return from_mapping(cls, mine, path, default)
 
 
@@ -68,62 +95,118 @@ def from_mapping(
     values: Mapping[str, Any],
     where: str = "configuration",
     default: T | None = None,
+    section: str = "",
 ) -> T:
     """Build a configuration dataclass from nested mappings; missing keys keep their defaults.
 
+    A list may be given by its only entry.
+
     Args:
+        where: what the values were read from, for messages.
         default: what missing keys keep; None: ``cls()``.
+        section: dotted place of the values in the whole configuration, with a dot at its end.
 
     Raises:
-        UsageError: an unknown key, or a value below a field's minimum.
+        UsageError: an unknown key, a value of another type, or one out of its field's range.
     """
     if not isinstance(values, Mapping):
-        raise UsageError(f"{where}: expected settings of {cls.__name__}, got {values!r}")
+        name = section.rstrip(".") or "settings"
+        raise UsageError(f"{where}: {name}: expected 'name: value' settings, got {values!r}")
     hints = get_type_hints(cls)
-    known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise UsageError(
-            f"{where}: unknown key(s) {', '.join(unknown)} in {cls.__name__}; known: "
-            f"{', '.join(sorted(known))}"
-        )
+    known = [item.name for item in fields(cls)]  # type: ignore[arg-type]
+    _check_known(values, known, where, section)
     base: Any = cls() if default is None else default
     arguments: dict[str, Any] = {}
-    for name, value in values.items():
-        kind: Any = hints[name]
+    for item in fields(cls):  # type: ignore[arg-type]
+        if item.name not in values:
+            continue
+        value, kind = values[item.name], hints[item.name]
+        name = section + item.name
         if is_dataclass(kind):
-            section = {} if value is None else value  # "data:" with nothing under it
-            arguments[name] = from_mapping(hints[name], section, where, getattr(base, name))
+            given = {} if value is None else value  # "data:" with nothing under it
+            arguments[item.name] = from_mapping(
+                hints[item.name], given, where, getattr(base, item.name), f"{name}."
+            )
         else:
-            arguments[name] = _typed(kind, value, f"{where}: {name}")
-    _check_minimums(cls, arguments, where)
+            arguments[item.name] = _typed(kind, value, f"{where}: {name}")
+            _check_value(item.metadata, arguments[item.name], f"{where}: {name}")
     result: T = dataclasses.replace(base, **arguments)
     return result
 
 
-def _typed(kind: Any, value: Any, where: str) -> Any:
-    """Check a plain setting; YAML reads ``5e-4`` as text, which a number may be written as."""
+def _check_known(values: Iterable[Any], known: list[str], where: str, section: str) -> None:
+    unknown = sorted(str(key) for key in values if key not in known)
+    if not unknown:
+        return
+    near = did_you_mean(unknown[0], known)
+    raise UsageError(
+        f"{where}: unknown key(s) {', '.join(section + key for key in unknown)}"
+        f"{f' (did you mean {section}{near}?)' if near else ''}; known"
+        f"{f' in {section[:-1]}' if section else ''}: {', '.join(sorted(known))}"
+    )
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Return the known name that is closest to a mistyped one, or ""."""
+    return next(iter(difflib.get_close_matches(given, list(known), 1)), "")
+
+
+def _typed(kind: Any, value: Any, where: str, alone: bool = True) -> Any:
+    """Check a setting's type; YAML reads ``5e-4`` as text, which a number may be written as.
+
+    Args:
+        alone: a list of plain values may be given by its only entry.
+    """
+    if get_origin(kind) is list:
+        (entry,) = get_args(kind)
+        if alone and entry in _PLAIN and not isinstance(value, list | tuple):
+            value = [value]
+        if not isinstance(value, list | tuple):
+            raise UsageError(f"{where}: expected a list, got {value!r}")
+        return [_typed(entry, item, where, alone=False) for item in value]
+    if get_origin(kind) is dict:
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{where}: expected 'name: value' entries, got {value!r}")
+        entry = get_args(kind)[1]
+        return {key: _typed(entry, item, f"{where}.{key}") for key, item in value.items()}
     if kind is float and isinstance(value, str):
         try:
             return float(value)
         except ValueError:
             pass
-    right = {float: int | float, int: int, bool: bool, str: str}.get(kind)
+    right = _PLAIN.get(kind)
     wrong_bool = isinstance(value, bool) and kind is not bool
     if right is not None and (wrong_bool or not isinstance(value, right)):
         raise UsageError(f"{where}: expected {kind.__name__}, got {value!r}")
     return value
 
 
-def _check_minimums(cls: type, arguments: Mapping[str, Any], where: str) -> None:
-    for item in fields(cls):
-        minimum, value = item.metadata.get("minimum"), arguments.get(item.name)
-        if minimum is None or value is None:
-            continue
-        entries = value if isinstance(value, list) else [value]
-        number = all(isinstance(entry, int | float) for entry in entries)
-        if not entries or not number or any(entry < minimum for entry in entries):
-            raise UsageError(f"{where}: {item.name} must be at least {minimum:g}, got {value!r}")
+_PLAIN: dict[Any, Any] = {float: int | float, int: int, bool: bool, str: str}
+
+
+def _check_value(metadata: Mapping[str, Any], value: Any, where: str) -> None:
+    """Check a setting against its field's limits and its own check."""
+    limits = metadata.get("limits") or {}
+    low, high, below = (limits.get(key) for key in ("minimum", "maximum", "below"))
+    entries = value if isinstance(value, list) else [value]
+    inside = all(  # written so that NaN is outside
+        (low is None or entry >= low)
+        and (high is None or entry <= high)
+        and (below is None or entry < below)
+        for entry in entries
+    )
+    if not inside or (low is not None and not entries):
+        raise UsageError(f"{where}: expected {_range(low, high, below)}, got {value!r}")
+    problem = metadata["check"](value) if metadata.get("check") else ""
+    if problem:
+        raise UsageError(f"{where}: {problem}")
+
+
+def _range(low: float | None, high: float | None, below: float | None) -> str:
+    if low is not None and high is not None:
+        return f"{low:g} to {high:g}"
+    words = {"at least": low, "at most": high, "below": below}
+    return " and ".join(f"{word} {x:g}" for word, x in words.items() if x is not None)
 
 
 def add_arguments(parser: Any, cls: Any, default: Any, prefix: str = "") -> None:
@@ -155,9 +238,28 @@ def add_arguments(parser: Any, cls: Any, default: Any, prefix: str = "") -> None
             group.add_argument(f"--{name}", action="store_true", default=value, help=text)
         else:
             metavar = item.name.upper()
-            group.add_argument(f"--{name}", type=kind, default=value, metavar=metavar, help=text)
+            group.add_argument(
+                f"--{name}", type=_given(kind), default=value, metavar=metavar, help=text
+            )
     for kind, value, nested_prefix in nested:
         add_arguments(parser, kind, value, nested_prefix)
+
+
+def _given(kind: Any) -> Any:
+    """The type of what is written on the command line: a list, or its only entry."""
+    entry = get_args(kind)[0] if get_origin(kind) is list else None
+    return kind | entry if entry in _PLAIN else kind
+
+
+def option_names(cls: Any, prefix: str = "") -> list[str]:
+    """Return the dotted names of a configuration's options, without dashes."""
+    hints, names = get_type_hints(cls), []
+    for item in fields(cls):
+        if is_dataclass(hints[item.name]):
+            names += option_names(hints[item.name], f"{prefix}{item.name}.")
+        else:
+            names.append(prefix + item.name)
+    return names
 
 
 def positionals(cls: Any) -> str:

@@ -44,7 +44,8 @@ class Run:
     @property
     def dataset(self) -> str:
         """Name of the data set, or what the configuration calls it."""
-        return str(self.summary.get("dataset") or self.config.get("data", {}).get("dataset", ""))
+        given = self.config.get("data", {}).get("dataset", "")
+        return str(self.summary.get("dataset") or Path(str(given)).name)
 
     @property
     def finished(self) -> bool:
@@ -84,16 +85,21 @@ def read_runs(paths: Sequence[str]) -> tuple[list[Run], list[str]]:
     runs: list[Run] = []
     notes: list[str] = []
     for name, path in zip(_short_names(paths), map(Path, paths)):
-        run = _read_run(path, name)
-        if run is None:
+        run = None if _is_ablation(path) else _read_run(path, name)
+        if run is None and _is_ablation(path):
+            notes.append(
+                f"{path}: an ablation, which is no single run; its table and plot are ablation.md "
+                "and ablation.png there."
+            )
+        elif run is None:
             notes.append(f"{path}: no run here (no config.yaml, metrics.jsonl or summary.json).")
         else:
             runs.append(run)
             notes += [f"{run.name}: {note}" for note in run.notes]
     if not runs:
         raise OutputError(
-            f"{', '.join(map(str, paths))}: no run in any of these folders; give --output folders "
-            "of dvla-fast commands"
+            f"nothing to report: {' '.join(notes)} Give folders of 'dvla-fast pretrain', metatune, "
+            "evaluate or demo"
         )
     return runs, [*notes, *_comparability(runs)]
 
@@ -105,6 +111,11 @@ def _short_names(paths: Sequence[str]) -> list[str]:
     while len({part[-length:] for part in parts}) < len(set(parts)) and length < longest:
         length += 1
     return ["/".join(part[-length:]) for part in parts]
+
+
+def _is_ablation(path: Path) -> bool:
+    cells = (path / "cells").is_dir() and (path / "config.yaml").is_file()
+    return cells or (path / "ablation.json").is_file()
 
 
 def _read_run(path: Path, name: str) -> Run | None:

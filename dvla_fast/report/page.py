@@ -143,7 +143,8 @@ def _headline(runs: Sequence[Run]) -> list[dict[str, str]]:
                     "value": f"{100 * result['accuracy']:.1f}",
                     "half": f"{100 * result['ci95']:.1f}" if result.get("ci95") else "?",
                     "what": (f"{run.dataset}, " if several else "")
-                    + f"{result.get('way')}-way {result.get('shot')}-shot",
+                    + f"{result.get('way')}-way {result.get('shot')}-shot"
+                    + ("" if _split(result) == "novel" else f", split {_split(result)}"),
                     "who": f"{result.get('method')}, {run.name}",
                 }
             )
@@ -154,7 +155,7 @@ def _sections(runs: Sequence[Run], pictures: Pictures | None) -> list[Section]:
     nothing = "None of the runs holds this."
     results = Section(
         "accuracy", "Accuracy",
-        "How often queries of classes that training never saw got the right class.",
+        f"How often queries of {_whose_queries(runs)} got the right class.",
         accuracy_parts(runs), missing="No run has a finished evaluation.",
     )  # fmt: skip
     between = _between(runs)
@@ -210,6 +211,30 @@ def _sections(runs: Sequence[Run], pictures: Pictures | None) -> list[Section]:
     )
     about = Section("runs", "Runs", "Where the numbers come from.", kind="runs")
     return [results, training, gates, policy, classes, features, episodes, texts, about]
+
+
+# What the classes of a split are to the training on the same data set.
+_SPLITS = {
+    "novel": "classes that training never saw",
+    "monitor": "the images by which checkpoints are selected (split monitor)",
+    "base": "the classes that training works on (split base)",
+}
+
+
+def _split(result: dict[str, Any]) -> str:
+    return str(result.get("split", "novel"))
+
+
+def _whose_queries(runs: Sequence[Run]) -> str:
+    """Say what classes the evaluations' queries are of."""
+    found = []
+    for result in (result for run in runs for result in run.results):
+        split = _split(result)
+        words = _SPLITS.get(split, f"split {split}")
+        if split != "novel" and result.get("cross_domain"):
+            words = f"the split {split} of another data set than the one trained on"
+        found.append(words)
+    return "; of ".join(dict.fromkeys(found)) or _SPLITS["novel"]
 
 
 def _between(runs: Sequence[Run]) -> Part:

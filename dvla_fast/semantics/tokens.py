@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -126,6 +127,9 @@ def choose_attributes(
 
     Raises:
         BankError: a class missing from the bank, or a text that the encoder cannot read whole.
+
+    Warns:
+        UserWarning: no class has ``top_k`` attributes.
     """
     if bank.vectors:
         raise BankError(f"{bank.source}: has vectors and no words")
@@ -134,6 +138,13 @@ def choose_attributes(
     if top_k == 0:
         return [entry.attributes or entry.proposals for entry in entries]
     proposals = [entry.proposals for entry in entries]
+    most = max(map(len, proposals), default=0)
+    if top_k > most:
+        warnings.warn(
+            f"semantics.top_k: {top_k} asked for, but no class here has more than {most} "
+            "attributes: all are used",
+            stacklevel=2,
+        )
     found = progressive_top_k(names, proposals, encoder, top_k, template)
     return [
         tuple(texts[place] for place in selection.order)

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from dvla_fast.engine import ablation_cells
-from dvla_fast.engine.ablate import run_ablate
+from dvla_fast.engine.ablate import _worker, run_ablate
 from dvla_fast.engine.ablation_cells import Cell, Store, Workshop, start_alike
 from dvla_fast.engine.ablation_claims import hallucinated_shares
 from dvla_fast.engine.ablation_variants import GROUPS, all_variants, chosen_variants
 from dvla_fast.engine.build import build_model
 from dvla_fast.engine.config import AblateConfig, AblateRun, AugmentConfig, DemoRun, SemanticsConfig
-from dvla_fast.engine.settings import UsageError, read_settings
+from dvla_fast.engine.logging import RunFolder, read_config, read_metrics
+from dvla_fast.engine.settings import UsageError, read_settings, to_dict
 from dvla_fast.errors import OutputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -144,6 +145,36 @@ def test_finished_cells_are_kept_and_others_begun_anew(config: AblateRun) -> Non
     third = run_ablate(config, quiet=True)
     assert kept.stat().st_mtime_ns == before
     assert rows(third)["scope=class"]["seeds"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_backbone_cut_off_goes_on_with_other_cells(
+    config: AblateRun, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    """``recorded``: as before this was allowed, the backbone's record names the cells."""
+    config.pretrain.epochs = 2
+    config.ablate.variants = ["visual"]
+    whole = RunFolder.log
+
+    def interrupted(self: RunFolder, stage: str, step: int, **values: Any) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+        whole(self, stage, step, **values)
+
+    monkeypatch.setattr(RunFolder, "log", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_ablate(config, quiet=True)
+    monkeypatch.undo()
+    path = Path(config.output, "backbones", "seed0", "config.yaml")
+    assert "ablate" not in read_config(path.parent)
+    if recorded:
+        with path.open("a") as stream:
+            stream.write("ablate: {seeds: 2}\ndevice: cuda\n")
+    config.ablate.seeds = 1
+    summary = run_ablate(config, quiet=True)
+    assert (summary["failures"], summary["cells"]["finished"]) == ({}, 3)
+    steps = [row["step"] for row in read_metrics(path.parent, "pretrain")]
+    assert steps == [1, 2]
 
 
 def test_other_settings_are_refused(config: AblateRun) -> None:
@@ -303,7 +334,6 @@ def test_command_line(
 ) -> None:
     from dvla_fast.cli import main
     from dvla_fast.engine.logging import _to_yaml
-    from dvla_fast.engine.settings import to_dict
 
     config.output = ""
     config.ablate.seeds = 1
@@ -317,3 +347,13 @@ def test_command_line(
     )
     assert "unknown" in capsys.readouterr().err
     assert torch.get_num_threads() == 1
+
+
+def test_interrupted_worker_is_silent(config: AblateRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dvla_fast.engine.ablate.work", stop)
+    with pytest.raises(SystemExit) as ended:
+        _worker(to_dict(config), [("visual", 0)])
+    assert ended.value.code == 130

@@ -82,6 +82,8 @@ def test_bank_of_a_folder(photos: Path, tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("dataset", ["folder", "cache", "digits", "shapes"])
 def test_evaluation_knows_the_images_again(dataset: str, photos: Path, tmp_path: Path) -> None:
     options = DataConfig(dataset, images_per_class=4)
+    if dataset in ("folder", "cache"):
+        options.image_size = 16
     if dataset == "folder":
         options.dataset = str(photos)
     if dataset == "cache":
@@ -224,7 +226,8 @@ def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "'first' is unknown; choose one of all, last" in fails(
         [output, "--construct.template=first"], capsys, 2
     )
-    assert "top_k must be at least 1" in fails([output, "--construct.top_k=0"], capsys, 2)
+    message = fails([output, "--construct.top_k=0"], capsys, 2)
+    assert "construct.top_k: expected at least 1" in message
 
 
 def test_bad_input(
@@ -260,7 +263,7 @@ def test_interruption_says_how_to_continue(
 
     monkeypatch.setattr(bank_build, "construct_bank", interrupted)
     line = fails(
-        [f"--output={tmp_path / 'b.json'}", "--language_model.base_url=http://x/v1"], capsys
+        [f"--output={tmp_path / 'b.json'}", "--language_model.base_url=http://x/v1"], capsys, 130
     )
     assert line == "error: interrupted; the same command continues"
 

@@ -313,7 +313,7 @@ def test_a_stopped_encode_keeps_what_is_done(
 
     monkeypatch.setattr(bank_commands, "_BATCH", 2)
     monkeypatch.setattr(HashedNGramEncoder, "encode", stops)
-    assert "interrupted" in run(capsys, "encode", birds, status=1)
+    assert "interrupted" in run(capsys, "encode", birds, status=130)
     assert "(2 encoded now)" in run(capsys, "encode", birds)
 
 

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dvla_fast.engine.config import DemoRun, PretrainRun, demo_config
+from dvla_fast.engine.config import (
+    DemoRun,
+    EvaluateConfig,
+    EvaluateRun,
+    PretrainRun,
+    demo_config,
+)
 from dvla_fast.engine.settings import UsageError, differences, from_mapping, read_settings, to_dict
 from dvla_fast.engine.tool_config import DataCheck
 
@@ -32,18 +38,36 @@ def test_partial_mapping_keeps_the_other_defaults() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"sed": 4}, "unknown key.* sed"),
-        ({"pretrain": {"epoch": 4}}, "unknown key.* epoch in PretrainConfig"),
-        ({"pretrain": 4}, "expected settings of PretrainConfig"),
-        ({"pretrain": {"epochs": 0}}, "epochs must be at least 1"),
-        ({"evaluate": {"shots": []}}, "shots must be at least 1"),
-        ({"evaluate": {"shots": [1, 0]}}, "shots must be at least 1"),
-        ({"seed": -1}, "seed must be at least 0"),
+        ({"sed": 4}, r"unknown key.* sed \(did you mean seed\?\)"),
+        ({"pretrain": {"epoch": 4}}, r"pretrain.epoch \(did you mean pretrain.epochs\?\)"),
+        ({"pretrain": {"augment": {"flop": True}}}, r"did you mean pretrain.augment.flip\?"),
+        ({"pretrain": 4}, "pretrain: expected 'name: value' settings, got 4"),
+        ({"pretrain": {"epochs": 0}}, "pretrain.epochs: expected at least 1, got 0"),
+        ({"evaluate": {"shots": []}}, "evaluate.shots: expected at least 1"),
+        ({"evaluate": {"shots": [1, 0]}}, "evaluate.shots: expected at least 1"),
+        ({"evaluate": {"shots": [5, 1, 5]}}, "evaluate.shots: 5 is there more than once"),
+        ({"evaluate": {"shots": "many"}}, "evaluate.shots: expected int, got 'many'"),
+        ({"evaluate": {"shots": [[1]]}}, r"evaluate.shots: expected int, got \[1\]"),
+        ({"evaluate": {"way": 1}}, "evaluate.way: expected at least 2, got 1"),
+        ({"metatune": {"way": 1}}, "metatune.way: expected at least 2, got 1"),
+        ({"evaluate": {"fixed_alpha": 4}}, "evaluate.fixed_alpha: expected 0 to 1, got 4"),
+        ({"model": {"fixed_alpha": 3}}, "model.fixed_alpha: expected 0 to 1, got 3"),
+        ({"metatune": {"reference_alpha": 0.0}}, "metatune.reference_alpha: expected above 0"),
+        ({"metatune": {"rewards": {"acuracy": 1}}}, "metatune.rewards: unknown 'acuracy'"),
+        ({"metatune": {"rewards": {"accuracy": "high"}}}, "metatune.rewards.accuracy: expected"),
+        ({"metatune": {"rewards": 1}}, "metatune.rewards: expected 'name: value' entries"),
+        ({"pretrain": {"drop_path": 1}}, "pretrain.drop_path: expected at least 0 and below 1"),
+        ({"evaluate": {"split": "tset"}}, r"evaluate.split: 'tset' .* novel \(or test\)"),
+        ({"model": {"gated_layers": [2, 1]}}, "model.gated_layers: expected a list, got 2"),
+        ({"seed": -1}, "seed: expected at least 0"),
         ({"seed": True}, "seed: expected int, got True"),
-        ({"pretrain": {"lr": -1.0}}, "lr must be at least 0"),
-        ({"metatune": {"backbone_lr": -1e-6}}, "backbone_lr must be at least 0"),
-        ({"pretrain": {"lr": "fast"}}, "lr: expected float, got 'fast'"),
-        ({"data": {"dataset": 3}}, "dataset: expected str, got 3"),
+        ({"pretrain": {"lr": -1.0}}, "pretrain.lr: expected at least 0"),
+        ({"pretrain": {"lr": float("nan")}}, "pretrain.lr: expected at least 0, got nan"),
+        ({"metatune": {"backbone_lr": -1e-6}}, "metatune.backbone_lr: expected at least 0"),
+        ({"pretrain": {"lr": "fast"}}, "pretrain.lr: expected float, got 'fast'"),
+        ({"data": {"holdout": 1}}, "data.holdout: expected above 0 and below 1"),
+        ({"metatune": {"augment": {"crop": 2}}}, "metatune.augment.crop: expected 0.01 to 1"),
+        ({"data": {"dataset": 3}}, "data.dataset: expected str, got 3"),
     ],
 )
 def test_wrong_values(values: dict[str, object], message: str) -> None:
@@ -69,8 +93,33 @@ def test_one_file_for_several_commands(tmp_path: Path) -> None:
     assert read_settings(str(path), PretrainRun, PretrainRun()).pretrain.epochs == 3
     with pytest.raises(UsageError, match=r"unknown key.* evaluate, pretrain, semantics"):
         read_settings(str(path), DataCheck, DataCheck())
+    for text, words in (
+        ("evaluate: {epsodes: 3}", r"evaluate\.epsodes \(did you mean evaluate\.episodes"),
+        ("metatune: {rewards: {acuracy: 1}}", r"metatune\.rewards: unknown 'acuracy'"),
+        ("metatune: {way: 1}", r"experiment\.yaml: metatune\.way"),
+        ("semantics: 3", r"semantics: expected 'name: value'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=words):
+            read_settings(str(path), PretrainRun, PretrainRun())
+    path.write_text("evaluate:\nsemantics:\n")
+    assert read_settings(str(path), PretrainRun, PretrainRun()) == PretrainRun()
     path.write_text("")
     assert read_settings(str(path), PretrainRun, PretrainRun()) == PretrainRun()
     path.write_text("evaluation: {episodes: 9}")
     with pytest.raises(UsageError, match=r"unknown key.* evaluation"):
         read_settings(str(path), PretrainRun, PretrainRun())
+
+
+def test_a_list_may_be_given_by_its_only_entry() -> None:
+    config = from_mapping(DemoRun, {"evaluate": {"shots": 3}, "metatune": {"shots": [2]}})
+    assert (config.evaluate.shots, config.metatune.shots) == ([3], [2])
+    assert from_mapping(EvaluateRun, {"checkpoints": "a"}).checkpoints == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("test", "novel"), ("val", "monitor"), ("train", "base"), ("base", "base")]
+)
+def test_splits_have_the_names_of_data_sets_too(given: str, kept: str) -> None:
+    assert from_mapping(EvaluateRun, {"evaluate": {"split": given}}).evaluate.split == kept
+    assert EvaluateConfig(split=given).split == kept

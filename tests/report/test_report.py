@@ -178,14 +178,47 @@ def test_runs_that_cannot_be_compared(tmp_path: Path, page: Write) -> None:
 
 def test_nothing_to_show_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = write_evaluation(tmp_path / "one", 0.7)
+    (tmp_path / "ablation" / "cells").mkdir(parents=True)
+    (tmp_path / "ablation" / "config.yaml").write_text("ablate: {seeds: 2}")
     for arguments, status, words in (
-        ([str(tmp_path / "none")], 1, "no run in any of these"),
+        ([str(tmp_path / "none")], 1, "none: no run here"),
+        ([str(tmp_path / "ablation")], 1, "an ablation, which is no single run; its table"),
         ([], 2, "runs"),
         ([str(one), f"--output={tmp_path / 'no' / 'report.html'}"], 1, "folder that exists"),
         ([str(one), "--episodes=[-1]"], 2, "numbered from 0"),
     ):
         assert main(["report", *arguments]) == status
-        assert words in capsys.readouterr().err
+        message = capsys.readouterr().err
+        assert words in message
+        assert ("--output" in message) == (words == "folder that exists")
+        assert not (Path.cwd() / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({}, "queries of classes that training never saw got"),
+        ({"split": "base"}, "queries of the classes that training works on (split base) got"),
+        ({"split": "monitor"}, "by which checkpoints are selected"),
+        ({"split": "base", "cross_domain": True}, "the split base of another data set than"),
+    ],
+)
+def test_accuracy_says_whose_queries(
+    tmp_path: Path, page: Write, facts: dict[str, Any], words: str
+) -> None:
+    html = page(write_evaluation(tmp_path / "run", 0.7, **facts), options=("--text_only",))
+    assert words in html
+    assert ("that training never saw" in html) == (facts == {})
+    assert ("5-way 1-shot, split " in html) == bool(facts)
+
+
+def test_ablation_beside_a_run(tmp_path: Path, page: Write) -> None:
+    one = write_evaluation(tmp_path / "one", 0.7)
+    (tmp_path / "ablation").mkdir()
+    (tmp_path / "ablation" / "ablation.json").write_text("{}")
+    html = page(one, tmp_path / "ablation", options=("--text_only",))
+    assert "its table and plot are ablation.md and ablation.png there" in html
+    assert "did not finish" not in html
 
 
 def test_foreign_text_stays_text(tmp_path: Path, page: Write) -> None:

@@ -130,6 +130,8 @@ def test_a_bank_without_a_choice_gives_candidates_or_the_best() -> None:
     best = choose_attributes(bank, names, encoder, top_k=1)
     assert [len(each) for each in best] == [1, 1]
     expected = torch.stack([encoder.encode([t])[0] for t in entry["candidates"]])
+    with pytest.warns(UserWarning, match="3 asked for, but no class here has more than 2"):
+        assert choose_attributes(bank, ["jay 2"], encoder, top_k=3)
     place = int((expected @ encoder.encode(["A photo of a jay"])[0]).argmax())
     assert best[0] == (entry["candidates"][place],)
 

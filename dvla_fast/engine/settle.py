@@ -1,0 +1,121 @@
+"""What is settled about a run's settings before work starts: absolute paths, the image size.
+
+A run's record names its files from the root, so that it can be continued from any folder.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from dvla_fast.data import is_cache, split_list_names
+from dvla_fast.data.cache import read_index
+from dvla_fast.engine.config import DataConfig, PretrainConfig
+from dvla_fast.engine.settings import UsageError, from_mapping, to_dict
+from dvla_fast.semantics import bundled_banks
+
+T = TypeVar("T")
+
+MADE_SIZES = {"digits": 16, "shapes": 32}  # the package's own data sets
+_PLACES = (
+    "checkpoint", "checkpoints", "compare", "data.dataset", "data.splits", "semantics.bank",
+    "semantics.encoder", "model.pretrained", "evaluate.construct",
+)  # fmt: skip
+
+
+def settle(config: T) -> T:
+    """Return a run's settings with absolute paths and the size of its images.
+
+    Raises:
+        UsageError: the images' size is not given and not known.
+        DataError: a cache's index is damaged.
+
+    Warns:
+        UserWarning: settings that seldom are what was meant.
+    """
+    settled: Any = from_mapping(type(config), absolute_paths(to_dict(config)))
+    settled.data = sized(settled.data)
+    if hasattr(settled, "pretrain"):
+        _remark(settled.pretrain, settled.data)
+    result: T = settled
+    return result
+
+
+def sized(config: DataConfig) -> DataConfig:
+    """Return the settings with an image size: the one given, a cache's own, or a made data set's.
+
+    Raises:
+        UsageError: neither given nor known.
+        DataError: a cache's index is damaged.
+    """
+    if config.image_size:
+        return config
+    if config.dataset in MADE_SIZES:
+        return replace(config, image_size=MADE_SIZES[config.dataset])
+    if is_cache(config.dataset):
+        return replace(config, image_size=read_index(config.dataset)["image_size"])
+    if os.path.exists(config.dataset):
+        raise UsageError(
+            f"data.image_size: {config.dataset} holds images of any size; give the side in pixels "
+            "that training uses, e.g. --data.image_size 84, or an earlier run's settings: --config "
+            "RUN/config.yaml"
+        )
+    return replace(config, image_size=1)  # loading it says that there is no such folder
+
+
+def absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings with the relative paths that exist made absolute.
+
+    Names that mean something by themselves (bundled banks, split lists, tags of published weights)
+    stay as they are.
+    """
+    names = {*MADE_SIZES, "shapes-true", *bundled_banks(), *split_list_names()}
+    changed = {key: dict(x) if isinstance(x, Mapping) else x for key, x in values.items()}
+    for place in _PLACES:
+        section, _, key = place.rpartition(".")
+        holder: Any = changed.get(section) if section else changed
+        value = holder.get(key) if isinstance(holder, dict) else None
+        if isinstance(value, list):
+            holder[key] = [_absolute(item, names) for item in value]
+        elif isinstance(value, str) and place == "semantics.encoder":
+            holder[key] = _absolute_encoder(value)
+        elif isinstance(value, str):
+            holder[key] = _absolute(value, names)
+    return changed
+
+
+def _absolute(text: Any, names: set[str]) -> Any:
+    if not isinstance(text, str) or not text or text in names or not os.path.exists(text):
+        return text
+    return os.path.abspath(text)
+
+
+def _absolute_encoder(name: str) -> str:
+    """transformers:FOLDER, open_clip:local-dir:FOLDER, open_clip:MODEL/FILE."""
+    family, _, rest = name.partition(":")
+    if family == "transformers":
+        return f"{family}:{_absolute(rest, set())}"
+    if rest.startswith("local-dir:"):
+        return f"{family}:local-dir:{_absolute(rest.removeprefix('local-dir:'), set())}"
+    model, _, weights = rest.partition("/")
+    return f"{family}:{model}/{_absolute(weights, set())}" if weights else name
+
+
+def _remark(config: PretrainConfig, data: DataConfig) -> None:
+    """Warn of settings that are allowed and seldom meant."""
+    if config.warmup_epochs >= config.epochs:
+        warnings.warn(
+            f"pretrain.warmup_epochs: all {config.epochs} epoch(s) are warm-up "
+            f"({config.warmup_epochs} asked for), so the rate never reaches pretrain.lr",
+            stacklevel=3,
+        )
+    if config.quarter_turns and data.dataset not in MADE_SIZES:
+        warnings.warn(
+            "pretrain.quarter_turns is on, a default for the digits: each class turned by 90 and "
+            "270 degrees is learned as two more; --pretrain.quarter_turns false leaves it out, as "
+            "the published recipes for photographs do",
+            stacklevel=3,
+        )

@@ -1,0 +1,145 @@
+"""How the command line takes its words and ends: usage, settings files, interruptions, pipes."""
+
+from __future__ import annotations
+
+import builtins
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dvla_fast.cli import _parse, main
+from tests.test_cli import TINY_PRETRAIN, fails
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["dmeo"],
+        ["demo", "--no-such-option"],
+        ["demo", "--pretrain.epochs", "many"],
+        ["demo", "--config", "missing.yaml"],
+        ["demo", "--pretrain.epochs", "0"],
+        ["demo", "--resume"],
+        ["doctor", "--loud"],
+        ["pretrain", "--model.width", "7"],
+    ],
+)
+def test_wrong_usage_is_status_2(
+    arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert "error" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_no_command_shows_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "demo" in capsys.readouterr().out
+
+
+def test_missing_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = builtins.__import__
+
+    def without_jsonargparse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("jsonargparse"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_jsonargparse)
+    assert "pip install 'dvla-fast[train]'" in fails(["demo"], capsys)
+    assert main(["doctor"]) == 0
+
+
+def test_later_settings_files_win(tmp_path: Path) -> None:
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for seed, path in enumerate(files):
+        path.write_text(f"seed: {seed + 5}")
+    orders = [["--config", str(files[0]), f"--config={files[1]}"], [f"--config={files[1]}"]]
+    for given in orders:
+        assert _parse("pretrain", given).seed == 6
+    assert _parse("pretrain", [*orders[0], "--config", str(files[0])]).seed == 5
+    assert _parse("pretrain", [*orders[0], "--seed", "1"]).seed == 1
+
+
+def test_options_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "--conf", "settings.yaml"]) == 2
+    assert "--conf" in capsys.readouterr().err
+
+
+def test_mistyped_options_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    for argument, words in (
+        ("--pretrain.epoch=3", "did you mean --pretrain.epochs?"),
+        ("--zzz=3", "unrecognized arguments: --zzz=3\n"),
+    ):
+        assert main(["pretrain", argument]) == 2
+        assert words in capsys.readouterr().err
+    assert "expected int, or a list such as [A,B]" in fails(
+        ["evaluate", "--evaluate.shots=1,2"], capsys, 2
+    )
+    assert "evaluate.way: expected at least 2" in fails(["evaluate", "--evaluate.way=1"], capsys, 2)
+    given = _parse("evaluate", ["--evaluate.shots", "5", "--checkpoints", "X.safetensors"])
+    assert (given.evaluate.shots, given.checkpoints) == ([5], ["X.safetensors"])
+    given = _parse("evaluate", ["--evaluate.shots=[1,5]", "--checkpoints=[a,b]"])
+    assert (given.evaluate.shots, given.checkpoints) == ([1, 5], ["a", "b"])
+
+
+@pytest.mark.parametrize("arguments", [["evaluate", "--help"], ["pretrain", "--no-such-option"]])
+def test_help_and_wrong_options_do_not_wait_for_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from dvla_fast.cli import main; main(sys.argv[1:]);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert arguments[0] in done.stdout + done.stderr
+
+
+def test_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Status 130, and "--resume" only where there is a run to continue."""
+    output = tmp_path / "run"
+    arguments = ["pretrain", f"--output={output}", *TINY_PRETRAIN]
+
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dvla_fast.engine.pretrain.build_data", stop)
+        message = fails(arguments, capsys, 130)
+    assert "nothing is kept" in message
+    assert "resume" not in message
+    with monkeypatch.context() as patch:
+        patch.setattr("dvla_fast.engine.pretrain.Epoch.__call__", stop)
+        message = fails(arguments, capsys, 130)
+    assert f"continue: dvla-fast pretrain --resume --output {output}" in message
+    with monkeypatch.context() as patch:
+        patch.setattr("dvla_fast.doctor.report", stop)
+        assert fails(["doctor"], capsys, 130) == "error: interrupted"
+
+
+def test_output_that_nobody_reads_on() -> None:
+    code = (
+        "import os, sys; from dvla_fast.cli import main; sys.stdin.read();"
+        "sys.argv[1:] = ['--help']; sys.exit(main())"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout
+        assert process.stdin
+        assert process.stderr
+        process.stdout.close()  # before it writes
+        process.stdin.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

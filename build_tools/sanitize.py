@@ -76,7 +76,7 @@ def main() -> int:
         return 1
     pytest = Path(sys.executable).with_name("pytest")
     tests = [f"tests/ops/test_{name}.py" for name in ("fuzz", "gated_attention", "gate_policy")]
-    chosen = "fuzz or ((values_and_gradients_float64 or narrow_tokens) and cpp)"
+    chosen = "fuzz or ((values_and_gradients_float64 or narrow_tokens or partly_masked) and cpp)"
     command = [
         pytest,
         "-q",

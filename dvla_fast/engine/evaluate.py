@@ -56,6 +56,7 @@ from dvla_fast.engine.statistics import (
     points,
     require_scipy,
 )
+from dvla_fast.engine.trained_classes import require_untrained, training_stages
 from dvla_fast.errors import CheckpointError
 from dvla_fast.nn import DVLA
 from dvla_fast.semantics import EncodedTexts
@@ -311,6 +312,8 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         contenders.append(Contender(model, {VISUAL: backbone}))
         infos.append(info)
     _check_alike(paths, infos)
+    stages = {path: training_stages(info) for path, info in zip(paths, infos)}
+    classes = require_untrained(stages, data, settings.split)
     check_seen_images(config.semantics.seen_images)
     texts, semantics, leaks, seen, barred, written = None, None, None, None, None, None
     if contenders[0].model is not None:
@@ -356,10 +359,10 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         progress.begin("evaluate", settings.episodes * len(settings.shots) * len(contenders))
         for shot, sampler in zip(settings.shots, samplers):
             result, record = evaluation.shot(shot, progress)
-            results.append({**result, **facts, **_versions()})
+            results.append({**result, **facts, "leaks": {"classes": classes}, **_versions()})
             if seen is not None and leaks is not None:
                 queries = sampler.batch(0, settings.episodes).query
-                results[-1]["leaks"] = leak_summary(
+                results[-1]["leaks"] |= leak_summary(
                     leaks, config.semantics.seen_images, seen, queries
                 )
                 _tell_leaks(results[-1]["leaks"], progress)

@@ -456,8 +456,11 @@ def open_cache(
     return assemble(index["name"], sets, holdout, split_seed, statistics)
 
 
-def verify_cache(path: str | Path) -> list[str]:
+def verify_cache(path: str | Path, look: Callable[[bytes], None] = lambda chunk: None) -> list[str]:
     """Compute all checksums of a cache again, and look whether its files changed since.
+
+    Args:
+        look: called with the bytes of each chunk of images in turn.
 
     Returns:
         The problems found, one line each; empty: sound.
@@ -471,7 +474,9 @@ def verify_cache(path: str | Path) -> list[str]:
     stride = 3 * index["image_size"] ** 2
     with open(path / _IMAGES, "rb") as stream:
         for number, expected in enumerate(index["sha256"]):
-            if hashlib.sha256(stream.read(CHUNK * stride)).hexdigest() != expected:
+            chunk = stream.read(CHUNK * stride)
+            look(chunk)
+            if hashlib.sha256(chunk).hexdigest() != expected:
                 first = number * CHUNK
                 last = min(first + CHUNK, index["images"]) - 1
                 problems.append(

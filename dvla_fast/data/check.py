@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from dvla_fast.data.cache import is_cache, read_index, verify_cache
-from dvla_fast.data.decode import open_rgb
+from dvla_fast.data.decode import IMAGE_SUFFIXES, is_image, open_rgb
 from dvla_fast.data.layouts import list_data
 from dvla_fast.data.listing import Listing, Split
 from dvla_fast.data.splits import candidates
@@ -62,6 +62,7 @@ def check_data(
         shot, query: images that an episode takes of a class; smaller classes are a problem.
         image_size: side that training will use; images of half of it or less are noted.
         decode_images: read every image (finds unreadable ones and duplicates); else only count.
+            The images of a cache are always read, for their checksums.
         workers: threads; 0: a few more than cores.
         advance: called with the images done so far and all of them.
 
@@ -71,28 +72,76 @@ def check_data(
     """
     report = Report()
     if is_cache(root):
-        index = read_index(root)
-        report.facts.append(
-            f"cache of {index['name']}, {index['images']} images of {index['image_size']} pixels, "
-            f"split {index['split_list'] or 'of its folders'}, made from {index['root']}"
-        )
-        report.facts += [
-            f"  {name:<5} {len(entry['keys']):>4} classes {sum(entry['counts']):>7} images"
-            for name, entry in index["splits"].items()
-        ]
-        report.add(report.notes, [f"left out: {line}" for line in index["skipped"]])
-        for name, entry in index["splits"].items():
-            where = f"{root} ({name})"
-            report.add(report.problems, _small(where, entry["keys"], entry["counts"], shot + query))
-        report.add(report.problems, verify_cache(root))
+        _check_cache(root, shot + query, decode_images, report)
         return report
     listing = list_data(root, splits, strict=False)
     _describe(listing, report)
     _check_counts(listing, report)
     _check_classes(listing, shot + query, report)
+    report.notes += _passed_over(listing)
     if decode_images:
         _check_images(listing, image_size, workers, advance, report)
     return report
+
+
+def _check_cache(root: str | Path, needed: int, compare: bool, report: Report) -> None:
+    index = read_index(root)
+    report.facts.append(
+        f"cache of {index['name']}, {index['images']} images of {index['image_size']} pixels, "
+        f"split {index['split_list'] or 'of its folders'}, made from {index['root']}"
+    )
+    report.facts += [
+        f"  {name:<5} {len(entry['keys']):>4} classes {sum(entry['counts']):>7} images"
+        for name, entry in index["splits"].items()
+    ]
+    report.add(report.notes, [f"left out: {line}" for line in index["skipped"]])
+    for name, entry in index["splits"].items():
+        where = f"{root} ({name})"
+        report.add(report.problems, _small(where, entry["keys"], entry["counts"], needed))
+    if not compare:
+        report.add(report.problems, verify_cache(root))
+        return
+    with ThreadPoolExecutor(1) as pool:  # hashing releases the GIL
+        rows = _Rows(3 * index["image_size"] ** 2, pool)
+        report.add(report.problems, verify_cache(root, rows))
+    places = [(name, file) for name, entry in index["splits"].items() for file in entry["files"]]
+    groups = [[places[row] for row in group] for group in rows.equal()]
+    _report_equal(groups, "remove one and run 'dvla-fast data prepare' again", report)
+
+
+class _Rows:
+    """Hashes of a cache's images, eight bytes each, taken chunk by chunk."""
+
+    def __init__(self, stride: int, pool: ThreadPoolExecutor) -> None:
+        self.stride, self.pool, self.hashes = stride, pool, bytearray()
+        self.waiting: Future[bytes] | None = None
+
+    def __call__(self, chunk: bytes) -> None:
+        """Begin to hash the rows of a chunk beside the caller; at most one chunk is under way."""
+        self.finish()
+        self.waiting = self.pool.submit(self._hashes, memoryview(chunk))
+
+    def finish(self) -> None:
+        """Wait for the last chunk."""
+        if self.waiting is not None:
+            self.hashes += self.waiting.result()
+            self.waiting = None
+
+    def _hashes(self, chunk: memoryview) -> bytes:
+        rows = (chunk[at : at + self.stride] for at in range(0, len(chunk), self.stride))
+        return b"".join(hashlib.sha256(row).digest()[:8] for row in rows)
+
+    def equal(self) -> Iterator[list[int]]:
+        """Yield the rows of each image that is there more than once, in order."""
+        self.finish()
+        hashes = np.frombuffer(self.hashes, np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        bounds = np.flatnonzero(np.diff(hashes[order]))  # the last row of each hash but one
+        starts = np.concatenate([[0], bounds + 1])
+        ends = np.concatenate([bounds + 1, [len(order)]])
+        double = ends - starts > 1
+        pairs = zip(starts[double].tolist(), ends[double].tolist())
+        yield from sorted(order[start:end].tolist() for start, end in pairs)
 
 
 def _describe(listing: Listing, report: Report) -> None:
@@ -168,6 +217,44 @@ def _check_classes(listing: Listing, needed: int, report: Report) -> None:
             seen[key.casefold()] = (name, key)
 
 
+def _passed_over(listing: Listing) -> list[str]:
+    """Count what lies in the folders of a data set and is not read; hidden files are expected."""
+    beside: list[Path] = []
+    if listing.layout.startswith("folders "):
+        tops = [Path(split.where) for split in listing.splits.values()]
+        beside = [path for top in tops for path in _visible(top) if not path.is_dir()]
+        folders = [path for top in tops for path in _visible(top) if path.is_dir()]
+    elif listing.layout == "class folders":
+        found = (path for split in listing.splits.values() for path in split.references)
+        folders = sorted({path.parent for path in found if isinstance(path, Path)})
+    else:
+        return []  # lists and archives name their images
+    inside = [path for folder in folders for path in _visible(folder) if not is_image(path)]
+    nested = [path for path in inside if path.is_dir()]
+    others = [path for path in inside if not path.is_dir()]
+    notes = []
+    if others:
+        kinds = Counter(path.suffix.lower() or "without an ending" for path in others)
+        counted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(_SHOWN))
+        notes.append(
+            f"passed over {len(others)} file(s) of other kinds in class folders ({counted}), e.g. "
+            f"{others[0]}; images end in {', '.join(IMAGE_SUFFIXES)}"
+        )
+    if nested:
+        images = sum(is_image(path) for folder in nested for path in folder.rglob("*"))
+        notes.append(
+            f"passed over {len(nested)} folder(s) inside class folders, with {images} image(s), "
+            f"e.g. {nested[0]}; a class's images lie in its own folder"
+        )
+    if beside:
+        notes.append(f"passed over {len(beside)} file(s) beside class folders, e.g. {beside[0]}")
+    return notes
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__")))
+
+
 def _check_images(
     listing: Listing,
     image_size: int,
@@ -200,13 +287,7 @@ def _check_images(
     report.facts.append("  modes: " + ", ".join(f"{n} {mode}" for mode, n in modes.most_common()))
     report.add(report.problems, bad)
     groups = [group for group in places.values() if len(group) > 1]
-    crossing = [group for group in groups if len({name for name, _ in group}) > 1]
-    within = [group for group in groups if len({name for name, _ in group}) == 1]
-    report.add(
-        report.problems,
-        [f"one image in two splits: {_both(group)}; remove one" for group in crossing],
-    )
-    report.add(report.notes, [f"one image twice in a split: {_both(group)}" for group in within])
+    _report_equal(groups, "remove one", report)
     if small:
         report.notes.append(
             f"{small} of {total} images have a side of at most half of {image_size} pixels: they "
@@ -221,8 +302,25 @@ def _looks(pool: ThreadPoolExecutor, split: Split) -> Iterator[tuple[bytes, str,
         yield from pool.map(_look, [split] * len(rows), rows)
 
 
-def _both(group: list[tuple[str, str]]) -> str:
-    return " and ".join(f"{where} ({name})" for name, where in group[:3])
+def _report_equal(groups: list[list[tuple[str, str]]], remedy: str, report: Report) -> None:
+    """Report groups of (split, place) that hold one image."""
+    crossing = [group for group in groups if len({name for name, _ in group}) > 1]
+    within = [group for group in groups if len({name for name, _ in group}) == 1]
+    report.add(
+        report.problems,
+        [f"one image in two splits: {_places(group)}; {remedy}" for group in crossing],
+    )
+    report.add(report.notes, [f"one image twice in a split: {_places(group)}" for group in within])
+
+
+def _places(group: list[tuple[str, str]]) -> str:
+    """Name the first place in each split, or two places in one, and count the others."""
+    first: dict[str, str] = {}
+    for name, where in group:
+        first.setdefault(name, where)
+    shown = list(first.items()) if len(first) > 1 else group[:2]
+    more = f" and {len(group) - len(shown)} more" if len(group) > len(shown) else ""
+    return " and ".join(f"{where} ({name})" for name, where in shown) + more
 
 
 def _look(split: Split, index: int) -> tuple[bytes, str, int] | str:

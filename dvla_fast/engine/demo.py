@@ -40,6 +40,7 @@ from dvla_fast.engine.pretrain import pretrain
 from dvla_fast.engine.records import keep_record
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.statistics import INTERVAL, PAIRED_INTERVAL, points
+from dvla_fast.engine.trained_classes import training_stages
 
 BEFORE = "visual prototypes, before meta-tuning"
 # Shares of the time that the stages take, for the overall progress bar (measured on 2 cores).
@@ -75,9 +76,13 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
         )
         rng = seed_everything(config.seed + 1)
         model = build_model(spec)
-        load_backbone(model, backbone, pretrained)
+        training = training_stages(load_backbone(model, backbone, pretrained))
         model.to(device)
-        facts = {"semantics": semantics, "started_from": str(pretrained)}
+        facts = {
+            "semantics": semantics,
+            "started_from": str(pretrained),
+            "training": training,
+        }
         tuned = metatune(
             config.metatune,
             model,

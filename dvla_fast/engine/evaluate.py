@@ -56,6 +56,8 @@ from dvla_fast.engine.statistics import (
     points,
     require_scipy,
 )
+from dvla_fast.engine.trained_classes import require_untrained, training_stages
+from dvla_fast.engine.trained_texts import COMPARED, check_semantics, text_differences
 from dvla_fast.errors import CheckpointError
 from dvla_fast.nn import DVLA
 from dvla_fast.semantics import EncodedTexts
@@ -277,26 +279,6 @@ def load_model(path: str, data: FewShotData) -> tuple[DVLA | None, nn.Module, di
     return model, model.backbone, info
 
 
-def check_semantics(semantics: Mapping[str, Any], info: Mapping[str, Any], path: str) -> None:
-    """Check that texts are encoded as the checkpoint's gates learned to read them.
-
-    Args:
-        semantics: the description that ``build_texts`` returns; info: the checkpoint's.
-
-    Raises:
-        CheckpointError: another encoder or vector length.
-    """
-    theirs = info.get("semantics", {})
-    for key in ("encoder", "dim"):
-        value = semantics[key]
-        if key in theirs and theirs[key] != value:
-            raise CheckpointError(
-                f"{path}: its gates read texts with {key}={theirs[key]!r}, not {value!r}; set "
-                f"--semantics.{key} {theirs[key]}, or give the bank of vectors that it was trained "
-                "with"
-            )
-
-
 def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast evaluate`` does; returns the summary that it writes."""
     if not config.checkpoint:
@@ -311,8 +293,11 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         contenders.append(Contender(model, {VISUAL: backbone}))
         infos.append(info)
     _check_alike(paths, infos)
+    stages = {path: training_stages(info) for path, info in zip(paths, infos)}
+    classes = require_untrained(stages, data, settings.split)
     check_seen_images(config.semantics.seen_images)
     texts, semantics, leaks, seen, barred, written = None, None, None, None, None, None
+    changed: dict[str, Any] = {}
     if contenders[0].model is not None:
         if settings.construct:
             written = EpisodeTexts(settings.construct, data.split(settings.split))
@@ -325,6 +310,8 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
             barred = seen if config.semantics.seen_images == "exclude" else None
         for path, info in zip(paths, infos):
             check_semantics(semantics, info, path)
+        compared = ("parts",) if written is not None else COMPARED
+        changed = text_differences(semantics, dict(zip(paths, infos)), data.name, compared)
     images = data.split(settings.split)
     require_scipy()
     samplers = [  # fail before the folder is made
@@ -344,6 +331,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         "cross_domain": infos[0].get("dataset", data.name) != data.name,
         "monitor": data.monitor_kind,
         "semantics": semantics,
+        "text_differences": changed,
         "device": str(device),
     }
     folder = RunFolder(config.output, to_dict(config), resume=config.resume)
@@ -357,10 +345,10 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         progress.begin("evaluate", settings.episodes * len(settings.shots) * len(contenders))
         for shot, sampler in zip(settings.shots, samplers):
             result, record = evaluation.shot(shot, progress)
-            results.append({**result, **facts, **_versions()})
+            results.append({**result, **facts, "leaks": {"classes": classes}, **_versions()})
             if seen is not None and leaks is not None:
                 queries = sampler.batch(0, settings.episodes).query
-                results[-1]["leaks"] = leak_summary(
+                results[-1]["leaks"] |= leak_summary(
                     leaks, config.semantics.seen_images, seen, queries
                 )
                 _tell_leaks(results[-1]["leaks"], progress)

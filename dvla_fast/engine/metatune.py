@@ -46,6 +46,11 @@ from dvla_fast.engine.pretrain import monitor_sampler
 from dvla_fast.engine.settings import to_dict
 from dvla_fast.engine.starting import begin_metatuning
 from dvla_fast.engine.state import TrainingState
+from dvla_fast.engine.trained_classes import (
+    require_untrained,
+    training_stage,
+    unknown_stage,
+)
 from dvla_fast.nn import DVLA
 from dvla_fast.rl import collapsed_layers, total_loss
 from dvla_fast.semantics import EncodedTexts
@@ -120,7 +125,8 @@ def metatune(
         rng: the run's NumPy generator (saved with the checkpoint).
         seed: seed of the training and validation episodes.
         progress: display; the stage name is "meta-tune".
-        facts: more to note in the checkpoints.
+        facts: more to note in the checkpoints; ``training`` has the stages before this one
+            (``trained_classes.training_stages``), which else are not known.
         execution: precision, compilation, processes; None: float32 in one process.
         prefixes: maps before the first gate, computed once for the whole run, of a frozen backbone
             without augmentation.
@@ -147,11 +153,13 @@ def metatune(
     state = TrainingState(
         folder, "metatune", spec, {"model": model, **gates.modules}, optimizer, rng
     )
+    facts, earlier = facts or {}, [unknown_stage("before")]
     state.facts = {
         "dataset": data.name,
         "normalisation": normalisation(data),
         "seed": seed,
-        **(facts or {}),
+        **facts,
+        "training": [*facts.get("training", earlier), training_stage("metatune", data)],
     }
     if folder.resume:
         state.restore()
@@ -380,6 +388,11 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     data, start = begin_metatuning(model, spec["backbone"], data, config.model, config.checkpoint)
     model.to(device)
     started = config.checkpoint or config.model.pretrained
+    # Before any training: a checkpoint is selected by the one and evaluated on the other.
+    classes = {
+        split: require_untrained({started: start.stages}, data, split)
+        for split in ("monitor", "novel")
+    }
     tuning = config.metatune
     for shot in tuning.shots:  # fail before the folder is made
         EpisodeSampler(data.base, tuning.way, shot, tuning.query, 0)
@@ -387,7 +400,12 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     Augmentation(tuning.augment, data)
     processes.share(tuning.episodes_per_step, "metatune.episodes_per_step")
     folder = open_folder(config.output, to_dict(config), processes, config.resume, config.wandb)
-    facts = {"semantics": semantics, "started_from": started, "start": start}
+    facts = {
+        "semantics": semantics,
+        "started_from": started,
+        "start": start.facts,
+        "training": start.stages,
+    }
     with Progress({"meta-tune": 1.0}, enabled=not quiet and processes.main) as progress:
         best = metatune(
             tuning, model, spec, data, texts, folder, rng, config.seed, progress, facts, execution
@@ -406,6 +424,7 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
         "started_from": started,
         "gated_layers": [list(layer) for layer in model.gated_layers],
         "semantics": semantics,
+        "leaks": {"classes": classes},
         "device": str(device),
         "processes": processes.count,
         "precision": config.execution.precision,

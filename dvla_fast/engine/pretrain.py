@@ -38,6 +38,7 @@ from dvla_fast.engine.predict import image_features, predict_visual
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.starting import load_published, normalise_for
 from dvla_fast.engine.state import TrainingState
+from dvla_fast.engine.trained_classes import training_stage, unknown_stage
 
 
 def learning_rate(config: PretrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -129,6 +130,8 @@ def pretrain(
     state.facts = {
         "dataset": data.name,
         "classes": list(data.base.class_names),
+        "training": [unknown_stage("published")] * bool(pretrained)
+        + [training_stage("pretrain", data)],
         "normalisation": normalisation(data),
         "seed": seed,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from dvla_fast.data import FewShotData
 from dvla_fast.engine.build import load_backbone
 from dvla_fast.engine.config import ModelConfig
 from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.trained_classes import Stage, training_stages, unknown_stage
 from dvla_fast.nn import DVLA, GatedBackbone, build_backbone, clip_statistics, has_small_stem
 
 # The authors meta-tune and evaluate with ImageNet's, and on CIFAR-FS and FC100 with CIFAR's; SP
@@ -107,9 +108,20 @@ def trained_normalisation(data: FewShotData, info: Mapping[str, Any]) -> FewShot
     return data if known is None else with_statistics(data, known["mean"], known["std"])
 
 
+class Start(NamedTuple):
+    """What a run began with.
+
+    facts: of published weights, for the run's records; stages: of training that came before, as
+    from ``trained_classes.training_stages``.
+    """
+
+    facts: dict[str, Any]
+    stages: list[Stage]
+
+
 def begin_metatuning(
     model: DVLA, spec: dict[str, Any], data: FewShotData, config: ModelConfig, checkpoint: str
-) -> tuple[FewShotData, dict[str, Any]]:
+) -> tuple[FewShotData, Start]:
     """Give a model its backbone's first weights: of a checkpoint, or published ones.
 
     Args:
@@ -120,7 +132,7 @@ def begin_metatuning(
         checkpoint: of a run, or a ``.pth`` file of the authors; empty: ``config.pretrained``.
 
     Returns:
-        The data set with the statistics that go with the weights, and facts for the run's records.
+        The data set with the statistics that go with the weights, and what the run began with.
 
     Raises:
         UsageError: neither a checkpoint nor published weights are named.
@@ -133,14 +145,15 @@ def begin_metatuning(
             "--model.backbone clip --model.pretrained TAG_OR_FILE"
         )
     data = normalise_for(data, config, checkpoint)
+    others = [unknown_stage("published")]
     if not checkpoint:
-        return data, load_published(model.backbone, config.pretrained)
+        return data, Start(load_published(model.backbone, config.pretrained), others)
     info = load_backbone(model, spec, checkpoint)
     if published(checkpoint):
-        return data, info
+        return data, Start(info, others)
     if config.normalisation == "auto":
         data = trained_normalisation(data, info)
-    return data, {}
+    return data, Start({}, training_stages(info))
 
 
 def load_published(backbone: nn.Module, source: str) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from dvla_fast.data import check_data, prepare_cache
+from dvla_fast.data.check import _Rows
 from dvla_fast.data.splits import load_split_list
 from dvla_fast.errors import DataError
 from tests.data import trees
@@ -110,6 +113,71 @@ def test_cache(tree: Path, tmp_path: Path) -> None:
     with open(tmp_path / "cache" / "images.bin", "rb+") as stream:
         stream.write(b"x")
     assert "differ from their checksum" in check(tmp_path / "cache").text()
+
+
+def test_same_image_in_a_cache(tree: Path, tmp_path: Path) -> None:
+    for place in ("test/h/copy.jpg", "train/b/copy.jpg"):
+        shutil.copy(tree / "train/a/a_0.jpg", tree / place)
+    shutil.copy(tree / "val/f/f_0.jpg", tree / "val/f/copy.jpg")
+    (tree / "train/c/torn.jpg").write_bytes(b"")
+    prepare_cache(tree, tmp_path / "cache", 16, skip_unreadable=True)
+    report = check(tmp_path / "cache")
+    assert report.problems == [
+        "one image in two splits: train/a/a_0.jpg (train) and test/h/copy.jpg (test) and 1 more; "
+        "remove one and run 'dvla-fast data prepare' again"
+    ]
+    assert report.notes[1:] == [
+        "one image twice in a split: val/f/copy.jpg (val) and val/f/f_0.jpg (val)"
+    ]
+    assert check(tmp_path / "cache", decode_images=False).problems == []
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 128])
+def test_equal_rows_of_a_cache(chunk: int) -> None:
+    kinds = np.array([0, 1, 2, 1, 3, 0, 0, 4, 5, 4])
+    images = np.random.default_rng(0).integers(0, 256, (6, 12), dtype=np.uint8)[kinds]
+    with ThreadPoolExecutor(2) as pool:
+        rows = _Rows(12, pool)
+        for start in range(0, len(images), chunk):
+            rows(images[start : start + chunk].tobytes())
+    assert list(rows.equal()) == [[0, 5, 6], [1, 3], [7, 9]]
+    assert len(rows.hashes) == 8 * len(images)
+
+
+def test_what_is_not_read_is_counted(tree: Path) -> None:
+    for place in ("train/a/x.gif", "test/h/y.GIF", "val/f/notes.txt", "val/f/README", "val/z.jpg"):
+        (tree / place).write_bytes(b"")
+    (tree / "train/a/.DS_Store").write_bytes(b"")
+    trees.write_image(tree / "train/b/more/deep/1.png", 0)
+    trees.write_image(tree / "train/b/more/2.png", 1)
+    report = check(tree, decode_images=False)
+    assert report.problems == []
+    others, nested, beside = report.notes
+    assert "4 file(s) of other kinds in class folders (2 .gif, 1 without an ending, 1 .t" in others
+    assert f"e.g. {tree}/train/a/x.gif; images end in .png, .jpg" in others
+    assert f"1 folder(s) inside class folders, with 2 image(s), e.g. {tree}/train/b/mo" in nested
+    assert beside == f"passed over 1 file(s) beside class folders, e.g. {tree}/val/z.jpg"
+
+
+def test_what_is_not_read_under_a_split_list(tmp_path: Path) -> None:
+    trees.class_folders(tmp_path / "photos", "abcd", 3)
+    (tmp_path / "photos/c/movie.mp4").write_bytes(b"")
+    (tmp_path / "list.json").write_text('{"splits": {"train": ["a", "b"], "test": ["c", "d"]}}')
+    (note,) = check(tmp_path / "photos", str(tmp_path / "list.json")).notes
+    assert "1 file(s) of other kinds in class folders (1 .mp4)" in note
+
+
+def test_one_place_of_each_split_is_named(tree: Path) -> None:
+    for number in range(4):
+        shutil.copy(tree / "train/a/a_0.jpg", tree / f"train/a/copy{number}.jpg")
+    for number in range(2):
+        shutil.copy(tree / "train/a/a_0.jpg", tree / f"test/h/other{number}.jpg")
+        shutil.copy(tree / "train/b/b_0.jpg", tree / f"train/b/copy{number}.jpg")
+    report = check(tree)
+    (problem,) = report.problems
+    assert f"{tree}/train/a/a_0.jpg (train) and {tree}/test/h/other0.jpg (test) and 5 mo" in problem
+    (note,) = report.notes
+    assert f"b/b_0.jpg (train) and {tree}/train/b/copy0.jpg (train) and 1 more" in note
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -61,7 +62,7 @@ def show(config: SemanticsShow) -> int:
     if not config.class_name:
         console.print(_overview_table(bank))
         return 0
-    (name,) = bank.resolve([config.class_name])
+    name = _find(bank, config.class_name)
     entry = bank.classes[name]
     console.print(f"[bold]{_plain(name)}[/bold]  in bank {_plain(bank.name)}")
     if entry.stored:
@@ -189,6 +190,19 @@ def _other(before: object, after: object, what: str) -> list[str]:
     return [] if before == after else [f"~ {what}: {before} -> {after}"]
 
 
+def _find(bank: SemanticBank, class_name: str) -> str:
+    """Return a bank's own name of a class (BankError where it has none, or several fit)."""
+    if bank.missing([class_name]):
+        near = difflib.get_close_matches(class_name, bank.classes, 3)
+        hint = f" (near it: {', '.join(map(repr, near))})" if near else ""
+        raise BankError(
+            f"{bank.source}: the bank has no class {class_name!r}{hint}; 'dvla-fast semantics "
+            f"show' without a class lists all {len(bank.classes)}"
+        )
+    (name,) = bank.resolve([class_name])
+    return name
+
+
 def edit(config: SemanticsEdit) -> int:
     """Open one class in the editor, and put it back into the bank if it is valid."""
     path = Path(config.bank)
@@ -198,7 +212,7 @@ def edit(config: SemanticsEdit) -> int:
         )
     content = read_bank_json(path)
     bank = SemanticBank.from_dict(content, str(path))
-    (name,) = bank.resolve([config.class_name])
+    name = _find(bank, config.class_name)
     before = content["classes"][name]
     # With a hash: "a/b" and "a b" are two classes.
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]

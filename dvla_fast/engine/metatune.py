@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.memory import free_mib
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor
 from dvla_fast.engine.prefixes import PrefixMaps, check_constant_prefix
-from dvla_fast.engine.pretrain import monitor_sampler
+from dvla_fast.engine.pretrain import monitor_episodes, monitor_sampler
 from dvla_fast.engine.settings import to_dict
 from dvla_fast.engine.starting import begin_metatuning
 from dvla_fast.engine.state import TrainingState
@@ -165,14 +167,16 @@ def metatune(
         state.restore()
     step = Step(config, model, data, texts, optimizer, gates, execution, seed, prefixes)
     collapsed: set[int] = set()
-    monitor = monitor_sampler(data, config.way, config.shots[0], config.query, seed + 1)
     progress.begin("meta-tune", config.epochs, state.epoch)
+    numbers = monitor_episodes(data, config.way, config.shots[0], config.query)
+    monitor = monitor_sampler(data, numbers, seed + 1, progress)
     while state.epoch < config.epochs:
         _training_mode(model, config.freeze_norm)
         gates.begin_epoch()
         totals = _Totals()
         for _ in range(config.steps_per_epoch):
-            totals.add(*_guarded(step, state.step, state.epoch + 1))
+            with _guarded(f"epoch {state.epoch + 1}"):
+                totals.add(*step(state.step))
             state.step += 1
         row = totals.row(execution.processes)
         state.epoch += 1
@@ -182,7 +186,7 @@ def metatune(
             _warn_of_collapse(row, model, collapsed)
         score = None
         if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
-            with execution.eager():
+            with execution.eager(), _guarded(f"validation of epoch {state.epoch}"):
                 score, alphas = _validate(
                     model,
                     data,
@@ -196,7 +200,7 @@ def metatune(
         folder.log("metatune", state.epoch, **row)
         state.save(score)
         progress.advance()
-        progress.note(_describe(row, state.epoch, config.epochs))
+        progress.note(_describe(row, state.epoch, config.epochs, numbers))
     return state.best_path
 
 
@@ -229,14 +233,15 @@ def _warn_of_collapse(row: dict[str, Any], model: DVLA, warned: set[int]) -> Non
         warned.add(layer)
 
 
-def _guarded(step: Step, number: int, epoch: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Take a step; the policy's own complaint about NaN becomes the run's."""
+@contextmanager
+def _guarded(where: str) -> Iterator[None]:
+    """Turn the policy's own complaint about NaN into the run's."""
     try:
-        return step(number)
+        yield
     except ValueError as error:
         if "NaN" not in str(error):
             raise
-        check_finite({"features": math.nan}, "meta-tuning", f"epoch {epoch}")
+        check_finite({"features": math.nan}, "meta-tuning", where)
         raise
 
 
@@ -363,11 +368,12 @@ def _validate(
     return found.accuracies.mean().item(), found.alphas.mean(0).tolist()
 
 
-def _describe(row: dict[str, Any], epoch: int, epochs: int) -> str:
+def _describe(row: dict[str, Any], epoch: int, epochs: int, numbers: dict[str, Any]) -> str:
     alphas = ", ".join(f"{alpha:.2f}" for alpha in row["alpha_mean"])
     text = f"epoch {epoch}/{epochs}  accuracy {row['accuracy']:.1%}  alpha {alphas}"
     if "monitor_accuracy" in row:
-        text += f"  held-out {row['monitor_accuracy']:.1%}"
+        episodes = f"{numbers['way']}-way {numbers['shot']}-shot"
+        text += f"  held-out {episodes} {row['monitor_accuracy']:.1%}"
     return text
 
 
@@ -419,7 +425,10 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
         "epochs": config.metatune.epochs,
         "loss": rows[-1]["loss"],
         "monitor": data.monitor_kind,
-        "monitor_accuracy": max(row.get("monitor_accuracy", -1.0) for row in rows),
+        "monitor_episodes": monitor_episodes(data, tuning.way, tuning.shots[0], tuning.query),
+        "monitor_accuracy": max(
+            row["monitor_accuracy"] for row in rows if "monitor_accuracy" in row
+        ),
         "checkpoint": str(best),
         "started_from": started,
         "gated_layers": [list(layer) for layer in model.gated_layers],

@@ -9,6 +9,7 @@ of the base classes), never the novel classes.
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,51 @@ def learning_rate(config: PretrainConfig, step: int, steps_per_epoch: int) -> fl
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def monitor_sampler(data: FewShotData, way: int, shot: int, query: int, seed: int) -> Any:
-    """Return a sampler over the monitor images, with way and query lowered to what they allow."""
+# What pre-training validates on: way, shot, query.
+_VALIDATION = (5, 1, 15)
+
+
+def monitor_episodes(data: FewShotData, way: int, shot: int, query: int) -> dict[str, Any]:
+    """Return the numbers of validation episodes, lowered to what the monitor images allow.
+
+    Returns:
+        ``way``, ``shot`` and ``query``, and ``asked``: the same as asked for, where one was
+        lowered.
+    """
     counts = torch.bincount(data.monitor.labels)
-    way = min(way, len(data.monitor.class_names))
-    query = max(1, min(query, int(counts.min()) - shot))
+    asked = {"way": way, "shot": shot, "query": query}
+    real = {
+        "way": min(way, len(data.monitor.class_names)),
+        "shot": shot,
+        "query": max(1, min(query, int(counts.min()) - shot)),
+    }
+    return real if real == asked else {**real, "asked": asked}
+
+
+def monitor_sampler(
+    data: FewShotData, numbers: dict[str, Any], seed: int, progress: Progress
+) -> EpisodeSampler:
+    """Return a sampler over the monitor images, and say what it draws.
+
+    Args:
+        numbers: from ``monitor_episodes``.
+
+    Warns:
+        UserWarning: way or query were lowered.
+    """
+    way, shot, query = numbers["way"], numbers["shot"], numbers["query"]
+    what = f"{way}-way {shot}-shot episodes, {query} queries a class"
+    if "asked" in numbers:
+        asked = numbers["asked"]
+        alone = "; with one class every answer is right: they select nothing" if way == 1 else ""
+        warnings.warn(
+            f"{data.monitor.name}: too few classes or images to validate on {asked['way']}-way "
+            f"{asked['shot']}-shot episodes with {asked['query']} queries a class; checkpoints are "
+            f"selected by {what}{alone}",
+            UserWarning,
+            stacklevel=3,
+        )
+    progress.note(f"checkpoints are selected on {data.monitor_kind}: {what}")
     return EpisodeSampler(data.monitor, way, shot, query, seed)
 
 
@@ -139,8 +180,9 @@ def pretrain(
     if pretrained and not restored:  # a run stopped before its first checkpoint starts again
         load_published(model["backbone"], pretrained)
     epoch = Epoch(config, model, data, optimizer, execution, outputs)
-    sampler = monitor_sampler(data, 5, 1, 15, seed)
     progress.begin("pre-train", config.epochs, state.epoch)
+    numbers = monitor_episodes(data, *_VALIDATION)
+    sampler = monitor_sampler(data, numbers, seed, progress)
     while state.epoch < config.epochs:
         row = epoch(state)
         state.epoch += 1
@@ -149,11 +191,13 @@ def pretrain(
         if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
             with execution.eager():
                 score, held_out = _validate(model, data, sampler, config.validation_episodes)
-            row.update(monitor_episode_accuracy=score, monitor_accuracy=held_out)
+            row["monitor_episode_accuracy"] = score
+            if held_out is not None:
+                row["monitor_accuracy"] = held_out
         folder.log("pretrain", state.epoch, **row)
         state.save(score)
         progress.advance()
-        progress.note(_describe(row, state.epoch, config.epochs))
+        progress.note(_describe(row, state.epoch, config.epochs, numbers))
     return state.best_path
 
 
@@ -240,22 +284,26 @@ class Epoch:
 
 def _validate(
     model: nn.ModuleDict, data: FewShotData, sampler: EpisodeSampler, episodes: int
-) -> tuple[float, float]:
-    """Return the 1-shot episode accuracy on monitor images, and their plain accuracy or -1."""
+) -> tuple[float, float | None]:
+    """Return the episode accuracy on monitor images, and their plain accuracy.
+
+    The plain one is None for validation classes, which the classifier does not know.
+    """
     features = image_features(model["backbone"], data, data.monitor)
     score = predict_visual(features, sampler, episodes).accuracies.mean().item()
     if data.monitor.class_names != data.base.class_names:
-        return score, -1.0
+        return score, None
     with torch.inference_mode():
         logits = model["head"](features)[:, : len(data.base.class_names)]  # upright classes
         correct = (logits.argmax(1) == data.monitor.labels).float().mean()
     return score, correct.item()
 
 
-def _describe(row: dict[str, float], epoch: int, epochs: int) -> str:
+def _describe(row: dict[str, float], epoch: int, epochs: int, numbers: dict[str, Any]) -> str:
     text = f"epoch {epoch}/{epochs}  loss {row['loss']:.3f}  accuracy {row['accuracy']:.1%}"
     if "monitor_episode_accuracy" in row:
-        text += f"  held-out 1-shot {row['monitor_episode_accuracy']:.1%}"
+        episodes = f"{numbers['way']}-way {numbers['shot']}-shot"
+        text += f"  held-out {episodes} {row['monitor_episode_accuracy']:.1%}"
     return text
 
 
@@ -288,6 +336,7 @@ def run_pretrain(config: PretrainRun, *, quiet: bool = False) -> dict[str, Any]:
         "epochs": config.pretrain.epochs,
         "loss": rows[-1]["loss"],
         "monitor": data.monitor_kind,
+        "monitor_episodes": monitor_episodes(data, *_VALIDATION),
         "monitor_episode_accuracy": max(row["monitor_episode_accuracy"] for row in validated),
         "checkpoint": str(best),
         "device": str(processes.device),

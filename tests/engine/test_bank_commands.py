@@ -103,7 +103,10 @@ def test_words_do_not_steer_the_terminal(birds: Path, capsys: pytest.CaptureFixt
 
 
 def test_show_what_is_not_there(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "lacks 1 class(es)" in run(capsys, "show", birds, "wren", status=1)
+    for command in ("show", "edit"):
+        error = run(capsys, command, birds, "jax", status=1)
+        assert "the bank has no class 'jax' (near it: 'jay'); 'dvla-fast semantics show'" in error
+        assert "data set" not in error
     assert "cannot read the semantic bank" in run(capsys, "show", "none.json", status=1)
 
 

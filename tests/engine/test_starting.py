@@ -93,6 +93,9 @@ def test_from_pretraining_to_evaluation(
     summary = evaluate(tuned, tmp_path / "result")
     assert summary["methods"].keys() == {"visual prototypes", "fixed gate", "learned gate"}
     assert "visual prototypes" in evaluate(start, tmp_path / "visual")["methods"]
+    for run, asked in (("pre", {"way": 5, "shot": 1, "query": 15}), ("tuned", None)):
+        told = json.loads((tmp_path / run / "summary.json").read_text())["monitor_episodes"]
+        assert (told["way"], told["shot"], told.get("asked")) == (5, 1, asked)
 
 
 def test_visformer_from_the_authors_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ from dvla_fast.engine.build import (
 from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import DemoRun, ModelConfig, PretrainConfig
 from dvla_fast.engine.logging import Progress, RunFolder
-from dvla_fast.engine.pretrain import learning_rate, pretrain, turn_classes
+from dvla_fast.engine.pretrain import (
+    learning_rate,
+    monitor_episodes,
+    monitor_sampler,
+    pretrain,
+    turn_classes,
+)
 from dvla_fast.errors import CheckpointError, TrainingError
 
 SILENT = Progress({}, enabled=False)
@@ -117,6 +124,77 @@ def test_nan_images_stop_pretraining_before_anything_is_saved(
         run_pretrain(folder, dataclasses.replace(few_digits, base=base), tiny)
     assert not list(folder.checkpoints.iterdir())
     assert folder.rows() == []
+
+
+def test_nan_in_validation_is_a_training_error(
+    tmp_path: Path, few_digits: FewShotData, tiny: DemoRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    start = run_pretrain(folder, few_digits, tiny)
+
+    def broken(message: str) -> Any:
+        def predict(*_: Any, **__: Any) -> Any:
+            raise ValueError(message)
+
+        return predict
+
+    predictor = metatune_module.EpisodePredictor
+    monkeypatch.setattr(predictor, "predict", broken("logits: NaN found"))
+    with pytest.raises(TrainingError, match=r"validation of epoch 1: .*lower the learning rate"):
+        run_metatune(folder, few_digits, tiny, start)
+    assert not list(folder.checkpoints.glob("metatune-*"))
+    monkeypatch.setattr(predictor, "predict", broken("something else"))
+    with pytest.raises(ValueError, match="something else"):
+        run_metatune(RunFolder(tmp_path / "b", {"seed": 0}), few_digits, tiny, start)
+
+
+def with_validation_classes(data: FewShotData, classes: int, images: int) -> FewShotData:
+    """The data set, validated on some of its novel classes."""
+    labels = data.novel.labels
+    kept = torch.cat([(labels == c).nonzero()[:images, 0] for c in range(classes)])
+    part = data.novel.subset(kept, "few")
+    part = dataclasses.replace(part, class_names=part.class_names[:classes])
+    return dataclasses.replace(data, monitor=part, monitor_kind="validation classes")
+
+
+def test_lowered_validation_episodes_are_said(
+    tmp_path: Path, few_digits: FewShotData, tiny: DemoRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = with_validation_classes(few_digits, 3, 9)
+    numbers = monitor_episodes(few, 5, 1, 15)
+    assert numbers == {
+        "way": 3, "shot": 1, "query": 8, "asked": {"way": 5, "shot": 1, "query": 15}
+    }  # fmt: skip
+    with pytest.warns(UserWarning, match=r"few: .* 5-way .*selected by 3-way .* 8 queries"):
+        sampler = monitor_sampler(few, numbers, 0, Progress({}))
+    assert (sampler.way, sampler.shot, sampler.query) == (3, 1, 8)
+    said = capsys.readouterr().err
+    assert "on validation classes: 3-way 1-shot episodes, 8 queries a class" in said
+    numbers = monitor_episodes(with_validation_classes(few_digits, 1, 9), 5, 1, 15)
+    with pytest.warns(UserWarning, match="with one class every answer is right"):
+        monitor_sampler(with_validation_classes(few_digits, 1, 9), numbers, 0, SILENT)
+
+
+def test_validation_episodes_as_asked_are_no_warning(few_digits: FewShotData) -> None:
+    numbers = monitor_episodes(few_digits, 5, 1, 15)
+    assert numbers == {"way": 5, "shot": 1, "query": 15}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monitor_sampler(few_digits, numbers, 0, SILENT)
+
+
+def test_figures_that_do_not_apply_are_left_out(
+    tmp_path: Path, few_digits: FewShotData, tiny: DemoRun
+) -> None:
+    """The classifier knows no validation classes, so it has no accuracy on them."""
+    folder = RunFolder(tmp_path / "classes", {"seed": 0})
+    few = with_validation_classes(few_digits, 5, 20)
+    run_pretrain(folder, few, tiny)
+    assert all("monitor_accuracy" not in row for row in folder.rows("pretrain"))
+    assert all(0 <= row["monitor_episode_accuracy"] <= 1 for row in folder.rows("pretrain"))
+    folder = RunFolder(tmp_path / "held out", {"seed": 0})
+    run_pretrain(folder, few_digits, tiny)
+    assert all(0 <= row["monitor_accuracy"] <= 1 for row in folder.rows("pretrain"))
 
 
 def test_nan_loss_keeps_the_last_good_checkpoint(

@@ -409,8 +409,9 @@ class MetatuneRun(RunConfig):
 
     checkpoint: str = option(
         "",
-        "pre-training checkpoint to start from, or a visformer-*.pth file of the method's authors "
-        "(required, unless --model.pretrained is given)",
+        "checkpoint to start from: of pre-training, of meta-tuning (its gates go on learning where "
+        "they fit the model), or a visformer-*.pth file of the method's authors (required, unless "
+        "--model.pretrained is given)",
     )
     data: DataConfig = field(default_factory=DataConfig)
     semantics: SemanticsConfig = field(default_factory=SemanticsConfig)

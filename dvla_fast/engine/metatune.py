@@ -46,7 +46,7 @@ from dvla_fast.engine.predict import LEARNED, EpisodePredictor
 from dvla_fast.engine.prefixes import PrefixMaps, check_constant_prefix
 from dvla_fast.engine.pretrain import monitor_episodes, monitor_sampler
 from dvla_fast.engine.settings import to_dict
-from dvla_fast.engine.starting import begin_metatuning
+from dvla_fast.engine.starting import begin_metatuning, continue_gates
 from dvla_fast.engine.state import TrainingState
 from dvla_fast.engine.trained_classes import (
     require_untrained,
@@ -392,6 +392,7 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     rng = seed_everything(config.seed)
     model = build_model(spec)
     data, start = begin_metatuning(model, spec["backbone"], data, config.model, config.checkpoint)
+    gates = continue_gates(model, spec, semantics, config.checkpoint)
     model.to(device)
     started = config.checkpoint or config.model.pretrained
     # Before any training: a checkpoint is selected by the one and evaluated on the other.
@@ -410,9 +411,12 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
         "semantics": semantics,
         "started_from": started,
         "start": start.facts,
+        "gates": gates,
         "training": start.stages,
     }
     with Progress({"meta-tune": 1.0}, enabled=not quiet and processes.main) as progress:
+        if gates == "continued":
+            progress.note(f"the gates of {config.checkpoint} learn on")
         best = metatune(
             tuning, model, spec, data, texts, folder, rng, config.seed, progress, facts, execution
         )
@@ -431,6 +435,7 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
         ),
         "checkpoint": str(best),
         "started_from": started,
+        "gates": gates,
         "gated_layers": [list(layer) for layer in model.gated_layers],
         "semantics": semantics,
         "leaks": {"classes": classes},

@@ -87,7 +87,7 @@ def monitor_sampler(
         UserWarning: way or query were lowered.
     """
     way, shot, query = numbers["way"], numbers["shot"], numbers["query"]
-    what = f"{way}-way {shot}-shot episodes, {query} queries a class"
+    what = f"{way}-way {shot}-shot episodes, {query} {'query' if query == 1 else 'queries'} a class"
     if "asked" in numbers:
         asked = numbers["asked"]
         alone = "; with one class every answer is right: they select nothing" if way == 1 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from torch import nn
 
 from dvla_fast.data import FewShotData
 from dvla_fast.engine.build import load_backbone
+from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import ModelConfig
-from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.settings import UsageError, differences
 from dvla_fast.engine.trained_classes import Stage, training_stages, unknown_stage
 from dvla_fast.nn import DVLA, GatedBackbone, build_backbone, clip_statistics, has_small_stem
 
@@ -129,7 +131,8 @@ def begin_metatuning(
         spec: description of its backbone.
         data: the data set.
         config: names the published weights, and the normalisation.
-        checkpoint: of a run, or a ``.pth`` file of the authors; empty: ``config.pretrained``.
+        checkpoint: of a run, or a ``.pth`` file of the authors; empty: ``config.pretrained``. The
+            gates of a meta-tuned one are another matter: see ``continue_gates``.
 
     Returns:
         The data set with the statistics that go with the weights, and what the run began with.
@@ -154,6 +157,55 @@ def begin_metatuning(
     if config.normalisation == "auto":
         data = trained_normalisation(data, info)
     return data, Start({}, training_stages(info))
+
+
+# Of a model's description: what the parameters of its gates depend on, or what they mean.
+_GATE_SETTINGS = ("policy", "num_heads", "hidden_dim", "text_dim")
+
+
+def continue_gates(
+    model: DVLA, spec: Mapping[str, Any], semantics: Mapping[str, Any], checkpoint: str
+) -> str:
+    """Give a model the gates of a meta-tuned checkpoint, where they fit.
+
+    Args:
+        model: its backbone loaded from the checkpoint; changed in place.
+        spec: its description (``build.model_spec``).
+        semantics: description of its texts (``build.build_texts``).
+        checkpoint: of a run, or a file of published weights; may be empty.
+
+    Returns:
+        For a run's records: "continued", or "new" where the checkpoint has none or they do not fit.
+
+    Raises:
+        CheckpointError: unreadable, or its weights are not those of the model that it describes.
+
+    Warns:
+        UserWarning: the checkpoint has gates that do not fit.
+    """
+    if not checkpoint or published(checkpoint):
+        return "new"
+    tensors, info = load_checkpoint(checkpoint)
+    if info["kind"] != "metatune":
+        return "new"
+    layers = info["model"].get("gated_layers") or model.backbone.locations
+    theirs = {key: info["model"].get(key) for key in _GATE_SETTINGS}
+    theirs["gated_layers"] = [list(layer) for layer in layers]
+    theirs["encoder"] = info.get("semantics", {}).get("encoder", semantics["encoder"])
+    ours = {key: spec.get(key) for key in _GATE_SETTINGS}
+    ours["gated_layers"] = [list(layer) for layer in model.gated_layers]
+    ours["encoder"] = semantics["encoder"]
+    changed = differences(theirs, ours)
+    if changed:
+        warnings.warn(
+            f"{checkpoint}: its gates do not fit ({'; '.join(changed)}) and start anew; only its "
+            "backbone is used",
+            UserWarning,
+            stacklevel=2,
+        )
+        return "new"
+    load_weights(model, tensors, "model.", checkpoint)
+    return "continued"
 
 
 def load_published(backbone: nn.Module, source: str) -> dict[str, Any]:

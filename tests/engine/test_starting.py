@@ -15,7 +15,7 @@ from dvla_fast.data import FewShotData
 from dvla_fast.data.shapes import load_shapes
 from dvla_fast.engine import build
 from dvla_fast.engine.build import backbone_spec, build_model, model_spec
-from dvla_fast.engine.checkpoint import load_checkpoint
+from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from dvla_fast.engine.config import ModelConfig
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.predict import image_features, predict_visual
@@ -96,6 +96,67 @@ def test_from_pretraining_to_evaluation(
     for run, asked in (("pre", {"way": 5, "shot": 1, "query": 15}), ("tuned", None)):
         told = json.loads((tmp_path / run / "summary.json").read_text())["monitor_episodes"]
         assert (told["way"], told["shot"], told.get("asked")) == (5, 1, asked)
+
+
+def test_gates_of_a_tuned_checkpoint_learn_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = pretrain("small", tmp_path / "pre")
+    still = ["--metatune.lr=0", "--metatune.backbone_lr=0"]  # what it ends with, it began with
+    first = tmp_path / "first" / "checkpoints" / "metatune-best.safetensors"
+    assert main(metatune("small", tmp_path / "first", f"--checkpoint={start}")) == 0
+    tensors, _ = load_checkpoint(first)
+    # other settings that fit: nothing in the gates depends on them
+    more = [f"--checkpoint={first}", *still, "--seed=7"]
+    fits = ["--model.concentration=5", "--model.text_scope=class", "--semantics.top_k=2"]
+    assert main([*metatune("small", tmp_path / "second", *more), *fits]) == 0
+    assert f"the gates of {first} learn on" in capsys.readouterr().err
+    second, info = load_checkpoint(tmp_path / "second/checkpoints/metatune-best.safetensors")
+    model_names = [name for name in tensors if name.startswith("model.")]
+    assert any(name.startswith("model.gates.") for name in model_names)
+    assert all(torch.equal(tensors[name], second[name]) for name in model_names)
+    assert [stage["stage"] for stage in info["training"]] == ["pretrain", "metatune", "metatune"]
+    summary = json.loads((tmp_path / "second/summary.json").read_text())
+    assert (summary["gates"], info["gates"]) == ("continued", "continued")
+    summary = json.loads((tmp_path / "first/summary.json").read_text())
+    assert summary["gates"] == "new"
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ("--model.policy=mlp", "policy: 'beta' -> 'mlp'"),
+        ("--model.num_heads=2", "num_heads: 4 -> 2"),
+        ("--model.gated_layers=[[2,1]]", "gated_layers: "),
+        ("--semantics.dim=32", "text_dim: 64 -> 32"),
+    ],
+)
+def test_gates_that_do_not_fit_start_anew(
+    tuned: Path, tmp_path: Path, other: str, named: str
+) -> None:
+    arguments = metatune("small", tmp_path / "run", f"--checkpoint={tuned}", other)
+    with pytest.warns(UserWarning, match="its gates do not fit .*start anew") as caught:
+        assert main(arguments) == 0
+    assert any(named in str(item.message) for item in caught)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["gates"] == "new"
+
+
+def test_gates_that_learned_from_another_encoder_start_anew(tuned: Path, tmp_path: Path) -> None:
+    tensors, info = load_checkpoint(tuned)
+    other = tmp_path / "other.safetensors"
+    save_checkpoint(other, tensors, {**info, "semantics": {**info["semantics"], "encoder": "x"}})
+    with pytest.warns(UserWarning, match=r"gates do not fit \(encoder: 'x' -> 'hashed-ngram'\)"):
+        assert main(metatune("small", tmp_path / "run", f"--checkpoint={other}")) == 0
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tuned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "load_shapes", _drawn_once)
+        start = pretrain("small", folder / "pre")
+        assert main(metatune("small", folder / "run", f"--checkpoint={start}")) == 0
+    return folder / "run" / "checkpoints" / "metatune-best.safetensors"
 
 
 def test_visformer_from_the_authors_file(

@@ -74,7 +74,7 @@ def _no_folder(root: Path) -> str:
     )
 
 
-def _class_folders(folder: Path) -> dict[str, References]:
+def class_folders(folder: Path) -> dict[str, References]:
     """Map class folders to their images; folders named like ``.cache`` are none."""
     found: dict[str, References] = {}
     for path in sorted(folder.iterdir()):
@@ -95,7 +95,7 @@ def _split_folders(root: Path) -> Found | None:
         folder = root / name
         if not folder.is_dir():
             continue
-        classes[split], where[split] = _class_folders(folder), str(folder)
+        classes[split], where[split] = class_folders(folder), str(folder)
         if not classes[split]:
             raise DataError(
                 f"{folder}: no class folders; it must hold one folder of images per class"
@@ -107,7 +107,7 @@ def _class_folder_root(root: Path) -> Found | None:
     for name in ("Images", "images", "train", "."):
         folder = root / name
         if folder.is_dir():
-            classes = {key: items for key, items in _class_folders(folder).items() if items}
+            classes = {key: items for key, items in class_folders(folder).items() if items}
             if len(classes) >= 2:
                 return Found("class folders", {"": classes}, where={"": str(folder)})
     return None

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvla_fast.data.decode import is_image, open_rgb, pillow, to_square
+from dvla_fast.data.decode import open_rgb, pillow, to_square
 from dvla_fast.data.images import unit_range
+from dvla_fast.data.layouts import class_folders
 from dvla_fast.engine.build import build_model, encode_texts, pick_device
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import SemanticsConfig
@@ -192,9 +193,8 @@ def _ungated(info: Mapping[str, Any]) -> dict[str, Any]:
     return {"backbone": info["model"]["backbone"], "gated_layers": []}
 
 
-def _folders(root: Path) -> dict[str, list[Path]]:
+def _folders(root: Path) -> Mapping[str, Sequence[Picture]]:
     """Images of each class folder, in the order of their names."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give one with a folder of images for each class")
-    classes = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
-    return {path.name: sorted(filter(is_image, path.iterdir())) for path in classes}
+    return class_folders(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -116,3 +117,17 @@ def assert_near(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: floa
         worst = error.nan_to_num(torch.inf).argmax()
         index = [int(i) for i in torch.unravel_index(worst, error.shape)]
         assert error[tuple(index)] <= tolerance, f"{name}{index}: error {error[tuple(index)]}"
+
+
+def assert_same_for_any_thread_count(compute: Callable[[], dict[str, Tensor]]) -> None:
+    """Require equal bits of every named result with 1, 2 and 5 threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(compute())
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, value in other.items():
+            assert torch.equal(value, results[0][name]), name

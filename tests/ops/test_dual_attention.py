@@ -14,6 +14,7 @@ from attention_cases import (
     NAMES,
     Shape,
     assert_near,
+    assert_same_for_any_thread_count,
     definition,
     grad_for,
     laid_out,
@@ -321,15 +322,9 @@ def test_autocast(backend: str) -> None:
 )
 def test_thread_count_changes_no_bit(shape: Shape, backend: str) -> None:
     tensors, grad_out = make(shape, torch.float32), grad_for(shape, torch.float32)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(with_grads(dual_attention, tensors, grad_out, backend=backend))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(other[name], results[0][name]) for name in results[0])
+    assert_same_for_any_thread_count(
+        lambda: with_grads(dual_attention, tensors, grad_out, backend=backend)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import mpmath
 import pytest
 import torch
-from attention_cases import assert_near
+from attention_cases import assert_near, assert_same_for_any_thread_count
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -225,16 +225,9 @@ def test_hostile_values_stay_finite(value: float, backend: str) -> None:
 def test_thread_count_changes_no_bit(dtype: torch.dtype, backend: str) -> None:
     case = Case(160, 80, 40, 9, 33, 70)
     tensors = make(case, dtype)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(run(case, tensors, torch.zeros(80), backend, **make_masks(case)))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        for name, value in other.items():
-            assert torch.equal(value, results[0][name]), name
+    assert_same_for_any_thread_count(
+        lambda: run(case, tensors, torch.zeros(80), backend, **make_masks(case))
+    )
 
 
 @pytest.mark.parametrize("backend", [CPP])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_dual_attention import assert_near
+from attention_cases import assert_near, assert_same_for_any_thread_count
 from torch import Tensor
 
 from dvla_fast import _extension
@@ -335,16 +336,9 @@ def test_gradcheck(shape: Shape, backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_thread_count_changes_no_bit(dtype: torch.dtype, shape: Shape, backend: str) -> None:
     tensors, grads = make(shape, dtype), make_grads(shape, dtype)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(with_grads(gated_attention, tensors, grads, backend=backend))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        for name, value in other.items():
-            assert torch.equal(value, results[0][name]), name
+    assert_same_for_any_thread_count(
+        lambda: with_grads(gated_attention, tensors, grads, backend=backend)
+    )
 
 
 @pytest.mark.parametrize("backend", [CPP])
@@ -354,18 +348,10 @@ def test_thread_count_and_odd_strides(model: int, backend: str) -> None:
     shape = Shape(1, 2, 2, 3, 9000, 4, model)
     tensors, (updated, fused) = make(shape, torch.float32), make_grads(shape, torch.float32)
     columns_first = updated.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    before = torch.get_num_threads()
-    for grads in ([torch.ones(()).expand_as(updated), fused], [columns_first, fused]):
-        results = []
-        try:
-            for threads in (1, 2, 5):
-                torch.set_num_threads(threads)
-                results.append(with_grads(gated_attention, tensors, grads, backend=backend))
-        finally:
-            torch.set_num_threads(before)
-        for other in results[1:]:
-            for name, value in other.items():
-                assert torch.equal(value, results[0][name]), name
+    for odd in (torch.ones(()).expand_as(updated), columns_first):
+        assert_same_for_any_thread_count(
+            functools.partial(with_grads, gated_attention, tensors, [odd, fused], backend=backend)
+        )
 
 
 @pytest.mark.parametrize("backend", [CPP])

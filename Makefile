@@ -7,14 +7,17 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt dvla_fast/ops/schemas.py $(shell find csrc build_tools -type f)
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test sanitize install lint format bench gpu-check clean
+.PHONY: demo test suite sanitize install lint format bench gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dvla-fast demo
 
+# The sanitizers run beside the suite: each leaves a core idle at times.
 test: lint
+	$(MAKE) --no-print-directory -j2 suite sanitize
+
+suite: $(VENV)/.dev
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
-	$(MAKE) sanitize
 
 # The C++ kernels on random problems under the address and undefined-behaviour sanitizers.
 sanitize: $(VENV)/.dev

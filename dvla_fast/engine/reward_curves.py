@@ -12,6 +12,7 @@ both from one that has not learned yet.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -121,10 +122,17 @@ def best_mean(
     right = torch.searchsorted(known, middles).clamp(1, len(known) - 1)
     share = (middles - known[right - 1]) / (known[right] - known[right - 1])
     curve = torch.lerp(level[right - 1], level[right], share)  # [cells]
-    means = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
-    logits = torch.logit(means)
-    below = functional.beta_cdf(logits.unsqueeze(1), concentration, torch.logit(edges[1:-1]))
-    ends = below.new_zeros(len(means), 1)
-    mass = torch.cat([ends, below, ends + 1], 1).diff(dim=1)  # [means, cells]
-    value = mass @ curve + entropy_weight * functional.beta_entropy(logits, concentration)
+    means, masses = _policies(concentration)
+    entropies = functional.beta_entropy(torch.logit(means), concentration)
+    value = masses @ curve + entropy_weight * entropies
     return float(means[value.argmax()])
+
+
+@functools.lru_cache(maxsize=8)
+def _policies(concentration: float) -> tuple[Tensor, Tensor]:
+    """Means (M,) of a grid of Beta policies, and what each gives to the cells of [0, 1], (M, C)."""
+    means = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    edges = torch.linspace(0, 1, _CELLS + 1, dtype=torch.float64)[1:-1]
+    below = functional.beta_cdf(torch.logit(means).unsqueeze(1), concentration, torch.logit(edges))
+    ends = below.new_zeros(len(means), 1)
+    return means, torch.cat([ends, below, ends + 1], 1).diff(dim=1)

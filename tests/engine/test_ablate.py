@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 from pathlib import Path
@@ -27,7 +28,9 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture
-def config(tiny: DemoRun, tmp_path: Path) -> AblateRun:
+def config(tiny: DemoRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AblateRun:
+    few = functools.partial(ablation_cells.reward_curves, episodes=8)
+    monkeypatch.setattr(ablation_cells, "reward_curves", few)
     tiny.metatune.backbone_lr = 0.0
     tiny.metatune.epochs = tiny.pretrain.epochs = 1
     return AblateRun(

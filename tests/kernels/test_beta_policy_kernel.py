@@ -87,7 +87,7 @@ def test_equals_the_cpu_op(mode: str, kappa: float | str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(0,), (), (1,), (127,), (129,), (3, 43)], ids=str)
+@pytest.mark.parametrize("shape", [(0,), (), (129,), (3, 5)], ids=str)
 def test_sizes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     logits = torch.randn(*shape, 2, dtype=dtype)[..., 0]  # not contiguous
     compare(logits, None, 0.7, None, KEY)

@@ -264,7 +264,7 @@ def test_opcheck_saving_and_backward(dtype: torch.dtype, shape: Shape, backend: 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compile_fullgraph(backend: str) -> None:
     # Compiling every line of the reference would take a minute: its graph alone is checked.
-    engine = "inductor" if backend == "cpp" else "aot_eager"
+    engine = "inductor" if backend == "cpp" else "eager"
     compiled = torch.compile(dual_attention, fullgraph=True, dynamic=True, backend=engine)
     for shape in (
         # Sizes that are equal here would be taken for one size.

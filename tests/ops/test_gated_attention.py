@@ -320,7 +320,7 @@ def test_empty_axes(shape: Shape, backend: str) -> None:
         assert_near(got, with_grads(layer, tensors, grads))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [CPP])
 @pytest.mark.parametrize("shape", [Shape(2, 2, 2, 3, 4, 2, 3), Shape(2, 2, 1, 2, 3, 4, 5)], ids=str)
 def test_gradcheck(shape: Shape, backend: str) -> None:
     masks = make_masks(shape)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from dvla_fast import backends
 from dvla_fast.errors import BackendError
 from dvla_fast.ops import schemas
 
@@ -106,6 +107,16 @@ def needs_python_autograd() -> bool:
     return not has_autograd or _functorch_active()
 
 
+def runs_plainly() -> bool:
+    """Whether a call on a CPU is simply one of the compiled op: no other backend, no transform."""
+    return (
+        has_autograd
+        and backends.get_backend() is None
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.maybe_current_level() is None
+    )
+
+
 def transforming() -> bool:
     """Whether tensors stand for others (torch.compile, torch.func) and have no values to check."""
     return torch.compiler.is_compiling() or _functorch_active()
@@ -165,7 +176,7 @@ def build_info() -> dict[str, Any]:
     Returns:
         A flat dictionary of strings, lists and ``None``; printed by ``dvla-fast doctor``.
     """
-    from dvla_fast import __version__, backends
+    from dvla_fast import __version__
 
     info = _import_build_info()
     return {

@@ -17,6 +17,7 @@ from dvla_fast.ops import schemas
 from dvla_fast.ops.first_order import first_order
 from dvla_fast.ops.value_checks import require, value_checks
 
+_CPU = torch.device("cpu")
 _LARGEST_INT64 = 2**63 - 1
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
@@ -68,6 +69,16 @@ def beta_policy(
             :func:`dvla_fast.functional.set_value_checks`), κ is not positive and finite or logits
             or actions hold NaN. Unchecked, the results of such elements are NaN.
     """
+    if (
+        action_logit is None and not deterministic and backend is None
+        and type(concentration) is float and 0.0 < concentration <= _LARGEST[torch.float32]
+        and logits.dtype is torch.float32 and logits.is_cpu and _extension.runs_plainly()
+    ):  # fmt: skip
+        # The usual call in as few steps as it takes: for a few states they are most of its time.
+        words = torch.randint(_LARGEST_INT64, (2,), generator=generator)  # as draw_key
+        check = value_checks(_CPU)
+        results = _PLAIN_FORWARD(logits, None, concentration, None, words, False, check)
+        return BetaPolicyOutput(*results[:4])
     if logits.dtype not in _LARGEST:
         if not logits.is_floating_point():
             raise TypeError(f"logits: expected a floating tensor, got {logits.dtype}")
@@ -128,11 +139,8 @@ def draw_key(device: torch.device, generator: torch.Generator | None = None) -> 
 
 
 def _choose(device: torch.device, backend: str | None) -> str:
-    compiled = _extension.beta_problem(device)
-    if compiled is None and backend is None and backends.get_backend() is None:
-        return "cpp"  # as below; for a few states every microsecond counts
     candidates = (
-        ("cpp", compiled),
+        ("cpp", _extension.beta_problem(device)),
         ("triton", _extension.beta_triton_problem(device)),
         ("reference", None),
     )
@@ -159,6 +167,7 @@ _FORWARD = {
     "": torch.ops.dvla_fast.beta_policy_forward.default,
     "_triton": torch.ops.dvla_fast.beta_policy_forward_triton.default,
 }
+_PLAIN_FORWARD = _FORWARD[""]._op  # what the call of an operator comes to, past its Python
 _BACKWARD = {
     "": torch.ops.dvla_fast.beta_policy_backward.default,
     "_triton": torch.ops.dvla_fast.beta_policy_backward_triton.default,

@@ -437,6 +437,16 @@ def _evaluate(config: Any) -> int:
     return 0
 
 
+def _predict(config: Any) -> int:
+    from dvla_fast.engine.predict_images import run_predict
+
+    found = run_predict(config)
+    for answer in found.unreadable:
+        print(f"unreadable: {answer.error}", file=sys.stderr)
+    print(found.text(config.rows))
+    return 0
+
+
 def _report(config: Any) -> int:
     from dvla_fast.report.page import run_report
 
@@ -470,6 +480,7 @@ _RUNNERS = {
     "semantics import": _bank_command("import_published"),
     "ablate": _ablate,
     "evaluate": _evaluate,
+    "predict": _predict,
     "report": _report,
     "compare": _compare,
 }

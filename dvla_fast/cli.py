@@ -424,10 +424,12 @@ def _metatune(config: Any, files: Sequence[str]) -> int:
 def _evaluate(config: Any) -> int:
     from dvla_fast.engine.demo import result_table
     from dvla_fast.engine.evaluate import run_evaluate
-    from dvla_fast.engine.records import comparison_table
+    from dvla_fast.engine.records import checkpoints_table, comparison_table
 
     summary = run_evaluate(config)
     print(result_table(summary["results"]))
+    if spread := checkpoints_table(summary["results"]):
+        print(f"\n{spread}")
     if "compared" in summary:
         print(f"\n{comparison_table(summary['compared'])}")
     if summary["split"] == "monitor":

@@ -396,12 +396,13 @@ def _ablate(config: Any) -> int:
 
 
 def _pretrain(config: Any, files: Sequence[str]) -> int:
+    from dvla_fast.engine.monitor import validation_text
     from dvla_fast.engine.next_steps import metatune_command
     from dvla_fast.engine.pretrain import run_pretrain
 
     summary = run_pretrain(config)
     print(
-        f"1-shot accuracy on {summary['monitor']}: {summary['monitor_episode_accuracy']:.2%}\n"
+        f"{validation_text(summary, 'monitor_episode_accuracy')}\n"
         f"run folder  {config.output}\n"
         f"next        {metatune_command(config, summary['checkpoint'], files)}"
     )
@@ -410,11 +411,12 @@ def _pretrain(config: Any, files: Sequence[str]) -> int:
 
 def _metatune(config: Any, files: Sequence[str]) -> int:
     from dvla_fast.engine.metatune import run_metatune
+    from dvla_fast.engine.monitor import validation_text
     from dvla_fast.engine.next_steps import evaluate_command
 
     summary = run_metatune(config)
     print(
-        f"accuracy on {summary['monitor']}: {summary['monitor_accuracy']:.2%}\n"
+        f"{validation_text(summary, 'monitor_accuracy')}\n"
         f"run folder  {config.output}\n"
         f"next        {evaluate_command(summary['checkpoint'], files)}"
     )

@@ -107,7 +107,13 @@ def test_folder_data_set_from_pretraining_to_evaluation(
 ) -> None:
     tuned = tmp_path / "tuned"
     assert main(metatune(photos, pretrained, f"--output={tuned}")) == 0
-    assert "next        dvla-fast evaluate" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "next        dvla-fast evaluate" in said
+    told = json.loads((tuned / "summary.json").read_text())
+    assert (
+        f"accuracy on held-out images of the base classes: {told['monitor_accuracy']:.2%} ± "
+        f"{100 * told['monitor_ci95']:.2f} % (2 5-way 1-shot episodes, 1 query a class)\n"
+    ) in said
     arguments = [
         "evaluate",
         f"--checkpoint={tuned / 'checkpoints' / 'metatune-best.safetensors'}",

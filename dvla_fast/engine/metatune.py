@@ -42,9 +42,14 @@ from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
 from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.memory import free_mib
+from dvla_fast.engine.monitor import (
+    monitor_episodes,
+    monitor_sampler,
+    scored,
+    validation_facts,
+)
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor
 from dvla_fast.engine.prefixes import PrefixMaps, check_constant_prefix
-from dvla_fast.engine.pretrain import monitor_episodes, monitor_sampler
 from dvla_fast.engine.settings import to_dict
 from dvla_fast.engine.starting import begin_metatuning, continue_gates
 from dvla_fast.engine.state import TrainingState
@@ -187,7 +192,7 @@ def metatune(
         score = None
         if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
             with execution.eager(), _guarded(f"validation of epoch {state.epoch}"):
-                score, alphas = _validate(
+                accuracies, alphas = _validate(
                     model,
                     data,
                     texts,
@@ -196,7 +201,8 @@ def metatune(
                     execution.processes.count,
                     prefixes,
                 )
-            row.update(monitor_accuracy=score, monitor_alpha=alphas)
+            score, half = scored(accuracies)
+            row.update(monitor_accuracy=score, monitor_ci95=half, monitor_alpha=alphas)
         folder.log("metatune", state.epoch, **row)
         state.save(score)
         progress.advance()
@@ -354,8 +360,9 @@ def _validate(
     episodes: int,
     processes: int = 1,
     prefixes: PrefixMaps | None = None,
-) -> tuple[float, list[float]]:
-    """Return the accuracy and the mean alpha by layer of the policy's mean on monitor episodes.
+) -> tuple[Tensor, list[float]]:
+    """Return the accuracies (n,) of monitor episodes and the mean alpha by layer of the policy's
+    mean on them.
 
     Training's own memory stays where it is: the feature maps kept here take at most a quarter of
     what is free beside it, over all processes.
@@ -365,7 +372,7 @@ def _validate(
     predictor = EpisodePredictor(model, data, texts, "monitor", cache_mib=most, maps=maps)
     found = predictor.predict(sampler, episodes)[LEARNED]
     assert found.alphas is not None
-    return found.accuracies.mean().item(), found.alphas.mean(0).tolist()
+    return found.accuracies, found.alphas.mean(0).tolist()
 
 
 def _describe(row: dict[str, Any], epoch: int, epochs: int, numbers: dict[str, Any]) -> str:
@@ -429,9 +436,11 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
         "epochs": config.metatune.epochs,
         "loss": rows[-1]["loss"],
         "monitor": data.monitor_kind,
-        "monitor_episodes": monitor_episodes(data, tuning.way, tuning.shots[0], tuning.query),
-        "monitor_accuracy": max(
-            row["monitor_accuracy"] for row in rows if "monitor_accuracy" in row
+        **validation_facts(
+            rows,
+            "monitor_accuracy",
+            monitor_episodes(data, tuning.way, tuning.shots[0], tuning.query),
+            tuning.validation_episodes,
         ),
         "checkpoint": str(best),
         "started_from": started,

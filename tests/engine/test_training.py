@@ -23,13 +23,13 @@ from dvla_fast.engine.build import (
 from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import DemoRun, ModelConfig, PretrainConfig
 from dvla_fast.engine.logging import Progress, RunFolder
-from dvla_fast.engine.pretrain import (
-    learning_rate,
+from dvla_fast.engine.monitor import (
     monitor_episodes,
     monitor_sampler,
-    pretrain,
-    turn_classes,
+    validation_facts,
+    validation_text,
 )
+from dvla_fast.engine.pretrain import learning_rate, pretrain, turn_classes
 from dvla_fast.errors import CheckpointError, TrainingError
 
 SILENT = Progress({}, enabled=False)
@@ -181,6 +181,27 @@ def test_validation_episodes_as_asked_are_no_warning(few_digits: FewShotData) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         monitor_sampler(few_digits, numbers, 0, SILENT)
+
+
+def test_validation_is_said_with_its_episodes_and_spread() -> None:
+    rows = [
+        {"step": 1, "score": 0.5, "monitor_ci95": 0.1},
+        {"step": 2},
+        {"step": 3, "score": 0.625, "monitor_ci95": 0.05},
+        {"step": 4, "score": 0.625, "monitor_ci95": 0.04},  # the one whose weights are kept
+        {"step": 5, "score": 0.25, "monitor_ci95": 0.2},
+    ]
+    numbers = {"way": 5, "shot": 1, "query": 15}
+    facts = validation_facts(rows, "score", numbers, 200)
+    assert (facts["score"], facts["monitor_ci95"], facts["validations"]) == (0.625, 0.04, 4)
+    assert validation_text({**facts, "monitor": "validation classes"}, "score") == (
+        "accuracy on validation classes: 62.50% ± 4.00 % (200 5-way 1-shot episodes, 15 queries a "
+        "class; the best of 4 validations)"
+    )
+    facts = validation_facts([{"step": 1, "score": 1.0}], "score", {**numbers, "query": 1}, 1)
+    assert validation_text({**facts, "monitor": "images"}, "score") == (
+        "accuracy on images: 100.00% (1 5-way 1-shot episodes, 1 query a class)"
+    )
 
 
 def test_figures_that_do_not_apply_are_left_out(

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dvla_fast.cli import main
 from dvla_fast.engine.checkpoint import save_checkpoint
+from dvla_fast.engine.logging import read_metrics
 from tests.data import trees
 
 COMMANDS = ["demo", "pretrain", "metatune", "evaluate", "predict", "doctor"]
@@ -425,6 +426,23 @@ def test_resuming_from_another_folder(
     capsys.readouterr()
     message = fails(["pretrain", "--resume", f"--output={tmp_path / 'run'}"], capsys, 2)
     assert f"continue it with dvla-fast metatune --resume --output {tmp_path / 'run'}" in message
+
+
+def test_going_on_for_longer(
+    photos: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(metatune(photos, pretrained, f"--output={run}")) == 0
+    assert main(["metatune", "--resume", f"--output={run}", "--metatune.epochs=2"]) == 0
+    assert json.loads((run / "summary.json").read_text())["epochs"] == 2
+    again = ["metatune", "--resume", f"--output={run}"]
+    assert main(again) == 0
+    assert [row["step"] for row in read_metrics(run)] == [1, 2]
+    capsys.readouterr()
+    assert "metatune.epochs: 2 -> 1" in fails([*again, "--metatune.epochs=1"], capsys)
+    folder = pretrained.parent.parent
+    longer = ["pretrain", "--resume", f"--output={folder}", "--pretrain.epochs=9"]
+    assert "a longer pre-training begins anew, in another --output" in fails(longer, capsys)
 
 
 def test_record_with_relative_paths_is_resumed_where_it_began(

@@ -413,7 +413,10 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     GateTraining(tuning, model, processes)  # likewise
     Augmentation(tuning.augment, data)
     processes.share(tuning.episodes_per_step, "metatune.episodes_per_step")
-    folder = open_folder(config.output, to_dict(config), processes, config.resume, config.wandb)
+    # The rates are constant: a run that goes on for longer is the one that was longer at once.
+    folder = open_folder(
+        config.output, to_dict(config), processes, config.resume, config.wandb, ("metatune.epochs",)
+    )
     facts = {
         "semantics": semantics,
         "started_from": started,

@@ -265,3 +265,21 @@ def test_interrupted_training_continues_to_the_same_weights(
     for name, tensor in expected[0].items():
         assert torch.equal(tensors[name], tensor), name
     assert again.rows() == whole.rows()
+
+
+def test_meta_tuning_that_goes_on_for_longer_is_a_longer_run(
+    tmp_path: Path, few_digits: FewShotData, tiny: DemoRun
+) -> None:
+    start = run_pretrain(RunFolder(tmp_path / "start", {}), few_digits, tiny)
+    folder = RunFolder(tmp_path / "run", {})
+    run_metatune(folder, few_digits, tiny, start)
+    tiny.metatune.epochs = 3
+    whole = RunFolder(tmp_path / "whole", {})
+    run_metatune(whole, few_digits, tiny, start)
+    again = RunFolder(tmp_path / "run", {}, resume=True)
+    run_metatune(again, few_digits, tiny, start)
+    expected, tensors = (
+        load_checkpoint(run.checkpoints / "metatune-last.safetensors")[0] for run in (whole, again)
+    )
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    assert again.rows() == whole.rows()

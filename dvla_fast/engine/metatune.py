@@ -9,10 +9,7 @@ a novel class.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,6 @@ from dvla_fast.engine.build import (
     build_data,
     build_model,
     build_texts,
-    check_finite,
     model_spec,
     normalisation,
     seed_everything,
@@ -38,6 +34,7 @@ from dvla_fast.engine.build import (
 )
 from dvla_fast.engine.config import MetatuneConfig, MetatuneRun
 from dvla_fast.engine.distributed import Processes
+from dvla_fast.engine.divergence import DivergenceWatch
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
 from dvla_fast.engine.logging import Progress, RunFolder, open_folder
@@ -85,6 +82,7 @@ class _Totals:
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
+        self.losses: list[Tensor] = []  # of each step, to find the one that broke
         self.alphas: list[Tensor] = []
         self.count = 0
 
@@ -92,6 +90,7 @@ class _Totals:
         for name, value in values.items():
             value = value.detach().double()
             self.values[name] = self.values[name] + value if name in self.values else value
+        self.losses.append(values["loss"])
         self.alphas.append(alphas.detach())
         self.count += 1
 
@@ -142,7 +141,8 @@ def metatune(
         Path of the checkpoint that validated best on monitor episodes.
 
     Raises:
-        TrainingError: the loss became NaN or infinite; the last good checkpoint stays.
+        TrainingError: loss, features or weights became NaN or infinite, or a step overflowed; the
+            last good checkpoint stays.
         UsageError: settings of the gates' learning that do not fit together.
 
     Warns:
@@ -171,6 +171,8 @@ def metatune(
     if folder.resume:
         state.restore()
     step = Step(config, model, data, texts, optimizer, gates, execution, seed, prefixes)
+    rates = {"metatune.lr": config.lr, "metatune.backbone_lr": config.backbone_lr}
+    watch = DivergenceWatch("meta-tuning", state, rates)
     collapsed: set[int] = set()
     progress.begin("meta-tune", config.epochs, state.epoch)
     numbers = monitor_episodes(data, config.way, config.shots[0], config.query)
@@ -180,18 +182,18 @@ def metatune(
         gates.begin_epoch()
         totals = _Totals()
         for _ in range(config.steps_per_epoch):
-            with _guarded(f"epoch {state.epoch + 1}"):
+            with watch.training():
                 totals.add(*step(state.step))
             state.step += 1
         row = totals.row(execution.processes)
+        watch.check({"loss": row["loss"]}, totals.losses)
         state.epoch += 1
-        check_finite({"loss": row["loss"]}, "meta-tuning", f"epoch {state.epoch}")
         if gates.stochastic:
             row["collapsed"] = collapsed_layers(row["alpha_mean"], row["entropy"], gates.discrete)
             _warn_of_collapse(row, model, collapsed)
         score = None
         if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
-            with execution.eager(), _guarded(f"validation of epoch {state.epoch}"):
+            with execution.eager(), watch.after("validation"):
                 accuracies, alphas = _validate(
                     model,
                     data,
@@ -204,7 +206,8 @@ def metatune(
             score, half = scored(accuracies)
             row.update(monitor_accuracy=score, monitor_ci95=half, monitor_alpha=alphas)
         folder.log("metatune", state.epoch, **row)
-        state.save(score)
+        with watch.after("saving"):
+            state.save(score)
         progress.advance()
         progress.note(_describe(row, state.epoch, config.epochs, numbers))
     return state.best_path
@@ -237,18 +240,6 @@ def _warn_of_collapse(row: dict[str, Any], model: DVLA, warned: set[int]) -> Non
             stacklevel=3,
         )
         warned.add(layer)
-
-
-@contextmanager
-def _guarded(where: str) -> Iterator[None]:
-    """Turn the policy's own complaint about NaN into the run's."""
-    try:
-        yield
-    except ValueError as error:
-        if "NaN" not in str(error):
-            raise
-        check_finite({"features": math.nan}, "meta-tuning", where)
-        raise
 
 
 class Step:

@@ -25,13 +25,13 @@ from dvla_fast.engine.build import (
     backbone_spec,
     build_data,
     build_pretrain_model,
-    check_finite,
     normalisation,
     seed_everything,
     without_test_split,
 )
 from dvla_fast.engine.config import PretrainConfig, PretrainRun
 from dvla_fast.engine.distributed import Processes
+from dvla_fast.engine.divergence import DivergenceWatch
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.monitor import (
@@ -115,7 +115,8 @@ def pretrain(
         Path of the checkpoint that validated best.
 
     Raises:
-        TrainingError: the loss became NaN or infinite; the last good checkpoint stays.
+        TrainingError: loss, features or weights became NaN or infinite, or a step overflowed; the
+            last good checkpoint stays.
         UsageError: settings that do not fit together.
     """
     data = without_test_split(data)
@@ -141,23 +142,26 @@ def pretrain(
     if pretrained and not restored:  # a run stopped before its first checkpoint starts again
         load_published(model["backbone"], pretrained)
     epoch = Epoch(config, model, data, optimizer, execution, outputs)
+    watch = DivergenceWatch("pre-training", state, {"pretrain.lr": config.lr})
     progress.begin("pre-train", config.epochs, state.epoch)
     numbers = monitor_episodes(data, *_VALIDATION)
     sampler = monitor_sampler(data, numbers, seed, progress)
     while state.epoch < config.epochs:
-        row: dict[str, Any] = epoch(state)
+        with watch.training():
+            row: dict[str, Any] = epoch(state)
+        watch.check(row, epoch.losses)
         state.epoch += 1
-        check_finite(row, "pre-training", f"epoch {state.epoch}")
         score = None
         if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
-            with execution.eager():
+            with execution.eager(), watch.after("validation"):
                 accuracies, held_out = _validate(model, data, sampler, config.validation_episodes)
             score, row["monitor_ci95"] = scored(accuracies)
             row["monitor_episode_accuracy"] = score
             if held_out is not None:
                 row["monitor_accuracy"] = held_out
         folder.log("pretrain", state.epoch, **row)
-        state.save(score)
+        with watch.after("saving"):
+            state.save(score)
         progress.advance()
         progress.note(_describe(row, state.epoch, config.epochs, numbers))
     return state.best_path
@@ -182,7 +186,11 @@ def check_recipe(config: PretrainConfig, data: FewShotData, processes: Processes
 
 
 class Epoch:
-    """One pass over the base images."""
+    """One pass over the base images.
+
+    Attributes:
+        losses: of the last pass, one for each step, on the device.
+    """
 
     def __init__(
         self,
@@ -198,6 +206,7 @@ class Epoch:
         self.augmentation = Augmentation(config.augment, data)
         self.mixer = build_mixer(config, outputs)
         self.parameters = list(model.parameters())
+        self.losses: list[Tensor] = []
 
     def __call__(self, state: TrainingState) -> dict[str, float]:
         """Train; returns the epoch's mean loss and accuracy, and its last learning rate."""
@@ -207,6 +216,7 @@ class Epoch:
         smallest = 2 * processes.count  # BatchNorm needs two images
         batches = [x for x in order.split(config.batch_size) if len(x) >= smallest]
         totals = torch.zeros(2, device=base.device)
+        self.losses = []
         for index in batches:
             rate = learning_rate(config, state.step, len(batches))
             for group in self.optimizer.param_groups:
@@ -223,7 +233,8 @@ class Epoch:
             self.execution.update(loss, self.optimizer, [(self.parameters, config.clip_norm)])
             state.step += 1
             correct = (logits.detach().argmax(1) == hard).float().mean()
-            totals += torch.stack([loss.detach().float(), correct])
+            self.losses.append(loss.detach().float())
+            totals += torch.stack([self.losses[-1], correct])
         # The one synchronisation of the epoch.
         loss_mean, accuracy = (processes.mean(totals) / len(batches)).tolist()
         return {"loss": loss_mean, "accuracy": accuracy, "lr": rate}

@@ -300,7 +300,8 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     if contenders[0].model is not None:
         if settings.construct:
-            written = EpisodeTexts(settings.construct, data.split(settings.split))
+            run = config.output if config.resume else ""
+            written = EpisodeTexts(settings.construct, data.split(settings.split), run)
             semantics, leaks = written.described(), written.leaks()
             seen = torch.zeros(len(written.images), dtype=torch.bool)
         else:

@@ -82,7 +82,7 @@ class RunFolder:
             raise OutputError(_unwritable(self.path, error)) from error
         self._probe()
         if not resume or grows:
-            write_text_atomic(self.path / "config.yaml", _to_yaml(kept))
+            write_text_atomic(self.path / "config.yaml", to_yaml(kept))
         if wandb:
             self._wandb = _start_wandb(wandb, self.path, kept)
 
@@ -262,7 +262,8 @@ def read_metrics(folder: str | Path, stage: str | None = None) -> list[dict[str,
     return rows
 
 
-def _to_yaml(config: dict[str, Any]) -> str:
+def to_yaml(config: dict[str, Any]) -> str:
+    """Return settings as YAML (MissingDependencyError without PyYAML)."""
     try:
         import yaml
     except ImportError as error:

@@ -22,7 +22,9 @@ T = TypeVar("T")
 MADE_SIZES = {"digits": 16, "shapes": 32}  # the package's own data sets
 _PLACES = (
     "checkpoint", "checkpoints", "compare", "data.dataset", "data.splits", "semantics.bank",
-    "semantics.encoder", "model.pretrained", "evaluate.construct",
+    "semantics.encoder", "model.pretrained", "evaluate.construct", "language_model.answers",
+    "language_model.model", "construct.candidates_prompt", "construct.description_prompt",
+    "construct.encoder",
 )  # fmt: skip
 
 
@@ -77,11 +79,15 @@ def absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     for place in _PLACES:
         section, _, key = place.rpartition(".")
         holder: Any = changed.get(section) if section else changed
-        value = holder.get(key) if isinstance(holder, dict) else None
+        if not isinstance(holder, dict):
+            continue
+        value = holder.get(key)
         if isinstance(value, list):
             holder[key] = [_absolute(item, names) for item in value]
-        elif isinstance(value, str) and place == "semantics.encoder":
+        elif isinstance(value, str) and key == "encoder":
             holder[key] = _absolute_encoder(value)
+        elif key == "model" and holder.get("backend") != "transformers":
+            continue  # a name that a server knows
         elif isinstance(value, str):
             holder[key] = _absolute(value, names)
     return changed

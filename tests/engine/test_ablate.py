@@ -333,12 +333,12 @@ def test_command_line(
     config: AblateRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dvla_fast.cli import main
-    from dvla_fast.engine.logging import _to_yaml
+    from dvla_fast.engine.logging import to_yaml
 
     config.output = ""
     config.ablate.seeds = 1
     settings = tmp_path / "mine.yaml"
-    settings.write_text(_to_yaml(to_dict(config)))
+    settings.write_text(to_yaml(to_dict(config)))
     out = tmp_path / "out"
     assert main(["ablate", str(settings), "--output", str(out)]) == 0
     assert "| `visual` |" in capsys.readouterr().out

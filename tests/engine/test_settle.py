@@ -68,6 +68,9 @@ def test_paths_that_exist_are_named_from_the_root(photos: Path, tmp_path: Path) 
     )
     several = absolute_paths({"checkpoints": ["a.safetensors", "b"], "data": None})
     assert several == {"checkpoints": [str(tmp_path / "a.safetensors"), "b"], "data": None}
+    for backend, model in (("openai", "siglip"), ("transformers", str(tmp_path / "siglip"))):
+        asked = {"language_model": {"backend": backend, "model": "siglip"}}
+        assert absolute_paths(asked)["language_model"]["model"] == model
     for name in ("open_clip:ViT-B-16/openai", "hashed-ngram", "transformers:google/siglip"):
         assert settle(EvaluateRun(semantics=SemanticsConfig(encoder=name))).semantics.encoder == (
             name

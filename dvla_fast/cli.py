@@ -128,9 +128,11 @@ def _dispatch(given: list[str], owns_process: bool) -> int:
     if not config.output:
         config.output = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
-        from dvla_fast.engine.settle import settle
+        from dvla_fast.engine.settle import settle, size_line
 
-        config = settle(config)
+        given, config = config, settle(config)
+        if line := size_line(given, config):
+            print(line, file=sys.stderr, flush=True)
         if name in _CONTINUED:
             return _CONTINUED[name](config, _config_files(rest))
         return _RUNNERS[name](config)

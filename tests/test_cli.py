@@ -21,6 +21,7 @@ TINY_MODEL = ["--model.width=8", "--model.num_heads=4", "--model.hidden_dim=8"]
 TINY_PRETRAIN = [
     "--device=cpu",
     "--pretrain.epochs=1",
+    "--pretrain.warmup_epochs=0",
     "--pretrain.batch_size=16",
     "--pretrain.validation_episodes=4",
     *TINY_MODEL,

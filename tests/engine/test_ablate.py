@@ -30,6 +30,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def config(tiny: DemoRun, tmp_path: Path) -> AblateRun:
     tiny.metatune.backbone_lr = 0.0
     tiny.metatune.epochs = tiny.pretrain.epochs = 1
+    tiny.pretrain.warmup_epochs = 0
     return AblateRun(
         output=str(tmp_path / "run"),
         device="cpu",

@@ -259,7 +259,8 @@ def test_checkpoint_brings_its_normalisation(few_digits: FewShotData) -> None:
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("backbone") / "run"
-    tiny = ["--pretrain.epochs=1", "--pretrain.validation_episodes=4", "--model.width=8"]
+    tiny = ["--pretrain.epochs=1", "--pretrain.warmup_epochs=0", "--model.width=8"]
+    tiny += ["--pretrain.validation_episodes=4"]
     assert main(["pretrain", "--device=cpu", f"--output={folder}", *tiny]) == 0
     return str(folder / "checkpoints" / "pretrain-best.safetensors")
 

@@ -155,42 +155,18 @@ def metatune(
     execution = execution or Execution()
     execution.prepare(model)
     gates = GateTraining(config, model, execution.processes)
-    groups = parameter_groups(model, config, gates.baseline)
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-    state = TrainingState(
-        folder, "metatune", spec, {"model": model, **gates.modules}, optimizer, rng
-    )
-    facts, earlier = facts or {}, [unknown_stage("before")]
-    state.facts = {
-        "dataset": data.name,
-        "normalisation": normalisation(data),
-        "seed": seed,
-        **facts,
-        "training": [*facts.get("training", earlier), training_stage("metatune", data)],
-    }
+    state = _state(config, model, spec, data, gates, folder, rng, {"seed": seed, **(facts or {})})
     if folder.resume:
         state.restore()
-    step = Step(config, model, data, texts, optimizer, gates, execution, seed, prefixes)
+    step = Step(config, model, data, texts, state.optimizer, gates, execution, seed, prefixes)
     rates = {"metatune.lr": config.lr, "metatune.backbone_lr": config.backbone_lr}
     watch = DivergenceWatch("meta-tuning", state, rates)
-    collapsed: set[int] = set()
+    epoch = Epoch(step, watch)
     progress.begin("meta-tune", config.epochs, state.epoch)
     numbers = monitor_episodes(data, config.way, config.shots[0], config.query)
     monitor = monitor_sampler(data, numbers, seed + 1, progress)
     while state.epoch < config.epochs:
-        _training_mode(model, config.freeze_norm)
-        gates.begin_epoch()
-        totals = _Totals()
-        for _ in range(config.steps_per_epoch):
-            with watch.training():
-                totals.add(*step(state.step))
-            state.step += 1
-        row = totals.row(execution.processes)
-        watch.check({"loss": row["loss"]}, totals.losses)
-        state.epoch += 1
-        if gates.stochastic:
-            row["collapsed"] = collapsed_layers(row["alpha_mean"], row["entropy"], gates.discrete)
-            _warn_of_collapse(row, model, collapsed)
+        row = epoch(state)
         score = None
         if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
             with execution.eager(), watch.after("validation"):
@@ -211,6 +187,32 @@ def metatune(
         progress.advance()
         progress.note(_describe(row, state.epoch, config.epochs, numbers))
     return state.best_path
+
+
+def _state(
+    config: MetatuneConfig,
+    model: DVLA,
+    spec: dict[str, Any],
+    data: FewShotData,
+    gates: GateTraining,
+    folder: RunFolder,
+    rng: np.random.Generator,
+    facts: dict[str, Any],
+) -> TrainingState:
+    """Begin the state of the stage, with its optimiser and what its checkpoints say of it."""
+    groups = parameter_groups(model, config, gates.baseline)
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    state = TrainingState(
+        folder, "metatune", spec, {"model": model, **gates.modules}, optimizer, rng
+    )
+    earlier = facts.get("training", [unknown_stage("before")])
+    state.facts = {
+        "dataset": data.name,
+        "normalisation": normalisation(data),
+        **facts,
+        "training": [*earlier, training_stage("metatune", data)],
+    }
+    return state
 
 
 def _training_mode(model: DVLA, freeze_norm: bool) -> None:
@@ -343,6 +345,44 @@ class Step:
         return rollout, loss if extra is None else loss + extra, figures
 
 
+class Epoch:
+    """The steps of an epoch, and what they were like.
+
+    Args:
+        step: takes one of them.
+        watch: of the stage.
+    """
+
+    def __init__(self, step: Step, watch: DivergenceWatch) -> None:
+        self.step, self.watch = step, watch
+        self._collapsed: set[int] = set()  # layers that were warned of
+
+    def __call__(self, state: TrainingState) -> dict[str, Any]:
+        """Train; returns the epoch's figures and counts it in ``state``.
+
+        Raises:
+            TrainingError: training diverged.
+
+        Warns:
+            RuntimeWarning: a gate's policy has collapsed; once a layer.
+        """
+        model, gates = self.step.model, self.step.gates
+        _training_mode(model, self.step.config.freeze_norm)
+        gates.begin_epoch()
+        totals = _Totals()
+        for _ in range(self.step.config.steps_per_epoch):
+            with self.watch.training():
+                totals.add(*self.step(state.step))
+            state.step += 1
+        row = totals.row(self.step.execution.processes)
+        self.watch.check({"loss": row["loss"]}, totals.losses)
+        state.epoch += 1
+        if gates.stochastic:
+            row["collapsed"] = collapsed_layers(row["alpha_mean"], row["entropy"], gates.discrete)
+            _warn_of_collapse(row, model, self._collapsed)
+        return row
+
+
 def _validate(
     model: DVLA,
     data: FewShotData,
@@ -379,9 +419,8 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast metatune`` does; returns the summary that it writes."""
     processes = Processes(config.device)
     execution = Execution(config.execution, processes)
-    device = processes.device
-    data = build_data(config.data, device, training=True)
-    texts, semantics = build_texts(config.semantics, data, device)
+    data = build_data(config.data, processes.device, training=True)
+    texts, semantics = build_texts(config.semantics, data, processes.device)
     spec = model_spec(
         config.model,
         backbone_spec(config.model, data.channels, data.image_size),
@@ -391,62 +430,67 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     model = build_model(spec)
     data, start = begin_metatuning(model, spec["backbone"], data, config.model, config.checkpoint)
     gates = continue_gates(model, spec, semantics, config.checkpoint)
-    model.to(device)
+    model.to(processes.device)
     started = config.checkpoint or config.model.pretrained
     # Before any training: a checkpoint is selected by the one and evaluated on the other.
     classes = {
         split: require_untrained({started: start.stages}, data, split)
         for split in ("monitor", "novel")
     }
-    tuning = config.metatune
-    for shot in tuning.shots:  # fail before the folder is made
-        EpisodeSampler(data.base, tuning.way, shot, tuning.query, 0)
-    GateTraining(tuning, model, processes)  # likewise
-    Augmentation(tuning.augment, data)
-    processes.share(tuning.episodes_per_step, "metatune.episodes_per_step")
+    _check_recipe(config.metatune, model, data, processes)
     # The rates are constant: a run that goes on for longer is the one that was longer at once.
     folder = open_folder(
         config.output, to_dict(config), processes, config.resume, config.wandb, ("metatune.epochs",)
     )
-    facts = {
-        "semantics": semantics,
-        "started_from": started,
-        "start": start.facts,
-        "gates": gates,
-        "training": start.stages,
-    }
+    facts = {"semantics": semantics, "started_from": started, "gates": gates}
+    noted = {**facts, "start": start.facts, "training": start.stages}
     with Progress({"meta-tune": 1.0}, enabled=not quiet and processes.main) as progress:
         if gates == "continued":
             progress.note(f"the gates of {config.checkpoint} learn on")
         best = metatune(
-            tuning, model, spec, data, texts, folder, rng, config.seed, progress, facts, execution
-        )
+            config.metatune, model, spec, data, texts, folder, rng, config.seed, progress, noted,
+            execution,
+        )  # fmt: skip
     processes.wait()
-    rows = folder.rows("metatune")
     summary = {
-        "command": "metatune",
-        "dataset": data.name,
-        "seed": config.seed,
-        "epochs": config.metatune.epochs,
-        "loss": rows[-1]["loss"],
-        "monitor": data.monitor_kind,
-        **validation_facts(
-            rows,
-            "monitor_accuracy",
-            monitor_episodes(data, tuning.way, tuning.shots[0], tuning.query),
-            tuning.validation_episodes,
-        ),
+        **_summary(config, data, folder, processes),
+        **facts,
         "checkpoint": str(best),
-        "started_from": started,
-        "gates": gates,
         "gated_layers": [list(layer) for layer in model.gated_layers],
-        "semantics": semantics,
         "leaks": {"classes": classes},
-        "device": str(device),
-        "processes": processes.count,
-        "precision": config.execution.precision,
-        "torch": torch.__version__,
     }
     folder.write_summary(summary)
     folder.close()
     return summary
+
+
+def _check_recipe(
+    config: MetatuneConfig, model: DVLA, data: FewShotData, processes: Processes
+) -> None:
+    """Find settings that cannot train before a folder is made (DataError, UsageError)."""
+    for shot in config.shots:
+        EpisodeSampler(data.base, config.way, shot, config.query, 0)
+    GateTraining(config, model, processes)
+    Augmentation(config.augment, data)
+    processes.share(config.episodes_per_step, "metatune.episodes_per_step")
+
+
+def _summary(
+    config: MetatuneRun, data: FewShotData, folder: RunFolder, processes: Processes
+) -> dict[str, Any]:
+    """What the run was, and how its validations went."""
+    tuning, rows = config.metatune, folder.rows("metatune")
+    numbers = monitor_episodes(data, tuning.way, tuning.shots[0], tuning.query)
+    return {
+        "command": "metatune",
+        "dataset": data.name,
+        "seed": config.seed,
+        "epochs": tuning.epochs,
+        "loss": rows[-1]["loss"],
+        "monitor": data.monitor_kind,
+        **validation_facts(rows, "monitor_accuracy", numbers, tuning.validation_episodes),
+        "device": str(processes.device),
+        "processes": processes.count,
+        "precision": config.execution.precision,
+        "torch": torch.__version__,
+    }

@@ -84,7 +84,7 @@ class Answers:
         if self.unreadable:
             lines.append(f"unreadable  {len(self.unreadable)} of {len(self.answers)} files")
         lines.append(f"written     {self.output} ({len(self.answers)} rows)")
-        return "\n".join(lines).lstrip("\n")
+        return _written("\n".join(lines).lstrip("\n"))
 
     def _counts(self, read: Sequence[Answer], width: int) -> list[str]:
         known = self.labelled
@@ -114,7 +114,7 @@ class Answers:
         for item in self.answers:
             values = [f"{value:.6f}" for value in item.probabilities] or empty
             writer.writerow([item.path, item.label, item.predicted, *values, item.error])
-        return stream.getvalue()
+        return _written(stream.getvalue())
 
     def json_text(self, facts: dict[str, Any]) -> str:
         """Return the same as a JSON object, with what the answers come from."""
@@ -217,6 +217,11 @@ def _opened(path: Path) -> tuple[Any, str]:
         return open_rgb(path)[0], ""
     except DataError as error:
         return None, str(error)
+
+
+def _written(text: str) -> str:
+    """Text as UTF-8 can hold it, which names of files need not be."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _label(path: Path, class_names: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,16 @@ def test_supports_do_not_count_as_right_answers(folder: Path) -> None:
     found = run_predict(config, quiet=True)
     assert len(found.answers) == 5
     assert "of 1 images in folders of a class; 4 supports do not count)" in found.text(0)
+
+
+def test_names_that_are_not_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = os.fsdecode(b"photos/unknown/\xff.png")
+    Path("photos/unknown/1.png").rename(name)
+    for output in ("table.csv", "table.json"):
+        assert main(["predict", "photos/unknown", *OPTIONS, f"--output={output}"]) == 0
+        assert "photos/unknown/?.png" in capsys.readouterr().out
+    assert [row["path"] for row in rows("table.csv")][1] == "photos/unknown/?.png"
+    assert json.loads(Path("table.json").read_text())["images"][1]["path"] == name
 
 
 @pytest.mark.parametrize(

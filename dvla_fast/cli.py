@@ -128,9 +128,11 @@ def _dispatch(given: list[str], owns_process: bool) -> int:
     if not config.output:
         config.output = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
-        from dvla_fast.engine.settle import settle
+        from dvla_fast.engine.settle import settle, size_line
 
-        config = settle(config)
+        given, config = config, settle(config)
+        if line := size_line(given, config):
+            print(line, file=sys.stderr, flush=True)
         if name in _CONTINUED:
             return _CONTINUED[name](config, _config_files(rest))
         return _RUNNERS[name](config)
@@ -396,12 +398,13 @@ def _ablate(config: Any) -> int:
 
 
 def _pretrain(config: Any, files: Sequence[str]) -> int:
+    from dvla_fast.engine.monitor import validation_text
     from dvla_fast.engine.next_steps import metatune_command
     from dvla_fast.engine.pretrain import run_pretrain
 
     summary = run_pretrain(config)
     print(
-        f"1-shot accuracy on {summary['monitor']}: {summary['monitor_episode_accuracy']:.2%}\n"
+        f"{validation_text(summary, 'monitor_episode_accuracy')}\n"
         f"run folder  {config.output}\n"
         f"next        {metatune_command(config, summary['checkpoint'], files)}"
     )
@@ -410,11 +413,12 @@ def _pretrain(config: Any, files: Sequence[str]) -> int:
 
 def _metatune(config: Any, files: Sequence[str]) -> int:
     from dvla_fast.engine.metatune import run_metatune
+    from dvla_fast.engine.monitor import validation_text
     from dvla_fast.engine.next_steps import evaluate_command
 
     summary = run_metatune(config)
     print(
-        f"accuracy on {summary['monitor']}: {summary['monitor_accuracy']:.2%}\n"
+        f"{validation_text(summary, 'monitor_accuracy')}\n"
         f"run folder  {config.output}\n"
         f"next        {evaluate_command(summary['checkpoint'], files)}"
     )
@@ -424,16 +428,28 @@ def _metatune(config: Any, files: Sequence[str]) -> int:
 def _evaluate(config: Any) -> int:
     from dvla_fast.engine.demo import result_table
     from dvla_fast.engine.evaluate import run_evaluate
-    from dvla_fast.engine.records import comparison_table
+    from dvla_fast.engine.records import checkpoints_table, comparison_table
 
     summary = run_evaluate(config)
     print(result_table(summary["results"]))
+    if spread := checkpoints_table(summary["results"]):
+        print(f"\n{spread}")
     if "compared" in summary:
         print(f"\n{comparison_table(summary['compared'])}")
     if summary["split"] == "monitor":
         print(f"\nsplit       monitor: {summary['monitor']}")
     print(f"\nsummary     {config.output}/summary.json")
     print(f"page        dvla-fast report {config.output}")
+    return 0
+
+
+def _predict(config: Any) -> int:
+    from dvla_fast.engine.predict_images import run_predict
+
+    found = run_predict(config)
+    for answer in found.unreadable:
+        print(f"unreadable: {answer.error}", file=sys.stderr)
+    print(found.text(config.rows))
     return 0
 
 
@@ -470,6 +486,7 @@ _RUNNERS = {
     "semantics import": _bank_command("import_published"),
     "ablate": _ablate,
     "evaluate": _evaluate,
+    "predict": _predict,
     "report": _report,
     "compare": _compare,
 }

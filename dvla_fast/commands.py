@@ -130,6 +130,16 @@ the same command continues a build that was stopped: no answer is asked for twic
   dvla-fast evaluate --checkpoint SEED0.safetensors --checkpoints [SEED1.safetensors]
   dvla-fast evaluate --checkpoint TUNED.safetensors --compare runs/other-evaluation""",
     ),
+    "predict": Command(
+        "classify image files into classes learned from a few images each",
+        "PredictImages",
+        """  dvla-fast predict photos/ --checkpoint TUNED.safetensors --supports birds/
+  dvla-fast predict photos/ --checkpoint TUNED.safetensors --supports birds/ \\
+      --bank birds.json --output photos.json
+  dvla-fast predict a.jpg b.jpg --checkpoint TUNED.safetensors --supports birds/ --rows 2
+
+birds/ holds a folder for each class, with a few images of it""",
+    ),
     "report": Command(
         "write one self-contained HTML page about runs",
         "ReportRun",

@@ -13,13 +13,15 @@ from PIL import Image
 
 from dvla_fast.cli import main
 from dvla_fast.engine.checkpoint import save_checkpoint
+from dvla_fast.engine.logging import read_metrics
 from tests.data import trees
 
-COMMANDS = ["demo", "pretrain", "metatune", "evaluate", "doctor"]
+COMMANDS = ["demo", "pretrain", "metatune", "evaluate", "predict", "doctor"]
 TINY_MODEL = ["--model.width=8", "--model.num_heads=4", "--model.hidden_dim=8"]
 TINY_PRETRAIN = [
     "--device=cpu",
     "--pretrain.epochs=1",
+    "--pretrain.warmup_epochs=0",
     "--pretrain.batch_size=16",
     "--pretrain.validation_episodes=4",
     *TINY_MODEL,
@@ -90,7 +92,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
         assert main([name, "--help"]) == 0
         text = capsys.readouterr().out
         assert f"  dvla-fast {name}" in text
-        if name != "doctor":
+        if name not in ("doctor", "predict"):  # no runs
             for option in ("--config", "--seed", "--resume", "--debug", "--output"):
                 assert option in text
 
@@ -107,7 +109,13 @@ def test_folder_data_set_from_pretraining_to_evaluation(
 ) -> None:
     tuned = tmp_path / "tuned"
     assert main(metatune(photos, pretrained, f"--output={tuned}")) == 0
-    assert "next        dvla-fast evaluate" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "next        dvla-fast evaluate" in said
+    told = json.loads((tuned / "summary.json").read_text())
+    assert (
+        f"accuracy on held-out images of the base classes: {told['monitor_accuracy']:.2%} ± "
+        f"{100 * told['monitor_ci95']:.2f} % (2 5-way 1-shot episodes, 1 query a class)\n"
+    ) in said
     arguments = [
         "evaluate",
         f"--checkpoint={tuned / 'checkpoints' / 'metatune-best.safetensors'}",
@@ -419,6 +427,23 @@ def test_resuming_from_another_folder(
     capsys.readouterr()
     message = fails(["pretrain", "--resume", f"--output={tmp_path / 'run'}"], capsys, 2)
     assert f"continue it with dvla-fast metatune --resume --output {tmp_path / 'run'}" in message
+
+
+def test_going_on_for_longer(
+    photos: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(metatune(photos, pretrained, f"--output={run}")) == 0
+    assert main(["metatune", "--resume", f"--output={run}", "--metatune.epochs=2"]) == 0
+    assert json.loads((run / "summary.json").read_text())["epochs"] == 2
+    again = ["metatune", "--resume", f"--output={run}"]
+    assert main(again) == 0
+    assert [row["step"] for row in read_metrics(run)] == [1, 2]
+    capsys.readouterr()
+    assert "metatune.epochs: 2 -> 1" in fails([*again, "--metatune.epochs=1"], capsys)
+    folder = pretrained.parent.parent
+    longer = ["pretrain", "--resume", f"--output={folder}", "--pretrain.epochs=9"]
+    assert "a longer pre-training begins anew, in another --output" in fails(longer, capsys)
 
 
 def test_record_with_relative_paths_is_resumed_where_it_began(

@@ -66,6 +66,10 @@ ELSEWHERE = {
     " runs/other/checkpoints/metatune-best.safetensors --compare runs/result": (
         "tests/engine/test_evaluate.py::--compare"
     ),
+    "dvla-fast predict photos/ --checkpoint runs/tuned/checkpoints/metatune-best.safetensors"
+    " --supports birds/ --bank birds.json": (
+        "tests/engine/test_predict_images.py::test_folder_with_and_without_labels"
+    ),
     "dvla-fast metatune --model.backbone clip --model.clip_model ViT-B-16-quickgelu"
     " --model.pretrained openai --data.dataset photos/ --data.image_size 224"
     " --semantics.bank bank.json": ("tests/engine/test_starting.py::test_clip_without_pretraining"),

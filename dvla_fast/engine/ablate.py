@@ -28,7 +28,7 @@ from dvla_fast.engine.ablation_statistics import FORMULA, SINGLE, crossed_interv
 from dvla_fast.engine.ablation_variants import GROUPS, Variant, chosen_variants
 from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.config import AblateRun
-from dvla_fast.engine.logging import Progress, _to_yaml, read_config
+from dvla_fast.engine.logging import Progress, read_config, to_yaml
 from dvla_fast.engine.settings import UsageError, differences, from_mapping, to_dict
 from dvla_fast.engine.settle import absolute_paths
 from dvla_fast.engine.statistics import require_scipy
@@ -96,7 +96,7 @@ def _open(store: Store, config: AblateRun) -> None:
         with store.claim("config") as mine:
             if mine:
                 if not (path / "config.yaml").exists():
-                    write_text_atomic(path / "config.yaml", _to_yaml(kept))
+                    write_text_atomic(path / "config.yaml", to_yaml(kept))
                 break
         time.sleep(0.01)
     saved = absolute_paths(read_config(path))

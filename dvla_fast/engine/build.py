@@ -356,20 +356,6 @@ def load_backbone(model: DVLA, spec: dict[str, Any], path: str | Path) -> dict[s
     return info
 
 
-def check_finite(values: dict[str, float], stage: str, where: str) -> None:
-    """Stop on NaN or infinity before anything is saved.
-
-    Raises:
-        TrainingError: naming the figures and the place.
-    """
-    bad = [name for name, value in values.items() if not np.isfinite(value)]
-    if bad:
-        raise TrainingError(
-            f"{stage}, {where}: {', '.join(bad)} became NaN or infinite; nothing was saved after "
-            "the last good checkpoint: check the images, lower the learning rate, and start again"
-        )
-
-
 def check_weights(module: nn.Module, what: str) -> None:
     """Stop on broken weights before they meet an operation that cannot say where they come from.
 

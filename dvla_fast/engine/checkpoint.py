@@ -57,7 +57,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise TrainingError(
                 f"{path}: not written, because {name!r} holds NaN or infinity; the last good "
-                "checkpoint is kept: lower the learning rate and continue with --resume"
+                "checkpoint is kept"
             )
     content = {**info, "format": FORMAT, "tensors_sha256": _digest(host)}
     description = json_text(content)

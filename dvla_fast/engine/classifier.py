@@ -20,6 +20,7 @@ from dvla_fast.data.layouts import class_folders
 from dvla_fast.engine.build import build_model, encode_texts, pick_device
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import SemanticsConfig
+from dvla_fast.engine.trained_texts import check_semantics
 from dvla_fast.errors import CheckpointError, DataError
 from dvla_fast.nn import DVLA, TextTokens
 from dvla_fast.semantics import SemanticBank
@@ -94,6 +95,7 @@ class FewShotClassifier:
         self,
         supports: str | Path | Mapping[str, Sequence[Picture]],
         bank: str | Path | SemanticBank | None = None,
+        encoder: str = "",
     ) -> FewShotClassifier:
         """Learn classes, in the place of any that were known before.
 
@@ -101,14 +103,17 @@ class FewShotClassifier:
             supports: class name to a few images of it, or a folder with a folder for each class.
             bank: texts of at least these classes, encoded as in training: a bank, its JSON file or
                 its bundled name. None: no gate runs, and images alone decide.
+            encoder: the text encoder of training with the place of its weights, where these were
+                read from a file (``open_clip:MODEL/FILE``): a checkpoint knows their content only.
 
         Returns:
             The classifier itself.
 
         Raises:
             DataError: an image that cannot be read, a class without images, fewer than two classes.
-            BankError: a class without texts, or texts that another encoder wrote.
-            CheckpointError: a bank for a checkpoint without trained gates.
+            BankError: a class without texts, or an encoder that cannot be loaded.
+            CheckpointError: a bank for a checkpoint without trained gates, or texts of another
+                encoder than its gates learned to read.
         """
         given = _folders(Path(supports)) if isinstance(supports, (str, Path)) else supports
         empty = [name for name, images in given.items() if not len(images)]
@@ -118,7 +123,7 @@ class FewShotClassifier:
                 if empty
                 else f"supports: {len(given)} class(es); at least two are told apart"
             )
-        text = None if bank is None else self._texts(bank, list(given))
+        text = None if bank is None else self._texts(bank, list(given), encoder)
         images = [image for group in given.values() for image in group]
         labels = [label for label, group in enumerate(given.values()) for _ in group]
         self._support = self.model.prefix(self._read(images)).unsqueeze(0)
@@ -172,7 +177,7 @@ class FewShotClassifier:
         grey = pillow().fromarray(np.ascontiguousarray(square.transpose(1, 2, 0))).convert("L")
         return np.asarray(grey)[None]
 
-    def _texts(self, bank: str | Path | SemanticBank, names: list[str]) -> TextTokens:
+    def _texts(self, bank: str | Path | SemanticBank, names: list[str], encoder: str) -> TextTokens:
         if self.description["kind"] != "metatune":
             raise CheckpointError(
                 "bank: a pre-training checkpoint has no trained gates to read texts; meta-tune it,"
@@ -181,10 +186,11 @@ class FewShotClassifier:
         trained = self.description.get("semantics") or {}
         known = {"encoder", "dim", "top_k", "template", "parts"}
         options = {key: value for key, value in trained.items() if key in known and value}
-        config = SemanticsConfig(**options)
-        texts, _ = encode_texts(
+        config = SemanticsConfig(**options | ({"encoder": encoder} if encoder else {}))
+        texts, described = encode_texts(
             config, bank if isinstance(bank, SemanticBank) else str(bank), names, self.device
         )
+        check_semantics(described, self.description, "the checkpoint")
         return texts.episodes(torch.arange(len(names), device=self.device)[None])
 
 

@@ -201,7 +201,7 @@ class PretrainConfig:
     batch_size: int = option(128, "distinct images of a step, over all processes", 1)
     lr: float = option(2e-3, "peak learning rate (AdamW)", 0)
     weight_decay: float = option(5e-2, "weight decay", 0)
-    warmup_epochs: int = option(5, "epochs of linear warm-up", 0)
+    warmup_epochs: int = option(5, "epochs of linear warm-up, fewer than epochs", 0)
     warmup_lr: float = option(1e-6, "learning rate at the start of warm-up", 0)
     label_smoothing: float = option(0.1, "label smoothing", 0, 1)
     augment: AugmentConfig = field(

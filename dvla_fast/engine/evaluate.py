@@ -279,6 +279,23 @@ def load_model(path: str, data: FewShotData) -> tuple[DVLA | None, nn.Module, di
     return model, model.backbone, info
 
 
+class _Texts(NamedTuple):
+    """What the gates read, and what a summary says of it; all None for visual prototypes alone.
+
+    encoded: texts of the bank's classes, or written: what writes each episode's; described: as of
+    ``build_texts``; changed: as of ``text_differences``; leaks and seen, (N,) bool: as of
+    ``seen_images``; barred: the images of ``seen`` if they are kept out of the queries.
+    """
+
+    encoded: EncodedTexts | None = None
+    written: EpisodeTexts | None = None
+    described: dict[str, Any] | None = None
+    changed: dict[str, Any] | None = None
+    leaks: dict[str, Any] | None = None
+    seen: Tensor | None = None
+    barred: Tensor | None = None
+
+
 def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast evaluate`` does; returns the summary that it writes."""
     if not config.checkpoint:
@@ -287,34 +304,89 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     device = pick_device(config.device)
     data = build_data(config.data, device)
     paths = [config.checkpoint, *config.checkpoints]
-    contenders, infos = [], []
-    for path in paths:
-        model, backbone, info = load_model(path, data)
-        contenders.append(Contender(model, {VISUAL: backbone}))
-        infos.append(info)
+    loaded = [load_model(path, data) for path in paths]
+    contenders = [Contender(model, {VISUAL: backbone}) for model, backbone, _ in loaded]
+    infos = [info for _, _, info in loaded]
     _check_alike(paths, infos)
     stages = {path: training_stages(info) for path, info in zip(paths, infos)}
     classes = require_untrained(stages, data, settings.split)
     check_seen_images(config.semantics.seen_images)
-    texts, semantics, leaks, seen, barred, written = None, None, None, None, None, None
-    changed: dict[str, Any] = {}
+    texts = _Texts()
     if contenders[0].model is not None:
-        if settings.construct:
-            written = EpisodeTexts(settings.construct, data.split(settings.split))
-            semantics, leaks = written.described(), written.leaks()
-            seen = torch.zeros(len(written.images), dtype=torch.bool)
-        else:
-            texts, semantics = build_texts(config.semantics, data, device, settings.split)
-            bank = build_bank(config.semantics.bank)
-            seen, leaks = seen_images(bank, data, settings.split)
-            barred = seen if config.semantics.seen_images == "exclude" else None
-        for path, info in zip(paths, infos):
-            check_semantics(semantics, info, path)
-        compared = ("parts",) if written is not None else COMPARED
-        changed = text_differences(semantics, dict(zip(paths, infos)), data.name, compared)
-    images = data.split(settings.split)
+        texts = _find_texts(config, data, dict(zip(paths, infos)))
+    samplers = _samplers(config, data, texts.barred)  # fail before the folder is made
+    data = trained_normalisation(data, infos[0])
+    facts = {
+        "checkpoint": config.checkpoint,
+        "checkpoints": paths,
+        "trained_on": infos[0].get("dataset"),
+        "cross_domain": infos[0].get("dataset", data.name) != data.name,
+        "monitor": data.monitor_kind,
+        "semantics": texts.described,
+        "text_differences": texts.changed or {},
+        "device": str(device),
+    }
+    folder = RunFolder(config.output, to_dict(config), resume=config.resume)
+    seed_everything(config.seed)
+    folder.trim("evaluate", -1)  # an evaluation is short: it begins anew
+    if texts.written is not None:
+        texts.written.open(folder.path)
+    evaluation = Evaluation(
+        contenders, data, texts.encoded, settings, config.seed, texts.barred, texts.written
+    )
+    results = []
+    with Progress({"evaluate": 1.0}, enabled=not quiet) as progress:
+        progress.begin("evaluate", settings.episodes * len(settings.shots) * len(contenders))
+        for shot, sampler in zip(settings.shots, samplers):
+            result, record = evaluation.shot(shot, progress)
+            leaks = {"classes": classes, **_leaks(config, texts, sampler, progress)}
+            results.append({**result, **facts, "leaks": leaks, **_versions()})
+            keep_record(folder, results[-1], record, evaluation.images.class_names)
+            progress.note(
+                f"{shot}-shot {result['accuracy']:.2%} ± {points(result['ci95'])} % "
+                f"({result['method']})"
+            )
+    # The fields of the first shot stand at the top; all of them are in "results".
+    summary = {"command": "evaluate", **results[0], "results": results}
+    folder.write_summary(summary)
+    if texts.written is not None:
+        texts.written.close()
+    if config.compare:
+        summary["compared"] = compare_runs(folder.path, config.compare)
+        folder.write_summary(summary)
+    folder.close()
+    return summary
+
+
+def _find_texts(
+    config: EvaluateRun, data: FewShotData, infos: Mapping[str, Mapping[str, Any]]
+) -> _Texts:
+    """Encode the texts that the gates of checkpoints (path -> description) read."""
+    split, device = config.evaluate.split, data.base.device
+    if config.evaluate.construct:
+        run = config.output if config.resume else ""
+        written = EpisodeTexts(config.evaluate.construct, data.split(split), run)
+        seen = torch.zeros(len(written.images), dtype=torch.bool)
+        described = written.described()
+        found = _Texts(written=written, described=described, leaks=written.leaks(), seen=seen)
+    else:
+        encoded, described = build_texts(config.semantics, data, device, split)
+        seen, leaks = seen_images(build_bank(config.semantics.bank), data, split)
+        barred = seen if config.semantics.seen_images == "exclude" else None
+        found = _Texts(encoded, described=described, leaks=leaks, seen=seen, barred=barred)
+    for path, info in infos.items():
+        check_semantics(described, info, path)
+    compared = COMPARED if found.written is None else ("parts",)
+    return found._replace(changed=text_differences(described, infos, data.name, compared))
+
+
+def _samplers(
+    config: EvaluateRun, data: FewShotData, barred: Tensor | None
+) -> list[EpisodeSampler]:
+    """The episodes of each shot, which are those of the run to compare with."""
     require_scipy()
-    samplers = [  # fail before the folder is made
+    settings, images = config.evaluate, data.split(config.evaluate.split)
+    samplers = [
         build_sampler(
             settings.episode_list, images, settings.way, shot, settings.query, config.seed, barred
         )
@@ -323,58 +395,23 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     if config.compare:
         described = [identity(data, settings, sampler) for sampler in samplers]
         check_comparable(described, config.compare, "this evaluation")
-    data = trained_normalisation(data, infos[0])
-    facts = {
-        "checkpoint": config.checkpoint,
-        "checkpoints": paths,
-        "trained_on": infos[0].get("dataset"),
-        "cross_domain": infos[0].get("dataset", data.name) != data.name,
-        "monitor": data.monitor_kind,
-        "semantics": semantics,
-        "text_differences": changed,
-        "device": str(device),
-    }
-    folder = RunFolder(config.output, to_dict(config), resume=config.resume)
-    seed_everything(config.seed)
-    folder.trim("evaluate", -1)  # an evaluation is short: it begins anew
-    results = []
-    if written is not None:
-        written.open(folder.path)
-    evaluation = Evaluation(contenders, data, texts, settings, config.seed, barred, written)
-    with Progress({"evaluate": 1.0}, enabled=not quiet) as progress:
-        progress.begin("evaluate", settings.episodes * len(settings.shots) * len(contenders))
-        for shot, sampler in zip(settings.shots, samplers):
-            result, record = evaluation.shot(shot, progress)
-            results.append({**result, **facts, "leaks": {"classes": classes}, **_versions()})
-            if seen is not None and leaks is not None:
-                queries = sampler.batch(0, settings.episodes).query
-                results[-1]["leaks"] |= leak_summary(
-                    leaks, config.semantics.seen_images, seen, queries
-                )
-                _tell_leaks(results[-1]["leaks"], progress)
-            keep_record(folder, results[-1], record, images.class_names)
-            progress.note(
-                f"{shot}-shot {result['accuracy']:.2%} ± {points(result['ci95'])} % "
-                f"({result['method']})"
-            )
-    # The fields of the first shot stand at the top; all of them are in "results".
-    summary = {"command": "evaluate", **results[0], "results": results}
-    folder.write_summary(summary)
-    if written is not None:
-        written.close()
-    if config.compare:
-        summary["compared"] = compare_runs(folder.path, config.compare)
-        folder.write_summary(summary)
-    folder.close()
-    return summary
+    return samplers
 
 
-def _tell_leaks(leaks: Mapping[str, Any], progress: Progress) -> None:
+def _leaks(
+    config: EvaluateRun, texts: _Texts, sampler: EpisodeSampler, progress: Progress
+) -> dict[str, Any]:
+    """What a summary says of queries that the texts were written from, told if there are any."""
+    if texts.seen is None or texts.leaks is None:
+        return {}
+    queries = sampler.batch(0, config.evaluate.episodes).query
+    leaks = leak_summary(texts.leaks, config.semantics.seen_images, texts.seen, queries)
     if leaks["verdict"] == "leak":
         progress.note(
             f"leak: {leaks['seen_queries']} of {leaks['queries']} queries are images that the "
             "texts were written from"
         )
+    return leaks
 
 
 def _check_alike(paths: Sequence[str], infos: Sequence[Mapping[str, Any]]) -> None:

@@ -19,8 +19,12 @@ from torch import Tensor
 from dvla_fast.data import EpisodeBatch, ImageSet
 from dvla_fast.engine.bank_build import build_language_model
 from dvla_fast.engine.build import pick_device
-from dvla_fast.engine.settings import read_settings, to_dict
+from dvla_fast.engine.logging import to_yaml
+from dvla_fast.engine.settings import from_mapping, read_settings, to_dict
+from dvla_fast.engine.settle import absolute_paths
 from dvla_fast.engine.tool_config import SemanticsBuild
+from dvla_fast.errors import OutputError
+from dvla_fast.files import write_text_atomic
 from dvla_fast.nn import TextTokens
 from dvla_fast.semantics import EncodedTexts, build_encoder
 from dvla_fast.semantics.construct import EpisodeSemantics, Settings
@@ -28,6 +32,9 @@ from dvla_fast.semantics.sources import episode_images
 from dvla_fast.semantics.stages import Prompts
 
 BANK = "written for each episode"
+_KEPT = "construct.yaml"  # of a run folder: its settings, with paths from the root
+# Of the settings: those that may hold a path.
+_PATHS = ("answers", "model", "candidates_prompt", "description_prompt", "encoder")
 
 
 class EpisodeTexts:
@@ -36,16 +43,20 @@ class EpisodeTexts:
     Args:
         path: YAML file with the ``language_model`` and ``construct`` settings of ``dvla-fast
             semantics build``; ``construct.images`` is how many supports of a class are shown (0:
-            its name alone).
+            its name alone). Its relative paths count from the working folder, as those of
+            ``--config`` do.
         images: the split that the episodes are drawn from.
+        run: folder of the run to continue, whose own settings are read in the place of the file;
+            empty for a new one.
 
     Raises:
         UsageError: settings that cannot mean anything.
+        OutputError: the file no longer says what the run began with.
         LanguageModelError, MissingDependencyError, BankError: as the model, encoder and prompts.
     """
 
-    def __init__(self, path: str, images: ImageSet) -> None:
-        self.config = read_settings(path, SemanticsBuild, SemanticsBuild())
+    def __init__(self, path: str, images: ImageSet, run: str = "") -> None:
+        self.config = _settings(path, run)
         self.images = images
         construct = self.config.construct
         self._model = build_language_model(self.config.language_model)
@@ -57,8 +68,10 @@ class EpisodeTexts:
         self._semantics: EpisodeSemantics | None = None
 
     def open(self, folder: Path) -> None:
-        """Keep the answers in a run folder."""
+        """Keep the settings and the answers in a run folder."""
         construct = self.config.construct
+        kept = {key: to_dict(self.config)[key] for key in ("language_model", "construct")}
+        write_text_atomic(folder / _KEPT, to_yaml(kept))
         self._semantics = EpisodeSemantics(
             self._model,
             self._encoder,
@@ -82,12 +95,9 @@ class EpisodeTexts:
     def described(self) -> dict[str, Any]:
         """What a summary says of the texts, in the words of ``build_texts``."""
         construct = self.config.construct
-        settings = to_dict(self.config)
-        wanted = {key: settings[key] for key in ("language_model", "construct")}
-        digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
         return {
             "bank": BANK,
-            "bank_sha256": digest,
+            "bank_sha256": _digest(self.config),
             "bank_kind": self.kind,
             "encoder": self._encoder.name,
             "dim": self._encoder.dim,
@@ -117,6 +127,37 @@ class EpisodeTexts:
             return [()] * way
         shown = episode_images(self.images, support, way, construct.max_side)
         return [images[: construct.images] for images in shown]
+
+
+def _settings(path: str, run: str) -> SemanticsBuild:
+    """Read the settings of a file, or those that the run in a folder keeps."""
+    kept = Path(run, _KEPT)
+    continued = bool(run) and kept.is_file()
+    found = _read(str(kept) if continued else path)
+    if continued and Path(path).is_file() and _digest(_read(path)) != _digest(found):
+        raise OutputError(
+            f"{run}: cannot resume, for {path} has changed since the run began; restore it (the "
+            f"settings of then are in {kept}), or start a new run"
+        )
+    return found
+
+
+def _read(path: str) -> SemanticsBuild:
+    config = read_settings(path, SemanticsBuild, SemanticsBuild(), "--evaluate.construct")
+    return from_mapping(SemanticsBuild, absolute_paths(to_dict(config)), path)
+
+
+def _digest(config: SemanticsBuild) -> str:
+    """A hash of the settings, whatever folder their files lie in."""
+    settings = to_dict(config)
+    wanted = {
+        section: {
+            key: value.rpartition("/")[2] if key in _PATHS else value
+            for key, value in settings[section].items()
+        }
+        for section in ("language_model", "construct")
+    }
+    return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
 
 
 def _together(parts: Sequence[EncodedTexts], device: torch.device) -> TextTokens:

@@ -25,6 +25,11 @@ from dvla_fast.files import json_text, write_atomic, write_text_atomic
 
 # What may differ between a run and its continuation.
 _FREE_KEYS = ("output", "resume")
+# Why a setting cannot, where one might think that it could.
+_REMARKS = {
+    "pretrain.epochs": "the learning rate falls to zero over the epochs that a run began with, so "
+    "a longer pre-training begins anew, in another --output without --resume: "
+}
 
 
 class RunFolder:
@@ -37,6 +42,8 @@ class RunFolder:
         writes: False in all but one of several processes: such a folder is read, never written.
         wandb: Weights & Biases project that gets the figures too.
         free: settings that may change on resuming: they are not kept.
+        grows: numbers that may be larger on resuming, e.g. ``metatune.epochs``: the larger one is
+            kept.
 
     Raises:
         OutputError: not writable, not empty, nothing to resume, or settings that differ from
@@ -52,6 +59,7 @@ class RunFolder:
         writes: bool = True,
         wandb: str = "",
         free: Sequence[str] = (),
+        grows: Sequence[str] = (),
     ) -> None:
         self.path = Path(path)
         self.resume = resume
@@ -65,7 +73,7 @@ class RunFolder:
         self._free = (*_FREE_KEYS, *free)
         kept = {key: value for key, value in config.items() if key not in self._free}
         if resume:
-            self._check_resumable(kept)
+            self._check_resumable(kept, grows)
         else:
             self._check_new()
         try:
@@ -73,8 +81,8 @@ class RunFolder:
         except OSError as error:
             raise OutputError(_unwritable(self.path, error)) from error
         self._probe()
-        if not resume:
-            write_text_atomic(self.path / "config.yaml", _to_yaml(kept))
+        if not resume or grows:
+            write_text_atomic(self.path / "config.yaml", to_yaml(kept))
         if wandb:
             self._wandb = _start_wandb(wandb, self.path, kept)
 
@@ -94,15 +102,21 @@ class RunFolder:
             )
         raise OutputError(f"{self.path}: not empty; give --output a new or empty folder")
 
-    def _check_resumable(self, config: dict[str, Any]) -> None:
+    def _check_resumable(self, config: dict[str, Any], grows: Sequence[str]) -> None:
         saved = read_config(self.path)
         for key in self._free:
             saved.pop(key, None)
-        changed = differences(absolute_paths(saved), json.loads(json.dumps(absolute_paths(config))))
+        now = json.loads(json.dumps(absolute_paths(config)))
+        for section, _, key in (name.partition(".") for name in grows):
+            if saved.get(section, {}).get(key, 0) < now[section][key]:
+                saved[section][key] = now[section][key]
+        changed = differences(absolute_paths(saved), now)
         if changed:
+            names = {change.partition(":")[0] for change in changed}
+            remarks = [text for name, text in _REMARKS.items() if name in names]
             raise OutputError(
                 f"{self.path}: cannot resume with other settings than the run began with "
-                f"({'; '.join(changed[:4])}); leave them out, or start a new run"
+                f"({'; '.join(changed[:4])}); {''.join(remarks)}leave them out, or start a new run"
             )
 
     def _probe(self) -> None:
@@ -186,6 +200,7 @@ def open_folder(
     processes: Processes,
     resume: bool = False,
     wandb: str = "",
+    grows: Sequence[str] = (),
 ) -> RunFolder:
     """Open one run folder for all processes; the main one makes it, and alone writes.
 
@@ -193,7 +208,7 @@ def open_folder(
         OutputError, MissingDependencyError: as RunFolder and ``wandb``.
     """
     path = processes.same(path)  # a default name holds the time, which differs
-    made = processes.first(lambda: RunFolder(path, config, resume=resume, wandb=wandb))
+    made = processes.first(lambda: RunFolder(path, config, resume=resume, wandb=wandb, grows=grows))
     return made or RunFolder(path, config, resume=resume, writes=False)
 
 
@@ -247,7 +262,8 @@ def read_metrics(folder: str | Path, stage: str | None = None) -> list[dict[str,
     return rows
 
 
-def _to_yaml(config: dict[str, Any]) -> str:
+def to_yaml(config: dict[str, Any]) -> str:
+    """Return settings as YAML (MissingDependencyError without PyYAML)."""
     try:
         import yaml
     except ImportError as error:

@@ -9,10 +9,7 @@ a novel class.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,6 @@ from dvla_fast.engine.build import (
     build_data,
     build_model,
     build_texts,
-    check_finite,
     model_spec,
     normalisation,
     seed_everything,
@@ -38,13 +34,19 @@ from dvla_fast.engine.build import (
 )
 from dvla_fast.engine.config import MetatuneConfig, MetatuneRun
 from dvla_fast.engine.distributed import Processes
+from dvla_fast.engine.divergence import DivergenceWatch
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
 from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.memory import free_mib
+from dvla_fast.engine.monitor import (
+    monitor_episodes,
+    monitor_sampler,
+    scored,
+    validation_facts,
+)
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor
 from dvla_fast.engine.prefixes import PrefixMaps, check_constant_prefix
-from dvla_fast.engine.pretrain import monitor_episodes, monitor_sampler
 from dvla_fast.engine.settings import to_dict
 from dvla_fast.engine.starting import begin_metatuning, continue_gates
 from dvla_fast.engine.state import TrainingState
@@ -80,6 +82,7 @@ class _Totals:
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
+        self.losses: list[Tensor] = []  # of each step, to find the one that broke
         self.alphas: list[Tensor] = []
         self.count = 0
 
@@ -87,6 +90,7 @@ class _Totals:
         for name, value in values.items():
             value = value.detach().double()
             self.values[name] = self.values[name] + value if name in self.values else value
+        self.losses.append(values["loss"])
         self.alphas.append(alphas.detach())
         self.count += 1
 
@@ -137,7 +141,8 @@ def metatune(
         Path of the checkpoint that validated best on monitor episodes.
 
     Raises:
-        TrainingError: the loss became NaN or infinite; the last good checkpoint stays.
+        TrainingError: loss, features or weights became NaN or infinite, or a step overflowed; the
+            last good checkpoint stays.
         UsageError: settings of the gates' learning that do not fit together.
 
     Warns:
@@ -150,44 +155,22 @@ def metatune(
     execution = execution or Execution()
     execution.prepare(model)
     gates = GateTraining(config, model, execution.processes)
-    groups = parameter_groups(model, config, gates.baseline)
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-    state = TrainingState(
-        folder, "metatune", spec, {"model": model, **gates.modules}, optimizer, rng
-    )
-    facts, earlier = facts or {}, [unknown_stage("before")]
-    state.facts = {
-        "dataset": data.name,
-        "normalisation": normalisation(data),
-        "seed": seed,
-        **facts,
-        "training": [*facts.get("training", earlier), training_stage("metatune", data)],
-    }
+    state = _state(config, model, spec, data, gates, folder, rng, {"seed": seed, **(facts or {})})
     if folder.resume:
         state.restore()
-    step = Step(config, model, data, texts, optimizer, gates, execution, seed, prefixes)
-    collapsed: set[int] = set()
+    step = Step(config, model, data, texts, state.optimizer, gates, execution, seed, prefixes)
+    rates = {"metatune.lr": config.lr, "metatune.backbone_lr": config.backbone_lr}
+    watch = DivergenceWatch("meta-tuning", state, rates)
+    epoch = Epoch(step, watch)
     progress.begin("meta-tune", config.epochs, state.epoch)
     numbers = monitor_episodes(data, config.way, config.shots[0], config.query)
     monitor = monitor_sampler(data, numbers, seed + 1, progress)
     while state.epoch < config.epochs:
-        _training_mode(model, config.freeze_norm)
-        gates.begin_epoch()
-        totals = _Totals()
-        for _ in range(config.steps_per_epoch):
-            with _guarded(f"epoch {state.epoch + 1}"):
-                totals.add(*step(state.step))
-            state.step += 1
-        row = totals.row(execution.processes)
-        state.epoch += 1
-        check_finite({"loss": row["loss"]}, "meta-tuning", f"epoch {state.epoch}")
-        if gates.stochastic:
-            row["collapsed"] = collapsed_layers(row["alpha_mean"], row["entropy"], gates.discrete)
-            _warn_of_collapse(row, model, collapsed)
+        row = epoch(state)
         score = None
         if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
-            with execution.eager(), _guarded(f"validation of epoch {state.epoch}"):
-                score, alphas = _validate(
+            with execution.eager(), watch.after("validation"):
+                accuracies, alphas = _validate(
                     model,
                     data,
                     texts,
@@ -196,12 +179,40 @@ def metatune(
                     execution.processes.count,
                     prefixes,
                 )
-            row.update(monitor_accuracy=score, monitor_alpha=alphas)
+            score, half = scored(accuracies)
+            row.update(monitor_accuracy=score, monitor_ci95=half, monitor_alpha=alphas)
         folder.log("metatune", state.epoch, **row)
-        state.save(score)
+        with watch.after("saving"):
+            state.save(score)
         progress.advance()
         progress.note(_describe(row, state.epoch, config.epochs, numbers))
     return state.best_path
+
+
+def _state(
+    config: MetatuneConfig,
+    model: DVLA,
+    spec: dict[str, Any],
+    data: FewShotData,
+    gates: GateTraining,
+    folder: RunFolder,
+    rng: np.random.Generator,
+    facts: dict[str, Any],
+) -> TrainingState:
+    """Begin the state of the stage, with its optimiser and what its checkpoints say of it."""
+    groups = parameter_groups(model, config, gates.baseline)
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    state = TrainingState(
+        folder, "metatune", spec, {"model": model, **gates.modules}, optimizer, rng
+    )
+    earlier = facts.get("training", [unknown_stage("before")])
+    state.facts = {
+        "dataset": data.name,
+        "normalisation": normalisation(data),
+        **facts,
+        "training": [*earlier, training_stage("metatune", data)],
+    }
+    return state
 
 
 def _training_mode(model: DVLA, freeze_norm: bool) -> None:
@@ -231,18 +242,6 @@ def _warn_of_collapse(row: dict[str, Any], model: DVLA, warned: set[int]) -> Non
             stacklevel=3,
         )
         warned.add(layer)
-
-
-@contextmanager
-def _guarded(where: str) -> Iterator[None]:
-    """Turn the policy's own complaint about NaN into the run's."""
-    try:
-        yield
-    except ValueError as error:
-        if "NaN" not in str(error):
-            raise
-        check_finite({"features": math.nan}, "meta-tuning", where)
-        raise
 
 
 class Step:
@@ -346,6 +345,44 @@ class Step:
         return rollout, loss if extra is None else loss + extra, figures
 
 
+class Epoch:
+    """The steps of an epoch, and what they were like.
+
+    Args:
+        step: takes one of them.
+        watch: of the stage.
+    """
+
+    def __init__(self, step: Step, watch: DivergenceWatch) -> None:
+        self.step, self.watch = step, watch
+        self._collapsed: set[int] = set()  # layers that were warned of
+
+    def __call__(self, state: TrainingState) -> dict[str, Any]:
+        """Train; returns the epoch's figures and counts it in ``state``.
+
+        Raises:
+            TrainingError: training diverged.
+
+        Warns:
+            RuntimeWarning: a gate's policy has collapsed; once a layer.
+        """
+        model, gates = self.step.model, self.step.gates
+        _training_mode(model, self.step.config.freeze_norm)
+        gates.begin_epoch()
+        totals = _Totals()
+        for _ in range(self.step.config.steps_per_epoch):
+            with self.watch.training():
+                totals.add(*self.step(state.step))
+            state.step += 1
+        row = totals.row(self.step.execution.processes)
+        self.watch.check({"loss": row["loss"]}, totals.losses)
+        state.epoch += 1
+        if gates.stochastic:
+            row["collapsed"] = collapsed_layers(row["alpha_mean"], row["entropy"], gates.discrete)
+            _warn_of_collapse(row, model, self._collapsed)
+        return row
+
+
 def _validate(
     model: DVLA,
     data: FewShotData,
@@ -354,8 +391,9 @@ def _validate(
     episodes: int,
     processes: int = 1,
     prefixes: PrefixMaps | None = None,
-) -> tuple[float, list[float]]:
-    """Return the accuracy and the mean alpha by layer of the policy's mean on monitor episodes.
+) -> tuple[Tensor, list[float]]:
+    """Return the accuracies (n,) of monitor episodes and the mean alpha by layer of the policy's
+    mean on them.
 
     Training's own memory stays where it is: the feature maps kept here take at most a quarter of
     what is free beside it, over all processes.
@@ -365,7 +403,7 @@ def _validate(
     predictor = EpisodePredictor(model, data, texts, "monitor", cache_mib=most, maps=maps)
     found = predictor.predict(sampler, episodes)[LEARNED]
     assert found.alphas is not None
-    return found.accuracies.mean().item(), found.alphas.mean(0).tolist()
+    return found.accuracies, found.alphas.mean(0).tolist()
 
 
 def _describe(row: dict[str, Any], epoch: int, epochs: int, numbers: dict[str, Any]) -> str:
@@ -381,9 +419,8 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast metatune`` does; returns the summary that it writes."""
     processes = Processes(config.device)
     execution = Execution(config.execution, processes)
-    device = processes.device
-    data = build_data(config.data, device, training=True)
-    texts, semantics = build_texts(config.semantics, data, device)
+    data = build_data(config.data, processes.device, training=True)
+    texts, semantics = build_texts(config.semantics, data, processes.device)
     spec = model_spec(
         config.model,
         backbone_spec(config.model, data.channels, data.image_size),
@@ -393,57 +430,67 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     model = build_model(spec)
     data, start = begin_metatuning(model, spec["backbone"], data, config.model, config.checkpoint)
     gates = continue_gates(model, spec, semantics, config.checkpoint)
-    model.to(device)
+    model.to(processes.device)
     started = config.checkpoint or config.model.pretrained
     # Before any training: a checkpoint is selected by the one and evaluated on the other.
     classes = {
         split: require_untrained({started: start.stages}, data, split)
         for split in ("monitor", "novel")
     }
-    tuning = config.metatune
-    for shot in tuning.shots:  # fail before the folder is made
-        EpisodeSampler(data.base, tuning.way, shot, tuning.query, 0)
-    GateTraining(tuning, model, processes)  # likewise
-    Augmentation(tuning.augment, data)
-    processes.share(tuning.episodes_per_step, "metatune.episodes_per_step")
-    folder = open_folder(config.output, to_dict(config), processes, config.resume, config.wandb)
-    facts = {
-        "semantics": semantics,
-        "started_from": started,
-        "start": start.facts,
-        "gates": gates,
-        "training": start.stages,
-    }
+    _check_recipe(config.metatune, model, data, processes)
+    # The rates are constant: a run that goes on for longer is the one that was longer at once.
+    folder = open_folder(
+        config.output, to_dict(config), processes, config.resume, config.wandb, ("metatune.epochs",)
+    )
+    facts = {"semantics": semantics, "started_from": started, "gates": gates}
+    noted = {**facts, "start": start.facts, "training": start.stages}
     with Progress({"meta-tune": 1.0}, enabled=not quiet and processes.main) as progress:
         if gates == "continued":
             progress.note(f"the gates of {config.checkpoint} learn on")
         best = metatune(
-            tuning, model, spec, data, texts, folder, rng, config.seed, progress, facts, execution
-        )
+            config.metatune, model, spec, data, texts, folder, rng, config.seed, progress, noted,
+            execution,
+        )  # fmt: skip
     processes.wait()
-    rows = folder.rows("metatune")
     summary = {
-        "command": "metatune",
-        "dataset": data.name,
-        "seed": config.seed,
-        "epochs": config.metatune.epochs,
-        "loss": rows[-1]["loss"],
-        "monitor": data.monitor_kind,
-        "monitor_episodes": monitor_episodes(data, tuning.way, tuning.shots[0], tuning.query),
-        "monitor_accuracy": max(
-            row["monitor_accuracy"] for row in rows if "monitor_accuracy" in row
-        ),
+        **_summary(config, data, folder, processes),
+        **facts,
         "checkpoint": str(best),
-        "started_from": started,
-        "gates": gates,
         "gated_layers": [list(layer) for layer in model.gated_layers],
-        "semantics": semantics,
         "leaks": {"classes": classes},
-        "device": str(device),
-        "processes": processes.count,
-        "precision": config.execution.precision,
-        "torch": torch.__version__,
     }
     folder.write_summary(summary)
     folder.close()
     return summary
+
+
+def _check_recipe(
+    config: MetatuneConfig, model: DVLA, data: FewShotData, processes: Processes
+) -> None:
+    """Find settings that cannot train before a folder is made (DataError, UsageError)."""
+    for shot in config.shots:
+        EpisodeSampler(data.base, config.way, shot, config.query, 0)
+    GateTraining(config, model, processes)
+    Augmentation(config.augment, data)
+    processes.share(config.episodes_per_step, "metatune.episodes_per_step")
+
+
+def _summary(
+    config: MetatuneRun, data: FewShotData, folder: RunFolder, processes: Processes
+) -> dict[str, Any]:
+    """What the run was, and how its validations went."""
+    tuning, rows = config.metatune, folder.rows("metatune")
+    numbers = monitor_episodes(data, tuning.way, tuning.shots[0], tuning.query)
+    return {
+        "command": "metatune",
+        "dataset": data.name,
+        "seed": config.seed,
+        "epochs": tuning.epochs,
+        "loss": rows[-1]["loss"],
+        "monitor": data.monitor_kind,
+        **validation_facts(rows, "monitor_accuracy", numbers, tuning.validation_episodes),
+        "device": str(processes.device),
+        "processes": processes.count,
+        "precision": config.execution.precision,
+        "torch": torch.__version__,
+    }

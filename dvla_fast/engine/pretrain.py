@@ -9,7 +9,6 @@ of the base classes), never the novel classes.
 from __future__ import annotations
 
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,21 @@ from dvla_fast.engine.build import (
     backbone_spec,
     build_data,
     build_pretrain_model,
-    check_finite,
     normalisation,
     seed_everything,
     without_test_split,
 )
 from dvla_fast.engine.config import PretrainConfig, PretrainRun
 from dvla_fast.engine.distributed import Processes
+from dvla_fast.engine.divergence import DivergenceWatch
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.logging import Progress, RunFolder, open_folder
+from dvla_fast.engine.monitor import (
+    monitor_episodes,
+    monitor_sampler,
+    scored,
+    validation_facts,
+)
 from dvla_fast.engine.predict import image_features, predict_visual
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.starting import load_published, normalise_for
@@ -56,50 +61,6 @@ def learning_rate(config: PretrainConfig, step: int, steps_per_epoch: int) -> fl
 
 # What pre-training validates on: way, shot, query.
 _VALIDATION = (5, 1, 15)
-
-
-def monitor_episodes(data: FewShotData, way: int, shot: int, query: int) -> dict[str, Any]:
-    """Return the numbers of validation episodes, lowered to what the monitor images allow.
-
-    Returns:
-        ``way``, ``shot`` and ``query``, and ``asked``: the same as asked for, where one was
-        lowered.
-    """
-    counts = torch.bincount(data.monitor.labels)
-    asked = {"way": way, "shot": shot, "query": query}
-    real = {
-        "way": min(way, len(data.monitor.class_names)),
-        "shot": shot,
-        "query": max(1, min(query, int(counts.min()) - shot)),
-    }
-    return real if real == asked else {**real, "asked": asked}
-
-
-def monitor_sampler(
-    data: FewShotData, numbers: dict[str, Any], seed: int, progress: Progress
-) -> EpisodeSampler:
-    """Return a sampler over the monitor images, and say what it draws.
-
-    Args:
-        numbers: from ``monitor_episodes``.
-
-    Warns:
-        UserWarning: way or query were lowered.
-    """
-    way, shot, query = numbers["way"], numbers["shot"], numbers["query"]
-    what = f"{way}-way {shot}-shot episodes, {query} {'query' if query == 1 else 'queries'} a class"
-    if "asked" in numbers:
-        asked = numbers["asked"]
-        alone = "; with one class every answer is right: they select nothing" if way == 1 else ""
-        warnings.warn(
-            f"{data.monitor.name}: too few classes or images to validate on {asked['way']}-way "
-            f"{asked['shot']}-shot episodes with {asked['query']} queries a class; checkpoints are "
-            f"selected by {what}{alone}",
-            UserWarning,
-            stacklevel=3,
-        )
-    progress.note(f"checkpoints are selected on {data.monitor_kind}: {what}")
-    return EpisodeSampler(data.monitor, way, shot, query, seed)
 
 
 def turn_classes(
@@ -154,7 +115,8 @@ def pretrain(
         Path of the checkpoint that validated best.
 
     Raises:
-        TrainingError: the loss became NaN or infinite; the last good checkpoint stays.
+        TrainingError: loss, features or weights became NaN or infinite, or a step overflowed; the
+            last good checkpoint stays.
         UsageError: settings that do not fit together.
     """
     data = without_test_split(data)
@@ -180,22 +142,26 @@ def pretrain(
     if pretrained and not restored:  # a run stopped before its first checkpoint starts again
         load_published(model["backbone"], pretrained)
     epoch = Epoch(config, model, data, optimizer, execution, outputs)
+    watch = DivergenceWatch("pre-training", state, {"pretrain.lr": config.lr})
     progress.begin("pre-train", config.epochs, state.epoch)
     numbers = monitor_episodes(data, *_VALIDATION)
     sampler = monitor_sampler(data, numbers, seed, progress)
     while state.epoch < config.epochs:
-        row = epoch(state)
+        with watch.training():
+            row: dict[str, Any] = epoch(state)
+        watch.check(row, epoch.losses)
         state.epoch += 1
-        check_finite(row, "pre-training", f"epoch {state.epoch}")
         score = None
         if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
-            with execution.eager():
-                score, held_out = _validate(model, data, sampler, config.validation_episodes)
+            with execution.eager(), watch.after("validation"):
+                accuracies, held_out = _validate(model, data, sampler, config.validation_episodes)
+            score, row["monitor_ci95"] = scored(accuracies)
             row["monitor_episode_accuracy"] = score
             if held_out is not None:
                 row["monitor_accuracy"] = held_out
         folder.log("pretrain", state.epoch, **row)
-        state.save(score)
+        with watch.after("saving"):
+            state.save(score)
         progress.advance()
         progress.note(_describe(row, state.epoch, config.epochs, numbers))
     return state.best_path
@@ -220,7 +186,11 @@ def check_recipe(config: PretrainConfig, data: FewShotData, processes: Processes
 
 
 class Epoch:
-    """One pass over the base images."""
+    """One pass over the base images.
+
+    Attributes:
+        losses: of the last pass, one for each step, on the device.
+    """
 
     def __init__(
         self,
@@ -236,6 +206,7 @@ class Epoch:
         self.augmentation = Augmentation(config.augment, data)
         self.mixer = build_mixer(config, outputs)
         self.parameters = list(model.parameters())
+        self.losses: list[Tensor] = []
 
     def __call__(self, state: TrainingState) -> dict[str, float]:
         """Train; returns the epoch's mean loss and accuracy, and its last learning rate."""
@@ -245,6 +216,7 @@ class Epoch:
         smallest = 2 * processes.count  # BatchNorm needs two images
         batches = [x for x in order.split(config.batch_size) if len(x) >= smallest]
         totals = torch.zeros(2, device=base.device)
+        self.losses = []
         for index in batches:
             rate = learning_rate(config, state.step, len(batches))
             for group in self.optimizer.param_groups:
@@ -261,7 +233,8 @@ class Epoch:
             self.execution.update(loss, self.optimizer, [(self.parameters, config.clip_norm)])
             state.step += 1
             correct = (logits.detach().argmax(1) == hard).float().mean()
-            totals += torch.stack([loss.detach().float(), correct])
+            self.losses.append(loss.detach().float())
+            totals += torch.stack([self.losses[-1], correct])
         # The one synchronisation of the epoch.
         loss_mean, accuracy = (processes.mean(totals) / len(batches)).tolist()
         return {"loss": loss_mean, "accuracy": accuracy, "lr": rate}
@@ -284,19 +257,19 @@ class Epoch:
 
 def _validate(
     model: nn.ModuleDict, data: FewShotData, sampler: EpisodeSampler, episodes: int
-) -> tuple[float, float | None]:
-    """Return the episode accuracy on monitor images, and their plain accuracy.
+) -> tuple[Tensor, float | None]:
+    """Return the accuracies (n,) of episodes of monitor images, and the plain accuracy on these.
 
     The plain one is None for validation classes, which the classifier does not know.
     """
     features = image_features(model["backbone"], data, data.monitor)
-    score = predict_visual(features, sampler, episodes).accuracies.mean().item()
+    accuracies = predict_visual(features, sampler, episodes).accuracies
     if data.monitor.class_names != data.base.class_names:
-        return score, None
+        return accuracies, None
     with torch.inference_mode():
         logits = model["head"](features)[:, : len(data.base.class_names)]  # upright classes
         correct = (logits.argmax(1) == data.monitor.labels).float().mean()
-    return score, correct.item()
+    return accuracies, correct.item()
 
 
 def _describe(row: dict[str, float], epoch: int, epochs: int, numbers: dict[str, Any]) -> str:
@@ -328,7 +301,6 @@ def run_pretrain(config: PretrainRun, *, quiet: bool = False) -> dict[str, Any]:
         )  # fmt: skip
     processes.wait()
     rows = folder.rows("pretrain")
-    validated = [row for row in rows if "monitor_episode_accuracy" in row]
     summary = {
         "command": "pretrain",
         "dataset": data.name,
@@ -336,8 +308,12 @@ def run_pretrain(config: PretrainRun, *, quiet: bool = False) -> dict[str, Any]:
         "epochs": config.pretrain.epochs,
         "loss": rows[-1]["loss"],
         "monitor": data.monitor_kind,
-        "monitor_episodes": monitor_episodes(data, *_VALIDATION),
-        "monitor_episode_accuracy": max(row["monitor_episode_accuracy"] for row in validated),
+        **validation_facts(
+            rows,
+            "monitor_episode_accuracy",
+            monitor_episodes(data, *_VALIDATION),
+            config.pretrain.validation_episodes,
+        ),
         "checkpoint": str(best),
         "device": str(processes.device),
         "processes": processes.count,

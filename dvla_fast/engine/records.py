@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dvla_fast.engine.logging import RunFolder
 from dvla_fast.engine.statistics import (
+    CHECKPOINT_INTERVAL,
     PAIRED_INTERVAL,
     class_accuracies,
     confusion,
@@ -189,6 +190,28 @@ def comparison_table(compared: dict[str, Any]) -> str:
             f"  ({row['methods'][0]}, {row['methods'][1]})"
         )
     return "\n".join([*lines, compared["interval"]])
+
+
+def checkpoints_table(results: Sequence[dict[str, Any]]) -> str:
+    """Lay out what several checkpoints say about training again, in percent; "" for a single one.
+
+    Args:
+        results: of one evaluation, with ``over_checkpoints`` where it had several.
+    """
+    results = [result for result in results if result.get("over_checkpoints")]
+    if not results:
+        return ""
+    rows = []
+    for result in results:
+        for name, found in result["over_checkpoints"].items():
+            values = ", ".join(f"{100 * value:.2f}" for value in found["accuracies"])
+            rows.append(
+                f"  {result['shot']}-shot  {100 * found['accuracy']:.2f} ± {points(found['ci95'])}"
+                f"  s = {points(found['std'])}  {name}: {values}"
+            )
+    count = len(next(iter(results[0]["over_checkpoints"].values()))["accuracies"])
+    head = f"over the {count} checkpoints, which speaks of training again (percent)"
+    return "\n".join([head, *rows, CHECKPOINT_INTERVAL])
 
 
 def keep_record(

@@ -62,8 +62,11 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def read_settings(path: str, cls: type[T], default: T) -> T:
+def read_settings(path: str, cls: type[T], default: T, option: str = "--config") -> T:
     """Read a YAML file of settings over ``default``.
+
+    Args:
+        option: what named the file, for messages.
 
     Raises:
         UsageError: unreadable, not YAML, or settings that ``from_mapping`` refuses.
@@ -75,10 +78,10 @@ def read_settings(path: str, cls: type[T], default: T) -> T:
             content = yaml.safe_load(stream)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UsageError(f"--config {path}: cannot read these settings ({reason})") from error
+        raise UsageError(f"{option} {path}: cannot read these settings ({reason})") from error
     content = {} if content is None else content
     if not isinstance(content, Mapping):
-        raise UsageError(f"--config {path}: expected settings as 'name: value', got {content!r}")
+        raise UsageError(f"{option} {path}: expected settings as 'name: value', got {content!r}")
     known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
     others: Mapping[str, Any] = getattr(cls, "passes_over", {})
     mine = {}

@@ -22,7 +22,9 @@ T = TypeVar("T")
 MADE_SIZES = {"digits": 16, "shapes": 32}  # the package's own data sets
 _PLACES = (
     "checkpoint", "checkpoints", "compare", "data.dataset", "data.splits", "semantics.bank",
-    "semantics.encoder", "model.pretrained", "evaluate.construct",
+    "semantics.encoder", "model.pretrained", "evaluate.construct", "language_model.answers",
+    "language_model.model", "construct.candidates_prompt", "construct.description_prompt",
+    "construct.encoder",
 )  # fmt: skip
 
 
@@ -30,7 +32,7 @@ def settle(config: T) -> T:
     """Return a run's settings with absolute paths and the size of its images.
 
     Raises:
-        UsageError: the images' size is not given and not known.
+        UsageError: the images' size is not given and not known, or warm-up never ends.
         DataError: a cache's index is damaged.
 
     Warns:
@@ -39,7 +41,7 @@ def settle(config: T) -> T:
     settled: Any = from_mapping(type(config), absolute_paths(to_dict(config)))
     settled.data = sized(settled.data)
     if hasattr(settled, "pretrain"):
-        _remark(settled.pretrain, settled.data)
+        _check_pretraining(settled.pretrain, settled.data)
     result: T = settled
     return result
 
@@ -77,11 +79,15 @@ def absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     for place in _PLACES:
         section, _, key = place.rpartition(".")
         holder: Any = changed.get(section) if section else changed
-        value = holder.get(key) if isinstance(holder, dict) else None
+        if not isinstance(holder, dict):
+            continue
+        value = holder.get(key)
         if isinstance(value, list):
             holder[key] = [_absolute(item, names) for item in value]
-        elif isinstance(value, str) and place == "semantics.encoder":
+        elif isinstance(value, str) and key == "encoder":
             holder[key] = _absolute_encoder(value)
+        elif key == "model" and holder.get("backend") != "transformers":
+            continue  # a name that a server knows
         elif isinstance(value, str):
             holder[key] = _absolute(value, names)
     return changed
@@ -104,13 +110,25 @@ def _absolute_encoder(name: str) -> str:
     return f"{family}:{model}/{_absolute(weights, set())}" if weights else name
 
 
-def _remark(config: PretrainConfig, data: DataConfig) -> None:
-    """Warn of settings that are allowed and seldom meant."""
+def size_line(given: Any, settled: Any) -> str:
+    """Say the size that the images of a made data set got without being asked for; else "".
+
+    Args:
+        given, settled: a run's settings before and after :func:`settle`.
+    """
+    data = getattr(settled, "data", None)
+    if data is None or given.data.image_size or data.dataset not in MADE_SIZES:
+        return ""
+    return f"{data.dataset}: images of {data.image_size} pixels (--data.image_size)"
+
+
+def _check_pretraining(config: PretrainConfig, data: DataConfig) -> None:
+    """Refuse warm-up without an end, and warn of what is allowed and seldom meant."""
     if config.warmup_epochs >= config.epochs:
-        warnings.warn(
-            f"pretrain.warmup_epochs: all {config.epochs} epoch(s) are warm-up "
-            f"({config.warmup_epochs} asked for), so the rate never reaches pretrain.lr",
-            stacklevel=3,
+        raise UsageError(
+            f"pretrain.warmup_epochs: {config.warmup_epochs} of {config.epochs} epoch(s) would be "
+            "warm-up, so the rate would never reach pretrain.lr; give fewer: "
+            f"--pretrain.warmup_epochs {config.epochs // 8}"
         )
     if config.quarter_turns and data.dataset not in MADE_SIZES:
         warnings.warn(

@@ -58,6 +58,37 @@ class ReportRun:
 
 
 @dataclass
+class PredictImages:
+    """Everything `dvla-fast predict` does."""
+
+    images: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "images to classify: files, or folders with images in them or below",
+            "positional": "+",
+        },
+    )
+    checkpoint: str = option("", "checkpoint of metatune, or of pretrain without --bank (required)")
+    supports: str = option(
+        "", "folder of the classes: a folder for each, a few images in it (required)"
+    )
+    bank: str = option(
+        "",
+        "texts of these classes: path of a bank JSON file or bundled bank name; empty: images "
+        "alone decide",
+    )
+    encoder: str = option(
+        "",
+        "where the text encoder's weights lie, if training read them from a file, e.g. "
+        "open_clip:ViT-B-16/FILE; empty: as the checkpoint says",
+    )
+    output: str = option("predictions.csv", "file to write, .csv or .json")
+    rows: int = option(10, "images to list on the terminal", 0)
+    batch: int = option(32, "images of one forward pass", 1)
+    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
+
+
+@dataclass
 class CompareRun:
     """Everything `dvla-fast compare` does."""
 

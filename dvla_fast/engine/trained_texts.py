@@ -26,9 +26,8 @@ def check_semantics(semantics: Mapping[str, Any], info: Mapping[str, Any], path:
         value = semantics[key]
         if key in theirs and theirs[key] != value:
             raise CheckpointError(
-                f"{path}: its gates read texts with {key}={theirs[key]!r}, not {value!r}; set "
-                f"--semantics.{key} {theirs[key]}, or give the bank of vectors that it was trained "
-                "with"
+                f"{path}: its gates read texts with {key}={theirs[key]!r}, not {value!r}; give the "
+                "text encoder that it was trained with, or the bank of vectors"
             )
 
 

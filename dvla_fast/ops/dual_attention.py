@@ -18,6 +18,7 @@ from dvla_fast.ops import schemas
 from dvla_fast.ops.first_order import first_order
 
 _BLOCK_KEYS = 256  # kBlockKeys of csrc/attention/problem.h
+_LARGEST = torch.finfo(torch.float32).max
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -51,7 +52,7 @@ def dual_attention(
             caller's word: it is not read, which would stall a GPU.
         image_mask: (B, N) bool, True = attend. A path with no key left contributes exactly 0.
         text_mask: (T, S) bool, likewise.
-        scale: factor of the scores; default D^-1/2.
+        scale: factor of the scores, a finite float32 number; default D^-1/2.
         backend: ``"triton"``, ``"cpp"`` or ``"reference"``; default the best for the inputs.
 
     Returns:
@@ -60,12 +61,11 @@ def dual_attention(
 
     Raises:
         TypeError: a dtype is not supported or differs from the query's; a mask is not bool.
-        ValueError: shapes or devices do not fit together.
+        ValueError: shapes or devices do not fit together, or ``scale`` is NaN or infinite.
         BackendError: the backend asked for cannot run with these inputs.
     """
     _check(query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask)
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1])
+    scale = finite_scale(scale, query.shape[-1])
     gate = expand_alpha(alpha, image_key.shape[0], image_key.shape[1], query.dtype)
     tensors = (query, image_key, image_value, text_key, text_value, gate)
     chosen = backends.choose("dual_attention", candidates(query), backend)
@@ -84,6 +84,15 @@ def candidates(query: Tensor) -> tuple[tuple[str, str | None], ...]:
     cpp = "the inputs are not on the CPU" if device.type != "cpu" else _extension.problem
     triton = _extension.triton_problem(device, query.dtype, query.shape[-1])
     return (("triton", triton), ("cpp", cpp), ("reference", None))
+
+
+def finite_scale(scale: float | None, width: int) -> float:
+    """The scale asked for, or D^-1/2; ValueError unless it is finite as the kernels' float32."""
+    if scale is None:
+        return 1.0 / math.sqrt(width)
+    if not -_LARGEST <= scale <= _LARGEST:  # written so that NaN is outside
+        raise ValueError(f"scale: expected a finite float32 number, got {scale}")
+    return scale
 
 
 def expand_alpha(alpha: Tensor, batch: int, heads: int, dtype: torch.dtype) -> Tensor:

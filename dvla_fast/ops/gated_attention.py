@@ -14,8 +14,6 @@ and under ``torch.func`` it is two matrix products around
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,6 +29,7 @@ from dvla_fast.ops.dual_attention import (
     dual_attention,
     expand_alpha,
     expect_shape,
+    finite_scale,
     stored_by_token,
 )
 
@@ -67,7 +66,7 @@ def gated_attention(
         out_weight: (C, H·D), dtype of ``query``.
         image_mask: (B, N) bool, True = attend. A path with no key left contributes exactly 0.
         text_mask: (T, P) bool, True = a token: masked ones are not attended, and have H = 0.
-        scale: factor of the scores; default D^-1/2.
+        scale: factor of the scores, a finite float32 number; default D^-1/2.
         backend: ``"cpp"``, ``"triton"`` (products around the Triton attention) or ``"reference"``;
             default the best for the inputs.
 
@@ -77,7 +76,7 @@ def gated_attention(
 
     Raises:
         TypeError: a dtype is not supported or does not fit the query's; a mask is not bool.
-        ValueError: shapes or devices do not fit together.
+        ValueError: shapes or devices do not fit together, or ``scale`` is NaN or infinite.
         BackendError: the backend asked for cannot run with these inputs.
     """
     query, kv_weight, text_key, text_value, out_weight = _autocast(
@@ -87,8 +86,7 @@ def gated_attention(
         query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
         image_mask, text_mask,
     )  # fmt: skip
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1])
+    scale = finite_scale(scale, query.shape[-1])
     gate = expand_alpha(alpha, image_tokens.shape[0], query.shape[1], query.dtype)
     arguments = (
         query, image_tokens, kv_weight, text_key, text_value, gate, out_weight,

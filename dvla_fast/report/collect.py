@@ -138,7 +138,46 @@ def _read_run(path: Path, name: str) -> Run | None:
                 f"{result.get('shot')}-shot: {leaks.get('seen_queries')} of {leaks.get('queries')} "
                 "queries are images that the texts were written from: the accuracy is too high."
             )
+    if run.results:  # the same for all shots
+        run.notes += _class_notes(run.results[0]) + _text_notes(run.results[0])
     return run
+
+
+def _class_notes(result: dict[str, Any]) -> list[str]:
+    """Say where it is open whether training saw the classes that the result is about."""
+    facts = (result.get("leaks") or {}).get("classes") or {}
+    stages = [stage for stage in facts.get("stages") or [] if isinstance(stage, dict)]
+    split, notes = facts.get("split", result.get("split")), []
+    if same := [str(name) for name in facts.get("same_name") or []]:
+        others = sorted({str(stage["dataset"]) for stage in stages if stage.get("classes")})
+        notes.append(
+            f"{len(same)} class(es) of the split {split} ({_first(same)}) have the names of "
+            f"classes that the checkpoint was trained on ({', '.join(others)}), but none of the "
+            "remembered images: if they are the same things, the accuracy is not about unseen "
+            "classes."
+        )
+    if facts.get("verdict") == "unknown" or (same and any(not s.get("classes") for s in stages)):
+        silent = [str(stage.get("stage")) for stage in stages if not stage.get("classes")]
+        notes.append(
+            f"Whether training saw classes of the split {split} is not known: a stage "
+            f"({', '.join(dict.fromkeys(silent)) or '?'}) does not list its classes."
+        )
+    return notes
+
+
+def _text_notes(result: dict[str, Any]) -> list[str]:
+    """Say how the texts differ from those that the gates learned with."""
+    found = []
+    for key, values in (result.get("text_differences") or {}).items():
+        if key == "bank_sha256":
+            found.append("another bank, or a bank that has changed")
+        else:
+            found.append(f"{key} was {values.get('trained')!r}, now {values.get('evaluated')!r}")
+    return [f"The gates learned with other texts: {'; '.join(found)}."] if found else []
+
+
+def _first(names: Sequence[str], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def _config(run: Run) -> dict[str, Any]:

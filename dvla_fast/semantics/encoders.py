@@ -251,6 +251,11 @@ def build_encoder(
         BankError: unknown name, weights that cannot be loaded, or an encoder of another ``dim``.
         MissingDependencyError: the encoder's package is not installed.
     """
+    if re.search(r"[:/]sha256-[0-9a-f]{16}$", name):
+        raise BankError(
+            f"text encoder {name!r}: its weights came from a file, and are known by their content "
+            "only; name that file or folder again, e.g. open_clip:ViT-B-16/FILE"
+        )
     family, model, weights = _split(name)
     if family == "hashed-ngram":
         return HashedNGramEncoder(dim or HASHED_DIM, truncate=truncate)

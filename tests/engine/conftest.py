@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dvla_fast.data import FewShotData, load_digits
 from dvla_fast.data.images import ImageSet
+from dvla_fast.engine.build import build_model, build_pretrain_model
+from dvla_fast.engine.checkpoint import save_checkpoint
 from dvla_fast.engine.config import (
     DemoRun,
     EvaluateConfig,
@@ -16,6 +20,8 @@ from dvla_fast.engine.config import (
     ModelConfig,
     PretrainConfig,
 )
+
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]  # channel statistics of make_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +64,29 @@ def tiny() -> DemoRun:
         ),
         evaluate=EvaluateConfig(episodes=6, query=4, batch_episodes=4),
     )  # fmt: skip
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """Write a checkpoint of random weights, for 16-pixel images and hashed texts."""
+
+    def make(
+        kind: str = "metatune", channels: int = 3, encoder: str = "hashed-ngram", **options: Any
+    ) -> Path:
+        torch.manual_seed(1)
+        backbone = {"name": "small", "image_size": 16, "in_channels": channels, "width": 8}
+        spec = {"backbone": backbone, "text_dim": 64, "gated_layers": [], **options}
+        info: dict[str, Any] = {"kind": kind, "model": spec}
+        info["normalisation"] = {"mean": MEAN[:channels], "std": STD[:channels]}
+        if kind == "metatune":
+            model: torch.nn.Module = build_model(spec)
+            info["semantics"] = {"top_k": 0, "parts": "all", "encoder": encoder}
+            info["semantics"]["dim"] = spec["text_dim"]
+        else:
+            model, info["model"] = build_pretrain_model(backbone, 5), {"backbone": backbone}
+        path = tmp_path / f"{kind}.safetensors"
+        tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+        save_checkpoint(path, tensors, info)
+        return path
+
+    return make

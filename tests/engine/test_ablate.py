@@ -33,6 +33,7 @@ def config(tiny: DemoRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ab
     monkeypatch.setattr(ablation_cells, "reward_curves", few)
     tiny.metatune.backbone_lr = 0.0
     tiny.metatune.epochs = tiny.pretrain.epochs = 1
+    tiny.pretrain.warmup_epochs = 0
     return AblateRun(
         output=str(tmp_path / "run"),
         device="cpu",
@@ -336,12 +337,12 @@ def test_command_line(
     config: AblateRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dvla_fast.cli import main
-    from dvla_fast.engine.logging import _to_yaml
+    from dvla_fast.engine.logging import to_yaml
 
     config.output = ""
     config.ablate.seeds = 1
     settings = tmp_path / "mine.yaml"
-    settings.write_text(_to_yaml(to_dict(config)))
+    settings.write_text(to_yaml(to_dict(config)))
     out = tmp_path / "out"
     assert main(["ablate", str(settings), "--output", str(out)]) == 0
     assert "| `visual` |" in capsys.readouterr().out

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import dvla_fast
-from dvla_fast.engine.build import build_model, build_pretrain_model
-from dvla_fast.engine.checkpoint import save_checkpoint
 from dvla_fast.errors import BankError, CheckpointError, DataError
 from dvla_fast.semantics import SemanticBank
+from dvla_fast.semantics.encoders import encoder_identity
+from tests.engine.conftest import MEAN, STD
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("safetensors")
@@ -30,28 +30,6 @@ BANK = SemanticBank.from_dict(
         }
     }
 )
-MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]
-
-
-@pytest.fixture
-def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    def make(kind: str = "metatune", channels: int = 3, **options: Any) -> Path:
-        torch.manual_seed(1)
-        backbone = {"name": "small", "image_size": 16, "in_channels": channels, "width": 8}
-        spec = {"backbone": backbone, "text_dim": 64, "gated_layers": [], **options}
-        info: dict[str, Any] = {"kind": kind, "model": spec}
-        info["normalisation"] = {"mean": MEAN[:channels], "std": STD[:channels]}
-        if kind == "metatune":
-            model: torch.nn.Module = build_model(spec)
-            info["semantics"] = {"encoder": "hashed-ngram", "dim": 64, "top_k": 0, "parts": "all"}
-        else:
-            model, info["model"] = build_pretrain_model(backbone, 5), {"backbone": backbone}
-        path = tmp_path / f"{kind}.safetensors"
-        tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-        save_checkpoint(path, tensors, info)
-        return path
-
-    return make
 
 
 def pictures(count: int, seed: int) -> list[np.ndarray]:
@@ -136,6 +114,19 @@ def test_pretrained_backbone_without_texts(make_checkpoint: Callable, channels: 
     assert classifier.classify(SUPPORTS["wren"]).predicted == ["wren"]
     with pytest.raises(CheckpointError, match="no trained gates"):
         classifier.learn(SUPPORTS, BANK)
+
+
+def test_text_encoder_of_a_local_file(make_checkpoint: Callable, tiny_open_clip: str) -> None:
+    """A checkpoint knows the content of its encoder's weights, and not where they lie."""
+    path = make_checkpoint(encoder=encoder_identity(tiny_open_clip), text_dim=10)
+    classifier = dvla_fast.FewShotClassifier.load(path, "cpu")
+    with pytest.raises(BankError, match=r"sha256-.*known by their content only; name that file"):
+        classifier.learn(SUPPORTS, BANK)
+    with pytest.raises(CheckpointError, match="not 'hashed-ngram'; give the text encoder"):
+        classifier.learn(SUPPORTS, BANK, encoder="hashed-ngram")
+    assert classifier.class_names == ()
+    classifier.learn(SUPPORTS, BANK, encoder=tiny_open_clip)
+    assert classifier.classify(pictures(1, 3)).probabilities.shape == (1, 3)
 
 
 def test_wrong_inputs(make_checkpoint: Callable, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ SHARED = [
 ]  # fmt: skip
 PRETRAIN = [
     "pretrain", *SHARED, "--pretrain.epochs=1", "--pretrain.batch_size=128",
-    "--pretrain.warmup_epochs=1", "--pretrain.validation_episodes=8", "--pretrain.views=2",
+    "--pretrain.warmup_epochs=0", "--pretrain.validation_episodes=8", "--pretrain.views=2",
     "--pretrain.augment.color_jitter=0.2", "--pretrain.augment.crop=0.5",
 ]  # fmt: skip
 METATUNE = [

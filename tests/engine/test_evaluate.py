@@ -24,6 +24,7 @@ from dvla_fast.engine.build import (
     model_spec,
     without_test_split,
 )
+from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from dvla_fast.engine.config import DemoRun
 from dvla_fast.engine.episode_lists import AuthorsEpisodeSampler, build_sampler
 from dvla_fast.engine.evaluate import Contender, Evaluation, compare, trained_normalisation
@@ -258,7 +259,8 @@ def test_checkpoint_brings_its_normalisation(few_digits: FewShotData) -> None:
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("backbone") / "run"
-    tiny = ["--pretrain.epochs=1", "--pretrain.validation_episodes=4", "--model.width=8"]
+    tiny = ["--pretrain.epochs=1", "--pretrain.warmup_epochs=0", "--model.width=8"]
+    tiny += ["--pretrain.validation_episodes=4"]
     assert main(["pretrain", "--device=cpu", f"--output={folder}", *tiny]) == 0
     return str(folder / "checkpoints" / "pretrain-best.safetensors")
 
@@ -340,9 +342,26 @@ def test_one_episode_has_no_interval(
     assert [row["ci95"] for row in read_metrics(tmp_path / "a", "evaluate")] == [None]
 
 
-def test_several_checkpoints_on_the_command_line(backbone: str, tmp_path: Path) -> None:
-    assert main(evaluate(backbone, tmp_path / "a", f"--checkpoints=[{backbone}]")) == 0
+def test_several_checkpoints_on_the_command_line(
+    backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, info = load_checkpoint(backbone)
+    other = tmp_path / "other.safetensors"
+    torch.manual_seed(0)
+    noisy = {k: x + 0.3 * torch.randn_like(x) if x.dim() > 1 else x for k, x in tensors.items()}
+    save_checkpoint(other, noisy, info)
+    assert main(evaluate(backbone, tmp_path / "a", f"--checkpoints=[{other}]")) == 0
+    said = capsys.readouterr().out
     summary = json.loads((tmp_path / "a/summary.json").read_text())
-    assert summary["checkpoints"] == [backbone, backbone]
-    assert summary["over_checkpoints"][VISUAL]["std"] == 0.0
+    assert summary["checkpoints"] == [backbone, str(other)]
+    found = summary["over_checkpoints"][VISUAL]
+    assert found["std"] > 0
+    first, second = found["accuracies"]
+    assert "over the 2 checkpoints, which speaks of training again (percent)" in said
+    assert (
+        f"1-shot  {100 * found['accuracy']:.2f} ± {100 * found['ci95']:.2f}  "
+        f"s = {100 * found['std']:.2f}  {VISUAL}: {100 * first:.2f}, {100 * second:.2f}\n"
+    ) in said
     assert json.loads((tmp_path / "a/confusion-1shot.json").read_text())["counts"]
+    assert main(evaluate(backbone, tmp_path / "b")) == 0
+    assert "training again" not in capsys.readouterr().out

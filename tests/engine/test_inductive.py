@@ -18,6 +18,7 @@ from dvla_fast.engine.config import EvaluateConfig, EvaluateRun, ModelConfig, Se
 from dvla_fast.engine.evaluate import run_evaluate
 from dvla_fast.engine.records import EpisodeRecord
 from dvla_fast.engine.settings import UsageError
+from dvla_fast.errors import LanguageModelError, OutputError
 from dvla_fast.semantics import load_bank
 from tests.semantics.scripted import Scripted
 
@@ -129,6 +130,35 @@ def test_continued_evaluation_asks_nothing_twice(
     again = evaluate(checkpoint, tmp_path / "run", evaluate=written, resume=True)
     assert first.asked
     assert second.asked == []
+    assert again["accuracy"] == expected["accuracy"]
+
+
+def test_relative_paths_count_from_the_working_folder_and_are_kept(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = load_bank("digits")
+    texts = {
+        "candidates": {name: list(entry.attributes) for name, entry in bank.classes.items()},
+        "description": {name: entry.description for name, entry in bank.classes.items()},
+    }
+    for folder in ("here/texts", "settings", "there"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "here/texts/answers.json").write_text(json.dumps(texts))
+    file = settings_file(tmp_path / "settings", images=0, answers="texts/answers.json")
+    written = dataclasses.replace(EVALUATE, construct=file)
+    monkeypatch.chdir(tmp_path / "here")
+    expected = evaluate(checkpoint, tmp_path / "run", evaluate=written)
+    monkeypatch.chdir(tmp_path / "there")
+    again = evaluate(checkpoint, tmp_path / "run", evaluate=written, resume=True)
+    assert again["accuracy"] == expected["accuracy"]
+    assert again["semantics"] == expected["semantics"]
+    with pytest.raises(LanguageModelError, match=r"texts/answers\.json"):
+        evaluate(checkpoint, tmp_path / "other", evaluate=written)
+    Path(file).write_text(Path(file).read_text().replace("top_k: 3", "top_k: 2"))
+    with pytest.raises(OutputError, match=r"build\.yaml has changed since the run began"):
+        evaluate(checkpoint, tmp_path / "run", evaluate=written, resume=True)
+    Path(file).unlink()
+    again = evaluate(checkpoint, tmp_path / "run", evaluate=written, resume=True)
     assert again["accuracy"] == expected["accuracy"]
 
 

@@ -51,8 +51,28 @@ def test_resume_needs_a_run_with_the_same_settings(tmp_path: Path) -> None:
         RunFolder(tmp_path / "run", CONFIG, resume=True)
     RunFolder(tmp_path / "run", CONFIG)
     RunFolder(tmp_path / "run", {**CONFIG, "resume": True}, resume=True)
-    with pytest.raises(OutputError, match=r"pretrain\.epochs: 3 -> 9"):
-        RunFolder(tmp_path / "run", {**CONFIG, "pretrain": {"epochs": 9}}, resume=True)
+    longer = {**CONFIG, "pretrain": {"epochs": 9}}
+    with pytest.raises(OutputError, match=r"pretrain\.epochs: 3 -> 9.*begins anew, in another --o"):
+        RunFolder(tmp_path / "run", longer, resume=True)
+    with pytest.raises(OutputError, match=r"seed: 1 -> 2\); leave them out"):
+        RunFolder(tmp_path / "run", {**CONFIG, "seed": 2}, resume=True)
+
+
+def test_numbers_that_may_grow(tmp_path: Path) -> None:
+    def resume(epochs: int, seed: int = 1) -> None:
+        config = {**CONFIG, "seed": seed, "metatune": {"epochs": epochs}}
+        RunFolder(tmp_path / "run", config, resume=True, grows=["metatune.epochs"])
+
+    RunFolder(tmp_path / "run", {**CONFIG, "metatune": {"epochs": 3}})
+    resume(5)
+    record = tmp_path / "run" / "config.yaml"
+    assert "metatune:\n  epochs: 5\n" in record.read_text()
+    assert "pretrain:\n  epochs: 3\n" in record.read_text()
+    resume(5)
+    for settings, words in (((4,), r"metatune\.epochs: 5 -> 4"), ((6, 2), r"\(seed: 1 -> 2\)")):
+        with pytest.raises(OutputError, match=words):
+            resume(*settings)
+    assert "metatune:\n  epochs: 5\n" in record.read_text()
 
 
 def test_metrics_are_cut_to_the_checkpoint(tmp_path: Path) -> None:

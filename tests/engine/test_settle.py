@@ -21,7 +21,7 @@ from dvla_fast.engine.config import (
 )
 from dvla_fast.engine.next_steps import evaluate_command, metatune_command
 from dvla_fast.engine.settings import UsageError
-from dvla_fast.engine.settle import absolute_paths, settle, sized
+from dvla_fast.engine.settle import absolute_paths, settle, size_line, sized
 from dvla_fast.errors import DVLAError
 
 
@@ -68,6 +68,9 @@ def test_paths_that_exist_are_named_from_the_root(photos: Path, tmp_path: Path) 
     )
     several = absolute_paths({"checkpoints": ["a.safetensors", "b"], "data": None})
     assert several == {"checkpoints": [str(tmp_path / "a.safetensors"), "b"], "data": None}
+    for backend, model in (("openai", "siglip"), ("transformers", str(tmp_path / "siglip"))):
+        asked = {"language_model": {"backend": backend, "model": "siglip"}}
+        assert absolute_paths(asked)["language_model"]["model"] == model
     for name in ("open_clip:ViT-B-16/openai", "hashed-ngram", "transformers:google/siglip"):
         assert settle(EvaluateRun(semantics=SemanticsConfig(encoder=name))).semantics.encoder == (
             name
@@ -75,9 +78,6 @@ def test_paths_that_exist_are_named_from_the_root(photos: Path, tmp_path: Path) 
 
 
 def test_remarks(photos: Path) -> None:
-    short = PretrainConfig(epochs=4, warmup_epochs=100)
-    with pytest.warns(UserWarning, match=r"warmup_epochs: all 4 epoch\(s\) are warm-up"):
-        settle(PretrainRun(pretrain=short))
     own = DataConfig("photos", image_size=8)
     with pytest.warns(UserWarning, match=r"quarter_turns is on.*--pretrain\.quarter_turns false"):
         settle(PretrainRun(data=own))
@@ -85,6 +85,28 @@ def test_remarks(photos: Path) -> None:
         warnings.simplefilter("error")
         settle(PretrainRun(data=own, pretrain=PretrainConfig(quarter_turns=False)))
         settle(DemoRun())
+
+
+def test_warm_up_without_an_end() -> None:
+    for epochs, instead in ((4, 0), (16, 2)):
+        config = PretrainRun(pretrain=PretrainConfig(epochs=epochs, warmup_epochs=epochs))
+        words = rf"{epochs} of {epochs} epoch.*never reach.*--pretrain\.warmup_epochs {instead}$"
+        with pytest.raises(UsageError, match=words):
+            settle(config)
+        config.pretrain.warmup_epochs -= 1
+        assert settle(config).pretrain == config.pretrain
+
+
+def test_size_that_was_not_asked_for_is_said(photos: Path) -> None:
+    said = {
+        "shapes: images of 32 pixels (--data.image_size)": EvaluateRun(data=DataConfig("shapes")),
+        "digits: images of 16 pixels (--data.image_size)": PretrainRun(),
+        "": MetatuneRun(data=DataConfig("shapes", image_size=32)),
+    }
+    for line, given in said.items():
+        assert size_line(given, settle(given)) == line
+    own = EvaluateRun(data=DataConfig("photos", image_size=8))
+    assert size_line(own, settle(own)) == ""
 
 
 def test_next_commands(photos: Path, tmp_path: Path) -> None:

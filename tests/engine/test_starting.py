@@ -51,7 +51,8 @@ def model(backbone: str) -> list[str]:
 
 
 def pretrain(backbone: str, output: Path, *more: str) -> Path:
-    arguments = ["--device=cpu", "--pretrain.epochs=1", "--pretrain.validation_episodes=2"]
+    arguments = ["--device=cpu", "--pretrain.epochs=1", "--pretrain.warmup_epochs=0"]
+    arguments += ["--pretrain.validation_episodes=2"]
     assert main(["pretrain", *DATA, *model(backbone), *arguments, f"--output={output}", *more]) == 0
     return output / "checkpoints" / "pretrain-best.safetensors"
 

@@ -108,7 +108,7 @@ def test_checkpoints_that_list_no_stages(animals: FewShotData) -> None:
 
 MODEL = ["--model.width=8", "--model.num_heads=4", "--model.hidden_dim=8"]
 TINY = ["--device=cpu", "--data.image_size=16"]
-PRETRAIN = ["--pretrain.epochs=1", "--pretrain.validation_episodes=2"]
+PRETRAIN = ["--pretrain.epochs=1", "--pretrain.warmup_epochs=0", "--pretrain.validation_episodes=2"]
 METATUNE = [
     "--metatune.epochs=1", "--metatune.steps_per_epoch=1", "--metatune.episodes_per_step=1",
     "--metatune.way=2", "--metatune.query=1", "--metatune.validation_episodes=2",

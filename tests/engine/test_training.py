@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,18 @@ from dvla_fast.engine.build import (
 )
 from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import DemoRun, ModelConfig, PretrainConfig
+from dvla_fast.engine.divergence import DivergenceWatch
+from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.logging import Progress, RunFolder
-from dvla_fast.engine.pretrain import (
-    learning_rate,
+from dvla_fast.engine.monitor import (
     monitor_episodes,
     monitor_sampler,
-    pretrain,
-    turn_classes,
+    validation_facts,
+    validation_text,
 )
-from dvla_fast.errors import CheckpointError, TrainingError
+from dvla_fast.engine.pretrain import learning_rate, pretrain, turn_classes
+from dvla_fast.engine.state import TrainingState
+from dvla_fast.errors import CheckpointError, DataError, TrainingError
 
 SILENT = Progress({}, enabled=False)
 
@@ -120,7 +124,8 @@ def test_nan_images_stop_pretraining_before_anything_is_saved(
     images[3, 0, 8, 8] = float("nan")  # in the centre: augmentation moves corners out
     base = dataclasses.replace(few_digits.base, images=images)
     folder = RunFolder(tmp_path / "run", {"seed": 0})
-    with pytest.raises(TrainingError, match="NaN or infinite"):
+    words = r"pre-training, epoch 1, step \d: the loss became NaN .*no checkpoint was written yet"
+    with pytest.raises(TrainingError, match=words):
         run_pretrain(folder, dataclasses.replace(few_digits, base=base), tiny)
     assert not list(folder.checkpoints.iterdir())
     assert folder.rows() == []
@@ -140,7 +145,7 @@ def test_nan_in_validation_is_a_training_error(
 
     predictor = metatune_module.EpisodePredictor
     monkeypatch.setattr(predictor, "predict", broken("logits: NaN found"))
-    with pytest.raises(TrainingError, match=r"validation of epoch 1: .*lower the learning rate"):
+    with pytest.raises(TrainingError, match=r"validation of epoch 1: features .*rate is too high"):
         run_metatune(folder, few_digits, tiny, start)
     assert not list(folder.checkpoints.glob("metatune-*"))
     monkeypatch.setattr(predictor, "predict", broken("something else"))
@@ -183,6 +188,27 @@ def test_validation_episodes_as_asked_are_no_warning(few_digits: FewShotData) ->
         monitor_sampler(few_digits, numbers, 0, SILENT)
 
 
+def test_validation_is_said_with_its_episodes_and_spread() -> None:
+    rows = [
+        {"step": 1, "score": 0.5, "monitor_ci95": 0.1},
+        {"step": 2},
+        {"step": 3, "score": 0.625, "monitor_ci95": 0.05},
+        {"step": 4, "score": 0.625, "monitor_ci95": 0.04},  # the one whose weights are kept
+        {"step": 5, "score": 0.25, "monitor_ci95": 0.2},
+    ]
+    numbers = {"way": 5, "shot": 1, "query": 15}
+    facts = validation_facts(rows, "score", numbers, 200)
+    assert (facts["score"], facts["monitor_ci95"], facts["validations"]) == (0.625, 0.04, 4)
+    assert validation_text({**facts, "monitor": "validation classes"}, "score") == (
+        "accuracy on validation classes: 62.50% ± 4.00 % (200 5-way 1-shot episodes, 15 queries a "
+        "class; the best of 4 validations)"
+    )
+    facts = validation_facts([{"step": 1, "score": 1.0}], "score", {**numbers, "query": 1}, 1)
+    assert validation_text({**facts, "monitor": "images"}, "score") == (
+        "accuracy on images: 100.00% (1 5-way 1-shot episodes, 1 query a class)"
+    )
+
+
 def test_figures_that_do_not_apply_are_left_out(
     tmp_path: Path, few_digits: FewShotData, tiny: DemoRun
 ) -> None:
@@ -210,10 +236,63 @@ def test_nan_loss_keeps_the_last_good_checkpoint(
         return (loss * float("nan") if len(calls) > 3 else loss), figures
 
     monkeypatch.setattr(metatune_module, "total_loss", breaks_in_the_second_epoch)
-    with pytest.raises(TrainingError):
+    words = r"epoch 2, step 4: the loss became .*--metatune\.lr 0\.0005.* are the last good ones"
+    with pytest.raises(TrainingError, match=words):
         run_metatune(folder, few_digits, tiny, start)
     _, info = load_checkpoint(folder.checkpoints / "metatune-last.safetensors")
     assert info["epoch"] == 1
+
+
+@pytest.mark.parametrize(("rate", "broken"), [(1e38, "the optimiser's step overflowed"),
+                                              (1e30, "became NaN or infinite")])  # fmt: skip
+def test_rates_that_no_training_survives(
+    tmp_path: Path, few_digits: FewShotData, tiny: DemoRun, rate: float, broken: str
+) -> None:
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    start = run_pretrain(folder, few_digits, tiny)
+    tiny.metatune.lr = tiny.pretrain.lr = rate
+    tiny.pretrain.warmup_epochs = 0
+    words = rf"meta-tuning, epoch 1, step \d: .*{broken}.*--metatune\.lr {re.escape(f'{rate:g}')}"
+    with pytest.raises(TrainingError, match=words):
+        run_metatune(folder, few_digits, tiny, start)
+    other = RunFolder(tmp_path / "other", {"seed": 0})
+    with pytest.raises(TrainingError, match=rf"pre-training, epoch 1, step \d: .*{broken}"):
+        run_pretrain(other, few_digits, tiny)
+    assert not list(other.checkpoints.iterdir())
+    assert not list(folder.checkpoints.glob("metatune-*"))
+
+
+def test_weights_that_break_in_the_last_step(
+    tmp_path: Path, few_digits: FewShotData, tiny: DemoRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No loss shows it: validation or saving does."""
+    real, calls = Execution.update, []
+
+    def breaks_weights(self: Execution, loss: Any, optimizer: Any, *more: Any) -> None:
+        real(self, loss, optimizer, *more)
+        calls.append(1)
+        if len(calls) == 2 * 2:  # of two epochs of two steps
+            optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
+
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    tiny.pretrain.validate_every = 5
+    steps = -(-len(few_digits.base) // tiny.pretrain.batch_size)
+    assert steps == 2
+    tiny.pretrain.epochs = 3
+    monkeypatch.setattr(Execution, "update", breaks_weights)
+    with pytest.raises(TrainingError, match=r"pre-training, saving of epoch 2: .*last good ones"):
+        run_pretrain(folder, few_digits, tiny)
+    _, info = load_checkpoint(folder.checkpoints / "pretrain-last.safetensors")
+    assert info["epoch"] == 1
+
+
+def test_other_errors_pass(tmp_path: Path) -> None:
+    state = TrainingState(RunFolder(tmp_path / "run", {}), "x", {}, {}, None, None)  # type: ignore[arg-type]
+    watch = DivergenceWatch("x", state, {})
+    for error in (ValueError("shape"), RuntimeError("out of memory"), DataError("overflow: gone")):
+        for place in (watch.training(), watch.after("validation")):
+            with pytest.raises(type(error), match=str(error)), place:
+                raise error
 
 
 def test_interrupted_training_continues_to_the_same_weights(
@@ -243,4 +322,22 @@ def test_interrupted_training_continues_to_the_same_weights(
     assert info["best_epoch"] == expected[1]["best_epoch"]
     for name, tensor in expected[0].items():
         assert torch.equal(tensors[name], tensor), name
+    assert again.rows() == whole.rows()
+
+
+def test_meta_tuning_that_goes_on_for_longer_is_a_longer_run(
+    tmp_path: Path, few_digits: FewShotData, tiny: DemoRun
+) -> None:
+    start = run_pretrain(RunFolder(tmp_path / "start", {}), few_digits, tiny)
+    folder = RunFolder(tmp_path / "run", {})
+    run_metatune(folder, few_digits, tiny, start)
+    tiny.metatune.epochs = 3
+    whole = RunFolder(tmp_path / "whole", {})
+    run_metatune(whole, few_digits, tiny, start)
+    again = RunFolder(tmp_path / "run", {}, resume=True)
+    run_metatune(again, few_digits, tiny, start)
+    expected, tensors = (
+        load_checkpoint(run.checkpoints / "metatune-last.safetensors")[0] for run in (whole, again)
+    )
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
     assert again.rows() == whole.rows()

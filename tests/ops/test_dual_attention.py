@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -280,6 +281,16 @@ def test_compile_fullgraph(backend: str) -> None:
         torch.compiler.set_stance("fail_on_recompile")  # one graph serves every number of images
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_scale_in_a_compiled_graph() -> None:
+    tensors = make(Shape(2, 3, 2, 4, 5, 6, 8), torch.float32)
+    compiled = torch.compile(dual_attention, fullgraph=True, backend="eager")
+    for scale in (0.5, 0.25, 0.125):
+        torch.testing.assert_close(
+            compiled(*tensors, scale=scale), dual_attention(*tensors, scale=scale)
+        )
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_activation_checkpointing(backend: str) -> None:
     shape = Shape(2, 3, 2, 9, 20, 9, 24)
@@ -389,6 +400,9 @@ WRONG = [
     ("text_mask", lambda x: x.to("meta"), ValueError, "text_mask: on meta"),
     ("alpha", lambda x: 0.5, TypeError, "alpha: expected a tensor"),
     ("query", lambda x: x[:, :0], ValueError, "no head or no dimension"),
+    ("scale", lambda _: math.nan, ValueError, "scale: expected a finite float32 number, got nan"),
+    ("scale", lambda _: -math.inf, ValueError, "scale: .* got -inf"),
+    ("scale", lambda _: 3.5e38, ValueError, "scale: "),
 ]
 
 
@@ -397,7 +411,7 @@ def test_wrong_inputs(name, spoil, error, message) -> None:
     shape = Shape(2, 2, 2, 3, 5, 4, 8)
     arguments = dict(zip(NAMES, make(shape, torch.float32)))
     arguments |= dict(zip(("image_mask", "text_mask"), make_masks(shape)))
-    arguments[name] = spoil(arguments[name])
+    arguments[name] = spoil(arguments.get(name))
     with pytest.raises(error, match=message):
         dual_attention(**arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -406,6 +407,9 @@ WRONG = [
     ("text_mask", lambda x: x[:, 1:], ValueError, "text_mask: shape"),
     ("image_tokens", lambda x: x.to("meta"), ValueError, "image_tokens: on meta"),
     ("out_weight", lambda x: x.to("meta"), ValueError, "out_weight: on meta"),
+    ("scale", lambda _: math.nan, ValueError, "scale: expected a finite float32 number, got nan"),
+    ("scale", lambda _: -math.inf, ValueError, "scale: .* got -inf"),
+    ("scale", lambda _: 3.5e38, ValueError, "scale: "),
 ]
 
 
@@ -413,7 +417,7 @@ WRONG = [
 def test_wrong_inputs(name, spoil, error, message) -> None:
     shape = Shape(2, 2, 2, 3, 5, 8, 6)
     arguments = dict(zip(NAMES, make(shape, torch.float32))) | make_masks(shape)
-    arguments[name] = spoil(arguments[name])
+    arguments[name] = spoil(arguments.get(name))
     with pytest.raises(error, match=message):
         gated_attention(**arguments)
 

@@ -246,6 +246,42 @@ def test_leaks_are_said(tmp_path: Path, page: Write) -> None:
     assert "12 of 6000 queries are images that the texts were written from" in html
 
 
+def test_what_is_open_about_trained_classes_is_said(tmp_path: Path, page: Write) -> None:
+    known = {"stage": "pretrain", "dataset": "birds", "classes": 64}
+    silent = {"stage": "metatune", "dataset": "birds", "classes": None}
+    facts = {"split": "novel", "trained_on": [], "same_name": [], "stages": [known]}
+    twins = [f"bird {number}" for number in range(7)]
+    cases = {
+        "clean": {},
+        "base classes": {},
+        "same names": {"same_name": twins},
+        "unknown": {"stages": [known, silent]},
+    }
+    for verdict, changes in cases.items():
+        classes = {**facts, **changes, "verdict": verdict}
+        html = page(write_evaluation(tmp_path / verdict, 0.7, leaks={"classes": classes}))
+        assert (
+            "7 class(es) of the split novel (bird 0, bird 1, bird 2, bird 3, bird 4, ...) have the"
+            " names of classes that the checkpoint was trained on (birds)" in html
+        ) == (verdict == "same names")
+        assert (
+            "Whether training saw classes of the split novel is not known: a stage (metatune)"
+            in html
+        ) == (verdict == "unknown")
+
+
+def test_texts_that_the_gates_did_not_learn_with(tmp_path: Path, page: Write) -> None:
+    differences = {
+        "top_k": {"trained": 0, "evaluated": 3},
+        "bank_sha256": {"trained": "a", "evaluated": "b"},
+    }
+    html = page(write_evaluation(tmp_path / "run", 0.7, text_differences=differences))
+    said = "The gates learned with other texts: top_k was 0, now 3; another bank, or a bank that"
+    assert said in html
+    html = page(write_evaluation(tmp_path / "same", 0.7, text_differences={}))
+    assert "The gates learned with other texts" not in html
+
+
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("report", "compare"):
         assert main([name, "--help"]) == 0

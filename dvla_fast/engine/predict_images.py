@@ -1,0 +1,233 @@
+"""``dvla-fast predict``: a checkpoint learns classes from a few images and classifies files.
+
+A thin layer over ``FewShotClassifier``: which files are read, which cannot be, and the table.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dvla_fast.data.decode import is_image, open_rgb
+from dvla_fast.data.layouts import class_folders
+from dvla_fast.engine.classifier import FewShotClassifier
+from dvla_fast.engine.logging import Progress
+from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.tool_config import PredictImages
+from dvla_fast.errors import DataError, OutputError
+from dvla_fast.files import json_text, write_text_atomic
+from dvla_fast.semantics.bank import normalised_name
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is said about one file.
+
+    path: as given or found; label: its class, where it lies in a folder named like one, else "";
+    predicted: class, "" for a file that cannot be read; probabilities: of each class, in their
+    order; error: why the file cannot be read, or "".
+    """
+
+    path: Path
+    label: str = ""
+    predicted: str = ""
+    probabilities: tuple[float, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Everything that :func:`run_predict` found out.
+
+    answers: one for each file, in their order; class_names: in the order of probabilities;
+    supports: files that the classes were learned from; output: file written.
+    """
+
+    answers: list[Answer]
+    class_names: tuple[str, ...]
+    supports: frozenset[Path]
+    output: Path
+
+    @property
+    def unreadable(self) -> list[Answer]:
+        """Files that cannot be read."""
+        return [answer for answer in self.answers if answer.error]
+
+    @property
+    def labelled(self) -> list[Answer]:
+        """Answers whose class is known and that are no supports: what accuracy is about."""
+        return [
+            answer
+            for answer in self.answers
+            if answer.label and not answer.error and answer.path.resolve() not in self.supports
+        ]
+
+    def text(self, rows: int) -> str:
+        """Lay out the first rows, the number of images a class, and accuracy, for a terminal."""
+        read = [answer for answer in self.answers if not answer.error]
+        wide = max(len("path"), *(len(str(answer.path)) for answer in read[:rows] or read[:1]))
+        name = max(len("predicted"), *map(len, self.class_names))
+        lines = [f"{'path':<{wide}}  {'predicted':<{name}}  probability"] if rows else []
+        lines += [
+            f"{answer.path!s:<{wide}}  {answer.predicted:<{name}}  {max(answer.probabilities):.2f}"
+            for answer in read[:rows]
+        ]
+        if rows and len(read) > rows:
+            lines.append(f"... and {len(read) - rows} more")
+        lines += ["", *self._counts(read, name), ""]
+        if self.labelled:
+            lines.append(self._accuracy())
+        if self.unreadable:
+            lines.append(f"unreadable  {len(self.unreadable)} of {len(self.answers)} files")
+        lines.append(f"written     {self.output} ({len(self.answers)} rows)")
+        return _written("\n".join(lines).lstrip("\n"))
+
+    def _counts(self, read: Sequence[Answer], width: int) -> list[str]:
+        known = self.labelled
+        lines = [f"{'class':<{width}}  images{'  right' if known else ''}"]
+        for name in self.class_names:
+            line = f"{name:<{width}}  {sum(a.predicted == name for a in read):>6}"
+            own = [answer for answer in known if answer.label == name]
+            if own:
+                line += f"  {sum(a.predicted == name for a in own)} of {len(own)}"
+            lines.append(line)
+        return lines
+
+    def _accuracy(self) -> str:
+        right = sum(answer.predicted == answer.label for answer in self.labelled)
+        count = len(self.labelled)
+        text = f"accuracy    {right / count:.1%} ({right} of {count} images in folders of a class"
+        used = sum(answer.path.resolve() in self.supports for answer in self.answers)
+        return text + (f"; {used} supports do not count)" if used else ")")
+
+    def csv_text(self) -> str:
+        """Return a table with a row for each file."""
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        shares = [f"probability_{name}" for name in self.class_names]
+        writer.writerow(["path", "label", "predicted", *shares, "error"])
+        empty = [""] * len(shares)
+        for item in self.answers:
+            values = [f"{value:.6f}" for value in item.probabilities] or empty
+            writer.writerow([item.path, item.label, item.predicted, *values, item.error])
+        return _written(stream.getvalue())
+
+    def json_text(self, facts: dict[str, Any]) -> str:
+        """Return the same as a JSON object, with what the answers come from."""
+        images = [
+            {
+                "path": str(item.path),
+                "label": item.label or None,
+                "predicted": item.predicted or None,
+                "probabilities": dict(zip(self.class_names, item.probabilities)) or None,
+                "error": item.error or None,
+            }
+            for item in self.answers
+        ]
+        return json_text({**facts, "classes": list(self.class_names), "images": images}, 2) + "\n"
+
+
+def run_predict(config: PredictImages, *, quiet: bool = False) -> Answers:
+    """Do what ``dvla-fast predict`` does.
+
+    Raises:
+        UsageError: a setting is missing or cannot mean anything.
+        DataError: no images, none that can be read, or supports that are no classes.
+        OutputError: the output cannot be written.
+        CheckpointError, BankError: as ``FewShotClassifier``.
+    """
+    for name in ("images", "checkpoint", "supports"):
+        if not getattr(config, name):
+            raise UsageError(
+                f"predict needs {'images' if name == 'images' else f'--{name}'}: dvla-fast predict "
+                "IMAGES --checkpoint TUNED.safetensors --supports FOLDER --bank BANK.json"
+            )
+    output = Path(config.output)
+    if output.suffix not in (".csv", ".json"):
+        raise UsageError(f"--output {output}: the table is written as .csv or .json; name it so")
+    if output.is_dir() or not output.parent.is_dir():
+        raise OutputError(f"{output}: give --output a file in a folder that exists")
+    files = find_images(config.images)
+    classifier = FewShotClassifier.load(config.checkpoint, config.device)
+    classifier.learn(config.supports, config.bank or None, config.encoder)
+    with Progress({"predict": 1.0}, enabled=not quiet) as progress:
+        progress.begin("predict", len(files))
+        answers = []
+        for first in range(0, len(files), config.batch):
+            answers += _answer(classifier, files[first : first + config.batch])
+            progress.advance(min(config.batch, len(files) - first))
+    if all(answer.error for answer in answers):
+        raise DataError(f"none of {len(answers)} files can be read; first: {answers[0].error}")
+    groups = class_folders(Path(config.supports)).values()
+    supports = frozenset(Path(str(path)).resolve() for group in groups for path in group)
+    found = Answers(answers, classifier.class_names, supports, output)
+    facts = {name: getattr(config, name) or None for name in ("checkpoint", "supports", "bank")}
+    table = found.csv_text() if output.suffix == ".csv" else found.json_text(facts)
+    write_text_atomic(output, table)
+    return found
+
+
+def find_images(given: Sequence[str]) -> list[Path]:
+    """List image files: those named, and all below the folders named, in order.
+
+    Raises:
+        DataError: nothing there, or a folder without images.
+    """
+    files: dict[Path, None] = {}  # each once, in order
+    for path in map(Path, given):
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder of images")
+        found = [path]
+        if path.is_dir():
+            found = [
+                item
+                for item in sorted(path.rglob("*"))
+                if is_image(item)
+                and not any(part.startswith(".") for part in item.relative_to(path).parts)
+            ]
+            if not found:
+                raise DataError(f"{path}: no images in this folder or below")
+        files.update(dict.fromkeys(found))
+    return list(files)
+
+
+def _answer(classifier: FewShotClassifier, files: Sequence[Path]) -> list[Answer]:
+    """Classify files; one that cannot be read changes nothing for the others."""
+    opened = [_opened(path) for path in files]
+    images = [image for image, _ in opened if image is not None]
+    rows: list[Any] = []
+    if images:
+        result = classifier.classify(images, len(images))
+        rows = list(zip(result.predicted, result.probabilities.tolist()))
+    answers = []
+    for path, (_, error) in zip(files, opened):
+        predicted, probabilities = ("", ()) if error else rows.pop(0)
+        label = _label(path, classifier.class_names)
+        answers.append(Answer(path, label, predicted, tuple(probabilities), error))
+    return answers
+
+
+def _opened(path: Path) -> tuple[Any, str]:
+    """Decode a file: (image, ""), or (None, why not)."""
+    try:
+        return open_rgb(path)[0], ""
+    except DataError as error:
+        return None, str(error)
+
+
+def _written(text: str) -> str:
+    """Text as UTF-8 can hold it, which names of files need not be."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _label(path: Path, class_names: Sequence[str]) -> str:
+    """The class that a file's folder is named like, as a bank's names are compared; else ""."""
+    folder = path.absolute().parent.name
+    if folder in class_names:
+        return folder
+    like = [name for name in class_names if normalised_name(name) == normalised_name(folder)]
+    return like[0] if len(like) == 1 else ""

@@ -78,7 +78,7 @@ struct Gammas {
   alignas(64) T a[kBlock], b[kBlock];
   alignas(64) T d_a[kBlock], c_a[kBlock], d_b[kBlock], c_b[kBlock];
   alignas(64) T log1p_a[kBlock], log1p_b[kBlock];
-  bool open_a[kBlock], open_b[kBlock];
+  alignas(64) std::int32_t open[kBlock];  // bit 0: a still waits for a proposal; bit 1: b
 };
 
 template <class T>
@@ -127,20 +127,36 @@ void propose_lanes(Proposals<T>& out, const Gammas<T>& gammas, const RandomWords
   }
 }
 
-// Keeps what is accepted and returns how many lanes still wait, moved to the front of `lanes`.
+// Keeps what is accepted of a first proposal for all lanes, and lists those that still wait.
+template <class T>
+int accept_first(Gammas<T>& gammas, const Proposals<T>& made, int* lanes, int count) {
+#pragma omp simd
+  for (int i = 0; i < padded(count); ++i) {
+    const bool take_a = made.margin_a[i] > T(0), take_b = made.margin_b[i] > T(0);
+    gammas.log1p_a[i] = take_a ? made.log1p_a[i] : T(0);
+    gammas.log1p_b[i] = take_b ? made.log1p_b[i] : T(0);
+    gammas.open[i] = (take_a ? 0 : 1) | (take_b ? 0 : 2);
+  }
+  int waiting = 0;
+  for (int i = 0; i < count; ++i) {
+    lanes[waiting] = i;
+    waiting += gammas.open[i] != 0;
+  }
+  return waiting;
+}
+
+// The same for the lanes that wait, which move to the front of `lanes`.
 template <class T>
 int accept(Gammas<T>& gammas, const Proposals<T>& made, int* lanes, int count) {
   int waiting = 0;
   for (int j = 0; j < count; ++j) {
     const int lane = lanes[j];
-    const bool take_a = gammas.open_a[lane] && made.margin_a[j] > T(0);
-    const bool take_b = gammas.open_b[lane] && made.margin_b[j] > T(0);
-    gammas.log1p_a[lane] = take_a ? made.log1p_a[j] : gammas.log1p_a[lane];
-    gammas.log1p_b[lane] = take_b ? made.log1p_b[j] : gammas.log1p_b[lane];
-    gammas.open_a[lane] = gammas.open_a[lane] && !take_a;
-    gammas.open_b[lane] = gammas.open_b[lane] && !take_b;
+    int open = gammas.open[lane];
+    if ((open & 1) && made.margin_a[j] > T(0)) gammas.log1p_a[lane] = made.log1p_a[j], open &= ~1;
+    if ((open & 2) && made.margin_b[j] > T(0)) gammas.log1p_b[lane] = made.log1p_b[j], open &= ~2;
+    gammas.open[lane] = open;
     lanes[waiting] = lane;
-    waiting += gammas.open_a[lane] || gammas.open_b[lane];
+    waiting += open != 0;
   }
   return waiting;
 }
@@ -160,8 +176,6 @@ void sample(Block& block, const Stream& stream) {
     gammas.a[i] = a, gammas.b[i] = b;
     gammas.d_a[i] = shape_a.d, gammas.c_a[i] = shape_a.c;
     gammas.d_b[i] = shape_b.d, gammas.c_b[i] = shape_b.c;
-    gammas.log1p_a[i] = gammas.log1p_b[i] = T(0);
-    gammas.open_a[i] = gammas.open_b[i] = true;
     lanes[i] = i;
   }
   // A block starts at a multiple of its size: adding a lane never carries into the high half.
@@ -169,7 +183,7 @@ void sample(Block& block, const Stream& stream) {
   const Element first{static_cast<std::uint32_t>(start), static_cast<std::uint32_t>(start >> 32)};
   random.draw<T>(stream, first, lanes, block.count, 0);
   propose_lanes<true>(made, gammas, random, lanes, block.count);
-  int waiting = accept(gammas, made, lanes, block.count);
+  int waiting = accept_first(gammas, made, lanes, block.count);
   for (std::uint32_t attempt = 1; waiting > 0 && attempt < kMaxAttempts; ++attempt) {
     for (int j = waiting; j < padded(waiting); ++j) lanes[j] = 0;
     random.draw<T>(stream, first, lanes, waiting, attempt);

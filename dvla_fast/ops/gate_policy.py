@@ -22,6 +22,8 @@ from dvla_fast.ops import schemas
 from dvla_fast.ops.beta_policy import beta_policy, draw_key
 from dvla_fast.ops.value_checks import value_checks
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 class GatePolicyOutput(NamedTuple):
     """A decision for each of A states."""
@@ -133,8 +135,11 @@ def gate_policy(
     decisions = _decisions(image_tokens, text_tokens, groups_per_decision)
     _check_action(action_logit, deterministic, decisions, image_tokens.device)
     pooling = (image_mask, text_mask, groups_per_decision, state_images or 0)
-    wide = torch.promote_types(image_tokens.dtype, torch.float32)
-    weights = [x.to(wide) for x in (hidden_weight, hidden_bias, out_weight, out_bias)]
+    wide = torch.float64 if image_tokens.dtype == torch.float64 else torch.float32
+    weights = [
+        x if x.dtype == wide else x.to(wide)
+        for x in (hidden_weight, hidden_bias, out_weight, out_bias)
+    ]
     if not _in_one_call(image_tokens, backend):
         state = reference.gate_state(image_tokens, text_tokens, *pooling)
         logits = reference.state_logits(state, *weights).squeeze(-1)
@@ -144,7 +149,7 @@ def gate_policy(
         )  # fmt: skip
         return GatePolicyOutput(*step, state)
     kappa = float(concentration)
-    if not 0.0 < kappa <= torch.finfo(torch.float32).max:
+    if not 0.0 < kappa <= _LARGEST:
         raise ValueError(f"concentration: expected a positive finite number, got {kappa}")
     key = None
     if action_logit is not None:
@@ -160,6 +165,8 @@ def gate_policy(
 
 def _in_one_call(image_tokens: Tensor, backend: str | None) -> bool:
     """Whether the op runs. torch.func transforms what PyTorch's own operations compose."""
+    if backend is None and image_tokens.is_cpu and _extension.runs_plainly():
+        return True
     device, width = image_tokens.device, image_tokens.shape[2]
     compiled = _extension.problem if device.type == "cpu" else f"no kernel for {device.type}"
     if backend is None and _extension.needs_python_autograd():
@@ -249,7 +256,7 @@ def _check(
             raise ValueError("state_images: every image has its own decision")
         if not 1 <= state_images <= images // groups:
             raise ValueError(f"state_images: expected 1 to {images // groups}, got {state_images}")
-    _check_devices(image_tokens, text_tokens=text_tokens)
+    _check_device("text_tokens", text_tokens, image_tokens)
 
 
 def check_groups_and_masks(
@@ -276,7 +283,7 @@ def check_groups_and_masks(
             raise ValueError(
                 f"{name}: shape {tuple(mask.shape)}, expected {tuple(tokens.shape[:2])}"
             )
-        _check_devices(tokens, **{name: mask})
+        _check_device(name, mask, tokens)
 
 
 def _check_weights(
@@ -289,18 +296,17 @@ def _check_weights(
     if hidden_weight.dim() != 2 or hidden_weight.shape[0] == 0:
         raise ValueError(f"hidden_weight: shape {tuple(hidden_weight.shape)}, expected (K, 2C + 1)")
     units, features = hidden_weight.shape[0], 2 * image_tokens.shape[2] + 1
-    named = {
-        "hidden_weight": (hidden_weight, (units, features)),
-        "hidden_bias": (hidden_bias, (units,)),
-        "out_weight": (out_weight, (1, units)),
-        "out_bias": (out_bias, (1,)),
-    }
-    for name, (tensor, shape) in named.items():
-        if tuple(tensor.shape) != shape:
+    for name, tensor, shape in (
+        ("hidden_weight", hidden_weight, (units, features)),
+        ("hidden_bias", hidden_bias, (units,)),
+        ("out_weight", out_weight, (1, units)),
+        ("out_bias", out_bias, (1,)),
+    ):
+        if tensor.shape != shape:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {shape}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating tensor, got {tensor.dtype}")
-    _check_devices(image_tokens, **{name: tensor for name, (tensor, _) in named.items()})
+        _check_device(name, tensor, image_tokens)
 
 
 def _check_action(
@@ -318,7 +324,6 @@ def _check_action(
         raise ValueError(f"action_logit: on {action_logit.device}, the tokens are on {device}")
 
 
-def _check_devices(first: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != first.device:
-            raise ValueError(f"{name}: on {tensor.device}, the tokens are on {first.device}")
+def _check_device(name: str, tensor: Tensor, tokens: Tensor) -> None:
+    if tensor.device != tokens.device:
+        raise ValueError(f"{name}: on {tensor.device}, the tokens are on {tokens.device}")

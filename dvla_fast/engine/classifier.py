@@ -201,6 +201,8 @@ def _ungated(info: Mapping[str, Any]) -> dict[str, Any]:
 
 def _folders(root: Path) -> Mapping[str, Sequence[Picture]]:
     """Images of each class folder, in the order of their names."""
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; give one with a folder of images for each class")
-    return class_folders(root)
+    found = class_folders(root) if root.is_dir() else {}
+    if not found:
+        what = "no folders in it" if root.is_dir() else "no such folder"
+        raise DataError(f"{root}: {what}; give one with a folder of images for each class")
+    return found

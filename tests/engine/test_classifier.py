@@ -14,6 +14,8 @@ import torch
 
 import dvla_fast
 from dvla_fast.cli import main
+from dvla_fast.engine.build import encode_texts
+from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.errors import BankError, CheckpointError, DataError
 from dvla_fast.semantics import SemanticBank
 from dvla_fast.semantics.encoders import encoder_identity
@@ -137,6 +139,24 @@ def test_vectors_beside_the_bank_take_the_place_of_a_local_encoder(
     expected = classifier.learn(SUPPORTS, BANK, encoder=name).classify(pictures(1, 3))
     found = classifier.learn(SUPPORTS, bank).classify(pictures(1, 3))
     torch.testing.assert_close(found.probabilities, expected.probabilities)
+
+
+def test_long_texts_are_cut_where_training_allowed_it(make_checkpoint: Callable) -> None:
+    long = {name: {**texts, "description": "bird " * 78} for name, texts in TEXTS.items()}
+    bank = SemanticBank.from_dict({"classes": long})
+    strict = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu")
+    with pytest.raises(BankError, match="longer than the 77 words"):
+        strict.learn(SUPPORTS, bank)
+    config, device = SemanticsConfig(truncate=True), torch.device("cpu")
+    described = encode_texts(config, BANK, list(TEXTS), device)[1]  # what training notes
+    path = make_checkpoint(truncate=described["truncate"])
+    classifier = dvla_fast.FewShotClassifier.load(path, "cpu")
+    with pytest.warns(UserWarning, match="the rest of each is ignored"):
+        classifier.learn(SUPPORTS, bank)
+    cut = {name: {**texts, "description": "bird " * 77} for name, texts in TEXTS.items()}
+    expected = strict.learn(SUPPORTS, SemanticBank.from_dict({"classes": cut}))
+    got, wanted = (model.classify(pictures(1, 3)) for model in (classifier, expected))
+    assert torch.equal(got.probabilities, wanted.probabilities)
 
 
 def test_wrong_inputs(make_checkpoint: Callable, tmp_path: Path) -> None:

@@ -19,7 +19,14 @@ from typing import Any
 from dvla_fast.commands import COMMANDS, GROUPS
 from dvla_fast.errors import DVLAError
 from dvla_fast.runners import CONTINUED, RUNNERS
-from dvla_fast.terminal import BROKEN_PIPE, INTERRUPTED, fail, output_closed, short_warnings
+from dvla_fast.terminal import (
+    BROKEN_PIPE,
+    INTERRUPTED,
+    fail,
+    first_process,
+    output_closed,
+    speaking,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
     try:
-        with short_warnings():
+        with speaking():
             status = _dispatch(given, owns_process=arguments is None)
         sys.stdout.flush()  # a reader that is gone shows here, not when Python ends
         return status
@@ -91,7 +98,7 @@ def _dispatch(given: list[str], owns_process: bool) -> int:
         from dvla_fast.engine.settle import settle, size_line
 
         given, config = config, settle(config)
-        if line := size_line(given, config):
+        if (line := size_line(given, config)) and first_process():
             print(line, file=sys.stderr, flush=True)
         if name in CONTINUED:
             return CONTINUED[name](config, _config_files(rest))

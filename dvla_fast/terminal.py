@@ -7,20 +7,32 @@ import select
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 # What a shell reports of a process that a signal ended: 128 + SIGINT, 128 + SIGPIPE.
 INTERRUPTED, BROKEN_PIPE = 130, 141
 
 
+def first_process() -> bool:
+    """Whether this is the only process, or the first of those that a launcher started."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
-def short_warnings() -> Iterator[None]:
-    """Show warnings as one line each, without the place in the code."""
-    usual = warnings.formatwarning
-    warnings.formatwarning = lambda message, *more, **options: f"warning: {message}\n"
+def speaking() -> Iterator[None]:
+    """Show warnings as one line each, without the place in the code.
+
+    All but the first of several processes show neither warnings nor results: they are the same.
+    """
+    usual, line = warnings.formatwarning, "warning: {}\n" if first_process() else ""
+    warnings.formatwarning = lambda message, *more, **options: line.format(message)
     try:
-        yield
+        with (
+            open(os.devnull, "w") as nowhere,
+            redirect_stdout(sys.stdout if first_process() else nowhere),
+        ):
+            yield
     finally:
         warnings.formatwarning = usual
 

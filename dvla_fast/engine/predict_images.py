@@ -205,6 +205,7 @@ def find_images(given: Sequence[str]) -> list[Path]:
                 item
                 for item in sorted(path.rglob("*"))
                 if is_image(item)
+                and not item.is_dir()
                 and not any(part.startswith(".") for part in item.relative_to(path).parts)
             ]
             if not found:

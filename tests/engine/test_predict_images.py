@@ -99,6 +99,7 @@ def test_unreadable_files_are_named_and_change_nothing(
     assert main([*arguments, "--output=whole.csv"]) == 0
     Path("photos/unknown/0a.png").write_bytes(b"no picture")
     Path("photos/unknown/.hidden.png").write_bytes(b"")
+    Path("photos/unknown/folder.png").mkdir()
     capsys.readouterr()
     assert main([*arguments, "--output=all.json"]) == 0
     captured = capsys.readouterr()

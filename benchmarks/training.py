@@ -36,6 +36,7 @@ from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.memory import keep_freed_memory
+from dvla_fast.engine.metatune_steps import Step
 from dvla_fast.engine.state import TrainingState
 from dvla_fast.nn import DVLA, TextTokens, build_backbone
 from dvla_fast.rl import EMABaseline, ReinforceLoss, total_loss
@@ -236,7 +237,7 @@ def our_metatuning(setting: Setting, execution: ExecutionConfig, episodes: int) 
     model.train()
     gates = GateTraining(config, model)
     optimizer = torch.optim.AdamW(metatune.parameter_groups(model, config, gates.baseline))
-    step = metatune.Step(config, model, setting.data, setting.texts, optimizer, gates, run, 0)
+    step = Step(config, model, setting.data, setting.texts, optimizer, gates, run, 0)
     gates.begin_epoch()
     number = 0
     while True:

@@ -35,14 +35,24 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise OutputError(
-            f"{path}: cannot write ({error.strerror or error}); free space or choose another "
-            "--output folder"
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Check that a file can be written before the work that it is for.
+
+    Raises:
+        OutputError: its folder cannot be written.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
@@ -58,6 +68,13 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{path}: cannot write ({error.strerror or error}); free space or choose another "
+        "--output folder"
+    )
 
 
 def write_text_atomic(path: Path, text: str) -> None:

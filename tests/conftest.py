@@ -8,6 +8,7 @@ from text_encoders import (  # noqa: F401  (fixtures)
     tiny_bert,
     tiny_clip,
     tiny_open_clip,
+    tiny_open_clip_folder,
     tiny_siglip,
 )
 

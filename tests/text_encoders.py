@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,15 @@ def tiny_open_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     save_file(open_clip.create_model("dvla-fast-tiny").state_dict(), folder / "tiny.safetensors")
     return f"open_clip:dvla-fast-tiny/{folder / 'tiny.safetensors'}"
+
+
+@pytest.fixture(scope="session")
+def tiny_open_clip_folder(tiny_open_clip: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of the same encoder, in a folder of its own."""
+    weights = Path(tiny_open_clip.partition("/")[2])
+    folder = tmp_path_factory.mktemp("local")
+    shutil.copy(weights, folder / "open_clip_model.safetensors")
+    config = json.loads((weights.parent / "dvla-fast-tiny.json").read_text())
+    description = {"model_cfg": config, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(description))
+    return f"open_clip:local-dir:{folder}"

@@ -220,6 +220,7 @@ def encode_texts(
         "top_k": config.top_k,
         "template": config.template if config.top_k else None,
         "parts": config.parts,
+        "truncate": config.truncate,
         "truncated_texts": truncated,
     }
     return texts.to(device), described

@@ -102,7 +102,8 @@ class FewShotClassifier:
         Args:
             supports: class name to a few images of it, or a folder with a folder for each class.
             bank: texts of at least these classes, encoded as in training: a bank, its JSON file or
-                its bundled name. None: no gate runs, and images alone decide.
+                its bundled name. Texts too long for the encoder are cut where training allowed
+                that (``semantics.truncate``). None: no gate runs, and images alone decide.
             encoder: the text encoder of training with the place of its weights, where these were
                 read from a file (``open_clip:MODEL/FILE``): a checkpoint knows their content only.
 
@@ -111,7 +112,7 @@ class FewShotClassifier:
 
         Raises:
             DataError: an image that cannot be read, a class without images, fewer than two classes.
-            BankError: a class without texts, or an encoder that cannot be loaded.
+            BankError: a class without texts, a text too long, or an encoder that cannot be loaded.
             CheckpointError: a bank for a checkpoint without trained gates, or texts of another
                 encoder than its gates learned to read.
         """
@@ -184,7 +185,7 @@ class FewShotClassifier:
                 " or learn from images alone"
             )
         trained = self.description.get("semantics") or {}
-        known = {"encoder", "dim", "top_k", "template", "parts"}
+        known = {"encoder", "dim", "top_k", "template", "parts", "truncate"}
         options = {key: value for key, value in trained.items() if key in known and value}
         config = SemanticsConfig(**options | ({"encoder": encoder} if encoder else {}))
         texts, described = encode_texts(
@@ -201,6 +202,8 @@ def _ungated(info: Mapping[str, Any]) -> dict[str, Any]:
 
 def _folders(root: Path) -> Mapping[str, Sequence[Picture]]:
     """Images of each class folder, in the order of their names."""
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; give one with a folder of images for each class")
-    return class_folders(root)
+    found = class_folders(root) if root.is_dir() else {}
+    if not found:
+        what = "no folders in it" if root.is_dir() else "no such folder"
+        raise DataError(f"{root}: {what}; give one with a folder of images for each class")
+    return found

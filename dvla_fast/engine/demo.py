@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dvla_fast.data import EpisodeSampler
+from dvla_fast.data import EpisodeSampler, FewShotData
 from dvla_fast.engine.build import (
     backbone_spec,
     build_data,
@@ -41,6 +41,7 @@ from dvla_fast.engine.records import keep_record
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.statistics import INTERVAL, PAIRED_INTERVAL, points
 from dvla_fast.engine.trained_classes import training_stages
+from dvla_fast.semantics import EncodedTexts
 
 BEFORE = "visual prototypes, before meta-tuning"
 # Shares of the time that the stages take, for the overall progress bar (measured on 2 cores).
@@ -52,22 +53,13 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     from dvla_fast.report.plots import plot_run
 
     started = time.monotonic()
-    processes = Processes(config.device)
-    if processes.count > 1:
-        raise UsageError("the demo runs in one process; launch pretrain and metatune instead")
-    execution = Execution(config.execution, processes)
-    device = processes.device
+    execution = _execution(config)
+    device = execution.processes.device
     data = build_data(config.data, device)
     texts, semantics = build_texts(config.semantics, data, device)
     backbone = backbone_spec(config.model, data.channels, data.image_size)
     spec = model_spec(config.model, backbone, semantics["dim"])
-    # Settings that fit no model must not show up after the training.
-    GateTraining(config.metatune, build_model(spec))
-    settings = config.evaluate
-    for shot in settings.shots:  # nor too few images
-        EpisodeSampler(data.split(settings.split), settings.way, shot, settings.query, 0)
-    for shot in config.metatune.shots:
-        EpisodeSampler(data.base, config.metatune.way, shot, config.metatune.query, 0)
+    _check_recipe(config, data, spec)
     folder = RunFolder(config.output, to_dict(config), resume=config.resume, wandb=config.wandb)
     with Progress(_SHARES, enabled=not quiet) as progress:
         rng = seed_everything(config.seed)
@@ -78,37 +70,14 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
         model = build_model(spec)
         training = training_stages(load_backbone(model, backbone, pretrained))
         model.to(device)
-        facts = {
-            "semantics": semantics,
-            "started_from": str(pretrained),
-            "training": training,
-        }
+        facts = {"semantics": semantics, "started_from": str(pretrained), "training": training}
         tuned = metatune(
-            config.metatune,
-            model,
-            spec,
-            data,
-            texts,
-            folder,
-            rng,
-            config.seed,
-            progress,
-            facts,
+            config.metatune, model, spec, data, texts, folder, rng, config.seed, progress, facts,
             execution,
-        )
-        best, tuned_backbone, _ = load_model(str(tuned), data)
-        _, first_backbone, _ = load_model(str(pretrained), data)
-        backbones = {BEFORE: first_backbone, VISUAL: tuned_backbone}
-        folder.trim("evaluate", -1)
-        progress.begin("evaluate", settings.episodes * len(settings.shots))
-        results = []
-        evaluation = Evaluation([Contender(best, backbones)], data, texts, settings, config.seed)
-        for shot in settings.shots:
-            result, record = evaluation.shot(shot, progress)
-            results.append({**result, **_provenance(tuned, semantics, device)})
-            names = data.split(settings.split).class_names
-            keep_record(folder, results[-1], record, names)
-            progress.note(f"{shot}-shot {result['accuracy']:.1%} ± {points(result['ci95'], 1)} %")
+        )  # fmt: skip
+        results = _evaluate(config, data, texts, folder, (pretrained, tuned), progress)
+    provenance = _provenance(tuned, semantics, device)
+    results = [result | provenance for result in results]
     summary: dict[str, Any] = {
         "command": "demo",
         "seconds": round(time.monotonic() - started, 1),
@@ -124,6 +93,49 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     )
     folder.close()
     return {**summary, "folder": str(folder.path), "picture": str(picture)}
+
+
+def _execution(config: DemoRun) -> Execution:
+    processes = Processes(config.device)
+    if processes.count > 1:
+        raise UsageError("the demo runs in one process; launch pretrain and metatune instead")
+    return Execution(config.execution, processes)
+
+
+def _check_recipe(config: DemoRun, data: FewShotData, spec: dict[str, Any]) -> None:
+    """Find what fits no model, and too few images, before the training."""
+    GateTraining(config.metatune, build_model(spec))
+    evaluated = config.evaluate
+    for settings, images in (
+        (evaluated, data.split(evaluated.split)),
+        (config.metatune, data.base),
+    ):
+        for shot in settings.shots:
+            EpisodeSampler(images, settings.way, shot, settings.query, 0)
+
+
+def _evaluate(
+    config: DemoRun,
+    data: FewShotData,
+    texts: EncodedTexts,
+    folder: RunFolder,
+    checkpoints: tuple[Path, Path],
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Evaluate the pre-trained and the meta-tuned checkpoint on the same episodes, by shot."""
+    settings = config.evaluate
+    (_, first, _), (model, backbone, _) = (load_model(str(path), data) for path in checkpoints)
+    contender = Contender(model, {BEFORE: first, VISUAL: backbone})
+    folder.trim("evaluate", -1)
+    progress.begin("evaluate", settings.episodes * len(settings.shots))
+    evaluation = Evaluation([contender], data, texts, settings, config.seed)
+    results = []
+    for shot in settings.shots:
+        result, record = evaluation.shot(shot, progress)
+        results.append(result)
+        keep_record(folder, result, record, evaluation.images.class_names)
+        progress.note(f"{shot}-shot {result['accuracy']:.1%} ± {points(result['ci95'], 1)} %")
+    return results
 
 
 def _provenance(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -298,12 +299,9 @@ class _Texts(NamedTuple):
 
 def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast evaluate`` does; returns the summary that it writes."""
-    if not config.checkpoint:
-        raise UsageError("evaluate needs --checkpoint, a .safetensors file of a run's checkpoints/")
-    settings = config.evaluate
+    paths, settings = _paths(config), config.evaluate
     device = pick_device(config.device)
     data = build_data(config.data, device)
-    paths = [config.checkpoint, *config.checkpoints]
     loaded = [load_model(path, data) for path in paths]
     contenders = [Contender(model, {VISUAL: backbone}) for model, backbone, _ in loaded]
     infos = [info for _, _, info in loaded]
@@ -356,6 +354,19 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         folder.write_summary(summary)
     folder.close()
     return summary
+
+
+def _paths(config: EvaluateRun) -> list[str]:
+    """The checkpoints to evaluate, each once (UsageError otherwise)."""
+    if not config.checkpoint:
+        raise UsageError("evaluate needs --checkpoint, a .safetensors file of a run's checkpoints/")
+    paths = [config.checkpoint, *config.checkpoints]
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise UsageError(
+            "evaluate: the same checkpoint twice in --checkpoint and --checkpoints, which would "
+            "look like training without any spread; name each once"
+        )
+    return paths
 
 
 def _find_texts(

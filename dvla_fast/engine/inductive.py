@@ -104,6 +104,7 @@ class EpisodeTexts:
             "top_k": construct.top_k,
             "template": construct.template,
             "parts": "all",
+            "truncate": construct.truncate,
             "truncated_texts": self._encoder.truncated,
         }
 

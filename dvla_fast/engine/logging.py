@@ -108,8 +108,9 @@ class RunFolder:
             saved.pop(key, None)
         now = json.loads(json.dumps(absolute_paths(config)))
         for section, _, key in (name.partition(".") for name in grows):
-            if saved.get(section, {}).get(key, 0) < now[section][key]:
-                saved[section][key] = now[section][key]
+            theirs, wanted = saved.get(section, {}), now[section][key]
+            if theirs.get(key, wanted) < wanted:
+                theirs[key] = wanted
         changed = differences(absolute_paths(saved), now)
         if changed:
             names = {change.partition(":")[0] for change in changed}

@@ -6,20 +6,23 @@ A thin layer over ``FewShotClassifier``: which files are read, which cannot be, 
 from __future__ import annotations
 
 import csv
+import filecmp
 import io
-from collections.abc import Sequence
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvla_fast.data.decode import is_image, open_rgb
+from dvla_fast.data.decode import decode, is_image
 from dvla_fast.data.layouts import class_folders
 from dvla_fast.engine.classifier import FewShotClassifier
 from dvla_fast.engine.logging import Progress
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.tool_config import PredictImages
 from dvla_fast.errors import DataError, OutputError
-from dvla_fast.files import json_text, write_text_atomic
+from dvla_fast.files import check_writable, json_text, write_text_atomic
 from dvla_fast.semantics.bank import normalised_name
 
 
@@ -28,12 +31,14 @@ class Answer:
     """What is said about one file.
 
     path: as given or found; label: its class, where it lies in a folder named like one, else "";
-    predicted: class, "" for a file that cannot be read; probabilities: of each class, in their
-    order; error: why the file cannot be read, or "".
+    support: whether the classes were learned from it, or from a copy; predicted: class, "" for a
+    file that cannot be read; probabilities: of each class, in their order; error: why the file
+    cannot be read, or "".
     """
 
     path: Path
     label: str = ""
+    support: bool = False
     predicted: str = ""
     probabilities: tuple[float, ...] = ()
     error: str = ""
@@ -44,12 +49,11 @@ class Answers:
     """Everything that :func:`run_predict` found out.
 
     answers: one for each file, in their order; class_names: in the order of probabilities;
-    supports: files that the classes were learned from; output: file written.
+    output: file written.
     """
 
     answers: list[Answer]
     class_names: tuple[str, ...]
-    supports: frozenset[Path]
     output: Path
 
     @property
@@ -60,11 +64,7 @@ class Answers:
     @property
     def labelled(self) -> list[Answer]:
         """Answers whose class is known and that are no supports: what accuracy is about."""
-        return [
-            answer
-            for answer in self.answers
-            if answer.label and not answer.error and answer.path.resolve() not in self.supports
-        ]
+        return [x for x in self.answers if x.label and not x.error and not x.support]
 
     def text(self, rows: int) -> str:
         """Lay out the first rows, the number of images a class, and accuracy, for a terminal."""
@@ -84,7 +84,7 @@ class Answers:
         if self.unreadable:
             lines.append(f"unreadable  {len(self.unreadable)} of {len(self.answers)} files")
         lines.append(f"written     {self.output} ({len(self.answers)} rows)")
-        return _written("\n".join(lines).lstrip("\n"))
+        return "\n".join(map(_printable, lines)).lstrip("\n")
 
     def _counts(self, read: Sequence[Answer], width: int) -> list[str]:
         known = self.labelled
@@ -101,7 +101,7 @@ class Answers:
         right = sum(answer.predicted == answer.label for answer in self.labelled)
         count = len(self.labelled)
         text = f"accuracy    {right / count:.1%} ({right} of {count} images in folders of a class"
-        used = sum(answer.path.resolve() in self.supports for answer in self.answers)
+        used = sum(answer.support for answer in self.answers)
         return text + (f"; {used} supports do not count)" if used else ")")
 
     def csv_text(self) -> str:
@@ -109,12 +109,14 @@ class Answers:
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         shares = [f"probability_{name}" for name in self.class_names]
-        writer.writerow(["path", "label", "predicted", *shares, "error"])
+        writer.writerow(["path", "label", "support", "predicted", *shares, "error"])
         empty = [""] * len(shares)
         for item in self.answers:
             values = [f"{value:.6f}" for value in item.probabilities] or empty
-            writer.writerow([item.path, item.label, item.predicted, *values, item.error])
-        return _written(stream.getvalue())
+            support = "yes" if item.support else ""
+            writer.writerow([item.path, item.label, support, item.predicted, *values, item.error])
+        # Names of files need not be text.
+        return stream.getvalue().encode("utf-8", "replace").decode()
 
     def json_text(self, facts: dict[str, Any]) -> str:
         """Return the same as a JSON object, with what the answers come from."""
@@ -122,6 +124,7 @@ class Answers:
             {
                 "path": str(item.path),
                 "label": item.label or None,
+                "support": item.support,
                 "predicted": item.predicted or None,
                 "probabilities": dict(zip(self.class_names, item.probabilities)) or None,
                 "error": item.error or None,
@@ -140,35 +143,50 @@ def run_predict(config: PredictImages, *, quiet: bool = False) -> Answers:
         OutputError: the output cannot be written.
         CheckpointError, BankError: as ``FewShotClassifier``.
     """
+    output = _check(config)
+    files = find_images(config.images)
+    classifier = FewShotClassifier.load(config.checkpoint, config.device)
+    classifier.learn(config.supports, config.bank or None, config.encoder)
+    supports = _by_size(class_folders(Path(config.supports)).values())
+    with Progress({"predict": 1.0}, enabled=not quiet) as progress:
+        progress.begin("predict", len(files))
+        answers = []
+        for first in range(0, len(files), config.batch):
+            answers += _answer(classifier, files[first : first + config.batch], supports)
+            progress.advance(min(config.batch, len(files) - first))
+    if all(answer.error for answer in answers):
+        raise DataError(f"none of {len(answers)} files can be read; first: {answers[0].error}")
+    found = Answers(answers, classifier.class_names, output)
+    facts = {name: getattr(config, name) or None for name in ("checkpoint", "supports", "bank")}
+    table = found.csv_text() if output.suffix == ".csv" else found.json_text(facts)
+    write_text_atomic(output, table)
+    return found
+
+
+def _check(config: PredictImages) -> Path:
+    """Check the settings before work starts; returns the file to write."""
     for name in ("images", "checkpoint", "supports"):
         if not getattr(config, name):
             raise UsageError(
                 f"predict needs {'images' if name == 'images' else f'--{name}'}: dvla-fast predict "
                 "IMAGES --checkpoint TUNED.safetensors --supports FOLDER --bank BANK.json"
             )
+    if config.encoder and not config.bank:
+        raise UsageError("--encoder: there are no texts to encode; give --bank too, or neither")
     output = Path(config.output)
     if output.suffix not in (".csv", ".json"):
-        raise UsageError(f"--output {output}: the table is written as .csv or .json; name it so")
+        raise UsageError(
+            f"--output {config.output!r}: the table is written as .csv or .json; name it so"
+        )
     if output.is_dir() or not output.parent.is_dir():
         raise OutputError(f"{output}: give --output a file in a folder that exists")
-    files = find_images(config.images)
-    classifier = FewShotClassifier.load(config.checkpoint, config.device)
-    classifier.learn(config.supports, config.bank or None, config.encoder)
-    with Progress({"predict": 1.0}, enabled=not quiet) as progress:
-        progress.begin("predict", len(files))
-        answers = []
-        for first in range(0, len(files), config.batch):
-            answers += _answer(classifier, files[first : first + config.batch])
-            progress.advance(min(config.batch, len(files) - first))
-    if all(answer.error for answer in answers):
-        raise DataError(f"none of {len(answers)} files can be read; first: {answers[0].error}")
-    groups = class_folders(Path(config.supports)).values()
-    supports = frozenset(Path(str(path)).resolve() for group in groups for path in group)
-    found = Answers(answers, classifier.class_names, supports, output)
-    facts = {name: getattr(config, name) or None for name in ("checkpoint", "supports", "bank")}
-    table = found.csv_text() if output.suffix == ".csv" else found.json_text(facts)
-    write_text_atomic(output, table)
-    return found
+    for path in (config.bank, *config.images):
+        if output.exists() and os.path.exists(path) and output.samefile(path):
+            raise UsageError(
+                f"--output {output}: would take the place of what is read; name it anew"
+            )
+    check_writable(output)
+    return output
 
 
 def find_images(given: Sequence[str]) -> list[Path]:
@@ -177,7 +195,7 @@ def find_images(given: Sequence[str]) -> list[Path]:
     Raises:
         DataError: nothing there, or a folder without images.
     """
-    files: dict[Path, None] = {}  # each once, in order
+    files: dict[str, Path] = {}  # each once, in order
     for path in map(Path, given):
         if not path.exists():
             raise DataError(f"{path}: no such file or folder of images")
@@ -187,17 +205,21 @@ def find_images(given: Sequence[str]) -> list[Path]:
                 item
                 for item in sorted(path.rglob("*"))
                 if is_image(item)
+                and not item.is_dir()
                 and not any(part.startswith(".") for part in item.relative_to(path).parts)
             ]
             if not found:
                 raise DataError(f"{path}: no images in this folder or below")
-        files.update(dict.fromkeys(found))
-    return list(files)
+        for item in found:
+            files.setdefault(os.path.abspath(item), item)
+    return list(files.values())
 
 
-def _answer(classifier: FewShotClassifier, files: Sequence[Path]) -> list[Answer]:
+def _answer(
+    classifier: FewShotClassifier, files: Sequence[Path], supports: Mapping[int, Sequence[Path]]
+) -> list[Answer]:
     """Classify files; one that cannot be read changes nothing for the others."""
-    opened = [_opened(path) for path in files]
+    opened = [_opened(path, classifier.image_size) for path in files]
     images = [image for image, _ in opened if image is not None]
     rows: list[Any] = []
     if images:
@@ -205,23 +227,36 @@ def _answer(classifier: FewShotClassifier, files: Sequence[Path]) -> list[Answer
         rows = list(zip(result.predicted, result.probabilities.tolist()))
     answers = []
     for path, (_, error) in zip(files, opened):
-        predicted, probabilities = ("", ()) if error else rows.pop(0)
         label = _label(path, classifier.class_names)
-        answers.append(Answer(path, label, predicted, tuple(probabilities), error))
+        if error:
+            answers.append(Answer(path, label, error=error))
+            continue
+        predicted, probabilities = rows.pop(0)
+        alike = supports.get(path.stat().st_size, ())
+        support = any(filecmp.cmp(path, other, shallow=False) for other in alike)
+        answers.append(Answer(path, label, support, predicted, tuple(probabilities)))
     return answers
 
 
-def _opened(path: Path) -> tuple[Any, str]:
-    """Decode a file: (image, ""), or (None, why not)."""
+def _opened(path: Path, size: int) -> tuple[Any, str]:
+    """Decode a file: (array (size, size, 3), ""), or (None, why not)."""
     try:
-        return open_rgb(path)[0], ""
+        return decode(path, size).transpose(1, 2, 0), ""
     except DataError as error:
         return None, str(error)
 
 
-def _written(text: str) -> str:
-    """Text as UTF-8 can hold it, which names of files need not be."""
-    return text.encode("utf-8", "replace").decode()
+def _by_size(groups: Iterable[Sequence[Any]]) -> dict[int, list[Path]]:
+    """Files by their size in bytes: only those of one size can be copies."""
+    found = defaultdict(list)
+    for path in (path for group in groups for path in group):
+        found[path.stat().st_size].append(path)
+    return found
+
+
+def _printable(text: str) -> str:
+    """Text for one line of a terminal, which names of files need not be."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _label(path: Path, class_names: Sequence[str]) -> str:

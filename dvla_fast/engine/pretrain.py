@@ -125,23 +125,13 @@ def pretrain(
     model = build_pretrain_model(spec, outputs, config.drop_path)
     model.to(data.base.device)
     execution.prepare(model["backbone"])
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, weight_decay=config.weight_decay
-    )
     described = {"backbone": spec, "classes": outputs}
-    state = TrainingState(folder, "pretrain", described, {"model": model}, optimizer, rng)
-    state.facts = {
-        "dataset": data.name,
-        "classes": list(data.base.class_names),
-        "training": [unknown_stage("published")] * bool(pretrained)
-        + [training_stage("pretrain", data)],
-        "normalisation": normalisation(data),
-        "seed": seed,
-    }
+    earlier = [unknown_stage("published")] * bool(pretrained)
+    state = _state(config, model, described, data, folder, rng, {"seed": seed, "training": earlier})
     restored = folder.resume and state.restore()
     if pretrained and not restored:  # a run stopped before its first checkpoint starts again
         load_published(model["backbone"], pretrained)
-    epoch = Epoch(config, model, data, optimizer, execution, outputs)
+    epoch = Epoch(config, model, data, state.optimizer, execution, outputs)
     watch = DivergenceWatch("pre-training", state, {"pretrain.lr": config.lr})
     progress.begin("pre-train", config.epochs, state.epoch)
     numbers = monitor_episodes(data, *_VALIDATION)
@@ -165,6 +155,30 @@ def pretrain(
         progress.advance()
         progress.note(_describe(row, state.epoch, config.epochs, numbers))
     return state.best_path
+
+
+def _state(
+    config: PretrainConfig,
+    model: nn.ModuleDict,
+    spec: dict[str, Any],
+    data: FewShotData,
+    folder: RunFolder,
+    rng: np.random.Generator,
+    facts: dict[str, Any],
+) -> TrainingState:
+    """Begin the state of the stage, with its optimiser and what its checkpoints say of it."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay
+    )
+    state = TrainingState(folder, "pretrain", spec, {"model": model}, optimizer, rng)
+    state.facts = {
+        "dataset": data.name,
+        "classes": list(data.base.class_names),
+        "normalisation": normalisation(data),
+        **facts,
+        "training": [*facts["training"], training_stage("pretrain", data)],
+    }
+    return state
 
 
 def check_recipe(config: PretrainConfig, data: FewShotData, processes: Processes) -> None:

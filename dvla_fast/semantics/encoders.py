@@ -186,7 +186,8 @@ def _split(name: str) -> tuple[str, str, str]:
         return family, "", ""
     if family == "transformers" and rest:
         return family, rest, rest
-    if family == "open_clip" and rest.startswith(("hf-hub:", "local-dir:")):
+    # sha256-: what encoder_identity makes of a local-dir
+    if family == "open_clip" and rest.startswith(("hf-hub:", "local-dir:", "sha256-")):
         return family, rest, rest.removeprefix("local-dir:")
     model, _, weights = rest.partition("/")
     if family == "open_clip" and model and weights:
@@ -202,7 +203,7 @@ def encoder_identity(name: str, dim: int = 0) -> str:
     """Return the name under which an encoder's vectors are kept, without loading it.
 
     Published weights are known by their name, local ones by their content: another file in the same
-    place is another encoder.
+    place is another encoder. An identity is its own.
 
     Raises:
         BankError: a name that means no encoder, or a path to weights that are not there.

@@ -71,7 +71,11 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """Write a checkpoint of random weights, for 16-pixel images and hashed texts."""
 
     def make(
-        kind: str = "metatune", channels: int = 3, encoder: str = "hashed-ngram", **options: Any
+        kind: str = "metatune",
+        channels: int = 3,
+        encoder: str = "hashed-ngram",
+        truncate: bool = False,
+        **options: Any,
     ) -> Path:
         torch.manual_seed(1)
         backbone = {"name": "small", "image_size": 16, "in_channels": channels, "width": 8}
@@ -81,6 +85,7 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         if kind == "metatune":
             model: torch.nn.Module = build_model(spec)
             info["semantics"] = {"top_k": 0, "parts": "all", "encoder": encoder}
+            info["semantics"]["truncate"] = truncate
             info["semantics"]["dim"] = spec["text_dim"]
         else:
             model, info["model"] = build_pretrain_model(backbone, 5), {"backbone": backbone}

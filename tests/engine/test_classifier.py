@@ -13,6 +13,9 @@ import pytest
 import torch
 
 import dvla_fast
+from dvla_fast.cli import main
+from dvla_fast.engine.build import encode_texts
+from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.errors import BankError, CheckpointError, DataError
 from dvla_fast.semantics import SemanticBank
 from dvla_fast.semantics.encoders import encoder_identity
@@ -21,15 +24,12 @@ from tests.engine.conftest import MEAN, STD
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("safetensors")
 
-BANK = SemanticBank.from_dict(
-    {
-        "classes": {
-            "jay": {"attributes": ["blue wings", "a crest"], "description": "A loud blue bird."},
-            "wren": {"attributes": ["a short tail"], "description": "A small brown bird."},
-            "crow": {"attributes": ["black all over"], "description": "A large black bird."},
-        }
-    }
-)
+TEXTS = {
+    "jay": {"attributes": ["blue wings", "a crest"], "description": "A loud blue bird."},
+    "wren": {"attributes": ["a short tail"], "description": "A small brown bird."},
+    "crow": {"attributes": ["black all over"], "description": "A large black bird."},
+}
+BANK = SemanticBank.from_dict({"classes": TEXTS})
 
 
 def pictures(count: int, seed: int) -> list[np.ndarray]:
@@ -78,11 +78,7 @@ def test_documented_example(
         (tmp_path / "birds" / name).mkdir(parents=True)
         Image.fromarray(images[0]).save(tmp_path / "birds" / name / "0.png")
     Image.fromarray(SUPPORTS["jay"][0]).save(tmp_path / "query.jpg")
-    entries = {
-        name: {"attributes": list(entry.attributes), "description": entry.description}
-        for name, entry in BANK.classes.items()
-    }
-    (tmp_path / "birds.json").write_text(json.dumps({"classes": entries}))
+    (tmp_path / "birds.json").write_text(json.dumps({"classes": TEXTS}))
     monkeypatch.chdir(tmp_path)
     variables: dict[str, Any] = {}
     exec(compile(code, "evaluation.md", "exec"), variables)
@@ -127,6 +123,40 @@ def test_text_encoder_of_a_local_file(make_checkpoint: Callable, tiny_open_clip:
     assert classifier.class_names == ()
     classifier.learn(SUPPORTS, BANK, encoder=tiny_open_clip)
     assert classifier.classify(pictures(1, 3)).probabilities.shape == (1, 3)
+
+
+@pytest.mark.parametrize("local", ["tiny_open_clip", "tiny_open_clip_folder", "tiny_clip"])
+def test_vectors_beside_the_bank_take_the_place_of_a_local_encoder(
+    make_checkpoint: Callable, tmp_path: Path, local: str, request: pytest.FixtureRequest
+) -> None:
+    name = str(request.getfixturevalue(local))
+    name = name if name.startswith("open_clip:") else f"transformers:{name}"
+    path = make_checkpoint(encoder=encoder_identity(name), text_dim=10)
+    bank = tmp_path / "birds.json"
+    bank.write_text(json.dumps({"classes": TEXTS}))
+    assert main(["semantics", "encode", str(bank), f"--encoder={name}"]) == 0
+    classifier = dvla_fast.FewShotClassifier.load(path, "cpu")
+    expected = classifier.learn(SUPPORTS, BANK, encoder=name).classify(pictures(1, 3))
+    found = classifier.learn(SUPPORTS, bank).classify(pictures(1, 3))
+    torch.testing.assert_close(found.probabilities, expected.probabilities)
+
+
+def test_long_texts_are_cut_where_training_allowed_it(make_checkpoint: Callable) -> None:
+    long = {name: {**texts, "description": "bird " * 78} for name, texts in TEXTS.items()}
+    bank = SemanticBank.from_dict({"classes": long})
+    strict = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu")
+    with pytest.raises(BankError, match="longer than the 77 words"):
+        strict.learn(SUPPORTS, bank)
+    config, device = SemanticsConfig(truncate=True), torch.device("cpu")
+    described = encode_texts(config, BANK, list(TEXTS), device)[1]  # what training notes
+    path = make_checkpoint(truncate=described["truncate"])
+    classifier = dvla_fast.FewShotClassifier.load(path, "cpu")
+    with pytest.warns(UserWarning, match="the rest of each is ignored"):
+        classifier.learn(SUPPORTS, bank)
+    cut = {name: {**texts, "description": "bird " * 77} for name, texts in TEXTS.items()}
+    expected = strict.learn(SUPPORTS, SemanticBank.from_dict({"classes": cut}))
+    got, wanted = (model.classify(pictures(1, 3)) for model in (classifier, expected))
+    assert torch.equal(got.probabilities, wanted.probabilities)
 
 
 def test_wrong_inputs(make_checkpoint: Callable, tmp_path: Path) -> None:

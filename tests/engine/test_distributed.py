@@ -35,8 +35,10 @@ METATUNE = [
     "--metatune.augment.shift=0.1", "--metatune.rewards={accuracy: 1.0, episode_improvement: 1.0}",
 ]  # fmt: skip
 # Further updates from stored draws, in which the backbone has no gradient; noise from the device.
+# No class has as many attributes: a warning.
 PPO = [
     *METATUNE[:-1], "--metatune.objective=ppo", "--metatune.augment.random_erasing=0.5",
+    "--semantics.top_k=99",
 ]  # fmt: skip
 HALF = [*PRETRAIN, "--execution.precision=bfloat16", "--execution.channels_last=true"]
 SCRIPT = """
@@ -81,9 +83,10 @@ def launch(count: int, folder: Path, start: Path) -> None:
                 env={**os.environ, "OMP_NUM_THREADS": "1", **group},
             )
         )
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+    for rank, process in enumerate(processes):
+        said = "".join(process.communicate(timeout=240))
+        assert process.returncode == 0, said
+        (folder / f"said-{rank}.txt").write_text(said)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +122,15 @@ def test_one_process_writes(runs: tuple[Path, Path]) -> None:
         assert two[-1]["loss"] == pytest.approx(one[-1]["loss"], abs=1e-4)
         summaries = [json.loads((run / stage / "summary.json").read_text()) for run in runs]
         assert [summary["processes"] for summary in summaries] == [1, 2]
+
+
+@pytest.mark.slow
+def test_one_process_speaks(runs: tuple[Path, Path]) -> None:
+    first, second = ((runs[1] / f"said-{rank}.txt").read_text() for rank in (0, 1))
+    lines = ("digits: images of 16 pixels", "warning: ", "run folder  ", "next        dvla-fast ")
+    for line in lines:
+        assert line in first
+        assert line not in second
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,7 @@ from dvla_fast.engine.settings import UsageError
 from dvla_fast.errors import DataError, OutputError, TrainingError
 from dvla_fast.nn import DVLA
 from dvla_fast.semantics import EncodedTexts
+from tests.test_cli import fails
 
 
 @pytest.fixture
@@ -329,7 +331,8 @@ def test_one_episode_has_no_interval(
 
     one = "--evaluate.episodes=1"
     assert main(evaluate(backbone, tmp_path / "a", one)) == 0
-    more = [one, f"--checkpoints=[{backbone}]", f"--compare={tmp_path / 'a'}"]
+    copy = shutil.copy(backbone, tmp_path)
+    more = [one, f"--checkpoints=[{copy}]", f"--compare={tmp_path / 'a'}"]
     assert main(evaluate(backbone, tmp_path / "b", *more)) == 0
     assert "± n/a  p = n/a" in capsys.readouterr().out
     for folder in ("a", "b"):
@@ -365,3 +368,9 @@ def test_several_checkpoints_on_the_command_line(
     assert json.loads((tmp_path / "a/confusion-1shot.json").read_text())["counts"]
     assert main(evaluate(backbone, tmp_path / "b")) == 0
     assert "training again" not in capsys.readouterr().out
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(other)
+    twice = evaluate(backbone, tmp_path / "c", f"--checkpoints=[{other},{link}]")
+    message = fails(twice, capsys, 2)
+    assert "the same checkpoint twice" in message
+    assert not (tmp_path / "c").exists()

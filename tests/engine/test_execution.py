@@ -26,7 +26,9 @@ from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import AugmentConfig, DataConfig, DemoRun, ExecutionConfig
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.execution import Execution
+from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.logging import Progress, RunFolder
+from dvla_fast.engine.metatune_steps import Step
 from dvla_fast.engine.pretrain import pretrain
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.errors import MissingDependencyError
@@ -177,9 +179,9 @@ def test_a_step_never_waits_for_the_gpu(few_digits: FewShotData, tiny: DemoRun) 
     model = build_model(model_spec(tiny.model, backbone_spec(tiny.model, 1, 16), 512)).to(device)
     config = dataclasses.replace(tiny.metatune, augment=AugmentConfig(shift=0.1))
     execution = Execution(ExecutionConfig(precision="bfloat16"), Processes("cuda"))
-    gates = metatune_module.GateTraining(config, model)
+    gates = GateTraining(config, model)
     optimizer = torch.optim.AdamW(metatune_module.parameter_groups(model, config, gates.baseline))
-    step = metatune_module.Step(config, model, data, texts, optimizer, gates, execution, 0)
+    step = Step(config, model, data, texts, optimizer, gates, execution, 0)
     gates.begin_epoch()
     step(0)
     with no_waiting():

@@ -14,6 +14,7 @@ from benchmarks.policy_gradient import RECIPES as DIGITS_RECIPES
 from benchmarks.policy_gradient import digits_table
 from dvla_fast.data import EpisodeSampler, FewShotData
 from dvla_fast.engine import metatune as metatune_module
+from dvla_fast.engine import metatune_steps
 from dvla_fast.engine.build import (
     backbone_spec,
     build_model,
@@ -136,7 +137,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(
 ) -> None:
     config = with_gating(tiny, **RECIPES[recipe])
     expected, _ = load_checkpoint(tune(RunFolder(tmp_path / "whole", {}), few_digits, config))
-    real, calls = metatune_module.total_loss, []
+    real, calls = metatune_steps.total_loss, []
 
     def stops_in_the_second_epoch(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -144,10 +145,10 @@ def test_an_interrupted_run_continues_to_the_same_weights(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(metatune_module, "total_loss", stops_in_the_second_epoch)
+    monkeypatch.setattr(metatune_steps, "total_loss", stops_in_the_second_epoch)
     with pytest.raises(KeyboardInterrupt):
         tune(RunFolder(tmp_path / "run", {}), few_digits, config)
-    monkeypatch.setattr(metatune_module, "total_loss", real)
+    monkeypatch.setattr(metatune_steps, "total_loss", real)
     best = tune(RunFolder(tmp_path / "run", {}, resume=True), few_digits, config)
     tensors, _ = load_checkpoint(best)
     for name, tensor in expected.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,6 +99,7 @@ def test_unreadable_files_are_named_and_change_nothing(
     assert main([*arguments, "--output=whole.csv"]) == 0
     Path("photos/unknown/0a.png").write_bytes(b"no picture")
     Path("photos/unknown/.hidden.png").write_bytes(b"")
+    Path("photos/unknown/folder.png").mkdir()
     capsys.readouterr()
     assert main([*arguments, "--output=all.json"]) == 0
     captured = capsys.readouterr()
@@ -123,10 +125,40 @@ def test_unreadable_files_are_named_and_change_nothing(
 
 
 def test_supports_do_not_count_as_right_answers(folder: Path) -> None:
-    config = PredictImages(["birds", "photos/jay/0.png"], "tuned.safetensors", "birds")
-    found = run_predict(config, quiet=True)
-    assert len(found.answers) == 5
-    assert "of 1 images in folders of a class; 4 supports do not count)" in found.text(0)
+    shutil.copy("birds/jay/1.png", "photos/jay/copy.png")
+    given = ["birds", "photos/jay", str(Path("photos/jay").absolute())]  # each file counts once
+    found = run_predict(PredictImages(given, "tuned.safetensors", "birds"), quiet=True)
+    assert "of 2 images in folders of a class; 5 supports do not count)" in found.text(0)
+    marked = [row["path"] for row in rows("predictions.csv") if row["support"] == "yes"]
+    assert marked == [
+        "birds/jay/0.png", "birds/jay/1.png", "birds/wren/0.png", "birds/wren/1.png",
+        "photos/jay/copy.png",
+    ]  # fmt: skip
+    assert len(rows("predictions.csv")) == 7
+
+
+def test_nothing_that_is_read_is_written_over(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = Path("birds.json").read_text()
+    message = fails(["predict", "photos", *OPTIONS, "--bank=birds.json", "--output=./birds.json"],
+                    capsys, 2)  # fmt: skip
+    assert "--output birds.json: would take the place of what is read" in message
+    assert Path("birds.json").read_text() == texts
+    for output in ("again.csv", "again.csv"):  # an earlier table is no input
+        assert main(["predict", "photos", *OPTIONS, f"--output={output}"]) == 0
+
+
+def test_output_is_tried_before_work(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
+    monkeypatch.setattr("dvla_fast.engine.predict_images.find_images", lambda given: 1 / 0)
+    message = fails(["predict", "photos", *OPTIONS, "--output=table.csv"], capsys)
+    assert "table.csv: cannot write (Permission denied)" in message
 
 
 def test_names_that_are_not_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,6 +169,11 @@ def test_names_that_are_not_text(folder: Path, capsys: pytest.CaptureFixture[str
         assert "photos/unknown/?.png" in capsys.readouterr().out
     assert [row["path"] for row in rows("table.csv")][1] == "photos/unknown/?.png"
     assert json.loads(Path("table.json").read_text())["images"][1]["path"] == name
+    name = 'photos/unknown/a,"b"\n\x1b[2J.png'
+    Path("photos/unknown/0.png").rename(name)
+    assert main(["predict", "photos/unknown", *OPTIONS, "--output=table.csv"]) == 0
+    assert 'photos/unknown/a,"b"??[2J.png' in capsys.readouterr().out
+    assert rows("table.csv")[0]["path"] == name
 
 
 @pytest.mark.parametrize(
@@ -149,7 +186,9 @@ def test_names_that_are_not_text(folder: Path, capsys: pytest.CaptureFixture[str
         (["nowhere.png", *OPTIONS], "no such file or folder", 1),
         (["empty", *OPTIONS], "no images in this folder", 1),
         (["photos", *OPTIONS, "--bank=digits"], "the bank lacks 2 class", 1),
-        (["photos", *OPTIONS, "--supports=photos/jay"], "at least two are told apart", 1),
+        (["photos", *OPTIONS, "--supports=photos/jay"], "photos/jay: no folders in it; give", 1),
+        (["photos", *OPTIONS, "--supports=one"], "at least two are told apart", 1),
+        (["photos", *OPTIONS, "--encoder=open_clip:no/x.pt"], "give --bank too, or neither", 2),
         (["photos", *OPTIONS, "--bank=birds.json", "--encoder=open_clip:no/x.pt"], "x.pt", 1),
     ],
 )  # fmt: skip
@@ -160,6 +199,8 @@ def test_wrong_usage(
     status: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    Path("empty").mkdir()
+    for name in ("empty", "one/jay"):
+        Path(name).mkdir(parents=True)
+    shutil.copy("birds/jay/0.png", "one/jay")
     assert message in fails(["predict", *arguments], capsys, status)
     assert not Path("predictions.csv").exists()

@@ -73,6 +73,9 @@ def test_numbers_that_may_grow(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match=words):
             resume(*settings)
     assert "metatune:\n  epochs: 5\n" in record.read_text()
+    record.write_text("seed: 1\n")  # edited by hand
+    with pytest.raises(OutputError, match="cannot resume with other settings"):
+        resume(6)
 
 
 def test_metrics_are_cut_to_the_checkpoint(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from dvla_fast.data import FewShotData
 from dvla_fast.engine import metatune as metatune_module
+from dvla_fast.engine import metatune_steps
 from dvla_fast.engine.build import (
     backbone_spec,
     build_model,
@@ -228,14 +229,14 @@ def test_nan_loss_keeps_the_last_good_checkpoint(
 ) -> None:
     folder = RunFolder(tmp_path / "run", {"seed": 0})
     start = run_pretrain(folder, few_digits, tiny)
-    real, calls = metatune_module.total_loss, []
+    real, calls = metatune_steps.total_loss, []
 
     def breaks_in_the_second_epoch(*args: Any, **kwargs: Any) -> Any:
         loss, figures = real(*args, **kwargs)
         calls.append(1)
         return (loss * float("nan") if len(calls) > 3 else loss), figures
 
-    monkeypatch.setattr(metatune_module, "total_loss", breaks_in_the_second_epoch)
+    monkeypatch.setattr(metatune_steps, "total_loss", breaks_in_the_second_epoch)
     words = r"epoch 2, step 4: the loss became .*--metatune\.lr 0\.0005.* are the last good ones"
     with pytest.raises(TrainingError, match=words):
         run_metatune(folder, few_digits, tiny, start)
@@ -304,7 +305,7 @@ def test_interrupted_training_continues_to_the_same_weights(
     )
     folder = RunFolder(tmp_path / "run", {"seed": 0})
     start = run_pretrain(folder, few_digits, tiny)
-    real, calls = metatune_module.total_loss, []
+    real, calls = metatune_steps.total_loss, []
 
     def stops_in_the_second_epoch(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -312,10 +313,10 @@ def test_interrupted_training_continues_to_the_same_weights(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(metatune_module, "total_loss", stops_in_the_second_epoch)
+    monkeypatch.setattr(metatune_steps, "total_loss", stops_in_the_second_epoch)
     with pytest.raises(KeyboardInterrupt):
         run_metatune(folder, few_digits, tiny, start)
-    monkeypatch.setattr(metatune_module, "total_loss", real)
+    monkeypatch.setattr(metatune_steps, "total_loss", real)
     torch.manual_seed(999)
     again = RunFolder(tmp_path / "run", {"seed": 0}, resume=True)
     tensors, info = load_checkpoint(run_metatune(again, few_digits, tiny, start))

@@ -1,0 +1,233 @@
+"""What each subcommand does with its settings, and what it prints; each returns its exit status."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dvla_fast.terminal import INTERRUPTED, fail
+
+
+def _demo(config: Any) -> int:
+    from dvla_fast.engine.demo import result_table, run_demo
+
+    print(
+        "DVLA-RL on real handwritten digits: train on 0 2 4 6 8, then tell 1 3 5 7 9 apart from "
+        f"a few examples each\nrun folder: {config.output}",
+        file=sys.stderr,
+        flush=True,
+    )
+    summary = run_demo(config)
+    print()
+    print(result_table(summary["results"]))
+    print()
+    print(f"run folder  {summary['folder']}")
+    print(f"picture     {summary['picture']}")
+    print(f"time        {summary['seconds']:.0f} s on {summary['device']}")
+    return 0
+
+
+def _data_check(config: Any) -> int:
+    from dvla_fast.data import check_data
+    from dvla_fast.engine.logging import Progress
+
+    with Progress({"check": 1.0}) as progress:
+        report = check_data(
+            config.path,
+            config.splits,
+            shot=config.shot,
+            query=config.query,
+            image_size=config.image_size,
+            decode_images=not config.counts_only,
+            workers=config.workers,
+            advance=_counter(progress, "check"),
+        )
+    print(report.text())
+    if report.problems:
+        return fail(f"{config.path}: {len(report.problems)} line(s) of problems above")
+    print("no problems found")
+    return 0
+
+
+def _data_prepare(config: Any) -> int:
+    from dvla_fast.data import prepare_cache
+    from dvla_fast.engine.logging import Progress
+    from dvla_fast.engine.settings import UsageError
+
+    if not config.output:
+        raise UsageError("data prepare needs --output, the folder of the cache")
+    try:
+        with Progress({"prepare": 1.0}) as progress:
+            done = prepare_cache(
+                config.path,
+                config.output,
+                config.image_size,
+                config.splits,
+                skip_unreadable=config.skip_unreadable,
+                workers=config.workers,
+                advance=_counter(progress, "prepare"),
+            )
+    except KeyboardInterrupt:
+        return fail("interrupted; the same command continues", INTERRUPTED)
+    for line in done.skipped:
+        print(f"left out: {line}")
+    print(
+        f"cache       {done.path}, {done.images} images ({done.decoded} decoded, {done.reused} "
+        f"kept)\nnext        dvla-fast pretrain --data.dataset {shlex.quote(str(done.path))} "
+        f"--data.image_size {config.image_size}"
+    )
+    return 0
+
+
+def _counter(progress: Any, stage: str) -> Any:
+    """Drive a progress bar by calls with the images done and all of them."""
+    last = None
+
+    def advance(done: int, total: int) -> None:
+        nonlocal last
+        if last is None:
+            progress.begin(stage, total)
+            last = 0
+        progress.advance(done - last)
+        last = done
+
+    return advance
+
+
+def _bank_command(name: str) -> Callable[[Any], int]:
+    def run(config: Any) -> int:
+        from dvla_fast.engine import bank_commands
+
+        status: int = getattr(bank_commands, name)(config)
+        return status
+
+    return run
+
+
+def _semantics_build(config: Any) -> int:
+    from dvla_fast.engine.bank_build import build
+
+    try:
+        return build(config)
+    except KeyboardInterrupt:
+        return fail("interrupted; the same command continues", INTERRUPTED)
+
+
+def _ablate(config: Any) -> int:
+    from dvla_fast.engine.ablate import run_ablate
+
+    summary = run_ablate(config)
+    cells, failures = summary["cells"], summary["failures"]
+    print(Path(config.output, "ablation.md").read_text(encoding="utf-8"))
+    print(f"run folder  {config.output} (ablation.md, .csv, .png, .json)")
+    print(f"time        {summary['seconds_of_this_launch']:.0f} s on {summary['device']}")
+    if failures:
+        first = min(failures)
+        return fail(
+            f"{len(failures)} of {cells['all']} cells failed (first: {first}: {failures[first]}); "
+            "the same command tries them again, tracebacks are in the folder's cells/*.error.json"
+        )
+    if cells["finished"] < cells["all"]:
+        return fail(
+            f"{cells['all'] - cells['finished']} of {cells['all']} cells are not finished; the "
+            "same command computes them"
+        )
+    return 0
+
+
+def _pretrain(config: Any, files: Sequence[str]) -> int:
+    from dvla_fast.engine.monitor import validation_text
+    from dvla_fast.engine.next_steps import metatune_command
+    from dvla_fast.engine.pretrain import run_pretrain
+
+    summary = run_pretrain(config)
+    print(
+        f"{validation_text(summary, 'monitor_episode_accuracy')}\n"
+        f"run folder  {config.output}\n"
+        f"next        {metatune_command(config, summary['checkpoint'], files)}"
+    )
+    return 0
+
+
+def _metatune(config: Any, files: Sequence[str]) -> int:
+    from dvla_fast.engine.metatune import run_metatune
+    from dvla_fast.engine.monitor import validation_text
+    from dvla_fast.engine.next_steps import evaluate_command
+
+    summary = run_metatune(config)
+    print(
+        f"{validation_text(summary, 'monitor_accuracy')}\n"
+        f"run folder  {config.output}\n"
+        f"next        {evaluate_command(summary['checkpoint'], files)}"
+    )
+    return 0
+
+
+def _evaluate(config: Any) -> int:
+    from dvla_fast.engine.demo import result_table
+    from dvla_fast.engine.evaluate import run_evaluate
+    from dvla_fast.engine.records import checkpoints_table, comparison_table
+
+    summary = run_evaluate(config)
+    print(result_table(summary["results"]))
+    if spread := checkpoints_table(summary["results"]):
+        print(f"\n{spread}")
+    if "compared" in summary:
+        print(f"\n{comparison_table(summary['compared'])}")
+    if summary["split"] == "monitor":
+        print(f"\nsplit       monitor: {summary['monitor']}")
+    print(f"\nsummary     {config.output}/summary.json")
+    print(f"page        dvla-fast report {config.output}")
+    return 0
+
+
+def _predict(config: Any) -> int:
+    from dvla_fast.engine.predict_images import run_predict
+
+    found = run_predict(config)
+    for answer in found.unreadable:
+        print(f"unreadable: {answer.error}", file=sys.stderr)
+    print(found.text(config.rows))
+    return 0
+
+
+def _report(config: Any) -> int:
+    from dvla_fast.report.page import run_report
+
+    done = run_report(config)
+    for line in done.notes:
+        print(f"note        {line}")
+    print(f"page        {done.path} ({done.bytes / 1e6:.1f} MB, {done.seconds:.0f} s)")
+    return 0
+
+
+def _compare(config: Any) -> int:
+    from dvla_fast.engine.compare import comparison_text, run_compare
+
+    print(comparison_text(run_compare(config), config.classes))
+    return 0
+
+
+# Runs that say what comes next, from the settings files that they were given.
+CONTINUED = {"pretrain": _pretrain, "metatune": _metatune}
+
+RUNNERS = {
+    "data check": _data_check,
+    "data prepare": _data_prepare,
+    "demo": _demo,
+    "semantics build": _semantics_build,
+    "semantics show": _bank_command("show"),
+    "semantics diff": _bank_command("diff"),
+    "semantics edit": _bank_command("edit"),
+    "semantics encode": _bank_command("encode"),
+    "semantics check": _bank_command("check"),
+    "semantics import": _bank_command("import_published"),
+    "ablate": _ablate,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "report": _report,
+    "compare": _compare,
+}

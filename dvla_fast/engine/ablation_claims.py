@@ -41,9 +41,9 @@ def weigh_claims(
     if config.semantics.bank == "shapes":
         top_k["selection"] = hallucinated_shares(config)
     return [
-        _claim("semantics help", cells.over(FULL, VISUAL)),
+        _claim("text and meta-tuning together beat visual prototypes", cells.over(FULL, VISUAL)),
         _claim("attributes and description help beyond the class name", cells.over(FULL, "name")),
-        _claim("semantics help most at one shot", gain),
+        _claim("the gain over visual prototypes is largest at one shot", gain),
         _claim(
             "both levels matter",
             cells.over(FULL, "attributes") + cells.over(FULL, "description"),

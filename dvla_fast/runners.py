@@ -139,30 +139,28 @@ def _ablate(config: Any) -> int:
 
 
 def _pretrain(config: Any, files: Sequence[str]) -> int:
-    from dvla_fast.engine.monitor import validation_text
     from dvla_fast.engine.next_steps import metatune_command
     from dvla_fast.engine.pretrain import run_pretrain
 
     summary = run_pretrain(config)
-    print(
-        f"{validation_text(summary, 'monitor_episode_accuracy')}\n"
-        f"run folder  {config.output}\n"
-        f"next        {metatune_command(config, summary['checkpoint'], files)}"
-    )
-    return 0
+    following = metatune_command(config, summary["checkpoint"], files)
+    return _trained(summary, "monitor_episode_accuracy", config.output, following)
 
 
 def _metatune(config: Any, files: Sequence[str]) -> int:
     from dvla_fast.engine.metatune import run_metatune
-    from dvla_fast.engine.monitor import validation_text
     from dvla_fast.engine.next_steps import evaluate_command
 
     summary = run_metatune(config)
-    print(
-        f"{validation_text(summary, 'monitor_accuracy')}\n"
-        f"run folder  {config.output}\n"
-        f"next        {evaluate_command(summary['checkpoint'], files)}"
-    )
+    following = evaluate_command(summary["checkpoint"], files)
+    return _trained(summary, "monitor_accuracy", config.output, following)
+
+
+def _trained(summary: Any, accuracy: str, output: str, following: str) -> int:
+    """Print the validation accuracy, kept under that key, and where to go on."""
+    from dvla_fast.engine.monitor import validation_text
+
+    print(f"{validation_text(summary, accuracy)}\nrun folder  {output}\nnext        {following}")
     return 0
 
 

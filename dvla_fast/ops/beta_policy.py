@@ -75,10 +75,8 @@ def beta_policy(
         and logits.dtype is torch.float32 and logits.is_cpu and _extension.runs_plainly()
     ):  # fmt: skip
         # The usual call in as few steps as it takes: for a few states they are most of its time.
-        words = torch.randint(_LARGEST_INT64, (2,), generator=generator)  # as draw_key
-        check = value_checks(_CPU)
-        results = _PLAIN_FORWARD(logits, None, concentration, None, words, False, check)
-        return BetaPolicyOutput(*results[:4])
+        inputs = (logits, None, concentration, None, draw_key(_CPU, generator))
+        return BetaPolicyOutput(*_PLAIN_FORWARD(*inputs, False, value_checks(_CPU))[:4])
     if logits.dtype not in _LARGEST:
         if not logits.is_floating_point():
             raise TypeError(f"logits: expected a floating tensor, got {logits.dtype}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dvla_fast.data.shapes import make_classes
+from dvla_fast.data.shapes import KINDS, make_classes
 from dvla_fast.engine.ablation_statistics import crossed_interval
 from dvla_fast.engine.ablation_variants import FULL, VISUAL
 from dvla_fast.engine.build import bank_encoder, build_bank, pick_device
@@ -38,7 +38,7 @@ def weigh_claims(
     )  # fmt: skip
     fixed = _best_fixed(rows)
     top_k = _claim("top-k removes what hallucinations cost", cells.over(FULL, "no-top-k"))
-    if config.semantics.bank == "shapes":
+    if config.semantics.bank in KINDS:
         top_k["selection"] = hallucinated_shares(config)
     return [
         _claim("text and meta-tuning together beat visual prototypes", cells.over(FULL, VISUAL)),
@@ -152,14 +152,14 @@ def weigh_rewards(
 
 
 def hallucinated_shares(config: AblateRun) -> dict[str, Any]:
-    """How many of the attributes that top-k chooses on shapes are hallucinated.
+    """How many of the attributes that top-k chooses on a made data set are hallucinated.
 
     Returns:
         ``proposed``: their share among all that the texts propose; ``chosen``: k -> their share
         among those chosen by progressive selection, for k of the sweep and of the configuration.
     """
-    made = make_classes()
-    bank = build_bank("shapes")
+    made = make_classes(varied=KINDS[config.semantics.bank])
+    bank = build_bank(config.semantics.bank)
     encoder = bank_encoder(config.semantics, bank, pick_device("cpu"))
     flags = [dict(zip(text.attributes, text.hallucinated)) for text in made.texts]
     proposals = [list(item) for item in flags]

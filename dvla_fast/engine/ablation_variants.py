@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dvla_fast.data.shapes import KINDS
 from dvla_fast.engine.build import backbone_spec, build_bank
 from dvla_fast.engine.config import AblateRun
 from dvla_fast.engine.settings import UsageError, from_mapping
@@ -164,9 +165,9 @@ def _semantics(config: AblateRun) -> list[Variant]:
         title = f"attributes alone without top-k: all {most} proposed"
         every = {"parts": "attributes", "top_k": most, "template": "last"}
         rows.append(row("no-top-k-attributes", title, **every))
-    if config.semantics.bank == "shapes":
+    if config.semantics.bank in KINDS:
         title = "attributes and description, hallucinations taken out by hand"
-        rows.append(row("true", title, bank="shapes-true", top_k=0))
+        rows.append(row("true", title, bank=f"{config.semantics.bank}-true", top_k=0))
     return rows
 
 

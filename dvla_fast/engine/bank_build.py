@@ -14,7 +14,7 @@ from dvla_fast.data.shapes import load_shapes
 from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.logging import Progress
 from dvla_fast.engine.settings import UsageError
-from dvla_fast.engine.settle import sized
+from dvla_fast.engine.settle import MADE_SIZES, sized
 from dvla_fast.engine.tool_config import LanguageModelConfig, SemanticsBuild
 from dvla_fast.errors import DataError
 from dvla_fast.semantics import build_encoder
@@ -152,7 +152,7 @@ def find_classes(config: SemanticsBuild) -> tuple[list[ClassSource], dict[str, A
         "seed": config.seed,
         "max_side": construct.max_side,
     }
-    if config.data.dataset in ("digits", "shapes"):
+    if config.data.dataset in MADE_SIZES:
         made = _made_data(config)
         names = construct.split or ["base", "novel", *_validation(made)]
         sets = [(f"{made.name}/{name}", made.split(name)) for name in names]
@@ -173,7 +173,7 @@ def _made_data(config: SemanticsBuild) -> FewShotData:
     data = sized(config.data)
     if data.dataset == "digits":
         return load_digits(data.image_size, data.holdout, data.split_seed)
-    return load_shapes(data.image_size, data.images_per_class)
+    return load_shapes(data.image_size, data.images_per_class, kind=data.dataset)
 
 
 def _validation(data: FewShotData) -> list[str]:

@@ -21,6 +21,7 @@ from dvla_fast.engine.build import bank_encoder, build_bank, build_data, pick_de
 from dvla_fast.engine.config import DataConfig
 from dvla_fast.engine.logging import Progress
 from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.settle import MADE_SIZES
 from dvla_fast.engine.tool_config import (
     SemanticsCheck,
     SemanticsDiff,
@@ -335,7 +336,7 @@ def check(config: SemanticsCheck) -> int:
 
 def _data_set(config: DataConfig) -> tuple[list[str], dict[str, Sequence[str]]]:
     """Return the class names and the image ids by split of a data set, without its images."""
-    if config.dataset in ("digits", "shapes"):
+    if config.dataset in MADE_SIZES:
         data = build_data(config, pick_device("cpu"))
         parts = {"base": data.base, "monitor": data.monitor, "novel": data.novel}
         return list(data.class_names), {name: part.ids for name, part in parts.items()}

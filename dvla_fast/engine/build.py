@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dvla_fast.data import FewShotData, ImageSet, load_data
-from dvla_fast.data.shapes import load_shapes, make_classes
+from dvla_fast.data.shapes import BANKS, KINDS, load_shapes, make_classes
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import DataConfig, ModelConfig, SemanticsConfig, TextOptions
 from dvla_fast.engine.settings import UsageError, differences
@@ -77,8 +77,8 @@ def build_data(config: DataConfig, device: torch.device, *, training: bool = Fal
         DataError: missing or unusable; or, for ``training``, without base classes.
     """
     config = sized(config)
-    if config.dataset == "shapes":
-        data = load_shapes(config.image_size, config.images_per_class)
+    if config.dataset in KINDS:
+        data = load_shapes(config.image_size, config.images_per_class, kind=config.dataset)
     else:
         data = load_data(
             config.dataset, config.image_size, config.holdout, config.split_seed, config.splits
@@ -106,16 +106,17 @@ def _resident(data: FewShotData, wanted: str, device: torch.device) -> FewShotDa
 
 
 def build_bank(name: str) -> SemanticBank:
-    """Load a bank by name or path; "shapes" and "shapes-true" are made with the data set."""
-    if name not in ("shapes", "shapes-true"):
+    """Load a bank by name or path; those of ``shapes.BANKS`` are made with the data set."""
+    if name not in BANKS:
         return load_bank(name)
+    kind, hallucinated = BANKS[name]
     content = {
         "name": name,
         "provenance": {
             "kind": "definitions",
             "writer": "made with the images' definitions, without a look at an image",
         },
-        "classes": make_classes().bank(hallucinated=name == "shapes"),
+        "classes": make_classes(varied=KINDS[kind]).bank(hallucinated),
     }
     return SemanticBank.from_dict(content, name)
 

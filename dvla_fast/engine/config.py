@@ -50,22 +50,23 @@ class DataConfig:
 
     dataset: str = option(
         "digits",
-        "'digits', 'shapes', the folder of a data set, or a cache made by 'dvla-fast data prepare'",
+        "'digits', 'shapes', 'shapes-varied', the folder of a data set, or a cache made by "
+        "'dvla-fast data prepare'",
     )
     splits: str = option(
         "", "published split list, or a JSON file; empty: as the folders say, or the one that fits"
     )
     image_size: int = option(
         0,
-        "side of the square images in pixels; 0: a cache's own, 16 for digits, 32 for shapes; a "
-        "folder of images needs it",
+        "side of the square images in pixels; 0: a cache's own, 16 for digits, 32 for the shapes; "
+        "a folder of images needs it",
         0,
     )
     holdout: float = option(
         0.25, "share of base images kept for monitoring (without val classes)", check=_not_inside
     )
     split_seed: int = option(0, "seed of that share")
-    images_per_class: int = option(60, "images drawn for each class (shapes only)", 2)
+    images_per_class: int = option(60, "images drawn for each class (shapes and shapes-varied)", 2)
     resident: str = option(
         "auto",
         "keep a cache's images in GPU memory: yes, no, or auto: where they fit in half of it",
@@ -105,7 +106,8 @@ class SemanticsConfig(TextOptions):
 
     bank: str = option(
         "digits",
-        "bundled bank name, shapes, shapes-true (no hallucinations), or path of a bank JSON file",
+        "bundled bank name; shapes or shapes-varied, with -true for no hallucinations; or a "
+        "bank JSON file",
     )
     seen_images: str = option(
         "exclude",

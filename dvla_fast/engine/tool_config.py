@@ -104,7 +104,7 @@ class CompareRun:
 class SemanticsShow(TextOptions):
     """Everything `dvla-fast semantics show` does."""
 
-    bank: str = positional("bundled bank name, shapes, shapes-true, or path of a bank JSON file")
+    bank: str = positional("name of a bundled or made bank, or path of a bank JSON file")
     class_name: str = positional("class; all of them in short if left out", optional=True)
 
 
@@ -112,7 +112,7 @@ class SemanticsShow(TextOptions):
 class SemanticsDiff:
     """Everything `dvla-fast semantics diff` does."""
 
-    first: str = positional("bundled bank name, shapes, shapes-true, or path of a bank JSON file")
+    first: str = positional("name of a bundled or made bank, or path of a bank JSON file")
     second: str = positional("another one")
 
 

@@ -81,10 +81,13 @@ class MeanConcentrationBeta(Distribution):
 
     @property
     def mode(self) -> Tensor:
-        """(a − 1)/(a + b − 2) where both shapes exceed 1, else NaN, as torch's Beta gives."""
+        """(a − 1)/(a + b − 2), or the end where the density is highest: 0 for a ≤ 1 < b.
+
+        NaN where both shapes are 1 or less: highest at both ends, or flat.
+        """
         a, b = self._shapes()
-        inside = (a > 1) & (b > 1)
-        return torch.where(inside, (a - 1) / (a + b - 2), torch.full_like(a, torch.nan))
+        above_a, above_b = (a - 1).clamp(min=0), (b - 1).clamp(min=0)
+        return above_a / (above_a + above_b)  # 0/0 where neither exceeds 1
 
     @property
     def variance(self) -> Tensor:

@@ -176,13 +176,18 @@ def state_logits(
     device = "cpu" if state.is_meta else state.device.type  # autocast knows no meta device
     with torch.autocast(device_type=device, enabled=False):
         state = state.to(torch.promote_types(hidden_weight.dtype, torch.float32))
-        width = state.shape[-1] // 2
-        image, text, cosine = state.split([width, width, 1], dim=-1)
-        parts = (F.layer_norm(image, (width,)), F.layer_norm(text, (width,)), cosine)
         weights = (hidden_weight, hidden_bias, out_weight, out_bias)
         first, first_bias, last, last_bias = (w.to(state.dtype) for w in weights)
-        hidden = F.gelu(F.linear(torch.cat(parts, dim=-1), first, first_bias))
+        hidden = F.gelu(F.linear(normalised_state(state), first, first_bias))
         return F.linear(hidden, last, last_bias)
+
+
+def normalised_state(state: Tensor) -> Tensor:
+    """The two pooled vectors of states (A, 2C + 1), each of mean 0 and variance 1."""
+    width = state.shape[-1] // 2
+    image, text, cosine = state.split([width, width, 1], dim=-1)
+    parts = (F.layer_norm(image, (width,)), F.layer_norm(text, (width,)), cosine)
+    return torch.cat(parts, dim=-1)
 
 
 def beta_policy(

@@ -31,6 +31,10 @@ def test_moments_density_and_entropy_equal_torch(pair: tuple[MeanConcentrationBe
     for name in ("mean", "variance", "stddev"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
     torch.testing.assert_close(ours.mode[:, 1], theirs.mode[:, 1])
+    ends = MeanConcentrationBeta(mean=torch.tensor([0.05, 0.2, 0.95]))
+    edge = Beta(ends.concentration1, ends.concentration0)
+    torch.testing.assert_close(ends.mode, edge.mode)
+    assert MeanConcentrationBeta(mean=torch.tensor(0.5), concentration=1.0).mode.isnan()
     torch.testing.assert_close(ours.log_prob(value), theirs.log_prob(value))
     torch.testing.assert_close(ours.entropy(), theirs.entropy())
 

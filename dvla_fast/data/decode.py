@@ -86,12 +86,23 @@ def to_square(rgb: Any, size: int) -> NDArray[np.uint8]:
     """
     Image = pillow()
     if rgb.size != (size, size):
+        rgb = _without_far_ends(rgb)
         scale = size * _RESIZE_RATIO / min(rgb.size)
         width, height = (max(size, round(side * scale)) for side in rgb.size)
         rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - size) // 2, (height - size) // 2
         rgb = rgb.crop((left, top, left + size, top + size))
     return np.asarray(rgb).transpose(2, 0, 1)
+
+
+def _without_far_ends(rgb: Any) -> Any:
+    """Keep the middle of a long strip: resized whole, 1 x 20,000 pixels would take gigabytes."""
+    longest = 8 * min(rgb.size)
+    if max(rgb.size) <= longest:
+        return rgb
+    width, height = (min(side, longest) for side in rgb.size)
+    left, top = (rgb.width - width) // 2, (rgb.height - height) // 2
+    return rgb.crop((left, top, left + width, top + height))
 
 
 def decode(source: Path | NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

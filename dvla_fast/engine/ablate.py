@@ -24,14 +24,14 @@ import torch
 
 from dvla_fast.engine.ablation_cells import FREE_KEYS, Cell, Store, Workshop, all_cells, work
 from dvla_fast.engine.ablation_claims import weigh_claims, weigh_rewards
-from dvla_fast.engine.ablation_statistics import FORMULA, SINGLE, crossed_interval, holm
+from dvla_fast.engine.ablation_statistics import FORMULA, SINGLE, crossed_interval
 from dvla_fast.engine.ablation_variants import GROUPS, Variant, chosen_variants
 from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.config import AblateRun
 from dvla_fast.engine.logging import Progress, read_config, to_yaml
 from dvla_fast.engine.settings import UsageError, differences, from_mapping, to_dict
 from dvla_fast.engine.settle import absolute_paths
-from dvla_fast.engine.statistics import require_scipy
+from dvla_fast.engine.statistics import holm, require_scipy
 from dvla_fast.errors import OutputError
 from dvla_fast.files import write_atomic, write_text_atomic
 

@@ -67,8 +67,9 @@ def crossed_interval(parts: Sequence[Any], draws: int = 4000, seed: int = 0) -> 
     if not freedom:
         return {**result, "se": None, "low": None, "high": None, "p_value": 1.0}
     if error < 1e-9:
-        same = abs(estimate) < 1e-9
-        return {**result, "low": estimate, "high": estimate, "p_value": 1.0 if same else 0.0}
+        # Without any spread only "no difference" can be said.
+        known = estimate if abs(estimate) < 1e-9 else None
+        return {**result, "low": known, "high": known, "p_value": 1.0}
     student = _stats().t(freedom)
     half = float(student.ppf(0.975)) * error
     p = float(2 * student.sf(abs(estimate) / error))
@@ -99,19 +100,3 @@ def _freedom(tables: Sequence[Any]) -> float:
     if squares > 0:
         return total**2 / squares
     return float(max((free for _, free in terms), default=0))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p values of many comparisons by Holm's step-down procedure (Holm 1979).
-
-    Returns:
-        The adjusted values in the order given: a comparison whose value is below 0.05 stands at a
-        family-wise error of 5 %.
-    """
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    adjusted = [0.0] * len(p_values)
-    highest = 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - rank) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted

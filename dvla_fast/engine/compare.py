@@ -194,7 +194,7 @@ def verdict(row: dict[str, Any], names: Sequence[str] = ("A", "B")) -> str:
     """
     value, half, p = (row[key] for key in ("difference", "ci95", "p_value"))
     if half is None:
-        return "no difference shown: one episode has no spread to judge by"
+        return f"no difference shown: {100 * value:+.1f} points, without a spread to judge by"
     sign = 1 if value >= 0 else -1
     low, high = sorted((100 * sign * (value - half), 100 * sign * (value + half)))
     evidence = f"95 % interval {low:.1f} to {high:.1f}, {_p(p)}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -361,10 +362,13 @@ def _paths(config: EvaluateRun) -> list[str]:
     if not config.checkpoint:
         raise UsageError("evaluate needs --checkpoint, a .safetensors file of a run's checkpoints/")
     paths = [config.checkpoint, *config.checkpoints]
-    if len({os.path.realpath(path) for path in paths}) < len(paths):
+    # The best and the last epoch of one stage are one training, as the same file twice is.
+    ends = r"-(best|last)\.safetensors$"
+    trainings = {re.sub(ends, "", os.path.realpath(path)) for path in paths}
+    if len(trainings) < len(paths):
         raise UsageError(
-            "evaluate: the same checkpoint twice in --checkpoint and --checkpoints, which would "
-            "look like training without any spread; name each once"
+            "evaluate: the same training twice in --checkpoint and --checkpoints, which would "
+            "look like training without any spread; name one checkpoint of each"
         )
     return paths
 

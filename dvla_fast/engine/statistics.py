@@ -42,7 +42,8 @@ def paired_difference(first: Tensor, second: Tensor) -> dict[str, float | None]:
 
     Returns:
         ``difference``: the mean of first − second; ``ci95``: half width of its 95 % t interval;
-        ``p_value``: two-sided, 1 where all differences are 0. Both are None for one episode.
+        ``p_value``: two-sided, 1 where all differences are 0. Both are None for one episode, and
+        where all differences are the same but not 0: a t test has then no spread to judge by.
 
     Raises:
         ValueError: different lengths.
@@ -58,8 +59,7 @@ def paired_difference(first: Tensor, second: Tensor) -> dict[str, float | None]:
     if len(difference) < 2:
         return {"difference": mean, "ci95": None, "p_value": None}
     if np.ptp(difference) < 1e-6:  # rounding of float32 apart, the t statistic is 0/0 or infinite
-        same = abs(mean) < 1e-6
-        return {"difference": mean, "ci95": 0.0, "p_value": 1.0 if same else 0.0}
+        return _without_spread(mean, 1e-6)
     result = _stats().ttest_1samp(difference, 0.0)
     low, high = result.confidence_interval(0.95)
     return {
@@ -90,7 +90,7 @@ def checkpoint_interval(accuracies: list[float]) -> dict[str, Any]:
     }
 
 
-def unpaired_difference(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
+def unpaired_difference(first: Sequence[float], second: Sequence[float]) -> dict[str, float | None]:
     """Compare the accuracies of two groups of training runs by Welch's t test.
 
     The interval and p speak of training again: each value is one run's accuracy.
@@ -107,10 +107,16 @@ def unpaired_difference(first: Sequence[float], second: Sequence[float]) -> dict
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     mean = float(a.mean() - b.mean())
     if np.ptp(a) < 1e-9 and np.ptp(b) < 1e-9:
-        return {"difference": mean, "ci95": 0.0, "p_value": 1.0 if abs(mean) < 1e-9 else 0.0}
+        return _without_spread(mean, 1e-9)
     result = _stats().ttest_ind(a, b, equal_var=False)
     low, high = result.confidence_interval(0.95)
     return {"difference": mean, "ci95": float(high - low) / 2, "p_value": float(result.pvalue)}
+
+
+def _without_spread(mean: float, rounding: float) -> dict[str, float | None]:
+    if abs(mean) < rounding:
+        return {"difference": mean, "ci95": 0.0, "p_value": 1.0}
+    return {"difference": mean, "ci95": None, "p_value": None}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from dvla_fast import _extension, functional, reference
-from dvla_fast.nn.policy import PolicyStep, build_policy
+from dvla_fast.nn.policy import PolicyStep, build_policy, is_plain
 from dvla_fast.ops.gate_policy import check_groups_and_masks
 from dvla_fast.ops.value_checks import require, value_checks
 
@@ -36,6 +37,10 @@ class GateOutput(NamedTuple):
     """(A,): entropy of the policy; 0 for a replayed gate or a policy without chance."""
     state: Tensor
     """(A, 2·dim + 1): [GAP(H_v) ‖ GAP(H_t) ‖ cos(GAP(H_v), GAP(H_t))]."""
+
+
+# Without a name torch.export.save refuses it; there is no public way to give one.
+_pytree._register_namedtuple(GateOutput, serialized_type_name="dvla_fast.GateOutput")
 
 
 class GateAttention(NamedTuple):
@@ -74,6 +79,7 @@ class RLAGate(nn.Module):
         fixed_alpha: the gate of policy "fixed".
 
     Raises:
+        TypeError: a size is not a whole number.
         ValueError: a size is not positive, does not divide, or a name is unknown.
     """
 
@@ -91,6 +97,8 @@ class RLAGate(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("text_dim", text_dim), ("num_heads", num_heads)):
+            if not isinstance(value, int):
+                raise TypeError(f"{name}: expected a whole number, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         if dim % num_heads:
@@ -137,7 +145,7 @@ class RLAGate(nn.Module):
         """Run the gate.
 
         Args:
-            image_tokens: (B, N, dim), dtype of the weights (any floating type under autocast).
+            image_tokens: (B, N, dim), dtype of the weights; under autocast float32 or its dtype.
             text_tokens: (T, P, text_dim), B a multiple of T; images i·B/T … see text group i.
             image_mask: (B, N) bool, True = a token; masked ones are attended by nothing.
             text_mask: (T, P) bool, likewise; H is 0 at masked places.
@@ -183,7 +191,7 @@ class RLAGate(nn.Module):
         query, text_key, text_value = self._heads(self.text_qkv(texts), 3)
         gate = _spread(step.alpha, image_tokens.shape[0])
         masks: dict[str, Any] = {"image_mask": image_mask, "text_mask": text_mask}
-        if _only_weights(self.image_kv) and _only_weights(self.out_projection):
+        if _is_weight(self.image_kv) and _is_weight(self.out_projection):
             updated, fused = functional.gated_attention(
                 query, image_tokens, self.image_kv.weight, text_key, text_value, gate,
                 self.out_projection.weight, **masks,
@@ -268,24 +276,36 @@ class RLAGate(nn.Module):
         image_mask: Tensor | None,
         text_mask: Tensor | None,
     ) -> None:
-        weight = self.image_kv.weight
-        device = weight.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        weight = self._weight()
+        allowed: tuple[torch.dtype, ...] = (weight.dtype,)
+        kind = weight.device.type
+        if kind != "meta" and weight.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+            allowed = (weight.dtype, torch.float32, torch.get_autocast_dtype(kind))
         for name, tensor, width in (
             ("image_tokens", image_tokens, self.dim),
             ("text_tokens", text_tokens, self.text_dim),
         ):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
             if tensor.dim() != 3 or tensor.shape[-1] != width:
                 raise ValueError(
                     f"{name}: shape {tuple(tensor.shape)}, expected (batch, tokens, {width})"
                 )
             if tensor.shape[1] == 0:
                 raise ValueError(f"{name}: shape {tuple(tensor.shape)} has no token")
-            if not tensor.is_floating_point() or (tensor.dtype != weight.dtype and not autocast):
-                raise TypeError(f"{name}: dtype {tensor.dtype}, the gate has {weight.dtype}")
+            if tensor.dtype not in allowed:
+                wanted = " or ".join(dict.fromkeys(map(str, allowed)))
+                raise TypeError(f"{name}: dtype {tensor.dtype}, the gate takes {wanted}")
             if tensor.device != weight.device:
                 raise ValueError(f"{name}: on {tensor.device}, the gate is on {weight.device}")
         check_groups_and_masks(image_tokens, text_tokens, image_mask, text_mask)
+
+    def _weight(self) -> Tensor:
+        """A tensor of the gate's dtype and device, also where layers were replaced."""
+        if type(self.image_kv) is nn.Linear:
+            return self.image_kv.weight
+        found = (p for p in self.parameters() if p.is_floating_point())
+        return next(found, torch.empty(0))  # all layers quantised: they take float32 on the CPU
 
     def extra_repr(self) -> str:
         return (
@@ -294,16 +314,8 @@ class RLAGate(nn.Module):
         )
 
 
-def _only_weights(layer: nn.Module) -> bool:
-    """Whether a linear layer is its weight and nothing else, as it was made here.
-
-    One that was replaced (LoRA, quantisation) or hooked must be called instead.
-    """
-    hooked = (
-        layer._forward_hooks or layer._forward_pre_hooks
-        or layer._backward_hooks or layer._backward_pre_hooks
-    )  # fmt: skip
-    return type(layer) is nn.Linear and layer.bias is None and not hooked
+def _is_weight(layer: nn.Module) -> bool:
+    return is_plain(layer) and layer.bias is None
 
 
 def _check_action(action_logit: Tensor | None, decisions: int) -> None:

@@ -105,6 +105,18 @@ class GatePolicy(nn.Module):
             )
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a linear layer is its weights and nothing else.
+
+    One that was replaced (LoRA, quantisation) or hooked must be called instead.
+    """
+    hooked = (
+        layer._forward_hooks or layer._forward_pre_hooks
+        or layer._backward_hooks or layer._backward_pre_hooks
+    )  # fmt: skip
+    return type(layer) is nn.Linear and not hooked
+
+
 class StateNetwork(nn.Module):
     """MLP over s = [GAP(H_v) ‖ GAP(H_t) ‖ cos]; starts at 0 for every state, i.e. p = 1/2.
 
@@ -121,7 +133,19 @@ class StateNetwork(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         """(A, 2·dim + 1) -> (A, out_features), float32 or, for float64 weights, float64."""
-        return reference.state_logits(state, *self.weights())
+        if self.is_plain():
+            return reference.state_logits(state, *self.weights())
+        device = "cpu" if state.is_meta else state.device.type  # autocast knows no meta device
+        first = next((p for p in self.parameters() if p.is_floating_point()), state)
+        with torch.autocast(device_type=device, enabled=False):
+            wide = torch.promote_types(first.dtype, torch.float32)
+            hidden = self.hidden(reference.normalised_state(state.to(wide)).to(first.dtype))
+            logits: Tensor = self.out(F.gelu(hidden))
+        return logits.to(wide)
+
+    def is_plain(self) -> bool:
+        """Whether both layers are as they were made: their weights say all."""
+        return is_plain(self.hidden) and is_plain(self.out)
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight and bias of the hidden layer (K, 2·dim + 1), (K,), and of the last."""
@@ -188,8 +212,12 @@ class BetaPolicy(GatePolicy):
         **pooling: Any,
     ) -> tuple[PolicyStep, Tensor]:
         """See :meth:`GatePolicy.decide`: here state, network and policy are one call."""
-        if (self.pathwise or self.share[1] > 1) and sample and action_logit is None:
-            return super().decide(image_tokens, text_tokens, generator=generator, **pooling)
+        drawn = sample and action_logit is None
+        if (drawn and (self.pathwise or self.share[1] > 1)) or not self.network.is_plain():
+            return super().decide(
+                image_tokens, text_tokens, action_logit=action_logit, sample=sample,
+                generator=generator, **pooling,
+            )  # fmt: skip
         *step, state = functional.gate_policy(
             image_tokens,
             text_tokens,

@@ -263,7 +263,9 @@ def check_groups(query: Tensor, batch: int, images: str) -> None:
     groups, heads, _, width = query.shape
     if heads == 0 or width == 0:
         raise ValueError(f"query: shape {tuple(query.shape)} has no head or no dimension")
-    if groups == 0 or batch % groups:
+    if groups == 0:
+        raise ValueError(f"query: shape {tuple(query.shape)} has no text group")
+    if batch % groups:
         raise ValueError(
             f"{images}: {batch} images do not fall into the query's {groups} text groups evenly"
         )

@@ -267,7 +267,10 @@ def check_groups_and_masks(
 ) -> None:
     """The images fall into text groups, and masks (outer, tokens) fit the tokens they belong to."""
     images, groups = image_tokens.shape[0], text_tokens.shape[0]
-    if images == 0 or groups == 0 or images % groups:
+    if images == 0 or groups == 0:
+        empty, tokens = ("text", text_tokens) if images else ("image", image_tokens)
+        raise ValueError(f"{empty}_tokens: shape {tuple(tokens.shape)} leaves nothing to decide on")
+    if images % groups:
         raise ValueError(
             f"image_tokens: {images} images do not fall into {groups} text groups evenly"
         )

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dvla_fast.nn.dvla import EpisodeOutput, TextTokens
 from dvla_fast.rl.baselines import normalise_advantage
 from dvla_fast.rl.diagnostics import advantage_figures, alpha_figures, gradient_figures
-from dvla_fast.rl.objectives import Decisions, Objective, Pathwise, Reinforce
+from dvla_fast.rl.objectives import LARGEST_LOG_RATIO, Decisions, Objective, Pathwise, Reinforce
 from dvla_fast.rl.rewards import (
     RewardInputs,
     alignment_cosine,
@@ -47,8 +47,9 @@ class PolicyLoss(nn.Module):
         weight: λ, the loss's weight beside the supervised one.
         normalise: make the advantages of each layer have mean 0 and standard deviation 1.
         discount: see :func:`dvla_fast.rl.discounted_returns`; 0: each layer its own reward.
-        kl_weight: w_KL; the divergence is estimated at the actions taken by r − 1 − log r ≥ 0,
-            r = π_ref/π, as GRPO does.
+        kl_weight: w_KL. The divergence is estimated at the actions taken by r − 1 − log r ≥ 0,
+            r = π_ref/π, as GRPO does, its gradient by E[(log π − log π_ref) ∇ log π]:
+            r − 1 − log r has that of KL(π_ref‖π) instead, which fades far from the reference.
         value_weight: of the squared error of a baseline whose values carry a gradient.
 
     Raises:
@@ -135,7 +136,7 @@ class PolicyLoss(nn.Module):
         if callable(baseline):
             more = (states,) if getattr(baseline, "needs_states", False) else ()
             given = baseline(signal.detach(), *more)
-        level = torch.zeros_like(signal) if given is None else given.detach().expand_as(signal)
+        level = torch.zeros_like(signal) if given is None else _like(signal, given.detach())
         advantage = self.objective.advantage(signal, level)
         if self.normalise:
             advantage = normalise_advantage(advantage)
@@ -145,7 +146,7 @@ class PolicyLoss(nn.Module):
         surrogate, figures = self.objective(decisions)
         score = surrogate + self.entropy_weight * entropy
         if self.kl_weight and theirs is not None:
-            divergence = _divergence(log_prob, theirs)
+            divergence = _divergence(log_prob, theirs, old)
             score = score - self.kl_weight * divergence
             figures["kl_reference"] = divergence.detach().flatten(1).mean(1)
         loss = -self.weight * score.flatten(1).mean(1).sum()
@@ -230,10 +231,23 @@ class ReinforceLoss(PolicyLoss):
         return loss, {**figures, "reinforce": figures["policy_loss"]}
 
 
-def _divergence(log_prob: Tensor, reference: Tensor) -> Tensor:
-    """r − 1 − log r, r = π_ref/π: unbiased for KL(π‖π_ref) under π, and never negative."""
-    change = (reference.detach() - log_prob).clamp(-20.0, 20.0)
-    return change.exp() - 1 - change
+def _like(signal: Tensor, baseline: Tensor) -> Tensor:
+    try:
+        return baseline.expand_as(signal)
+    except RuntimeError:
+        raise ValueError(
+            f"baseline: shape {tuple(baseline.shape)} does not broadcast to the rewards'"
+            f" {tuple(signal.shape)}"
+        ) from None
+
+
+def _divergence(log_prob: Tensor, reference: Tensor, old: Tensor) -> Tensor:
+    """KL(π‖π_ref) at actions drawn from π: never negative, with the score-function gradient."""
+    change = (reference - log_prob).detach()
+    value = change.clamp(max=LARGEST_LOG_RATIO).exp() - 1 - change
+    ratio = (log_prob - old).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()  # 1 on policy
+    slope = -change * ratio
+    return value + (slope - slope.detach())
 
 
 def alignment_loss(output: EpisodeOutput, query_labels: Tensor, text: TextTokens) -> Tensor:

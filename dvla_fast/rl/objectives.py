@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_LARGEST_LOG_RATIO = 20.0  # exp(20) is far outside every clip range, and finite
+LARGEST_LOG_RATIO = 20.0  # exp(20) is far outside every clip range, and finite
 _EPSILON = 1e-4
 
 
@@ -95,7 +95,7 @@ class ClippedSurrogate(Objective):
 
     def forward(self, decisions: Decisions) -> tuple[Tensor, dict[str, Tensor]]:
         change = decisions.log_prob - decisions.old_log_prob
-        ratio = change.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp()
+        ratio = change.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
         clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
         advantage = _spread(decisions)
         surrogate = torch.minimum(ratio * advantage, clipped * advantage)

@@ -81,3 +81,20 @@ def test_no_damage_escapes(tmp_path: Path) -> None:
 def test_right_size_is_not_resampled() -> None:
     pixels = trees.picture(3, (84, 84))
     assert (decode(pixels, 84) == pixels.transpose(2, 0, 1)).all()
+
+
+def test_the_middle_of_a_strip_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resized whole, it would be 730,000 pixels long."""
+    resize, sizes = Image.Image.resize, []
+    monkeypatch.setattr(
+        Image.Image,
+        "resize",
+        lambda self, size, *how: sizes.append(size) or resize(self, size, *how),
+    )
+    strip = np.zeros((1, 20_000, 3), np.uint8)
+    strip[:, 9_990:10_010] = (200, 100, 50)
+    for pixels in (strip, strip.transpose(1, 0, 2)):
+        square = decode(np.ascontiguousarray(pixels), 32)
+        assert square.shape == (3, 32, 32)
+        assert (square == np.array([200, 100, 50], np.uint8)[:, None, None]).all()
+    assert max(map(max, sizes)) < 400

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dvla_fast.engine.ablation_statistics import crossed_interval, holm
+from dvla_fast.engine.ablation_statistics import crossed_interval
 
 
 def made(rng: np.random.Generator, seeds: float, episodes: float, both: float) -> np.ndarray:
@@ -60,9 +60,3 @@ def test_nothing_to_learn_from() -> None:
     for parts in ([], [np.zeros((0, 4))], [np.zeros((2, 3)), np.zeros((3, 3))]):
         with pytest.raises(ValueError, match="same seeds"):
             crossed_interval(parts)
-
-
-def test_holm() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []

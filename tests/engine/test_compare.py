@@ -43,7 +43,7 @@ def test_equal_runs_show_no_difference(tmp_path: Path) -> None:
         (0.013, 0.009, 0.004, "x is better than y by 1.3 points, 95 % interval 0.4 to 2.2,"),
         (-0.02, 0.01, 1e-5, "y is better than x by 2.0 points, 95 % interval 1.0 to 3.0,"),
         (0.002, 0.01, 0.7, "no difference shown: x - y = +0.2 points"),
-        (0.5, None, None, "no difference shown: one episode"),
+        (0.5, None, None, "no difference shown: +50.0 points, without a spread to judge by"),
     ],
 )  # fmt: skip
 def test_words(value: float, half: float, p: float, words: str) -> None:
@@ -89,7 +89,7 @@ def test_several_seeds_a_side(tmp_path: Path) -> None:
 
 
 def test_holm_is_the_step_down_procedure() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
     with pytest.raises(ValueError, match="two or more runs"):

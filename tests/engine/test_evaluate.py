@@ -372,5 +372,9 @@ def test_several_checkpoints_on_the_command_line(
     link.symlink_to(other)
     twice = evaluate(backbone, tmp_path / "c", f"--checkpoints=[{other},{link}]")
     message = fails(twice, capsys, 2)
-    assert "the same checkpoint twice" in message
+    assert "the same training twice" in message
+    last = backbone.replace("-best.", "-last.")
+    assert "the same training twice" in fails(
+        evaluate(backbone, tmp_path / "c", f"--checkpoints=[{last}]"), capsys, 2
+    )
     assert not (tmp_path / "c").exists()

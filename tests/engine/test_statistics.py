@@ -14,6 +14,7 @@ from dvla_fast.engine.statistics import (
     confusion,
     mean_interval,
     paired_difference,
+    unpaired_difference,
 )
 
 
@@ -38,19 +39,20 @@ def test_paired_t_test() -> None:
 def test_rounding_is_no_spread() -> None:
     """0.8 − 0.6 and 0.6 − 0.4 differ in float32's last digit alone."""
     found = paired_difference(torch.tensor([0.8, 0.6]), torch.tensor([0.6, 0.4]))
-    assert (found["ci95"], found["p_value"]) == (0.0, 0.0)
+    assert (found["ci95"], found["p_value"]) == (None, None)
 
 
 @pytest.mark.parametrize(
-    ("gap", "p_value"), [(0.0, 1.0), (0.25, 0.0)], ids=["no difference", "always the same"]
+    ("gap", "half", "p_value"),
+    [(0.0, 0.0, 1.0), (0.25, None, None)],
+    ids=["no difference", "always the same"],
 )
-def test_differences_without_spread(gap: float, p_value: float) -> None:
+def test_differences_without_spread(gap: float, half: float | None, p_value: float | None) -> None:
+    """A t test divides by their spread: two equal differences once gave p = 0."""
     base = torch.full((5,), 0.5)
-    assert paired_difference(base + gap, base) == {
-        "difference": gap,
-        "ci95": 0.0,
-        "p_value": p_value,
-    }
+    want = {"difference": gap, "ci95": half, "p_value": p_value}
+    assert paired_difference(base + gap, base) == want
+    assert unpaired_difference([0.5 + gap, 0.5 + gap], [0.5, 0.5]) == want
     one = paired_difference(base[:1], base[:1])
     assert (one["difference"], one["ci95"], one["p_value"]) == (0.0, None, None)
 

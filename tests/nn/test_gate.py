@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -240,21 +241,26 @@ class LowRank(torch.nn.Module):
         self.down = torch.nn.Linear(layer.in_features, 2, bias=False)
         self.up = torch.nn.Linear(2, layer.out_features, bias=False)
 
-    @property
-    def weight(self) -> Tensor:
-        return self.layer.weight
-
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x) + self.up(self.down(x))
 
 
+class LowRankWithWeight(LowRank):
+    """One that shows its layer's weight, which alone is not what it computes."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight
+
+
+@pytest.mark.parametrize("kind", [LowRank, LowRankWithWeight])
 @pytest.mark.parametrize("name", ["image_kv", "out_projection"])
-def test_replaced_layers_count(make_gate: MakeGate, name: str) -> None:
+def test_replaced_layers_count(make_gate: MakeGate, name: str, kind: type[LowRank]) -> None:
     """What stands in the place of a layer is called; its own weight alone would say otherwise."""
     gate, (z, text) = make_gate(), _tokens()
     mask = torch.tensor([[True, True, False], [True, True, True]])
     layer = getattr(gate, name)
-    adapted = LowRank(layer)
+    adapted = kind(layer)
     setattr(gate, name, adapted)
     got = gate(z, text, text_mask=mask, alpha=0.3)
     setattr(gate, name, layer)
@@ -262,6 +268,55 @@ def test_replaced_layers_count(make_gate: MakeGate, name: str) -> None:
     expected = gate(z, text, text_mask=mask, alpha=0.3)
     torch.testing.assert_close(got.image_tokens, expected.image_tokens)
     torch.testing.assert_close(got.fused, expected.fused)
+
+
+@pytest.mark.parametrize("name", ["hidden", "out"])
+@pytest.mark.parametrize("policy", ["beta", "categorical"])
+def test_replaced_layers_of_the_policy_count(make_gate: MakeGate, name: str, policy: str) -> None:
+    gate, (z, text) = make_gate(policy=policy), _tokens()
+    network = gate.policy.network
+    torch.nn.init.normal_(network.out.weight)
+    layer = getattr(network, name)
+    calls: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda _m, _a, out: calls.append(out))
+    hooked = gate(z, text, sample=False)
+    hook.remove()
+    assert len(calls) == 1
+    plain = gate(z, text, action_logit=hooked.action_logit)
+    torch.testing.assert_close(hooked.log_prob, plain.log_prob)
+    adapted = LowRank(layer)
+    setattr(network, name, adapted)
+    got = gate(z, text, action_logit=hooked.action_logit)
+    setattr(network, name, layer)
+    layer.weight.data += adapted.up.weight @ adapted.down.weight
+    expected = gate(z, text, action_logit=hooked.action_logit)
+    torch.testing.assert_close(got.log_prob, expected.log_prob)
+    assert not torch.allclose(got.log_prob, plain.log_prob)
+
+
+def test_quantised_layers_are_called(make_gate: MakeGate) -> None:
+    """All linear layers of a gate in int8: nothing of them is a float32 weight any more."""
+    gate, (z, text) = make_gate().eval(), _tokens()
+    expected = gate(z, text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch, about its own quantisation
+        small = torch.ao.quantization.quantize_dynamic(gate, {torch.nn.Linear})
+    got = small(z, text)
+    assert isinstance(small.image_kv, torch.ao.nn.quantized.dynamic.Linear)
+    torch.testing.assert_close(got.image_tokens, expected.image_tokens, atol=0.2, rtol=0.05)
+    torch.testing.assert_close(got.alpha, expected.alpha, atol=0.05, rtol=0.0)
+
+
+def test_dtypes_under_autocast(make_gate: MakeGate) -> None:
+    gate, (z, text) = make_gate(), _tokens()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for image in (z, z.bfloat16()):
+            for words in (text, text.bfloat16()):
+                assert gate(image, words, alpha=0.5).image_tokens.dtype == image.dtype
+        for image, words, name in ((z.half(), text, "image"), (z.double(), text, "image"),
+                                   (z, text.double(), "text")):  # fmt: skip
+            with pytest.raises(TypeError, match=f"{name}_tokens: dtype"):
+                gate(image, words)
 
 
 @pytest.mark.parametrize("name", ["image_kv", "out_projection"])
@@ -291,7 +346,9 @@ def _tokens(images: int = 4, groups: int = 2) -> tuple[Tensor, Tensor]:
         (TypeError, "image_tokens: dtype torch.float64", lambda z, t: ((z.double(), t), {})),
         (TypeError, "text_tokens: dtype torch.int64", lambda z, t: ((z, t.long()), {})),
         (ValueError, "3 images do not fall into 2", lambda z, t: ((z[:3], t), {})),
-        (ValueError, "do not fall into 0", lambda z, t: ((z, t[:0]), {})),
+        (ValueError, "text_tokens: .* nothing to decide on", lambda z, t: ((z, t[:0]), {})),
+        (ValueError, "image_tokens: .* nothing to decide on", lambda z, t: ((z[:0], t), {})),
+        (TypeError, "image_tokens: expected a tensor", lambda _, t: ((None, t), {})),
         (ValueError, "on meta", lambda z, t: ((z.to("meta"), t), {})),
         (TypeError, "image_mask", lambda z, t: ((z, t), {"image_mask": torch.ones(4, 5)})),
         (

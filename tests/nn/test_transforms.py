@@ -190,6 +190,10 @@ def test_export_in_evaluation(make_gate: MakeGate, inputs: tuple) -> None:
     gate = make_gate().eval()
     program = torch.export.export(gate, inputs)
     same(tuple(program.module()(*inputs)), gate(*inputs))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    same(tuple(torch.export.load(file).module()(*inputs)), gate(*inputs))
 
 
 @pytest.mark.parametrize("scope", ["image", "episode"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dvla_fast.functional import beta_kl, beta_log_prob, beta_sample
 from dvla_fast.rl import (
     OBJECTIVES,
     ClippedSurrogate,
@@ -153,6 +154,38 @@ def test_kl_penalty_is_the_estimate_of_grpo() -> None:
     torch.testing.assert_close(figures["kl_reference"], want.detach())
     with pytest.raises(ValueError, match="kl_weight needs a reference policy"):
         loss_fn(log_prob, zero, zero)
+
+
+@pytest.mark.parametrize(
+    ("mean", "old_mean"), [(0.7, None), (0.9, None), (0.97, None), (0.99, None), (0.7, 0.6)]
+)
+def test_kl_penalty_has_the_gradient_of_the_divergence(mean: float, old_mean: float | None) -> None:
+    """Near the reference and far from it; also at actions that an older policy drew."""
+    count = 400_000
+    logit = torch.tensor(mean).double().logit().requires_grad_()
+    logits, flat = logit.expand(1, count), torch.zeros(1, count).double()
+    drawn_from = logits.detach() if old_mean is None else flat + math.log(old_mean / (1 - old_mean))
+    generator = torch.Generator().manual_seed(0)
+    _, action = beta_sample(drawn_from, 10.0, generator=generator)
+    log_prob = beta_log_prob(logits, 10.0, action)
+    reference = Reference(None, beta_log_prob(flat, 10.0, action))
+    loss_fn = PolicyLoss(entropy_weight=0.0, weight=1.0, kl_weight=1.0)
+    loss, figures = loss_fn(
+        log_prob, flat, flat, reference=reference,
+        old_log_prob=beta_log_prob(drawn_from, 10.0, action),
+    )  # fmt: skip
+    (slope,) = torch.autograd.grad(loss, logit, retain_graph=True)
+    distance = beta_kl(logit, 10.0, torch.zeros(()).double(), 10.0)
+    (want,) = torch.autograd.grad(distance, logit)
+    assert slope.item() == pytest.approx(want.item(), rel=0.02)
+    if old_mean is None:
+        assert figures["kl_reference"].item() == pytest.approx(distance.item(), rel=0.02)
+
+
+def test_baselines_of_a_wrong_shape() -> None:
+    zero = torch.zeros(2, 4)
+    with pytest.raises(ValueError, match=r"baseline: shape \(3,\) does not broadcast"):
+        PolicyLoss()(zero, zero, zero, torch.zeros(3))
 
 
 def test_discounted_returns_credit_what_comes_after() -> None:

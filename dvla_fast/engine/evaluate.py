@@ -7,7 +7,9 @@ point can be told from chance. ``engine.predict`` computes, ``engine.statistics`
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -365,7 +367,11 @@ def _paths(config: EvaluateRun) -> list[str]:
     # The best and the last epoch of one stage are one training, as the same file twice is.
     ends = r"-(best|last)\.safetensors$"
     trainings = {re.sub(ends, "", os.path.realpath(path)) for path in paths}
-    if len(trainings) < len(paths):
+    copied = any(
+        os.path.isfile(a) and os.path.isfile(b) and filecmp.cmp(a, b, shallow=False)
+        for a, b in itertools.combinations(paths, 2)
+    )
+    if copied or len(trainings) < len(paths):
         raise UsageError(
             "evaluate: the same training twice in --checkpoint and --checkpoints, which would "
             "look like training without any spread; name one checkpoint of each"

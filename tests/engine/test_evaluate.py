@@ -374,7 +374,8 @@ def test_several_checkpoints_on_the_command_line(
     message = fails(twice, capsys, 2)
     assert "the same training twice" in message
     last = backbone.replace("-best.", "-last.")
-    assert "the same training twice" in fails(
-        evaluate(backbone, tmp_path / "c", f"--checkpoints=[{last}]"), capsys, 2
-    )
+    copy = shutil.copy(backbone, tmp_path / "copy.safetensors")
+    for again in (last, copy):
+        arguments = evaluate(backbone, tmp_path / "c", f"--checkpoints=[{again}]")
+        assert "the same training twice" in fails(arguments, capsys, 2)
     assert not (tmp_path / "c").exists()

@@ -120,6 +120,9 @@ ELSEWHERE = {
     "dvla-fast ablate configs/ablation_shapes.yaml --output runs/ablation-shapes": (
         "tests/engine/test_ablate.py::ablation_shapes"
     ),
+    "dvla-fast ablate configs/ablation_shapes_varied.yaml --output runs/ablation-shapes-varied": (
+        "tests/engine/test_ablate.py::ablation_shapes_varied"
+    ),
     "dvla-fast metatune --resume --output runs/tuned": "tests/engine/test_resume.py::resume",
 }
 

@@ -9,8 +9,11 @@ import pytest
 import yaml
 
 from dvla_fast.cli import main
+from dvla_fast.engine.config import AblateRun, DemoRun
 from dvla_fast.engine.logging import read_metrics
+from dvla_fast.engine.settings import read_settings
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 PROMISED = (
     *("dataset", "split", "way", "shot", "query", "episodes", "seed", "accuracy", "ci95"),
     *("interval", "checkpoint", "semantics", "device", "dvla_fast", "torch"),
@@ -48,3 +51,25 @@ def test_quick_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "pretrain-best.safetensors",
         "pretrain-last.safetensors",
     ]
+
+
+def test_demo_on_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The settings of the ablation's reference, cut short."""
+    path = str(CONFIGS / "demo_shapes.yaml")
+    demo = read_settings(path, DemoRun, DemoRun())
+    full = read_settings(str(CONFIGS / "ablation_shapes_varied.yaml"), AblateRun, AblateRun())
+    for part in ("data", "semantics", "model", "pretrain", "metatune"):
+        assert getattr(demo, part) == getattr(full, part)
+    short = (
+        *("--data.images_per_class=8", "--data.image_size=16", "--pretrain.epochs=1"),
+        *("--pretrain.warmup_epochs=0", "--pretrain.validate_every=1", "--metatune.epochs=1"),
+        *("--metatune.steps_per_epoch=2", "--metatune.query=2", "--metatune.validate_every=1"),
+        *("--metatune.validation_episodes=4", "--evaluate.episodes=6", "--evaluate.query=3"),
+    )
+    folder = tmp_path / "run"
+    assert main(["demo", "--config", path, *short, "--output", str(folder)]) == 0
+    assert "learned gate" in capsys.readouterr().out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["dataset"] == "shapes-varied"
+    assert summary["semantics"]["bank"] == "shapes-varied"
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")

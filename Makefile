@@ -44,7 +44,7 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache dvla_fast/lib dvla_fast/_build_info*.so
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache dvla_fast/lib dvla_fast/_*.so
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

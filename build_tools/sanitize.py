@@ -55,7 +55,7 @@ def main() -> int:
     capability = variant()
     ignored = shutil.ignore_patterns("lib", "*.so", "__pycache__")
     shutil.copytree(native.ROOT / "dvla_fast", PACKAGE, ignore=ignored, dirs_exist_ok=True)
-    targets = (f"dvla_fast_{capability}", "dvla_fast_autograd", "_build_info")
+    targets = (f"dvla_fast_{capability}", "dvla_fast_autograd", "_calls", "_build_info")
     options = {"DVLA_SANITIZE": "address,undefined", "DVLA_CUDA": "OFF"}
     native.build(FOLDER, PACKAGE, targets, **options)
     # Neither Python nor torch was built for these checks, hence no leaks and no pairs of new/free.

@@ -69,19 +69,16 @@ BetaResult call_beta(const Tensor& logits, const OptionalTensor& concentration, 
   return op.call(logits, concentration, value, action_logit, key, save, check);
 }
 
+// Of the op's results only the two with gradients pass through autograd, which costs by the tensor.
 class BetaPolicy : public torch::autograd::Function<BetaPolicy> {
  public:
-  static variable_list forward(AutogradContext* ctx, const Tensor& logits,
-                               const OptionalTensor& concentration, double value,
-                               const OptionalTensor& action_logit, const OptionalTensor& key,
-                               bool check) {
-    auto [alpha, action, log_prob, entropy, derivatives] =
-        call_beta(logits, concentration, value, action_logit, key, true, check);
+  static variable_list forward(AutogradContext* ctx, const Tensor& /*logits*/,
+                               const OptionalTensor& concentration, const BetaResult& computed) {
+    const auto& [alpha, action, log_prob, entropy, derivatives] = computed;
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({derivatives});
-    ctx->mark_non_differentiable({alpha, action, derivatives});
     if (concentration) ctx->saved_data["kappa_shape"] = concentration->sym_sizes();
-    return {alpha, action, log_prob, entropy, derivatives};
+    return {log_prob, entropy};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -96,12 +93,12 @@ class BetaPolicy : public torch::autograd::Function<BetaPolicy> {
     // Unpacked first: activation checkpointing runs the forward again here, autograd included.
     const Tensor derivatives = ctx->get_saved_variables()[0];
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [grad_logits, grad_kappa] = op.call(derivatives, or_none(grads[2]), or_none(grads[3]));
+    auto [grad_logits, grad_kappa] = op.call(derivatives, or_none(grads[0]), or_none(grads[1]));
     const auto shape = ctx->saved_data.find("kappa_shape");
     grad_kappa = shape == ctx->saved_data.end()
                      ? Tensor()
                      : at::sum_to(grad_kappa, shape->second.toSymIntVector());
-    return {grad_logits, grad_kappa, Tensor(), Tensor(), Tensor(), Tensor()};
+    return {grad_logits, grad_kappa, Tensor()};
   }
 };
 
@@ -109,11 +106,14 @@ BetaResult beta_policy_autograd(const Tensor& logits, const OptionalTensor& conc
                                 double value, const OptionalTensor& action_logit,
                                 const OptionalTensor& key, bool save, bool check) {
   const Tensor kappa = or_undefined(concentration);
-  if (save || !wants_grad({&logits, &kappa})) {
-    return call_beta(logits, concentration, value, action_logit, key, save, check);
+  const bool differentiate = !save && wants_grad({&logits, &kappa});
+  auto out =
+      call_beta(logits, concentration, value, action_logit, key, save || differentiate, check);
+  if (differentiate) {
+    const auto densities = BetaPolicy::apply(logits, concentration, out);
+    std::get<2>(out) = densities[0], std::get<3>(out) = densities[1];
   }
-  const auto out = BetaPolicy::apply(logits, concentration, value, action_logit, key, check);
-  return {out[0], out[1], out[2], out[3], out[4]};
+  return out;
 }
 
 // ---- dual_attention_forward

@@ -29,6 +29,7 @@ problem: str | None = None
 capability: str | None = None
 has_autograd = False
 has_cuda = False
+calls: Any = None  # the module of direct calls, csrc/calls.cpp
 
 
 def _import_build_info() -> ModuleType | None:
@@ -67,7 +68,7 @@ def _check_schemas(info: ModuleType) -> None:
 
 
 def _load() -> None:
-    global problem, capability, has_autograd, has_cuda
+    global problem, capability, has_autograd, has_cuda, calls
     info = _import_build_info()
     if info is None:
         problem = (
@@ -91,7 +92,8 @@ def _load() -> None:
     try:
         for part in (capability, "autograd", *(["cuda"] if has_cuda else [])):
             torch.ops.load_library(_LIBRARIES / f"libdvla_fast_{part}.so")
-    except OSError as error:
+        calls = importlib.import_module("dvla_fast._calls")
+    except (OSError, ImportError) as error:
         raise BackendError(
             f"dvla_fast: the extension does not load ({error}); build it again:"
             " pip install --no-build-isolation -e ."

@@ -89,6 +89,15 @@ def test_an_extension_of_other_sources_raises_readably() -> None:
 
 
 @pytest.mark.skipif(_extension.problem is not None, reason=str(_extension.problem))
+def test_an_extension_with_a_part_missing_raises_readably() -> None:
+    code = "import sys; sys.modules['dvla_fast._calls'] = None; import dvla_fast.functional"
+    done = run_python(code)
+    assert done.returncode == 1
+    assert "BackendError: dvla_fast: the extension does not load (import of" in done.stderr
+    assert "pip install --no-build-isolation -e ." in done.stderr
+
+
+@pytest.mark.skipif(_extension.problem is not None, reason=str(_extension.problem))
 def test_instruction_set_that_the_cpu_lacks() -> None:
     code = (
         "from dvla_fast import _build_info; _build_info.cpu_capability = lambda: 'default'\n"

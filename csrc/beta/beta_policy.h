@@ -59,6 +59,13 @@ struct BetaBuffers {
   }
 };
 
+// An empty tensor beside another. Past the dispatcher on a CPU, where that is a good part of the
+// time for a few states.
+inline at::Tensor made(at::IntArrayRef sizes, const at::Tensor& beside) {
+  if (beside.is_cpu()) return at::detail::empty_cpu(sizes, beside.scalar_type());
+  return at::empty(sizes, beside.options());
+}
+
 // The tensors of one call, alive for as long as its buffers are used.
 class BetaCall {
  public:
@@ -67,13 +74,15 @@ class BetaCall {
       : logits_(logits.contiguous()), value_(value), save_(save) {
     if (concentration) kappa_ = concentration->expand(logits.sizes()).contiguous();
     if (action_logit) given_ = action_logit->contiguous();
-    for (at::Tensor* out : {&alpha_, &action_, &log_prob_, &entropy_}) *out = made(logits.sizes());
+    for (at::Tensor* out : {&alpha_, &action_, &log_prob_, &entropy_}) {
+      *out = made(logits.sizes(), logits_);
+    }
     std::vector<std::int64_t> shape{0};
     if (save) {
       shape.assign(logits.sizes().begin(), logits.sizes().end());
       shape.insert(shape.begin(), concentration ? 4 : 2);
     }
-    derivatives_ = made(shape);
+    derivatives_ = made(shape, logits_);
   }
 
   template <class T>
@@ -93,12 +102,6 @@ class BetaCall {
   BetaResult result() const { return {alpha_, action_, log_prob_, entropy_, derivatives_}; }
 
  private:
-  // Past the dispatcher on a CPU, where it is a good part of the time for a few states.
-  at::Tensor made(at::IntArrayRef sizes) const {
-    if (logits_.is_cpu()) return at::detail::empty_cpu(sizes, logits_.scalar_type());
-    return at::empty(sizes, logits_.options());
-  }
-
   at::Tensor logits_, kappa_, given_, alpha_, action_, log_prob_, entropy_, derivatives_;
   double value_;
   bool save_;
@@ -121,9 +124,9 @@ class BetaBackwardCall {
                    const std::optional<at::Tensor>& grad_entropy)
       : derivatives_(derivatives.contiguous()) {
     const auto shape = derivatives_.sizes().slice(1);
-    grad_logits_ = at::empty(shape, derivatives_.options());
+    grad_logits_ = made(shape, derivatives_);
     const bool kappa = derivatives_.size(0) == 4;
-    grad_kappa_ = at::empty(kappa ? shape : at::IntArrayRef{0}, derivatives_.options());
+    grad_kappa_ = made(kappa ? shape : at::IntArrayRef{0}, derivatives_);
     if (grad_log_prob) log_prob_ = dense(*grad_log_prob);
     if (grad_entropy) entropy_ = dense(*grad_entropy);
   }

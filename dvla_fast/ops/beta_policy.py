@@ -69,14 +69,12 @@ def beta_policy(
             :func:`dvla_fast.functional.set_value_checks`), κ is not positive and finite or logits
             or actions hold NaN. Unchecked, the results of such elements are NaN.
     """
-    if (
-        action_logit is None and not deterministic and backend is None
-        and type(concentration) is float and 0.0 < concentration <= _LARGEST[torch.float32]
-        and logits.dtype is torch.float32 and logits.is_cpu and _extension.runs_plainly()
-    ):  # fmt: skip
-        # The usual call in as few steps as it takes: for a few states they are most of its time.
-        inputs = (logits, None, concentration, None, draw_key(_CPU, generator))
-        return BetaPolicyOutput(*_PLAIN_FORWARD(*inputs, False, value_checks(_CPU))[:4])
+    usual = action_logit is None and not deterministic and backend is None
+    if usual and _extension.runs_plainly():
+        # In as few steps as it takes: for a few states they are most of the time.
+        out = _extension.calls.beta_policy(logits, concentration, generator, value_checks(_CPU))
+        if out is not None:
+            return BetaPolicyOutput(*out)
     if logits.dtype not in _LARGEST:
         if not logits.is_floating_point():
             raise TypeError(f"logits: expected a floating tensor, got {logits.dtype}")
@@ -165,7 +163,6 @@ _FORWARD = {
     "": torch.ops.dvla_fast.beta_policy_forward.default,
     "_triton": torch.ops.dvla_fast.beta_policy_forward_triton.default,
 }
-_PLAIN_FORWARD = _FORWARD[""]._op  # what the call of an operator comes to, past its Python
 _BACKWARD = {
     "": torch.ops.dvla_fast.beta_policy_backward.default,
     "_triton": torch.ops.dvla_fast.beta_policy_backward_triton.default,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _enabled: bool | None = None
+_CPU = torch.device("cpu")
 
 
 def set_value_checks(enabled: bool | None) -> None:
@@ -34,7 +35,9 @@ def set_value_checks(enabled: bool | None) -> None:
 
 def value_checks(device: torch.device) -> bool:
     """Whether values on that device are checked now; see :func:`set_value_checks`."""
-    return device.type == "cpu" if _enabled is None else _enabled
+    if _enabled is None:  # a device builds its type as a text at each question
+        return device == _CPU or device.type == "cpu"
+    return _enabled
 
 
 def require(valid: Tensor, message: str) -> None:

@@ -64,7 +64,7 @@ def beta_policy(
         ``concentration``, once.
 
     Raises:
-        TypeError: ``logits`` is not a floating tensor.
+        TypeError: ``logits`` is no tensor, or not a floating one.
         ValueError: shapes or devices do not fit; where values are checked (by default on the CPU,
             :func:`dvla_fast.functional.set_value_checks`), κ is not positive and finite or logits
             or actions hold NaN. Unchecked, the results of such elements are NaN.
@@ -75,6 +75,8 @@ def beta_policy(
         out = _extension.calls.beta_policy(logits, concentration, generator, value_checks(_CPU))
         if out is not None:
             return BetaPolicyOutput(*out)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
     if logits.dtype not in _LARGEST:
         if not logits.is_floating_point():
             raise TypeError(f"logits: expected a floating tensor, got {logits.dtype}")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvla_fast.data.decode import open_rgb, pillow, to_square
+from dvla_fast.data.decode import as_rgb, open_rgb, pillow, to_square
 from dvla_fast.data.images import unit_range
 from dvla_fast.data.layouts import class_folders
 from dvla_fast.engine.build import build_model, encode_texts, pick_device
@@ -172,7 +172,7 @@ class FewShotClassifier:
                     f"image: expected uint8 (H, W) or (H, W, 3), got {image.dtype} {image.shape}"
                 )
             image = pillow().fromarray(image)
-        square = to_square(image.convert("RGB"), self.image_size)
+        square = to_square(as_rgb(image, "image"), self.image_size)
         if self.channels == 3:
             return square
         grey = pillow().fromarray(np.ascontiguousarray(square.transpose(1, 2, 0))).convert("L")

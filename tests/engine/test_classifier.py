@@ -102,6 +102,21 @@ def test_files_folders_and_pillow_images(make_checkpoint: Callable, tmp_path: Pa
     torch.testing.assert_close(got.probabilities.sum(1), torch.ones(3))
 
 
+def test_photographs_are_turned_upright(make_checkpoint: Callable, tmp_path: Path) -> None:
+    classifier = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu").learn(SUPPORTS, BANK)
+    upright = np.full((20, 12, 3), 255, np.uint8)
+    upright[:10, :6] = (200, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it clockwise to see it upright
+    lying = Image.fromarray(np.ascontiguousarray(np.rot90(upright)))
+    lying.save(tmp_path / "lying.png", exif=exif)
+    images = [upright, tmp_path / "lying.png", Image.open(tmp_path / "lying.png"), lying]
+    answers = classifier.classify(images).probabilities
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
+    assert not torch.equal(answers[0], answers[3])
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pretrained_backbone_without_texts(make_checkpoint: Callable, channels: int) -> None:
     path = make_checkpoint("pretrain", channels=channels)

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from dvla_fast.engine.distributed import Processes
-from dvla_fast.engine.settings import differences
+from dvla_fast.engine.settings import differences, load_yaml
 from dvla_fast.engine.settle import absolute_paths
 from dvla_fast.errors import MissingDependencyError, OutputError
 from dvla_fast.files import json_text, write_atomic, write_text_atomic
@@ -238,7 +238,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
     path = Path(folder) / "config.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OutputError(
             f"{folder}: no run to resume here (config.yaml is missing or damaged); leave out "

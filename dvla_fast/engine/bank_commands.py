@@ -388,7 +388,7 @@ def _coverage(published: Published, known: SplitList | None) -> list[str]:
     """Say which classes of the split list the files lack, and which it does not know."""
     if known is None:
         return ["split list  none fits these classes; their keys are the names"]
-    lines = [f"split list  {known.name} ({known.title})"]
+    lines = [f"split list  {known.name}{f' ({known.title})' if known.title else ''}"]
     for split, keys in known.splits.items():
         missing = [key for key in keys if key not in published.classes]
         if missing:

@@ -8,6 +8,7 @@ point can be told from chance. ``engine.predict`` computes, ``engine.statistics`
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,9 @@ from dvla_fast.engine.records import (
     EpisodeRecord,
     check_comparable,
     compare_runs,
+    finished_result,
     keep_record,
+    keep_result,
 )
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.starting import published, published_visformer, trained_normalisation
@@ -121,6 +124,7 @@ class Evaluation:
         self.images = data.split(config.split)
         self.predictors: list[EpisodePredictor | None] = []
         self._features: dict[tuple[int, str], Tensor] = {}
+        self._passed: list[EpisodeSampler] = []
         for contender in contenders:
             predictor = None
             if contender.model is not None and (texts is not None or episode_texts is not None):
@@ -147,6 +151,10 @@ class Evaluation:
             the record of all predictions.
         """
         config = self.config
+        for passed, predictor in itertools.product(self._passed, self.predictors):
+            if predictor is not None:
+                predictor.remember(passed, config.episodes)
+        self._passed.clear()
         sampler = build_sampler(
             config.episode_list,
             self.images,
@@ -190,6 +198,14 @@ class Evaluation:
                 for name, rows in accuracies.items()
             }
         return result, record
+
+    def pass_over(self, sampler: EpisodeSampler) -> None:
+        """Leave out a list that was evaluated in an earlier process.
+
+        Lists that follow compute its images first, in the batches in which it would have: batches
+        of other images round otherwise.
+        """
+        self._passed.append(sampler)
 
     def _predictions(
         self, index: int, sampler: Any, progress: Progress | None
@@ -317,6 +333,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     facts = {
         "checkpoint": config.checkpoint,
         "checkpoints": paths,
+        "checkpoints_sha256": [info.get("tensors_sha256") for info in infos],
         "trained_on": infos[0].get("dataset"),
         "cross_domain": infos[0].get("dataset", data.name) != data.name,
         "monitor": data.monitor_kind,
@@ -326,7 +343,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     }
     folder = RunFolder(config.output, to_dict(config), resume=config.resume)
     seed_everything(config.seed)
-    folder.trim("evaluate", -1)  # an evaluation is short: it begins anew
+    folder.trim("evaluate", -1)  # those of finished lists are written again
     if texts.written is not None:
         texts.written.open(folder.path)
     evaluation = Evaluation(
@@ -335,15 +352,10 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     results = []
     with Progress({"evaluate": 1.0}, enabled=not quiet) as progress:
         progress.begin("evaluate", settings.episodes * len(settings.shots) * len(contenders))
-        for shot, sampler in zip(settings.shots, samplers):
-            result, record = evaluation.shot(shot, progress)
+        for sampler in samplers:
             leaks = {"classes": classes, **_leaks(config, texts, sampler, progress)}
-            results.append({**result, **facts, "leaks": leaks, **_versions()})
-            keep_record(folder, results[-1], record, evaluation.images.class_names)
-            progress.note(
-                f"{shot}-shot {result['accuracy']:.2%} ± {points(result['ci95'])} % "
-                f"({result['method']})"
-            )
+            known = {**facts, "leaks": leaks, **_versions()}
+            results.append(_result(evaluation, sampler, known, folder, progress))
     # The fields of the first shot stand at the top; all of them are in "results".
     summary = {"command": "evaluate", **results[0], "results": results}
     folder.write_summary(summary)
@@ -354,6 +366,32 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         folder.write_summary(summary)
     folder.close()
     return summary
+
+
+def _result(
+    evaluation: Evaluation,
+    sampler: EpisodeSampler,
+    known: Mapping[str, Any],
+    folder: RunFolder,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Evaluate one list of episodes and keep what it leaves, unless the folder holds it already."""
+    config, shot = evaluation.config, sampler.shot
+    described = {**identity(evaluation.data, config, sampler), **known}
+    result = finished_result(folder, described)
+    if result is None:
+        result, record = evaluation.shot(shot, progress)
+        result |= known
+        keep_record(folder, result, record, evaluation.images.class_names)
+        keep_result(folder, result)
+    else:
+        evaluation.pass_over(sampler)
+        folder.log("evaluate", shot, accuracy=result["accuracy"], ci95=result["ci95"])
+        progress.advance(config.episodes * len(evaluation.contenders))
+    progress.note(
+        f"{shot}-shot {result['accuracy']:.2%} ± {points(result['ci95'])} % ({result['method']})"
+    )
+    return result
 
 
 def _paths(config: EvaluateRun) -> list[str]:

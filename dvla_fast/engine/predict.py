@@ -183,6 +183,11 @@ class EpisodePredictor:
                 results[name] = self._predict(name, sampler, episodes, batch_episodes, counted)
         return results
 
+    def remember(self, sampler: EpisodeSampler, episodes: int) -> None:
+        """Compute the images of a list's episodes, as :meth:`predict` does first."""
+        with _evaluating(self.model):
+            self._fill(sampler, episodes)
+
     def visual(self, sampler: EpisodeSampler, episodes: int, temperature: float) -> Predictions:
         """Predict with the model's backbone alone, its gates left out.
 

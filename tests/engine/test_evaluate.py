@@ -295,6 +295,106 @@ def test_run_leaves_predictions_and_confusion(backbone: str, tmp_path: Path) -> 
     assert (tmp_path / "a/confusion-1shot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def interrupt(monkeypatch: pytest.MonkeyPatch, stop: int) -> list[int]:
+    """Count the shots that are evaluated, and stop before this one."""
+    real, seen = Evaluation.shot, []
+
+    def shot(self: Evaluation, number: int, *more: Any) -> Any:
+        seen.append(number)
+        if number == stop:
+            raise KeyboardInterrupt
+        return real(self, number, *more)
+
+    monkeypatch.setattr(Evaluation, "shot", shot)
+    return seen
+
+
+@pytest.mark.parametrize("text_scope", ["class", "episode"])
+def test_an_interrupted_evaluation_goes_on(
+    tiny: DemoRun,
+    few_digits: FewShotData,
+    make_model: Callable[..., DVLA],
+    text_scope: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model(text_scope=text_scope)
+    spec = model_spec(tiny.model, backbone_spec(tiny.model, 1, 16), 512)
+    info = {
+        "kind": "metatune", "model": {**spec, "text_scope": text_scope}, "dataset": "digits",
+        "normalisation": {"mean": few_digits.mean.tolist(), "std": few_digits.std.tolist()},
+        "semantics": {"encoder": "hashed-ngram", "dim": 512},
+    }  # fmt: skip
+    tuned = tmp_path / "tuned.safetensors"
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    save_checkpoint(tuned, weights, info)
+    run = evaluate(str(tuned), tmp_path / "whole", "--evaluate.shots=[3,1,2]")
+    run += ["--evaluate.fixed_alpha=0.5", "--evaluate.episodes=4"]
+    assert main(run) == 0
+    run[2] = f"--output={tmp_path / 'stopped'}"
+    with monkeypatch.context() as stopping:
+        assert interrupt(stopping, 2) == []
+        assert main(run) == 130
+    assert not (tmp_path / "stopped/summary.json").exists()
+    resumed = ["evaluate", "--resume", run[2]]
+    with monkeypatch.context() as counting:
+        seen = interrupt(counting, 0)
+        assert main(resumed) == 0
+        assert seen == [2]
+        assert main(resumed) == 0  # a finished one is only written again
+        assert seen == [2]
+
+    def files(folder: str) -> dict[str, bytes]:
+        found = (tmp_path / folder).glob("*.*")
+        return {path.name: path.read_bytes() for path in found if path.suffix != ".npz"}
+
+    assert files("stopped") == files("whole")
+    for shot in (3, 1, 2):
+        name = f"episodes-{shot}shot.npz"
+        ours, theirs = (EpisodeRecord.read(tmp_path / x / name) for x in ("stopped", "whole"))
+        assert torch.equal(ours.predictions[LEARNED], theirs.predictions[LEARNED])
+        assert ours.alphas is not None
+        assert theirs.alphas is not None
+        assert torch.equal(ours.alphas, theirs.alphas)
+    # what is not whole, or of other weights under the same name, is computed again
+    (tmp_path / "stopped/episodes-3shot.npz").write_bytes(b"torn")
+    (tmp_path / "stopped/result-1shot.json").write_text("{")
+    seen = interrupt(monkeypatch, 0)
+    assert main(resumed) == 0
+    assert seen == [3, 1]
+    assert files("stopped") == files("whole")
+    save_checkpoint(tuned, {key: value * 1.01 for key, value in weights.items()}, info)
+    assert main(resumed) == 0
+    assert seen == [3, 1, 3, 1, 2]
+
+
+def test_images_go_through_in_the_same_batches_after_a_stop(
+    tiny: DemoRun, few_digits: FewShotData, texts: EncodedTexts, make_model: Callable[..., DVLA]
+) -> None:
+    """A batch of other images may round otherwise."""
+    model, batches = make_model(), []
+    prefix = model.prefix
+
+    def counted(images: torch.Tensor) -> torch.Tensor:
+        batches.append(images.sum((1, 2, 3)).tolist())
+        return prefix(images)
+
+    model.prefix = counted  # type: ignore[method-assign]
+    config = replace(tiny.evaluate, episodes=2, query=2)
+    runs = []
+    for finished in (False, True):
+        contender = Contender(model, {VISUAL: model.backbone})
+        evaluation = Evaluation([contender], few_digits, texts, config, 0)
+        if finished:
+            evaluation.pass_over(EpisodeSampler(few_digits.novel, config.way, 3, 2, 0))
+        else:
+            evaluation.shot(3)
+        evaluation.shot(1)
+        runs.append(batches.copy())
+        batches.clear()
+    assert runs[0] == runs[1]
+
+
 def test_comparing_two_runs(
     backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -153,7 +153,7 @@ class Evaluation:
         config = self.config
         for passed, predictor in itertools.product(self._passed, self.predictors):
             if predictor is not None:
-                predictor.remember(passed, config.episodes)
+                predictor.remember(passed, config.episodes, progress)
         self._passed.clear()
         sampler = build_sampler(
             config.episode_list,
@@ -214,10 +214,12 @@ class Evaluation:
         count, found = self.config.episodes, {}
         for name, backbone in contender.backbones.items():
             if predictor is not None and backbone is predictor.model.backbone:
-                found[name] = predictor.visual(sampler, count, 0.2)
+                found[name] = predictor.visual(sampler, count, 0.2, progress)
                 continue
             if (index, name) not in self._features:
-                self._features[index, name] = image_features(backbone, self.data, self.images)
+                self._features[index, name] = image_features(
+                    backbone, self.data, self.images, progress=progress
+                )
             found[name] = predict_visual(self._features[index, name], sampler, count)
         if predictor is not None:
             found |= predictor.predict(sampler, count, self.config.batch_episodes, progress)

@@ -26,10 +26,10 @@ from dvla_fast.engine.build import (
     without_test_split,
 )
 from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
-from dvla_fast.engine.config import DemoRun
+from dvla_fast.engine.config import DemoRun, EvaluateConfig
 from dvla_fast.engine.episode_lists import AuthorsEpisodeSampler, build_sampler
 from dvla_fast.engine.evaluate import Contender, Evaluation, compare, trained_normalisation
-from dvla_fast.engine.logging import read_metrics
+from dvla_fast.engine.logging import Progress, read_metrics
 from dvla_fast.engine.predict import (
     FIXED,
     LEARNED,
@@ -143,6 +143,34 @@ def test_each_image_goes_through_once(
     for shot in (1, 5):
         predictor.predict(EpisodeSampler(few_digits.novel, 5, shot, 15, 0), 60)
     assert counts == {"prefix": 120, "gate": 120}
+
+
+@pytest.mark.parametrize("text_scope", ["class", "episode"])
+def test_every_stretch_of_work_shows_itself(
+    few_digits: FewShotData,
+    texts: EncodedTexts,
+    make_model: Callable[..., DVLA],
+    text_scope: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Off a terminal, with a clock on which every look finds half a minute gone."""
+    model, now = make_model(text_scope=text_scope), [0.0]
+
+    def clock() -> float:
+        now[0] += 30.0
+        return now[0]
+
+    config = EvaluateConfig(episodes=6, query=4, batch_episodes=2, fixed_alpha=0.5)
+    contender = Contender(model, {"plain": make_model().backbone, VISUAL: model.backbone})
+    with Progress({"evaluate": 1.0}, clock=clock) as progress:
+        progress.begin("evaluate", 6)
+        Evaluation([contender], few_digits, texts, config, 0).shot(1, progress)
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("of 120 images" in line for line in lines) == 4  # all, for the plain backbone
+    assert sum(" images" in line for line in lines) > 4  # those that the episodes use
+    batches = [line for line in lines if line.endswith("] evaluate")]
+    assert len(batches) == (6 if text_scope == "episode" else 4)  # of both gates
+    assert "100 %" in lines[-1]
 
 
 def test_predictor_leaves_the_training_mode(

@@ -22,6 +22,7 @@ from dvla_fast.runners import CONTINUED, RUNNERS
 from dvla_fast.terminal import (
     BROKEN_PIPE,
     INTERRUPTED,
+    WRONG_USAGE,
     fail,
     first_process,
     output_closed,
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         from dvla_fast.engine.settings import UsageError
 
-        return fail(str(error), 2 if isinstance(error, UsageError) else 1)
+        return fail(str(error), WRONG_USAGE if isinstance(error, UsageError) else 1)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and output_closed():
             return BROKEN_PIPE
@@ -80,7 +81,7 @@ def _dispatch(given: list[str], owns_process: bool) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        return fail(f"no command {name!r}{hint} Choose one of {', '.join(COMMANDS)}", 2)
+        return fail(f"no command {name!r}{hint} Choose one of {', '.join(COMMANDS)}", WRONG_USAGE)
     if name == "doctor":
         return _doctor(rest)
     if name == "ablate" and rest and not rest[0].startswith("-"):

@@ -35,24 +35,27 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: Path) -> None:
+REMEDY = "free space or choose another --output folder"
+
+
+def check_writable(path: Path, remedy: str = REMEDY) -> None:
     """Check that a file can be written before the work that it is for.
 
     Raises:
-        OutputError: its folder cannot be written.
+        OutputError: its folder cannot be written; with the remedy.
     """
     try:
         with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
             pass
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error, remedy) from error
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
@@ -70,11 +73,9 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"{path}: cannot write ({error.strerror or error}); free space or choose another "
-        "--output folder"
-    )
+def unwritable(path: Path, error: OSError, remedy: str = REMEDY) -> OutputError:
+    """Return the error to raise where a file cannot be written."""
+    return OutputError(f"{path}: cannot write ({error.strerror or error}); {remedy}")
 
 
 def write_text_atomic(path: Path, text: str) -> None:

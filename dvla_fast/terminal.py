@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+WRONG_USAGE = 2
 # What a shell reports of a process that a signal ended: 128 + SIGINT, 128 + SIGPIPE.
 INTERRUPTED, BROKEN_PIPE = 130, 141
 
@@ -56,6 +57,13 @@ def _reader_gone(stream: Any) -> bool:
 
 
 def fail(message: str, status: int = 1) -> int:
-    """Print an error as one line; returns the exit status."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    """Print an error as one line; returns the exit status.
+
+    Of several processes all but the first say which they are. None keeps silent, though most meet
+    the same error: it may be the only one, or the launcher may end the first before it speaks. An
+    interruption alone is the first's to tell.
+    """
+    who = "" if first_process() else f" (process {os.environ['RANK']})"
+    if not who or status != INTERRUPTED:
+        print(f"error{who}: {' '.join(message.split())}", file=sys.stderr)
     return status

@@ -39,6 +39,36 @@ def test_wrong_usage_is_status_2(
     assert not list(tmp_path.rglob("config.yaml"))
 
 
+@pytest.mark.parametrize(("rank", "start"), [("0", "error: "), ("3", "error (process 3): ")])
+def test_errors_of_several_processes(
+    rank: str,
+    start: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "check", "nowhere"]) == 1
+    assert capsys.readouterr().err.startswith(f"{start}nowhere: no such folder")
+    Path("settings.yaml").write_text("pretrain: {epochs: 0}")
+    for wrong in (["pretrain", "--config=settings.yaml"], ["dmeo"]):
+        assert main(wrong) == 2
+        assert capsys.readouterr().err.startswith(start)
+    assert main(["pretrain", "--no-such-option=1"]) == 2
+    said = capsys.readouterr().err
+    assert "no-such-option" in said
+    assert said.startswith("usage: " if rank == "0" else start)
+
+    def interrupted(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dvla_fast.cli._parse", interrupted)
+    assert main(["pretrain"]) == 130
+    assert capsys.readouterr().err == ("error: interrupted\n" if rank == "0" else "")
+
+
 def test_no_command_shows_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "demo" in capsys.readouterr().out

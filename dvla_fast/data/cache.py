@@ -36,7 +36,8 @@ from dvla_fast.errors import DataError, OutputError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-FORMAT = "dvla-fast-cache/1"
+# Raised with the files' layout, and with the pixels that images decode to: 2 turns them upright.
+FORMAT = "dvla-fast-cache/2"
 _IMAGES, _INDEX, _JOURNAL = "images.bin", "index.json", "journal.jsonl"
 # Images of a chunk: the unit of decoding in parallel, of checksums, and of what a kill can cost.
 CHUNK = 128
@@ -126,7 +127,7 @@ class _Builder:
 
     def fingerprint(self, start: int) -> str:
         """Hash what a chunk is made from: sizes and times of files, or pixels of arrays."""
-        digest = hashlib.sha256(f"{self.image_size}".encode())
+        digest = hashlib.sha256(f"{FORMAT} {self.image_size}".encode())
         for split, index in self.rows[start : start + CHUNK]:
             source = split.source(index)
             if isinstance(source, Path):
@@ -383,7 +384,10 @@ def read_index(path: str | Path) -> dict[str, Any]:
     try:
         index = json.loads((path / _INDEX).read_text(encoding="utf-8"))
         if index["format"] != FORMAT:
-            raise DataError(f"{path}: cache format {index['format']!r} is unknown; {remedy}")
+            raise DataError(
+                f"{path}: made by another version of dvla-fast (cache format "
+                f"{index['format']!r:.80}, not {FORMAT}); {remedy}"
+            )
         sound = index["index_sha256"] == _index_checksum(index)
         expected = index["images"] * 3 * index["image_size"] ** 2
         actual = (path / _IMAGES).stat().st_size

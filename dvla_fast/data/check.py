@@ -148,7 +148,7 @@ def _describe(listing: Listing, report: Report) -> None:
     report.facts.append(f"{listing.root}: {listing.layout}")
     known = listing.split_list
     if known is not None:
-        report.facts.append(f"{known.title}, split list {known.name}")
+        report.facts.append(f"{known.title or listing.name}, split list {known.name}")
         report.facts += [f"  from {line}" for line in known.source]
         if known.published:
             report.facts.append(f"  images published by {known.published}")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 # The usual evaluation crop: resize the short side to 256, crop the central 224.
 _RESIZE_RATIO = 256 / 224
+_ORIENTATION = 0x0112  # EXIF tag
 
 
 def pillow() -> Any:
@@ -41,11 +42,8 @@ def is_image(path: Path) -> bool:
 def open_rgb(path: Path) -> tuple[Any, str, int]:
     """Decode a whole image file.
 
-    Greyscale, palette, CMYK and 1-bit images are converted, an alpha channel is dropped, and 16-bit
-    values keep their upper 8 bits.
-
     Returns:
-        (RGB image, mode of the file, shorter side in pixels).
+        (RGB image as of ``as_rgb``, mode of the file, shorter side in pixels).
 
     Raises:
         DataError: empty, truncated or corrupt, no image, of floating-point values, or so large that
@@ -55,17 +53,7 @@ def open_rgb(path: Path) -> tuple[Any, str, int]:
     remedy = "replace or remove the file"
     try:
         with Image.open(path) as image:
-            mode = image.mode
-            if mode == "F":
-                raise DataError(
-                    f"{path}: holds floating-point values; save it as 8-bit, or remove it"
-                )
-            if mode == "I" or mode.startswith("I;16"):
-                # convert("RGB") would clip everything above 255 to white
-                deep = np.asarray(image).astype(np.int64).clip(0, 65535)
-                rgb = Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
-            else:
-                rgb = image.convert("RGB")
+            mode, rgb = image.mode, as_rgb(image, str(path))
     except DataError:
         raise
     # Pillow's plugins raise nearly anything on damaged files
@@ -77,6 +65,52 @@ def open_rgb(path: Path) -> tuple[Any, str, int]:
             reason = "the file is empty, 0 bytes"
         raise DataError(f"{path}: cannot read this image ({reason}); {remedy}") from error
     return rgb, mode, min(rgb.size)
+
+
+def as_rgb(image: Any, name: str) -> Any:
+    """Turn a Pillow image into upright RGB.
+
+    Greyscale, palette, CMYK and 1-bit images are converted, an alpha channel is dropped, 16-bit
+    values keep their upper 8 bits, and the image is turned as its EXIF orientation says.
+
+    Args:
+        name: what a message calls the image.
+
+    Raises:
+        DataError: floating-point values.
+    """
+    if image.mode == "F":
+        raise DataError(f"{name}: holds floating-point values; save it as 8-bit, or remove it")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # convert("RGB") would clip everything above 255 to white
+        deep = np.asarray(image).astype(np.int64).clip(0, 65535)
+        rgb = pillow().fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
+    else:
+        rgb = image.convert("RGB")
+    turn = _turn(image)
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+        rgb.info = {}  # it still says that the image lies on its side
+    return rgb
+
+
+def _turn(image: Any) -> Any:
+    """Return what turns a loaded image upright; None where its EXIF says nothing, or is damaged."""
+    way = pillow().Transpose
+    turns = {
+        2: way.FLIP_LEFT_RIGHT,
+        3: way.ROTATE_180,
+        4: way.FLIP_TOP_BOTTOM,
+        5: way.TRANSPOSE,
+        6: way.ROTATE_270,
+        7: way.TRANSVERSE,
+        8: way.ROTATE_90,
+    }
+    try:
+        # Not ImageOps.exif_transpose, which writes the whole block again and fails on damage.
+        return turns.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # nearly anything, and the pixels are as good as before
+        return None
 
 
 def to_square(rgb: Any, size: int) -> NDArray[np.uint8]:

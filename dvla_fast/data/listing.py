@@ -96,7 +96,9 @@ class Listing:
 
     @property
     def name(self) -> str:
-        return self.split_list.dataset if self.split_list else self.root.name
+        """The data set's name, whatever list divides it: as published, else its folder's."""
+        published = self.split_list.dataset if self.split_list else ""
+        return published or os.path.basename(os.path.abspath(self.root))
 
     def image_id(self, split: Split, index: int) -> str:
         """Name an image for good: its path below the root, or ``file[row]`` of an array."""

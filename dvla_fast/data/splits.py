@@ -28,7 +28,8 @@ class SplitList:
 
     Attributes:
         name: e.g. ``"cub_100_50_50"``; the value of ``--data.splits``.
-        dataset: name of the data set; several lists may split the same one.
+        dataset: name of the data set; several lists may split the same one. Empty, as in most
+            lists of users': the data set is called like its folder.
         splits: class keys (folder names, WordNet ids, labels) by split: train, val, test.
         names: readable names of the keys that do not tell them themselves.
         images_per_split, images_per_class: known counts; empty where unknown.
@@ -163,9 +164,9 @@ def _read(path: Path) -> SplitList:
         per_class = dict.fromkeys(where, content["images_each_class"])
     return SplitList(
         name=content.get("name", path.stem),
-        dataset=content.get("dataset", path.stem),
+        dataset=content.get("dataset", ""),
         splits={split: tuple(splits.get(split, ())) for split in SPLITS},
-        title=content.get("title", path.stem),
+        title=content.get("title", content.get("dataset", "")),
         names=content.get("names", {}),
         images_per_split=content.get("images_per_split", {}),
         images_per_class=per_class,

@@ -47,7 +47,7 @@ from dvla_fast.semantics.characters import printable
 from dvla_fast.semantics.check import check_bank
 from dvla_fast.semantics.importing import Published, read_published, save_published
 from dvla_fast.semantics.topk import Selection, progressive_top_k
-from dvla_fast.semantics.vectors import CachedEncoder, vectors_path
+from dvla_fast.semantics.vectors import CachedEncoder, make_room, vectors_path
 
 _BAR = 20
 # Texts of which a stopped `encode` loses at most one lot.
@@ -285,6 +285,7 @@ def encode(config: SemanticsEncode) -> int:
     bank = build_bank(config.bank)
     if bank.vectors:
         raise BankError(f"{bank.source}: has vectors and no words; there is nothing to encode")
+    make_room(vectors_path(bank.source))  # before the work
     encoder = bank_encoder(config, bank, pick_device(config.device), cache=True)
     assert isinstance(encoder, CachedEncoder)
     texts = [
@@ -387,7 +388,7 @@ def _coverage(published: Published, known: SplitList | None) -> list[str]:
     """Say which classes of the split list the files lack, and which it does not know."""
     if known is None:
         return ["split list  none fits these classes; their keys are the names"]
-    lines = [f"split list  {known.name} ({known.title})"]
+    lines = [f"split list  {known.name}{f' ({known.title})' if known.title else ''}"]
     for split, keys in known.splits.items():
         missing = [key for key in keys if key not in published.classes]
         if missing:

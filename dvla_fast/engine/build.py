@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
 from dataclasses import asdict, fields, replace
@@ -244,7 +245,7 @@ def bank_encoder(
         return build_encoder(config.encoder, config.dim, truncate=config.truncate, device=device)
 
     path = vectors_path(bank.source)
-    if not cache and not (Path(bank.source).is_file() and path.exists()):
+    if not cache and not (Path(bank.source).is_file() and os.path.exists(path)):
         return build()
     identity = encoder_identity(config.encoder, config.dim)
     name = HashedNGramEncoder.name if config.encoder == HashedNGramEncoder.name else identity

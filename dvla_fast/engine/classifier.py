@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvla_fast.data.decode import open_rgb, pillow, to_square
+from dvla_fast.data.decode import as_rgb, open_rgb, pillow, to_square
 from dvla_fast.data.images import unit_range
 from dvla_fast.data.layouts import class_folders
 from dvla_fast.engine.build import build_model, encode_texts, pick_device
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Picture: TypeAlias = "str | Path | NDArray[np.uint8] | Any"
-"""A file, an array (H, W, 3) or (H, W) of uint8, or a Pillow image."""
+"""A file, a Pillow image, or an array: uint8 (H, W, 3), (H, W, 4) or (H, W), or uint16 (H, W)."""
 
 
 class Classification(NamedTuple):
@@ -112,11 +112,19 @@ class FewShotClassifier:
 
         Raises:
             DataError: an image that cannot be read, a class without images, fewer than two classes.
+            TypeError: something else than images, or than a list of them.
             BankError: a class without texts, a text too long, or an encoder that cannot be loaded.
             CheckpointError: a bank for a checkpoint without trained gates, or texts of another
                 encoder than its gates learned to read.
         """
         given = _folders(Path(supports)) if isinstance(supports, (str, Path)) else supports
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                "supports: expected class names with lists of images, or a folder, got "
+                f"{type(given).__name__}"
+            )
+        for name, images in given.items():
+            _check_list(images, f"supports: images of {name!r}")
         empty = [name for name, images in given.items() if not len(images)]
         if empty or len(given) < 2:
             raise DataError(
@@ -125,9 +133,9 @@ class FewShotClassifier:
                 else f"supports: {len(given)} class(es); at least two are told apart"
             )
         text = None if bank is None else self._texts(bank, list(given), encoder)
-        images = [image for group in given.values() for image in group]
+        every = [image for group in given.values() for image in group]
         labels = [label for label, group in enumerate(given.values()) for _ in group]
-        self._support = self.model.prefix(self._read(images)).unsqueeze(0)
+        self._support = self.model.prefix(self._read(every)).unsqueeze(0)
         self._labels = torch.tensor([labels], device=self.device)
         self._text, self.class_names = text, tuple(given)
         return self
@@ -141,10 +149,12 @@ class FewShotClassifier:
 
         Raises:
             ValueError: nothing was learned, no images, or ``batch`` is not positive.
+            TypeError: ``images`` is no list, or something in it no image.
             DataError: an image that cannot be read.
         """
         if not self.class_names:
             raise ValueError("classify: learn(...) some classes first")
+        _check_list(images, "classify: images")
         if batch < 1 or not len(images):
             raise ValueError(f"classify: {len(images)} images in batches of {batch}")
         parts = []
@@ -164,15 +174,7 @@ class FewShotClassifier:
         return (pixels - self._mean) / self._std
 
     def _square(self, image: Picture) -> NDArray[np.uint8]:
-        if isinstance(image, (str, Path)):
-            image = open_rgb(Path(image))[0]
-        elif isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim not in (2, 3):
-                raise DataError(
-                    f"image: expected uint8 (H, W) or (H, W, 3), got {image.dtype} {image.shape}"
-                )
-            image = pillow().fromarray(image)
-        square = to_square(image.convert("RGB"), self.image_size)
+        square = to_square(_rgb(image), self.image_size)
         if self.channels == 3:
             return square
         grey = pillow().fromarray(np.ascontiguousarray(square.transpose(1, 2, 0))).convert("L")
@@ -198,6 +200,38 @@ class FewShotClassifier:
 def _ungated(info: Mapping[str, Any]) -> dict[str, Any]:
     """A model around a pre-trained backbone whose gates are never asked."""
     return {"backbone": info["model"]["backbone"], "gated_layers": []}
+
+
+def _check_list(images: Any, what: str) -> None:
+    """Check that images come as a list of them (TypeError otherwise)."""
+    one = isinstance(images, (str, bytes))
+    if isinstance(images, np.ndarray):
+        one = images.ndim < 3 or images.shape[2:] in ((3,), (4,))
+    if one or not isinstance(images, (Sequence, np.ndarray)):
+        raise TypeError(
+            f"{what}: expected a list of images, got {type(images).__name__}; put a single image "
+            "into a list: [image]"
+        )
+
+
+def _rgb(image: Picture) -> Any:
+    """Read a picture as a Pillow image in RGB (TypeError or DataError otherwise)."""
+    if isinstance(image, (str, Path)):
+        return open_rgb(Path(image))[0]
+    if isinstance(image, np.ndarray):
+        depth = image.shape[2:]
+        kinds = {(): (np.uint8, np.uint16), (3,): (np.uint8,), (4,): (np.uint8,)}
+        if image.ndim < 2 or not image.size or image.dtype not in kinds.get(depth, ()):
+            raise DataError(
+                "image: expected uint8 (H, W) or (H, W, 3), channels last, or uint16 (H, W), got "
+                f"{image.dtype} {image.shape}"
+            )
+        image = pillow().fromarray(image)
+    if not isinstance(image, pillow().Image):
+        raise TypeError(
+            f"image: expected a file, an array or a Pillow image, got {type(image).__name__}"
+        )
+    return as_rgb(image, "image")
 
 
 def _folders(root: Path) -> Mapping[str, Sequence[Picture]]:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from dvla_fast.commands import COMMANDS
 from dvla_fast.engine.settings import add_arguments, did_you_mean, option_names, positionals
 from dvla_fast.errors import MissingDependencyError
+from dvla_fast.terminal import WRONG_USAGE, fail, first_process
 
 
 def build_parser(name: str, cls: type, default: Any) -> Any:
@@ -32,7 +33,10 @@ def build_parser(name: str, cls: type, default: Any) -> Any:
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            super().error(_explained(message, option_names(cls)), ex)
+            explained = _explained(message, option_names(cls))
+            if not first_process():  # whose usage lines are enough
+                raise SystemExit(fail(explained, WRONG_USAGE))
+            super().error(explained, ex)
 
     command = COMMANDS[name]
     places = "[CONFIG.yaml]" if name == "ablate" else positionals(cls)

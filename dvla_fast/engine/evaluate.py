@@ -47,7 +47,9 @@ from dvla_fast.engine.records import (
     EpisodeRecord,
     check_comparable,
     compare_runs,
+    finished_result,
     keep_record,
+    keep_result,
 )
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.starting import published, published_visformer, trained_normalisation
@@ -124,6 +126,7 @@ class Evaluation:
         self.images = data.split(config.split)
         self.predictors: list[EpisodePredictor | None] = []
         self._features: dict[tuple[int, str], Tensor] = {}
+        self._passed: list[EpisodeSampler] = []
         for contender in contenders:
             predictor = None
             if contender.model is not None and (texts is not None or episode_texts is not None):
@@ -150,6 +153,10 @@ class Evaluation:
             the record of all predictions.
         """
         config = self.config
+        for passed, predictor in itertools.product(self._passed, self.predictors):
+            if predictor is not None:
+                predictor.remember(passed, config.episodes, progress)
+        self._passed.clear()
         sampler = build_sampler(
             config.episode_list,
             self.images,
@@ -194,6 +201,14 @@ class Evaluation:
             }
         return result, record
 
+    def pass_over(self, sampler: EpisodeSampler) -> None:
+        """Leave out a list that was evaluated in an earlier process.
+
+        Lists that follow compute its images first, in the batches in which it would have: batches
+        of other images round otherwise.
+        """
+        self._passed.append(sampler)
+
     def _predictions(
         self, index: int, sampler: Any, progress: Progress | None
     ) -> dict[str, Predictions]:
@@ -201,10 +216,12 @@ class Evaluation:
         count, found = self.config.episodes, {}
         for name, backbone in contender.backbones.items():
             if predictor is not None and backbone is predictor.model.backbone:
-                found[name] = predictor.visual(sampler, count, 0.2)
+                found[name] = predictor.visual(sampler, count, 0.2, progress)
                 continue
             if (index, name) not in self._features:
-                self._features[index, name] = image_features(backbone, self.data, self.images)
+                self._features[index, name] = image_features(
+                    backbone, self.data, self.images, progress=progress
+                )
             found[name] = predict_visual(self._features[index, name], sampler, count)
         if predictor is not None:
             found |= predictor.predict(sampler, count, self.config.batch_episodes, progress)
@@ -320,6 +337,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     facts = {
         "checkpoint": config.checkpoint,
         "checkpoints": paths,
+        "checkpoints_sha256": [info.get("tensors_sha256") for info in infos],
         "trained_on": infos[0].get("dataset"),
         "cross_domain": infos[0].get("dataset", data.name) != data.name,
         "monitor": data.monitor_kind,
@@ -329,7 +347,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     }
     folder = RunFolder(config.output, to_dict(config), resume=config.resume)
     seed_everything(config.seed)
-    folder.trim("evaluate", -1)  # an evaluation is short: it begins anew
+    folder.trim("evaluate", -1)  # those of finished lists are written again
     if texts.written is not None:
         texts.written.open(folder.path)
     evaluation = Evaluation(
@@ -338,15 +356,10 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     results = []
     with Progress({"evaluate": 1.0}, enabled=not quiet) as progress:
         progress.begin("evaluate", settings.episodes * len(settings.shots) * len(contenders))
-        for shot, sampler in zip(settings.shots, samplers):
-            result, record = evaluation.shot(shot, progress)
+        for sampler in samplers:
             leaks = {"classes": classes, **_leaks(config, texts, sampler, progress)}
-            results.append({**result, **facts, "leaks": leaks, **_versions()})
-            keep_record(folder, results[-1], record, evaluation.images.class_names)
-            progress.note(
-                f"{shot}-shot {result['accuracy']:.2%} ± {points(result['ci95'])} % "
-                f"({result['method']})"
-            )
+            known = {**facts, "leaks": leaks, **_versions()}
+            results.append(_result(evaluation, sampler, known, folder, progress))
     # The fields of the first shot stand at the top; all of them are in "results".
     summary = {"command": "evaluate", **results[0], "results": results}
     folder.write_summary(summary)
@@ -357,6 +370,32 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         folder.write_summary(summary)
     folder.close()
     return summary
+
+
+def _result(
+    evaluation: Evaluation,
+    sampler: EpisodeSampler,
+    known: Mapping[str, Any],
+    folder: RunFolder,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Evaluate one list of episodes and keep what it leaves, unless the folder holds it already."""
+    config, shot = evaluation.config, sampler.shot
+    described = {**identity(evaluation.data, config, sampler), **known}
+    result = finished_result(folder, described)
+    if result is None:
+        result, record = evaluation.shot(shot, progress)
+        result |= known
+        keep_record(folder, result, record, evaluation.images.class_names)
+        keep_result(folder, result)
+    else:
+        evaluation.pass_over(sampler)
+        folder.log("evaluate", shot, accuracy=result["accuracy"], ci95=result["ci95"])
+        progress.advance(config.episodes * len(evaluation.contenders))
+    progress.note(
+        f"{shot}-shot {result['accuracy']:.2%} ± {points(result['ci95'])} % ({result['method']})"
+    )
+    return result
 
 
 def _paths(config: EvaluateRun) -> list[str]:

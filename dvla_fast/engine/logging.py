@@ -12,17 +12,19 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from dvla_fast.engine.distributed import Processes
-from dvla_fast.engine.settings import differences
+from dvla_fast.engine.settings import differences, load_yaml
 from dvla_fast.engine.settle import absolute_paths
 from dvla_fast.errors import MissingDependencyError, OutputError
 from dvla_fast.files import json_text, write_atomic, write_text_atomic
 
+# Seconds of work without a line, off a terminal, after which one says how far it is.
+_SILENCE = 30.0
 # What may differ between a run and its continuation.
 _FREE_KEYS = ("output", "resume")
 # Why a setting cannot, where one might think that it could.
@@ -238,7 +240,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
     path = Path(folder) / "config.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OutputError(
             f"{folder}: no run to resume here (config.yaml is missing or damaged); leave out "
@@ -288,15 +290,23 @@ class Progress:
         stages: share of the total time that each stage is expected to take; they sum to 1. Drives
             the overall bar when there is more than one stage.
         enabled: False prints nothing.
+        clock: seconds that pass.
     """
 
-    def __init__(self, stages: dict[str, float], *, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        stages: dict[str, float],
+        *,
+        enabled: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._stages = stages
+        self._clock = clock
         self._finished = 0.0
         self._current: str | None = None
         self._total = 1
         self._done = 0
-        self._start = time.monotonic()
+        self._start = self._shown = clock()  # _shown: when a line was printed last
         self._rich: Any = None
         self._tasks: dict[str, Any] = {}
         self.enabled = enabled
@@ -356,16 +366,30 @@ class Progress:
         if self._rich is not None:
             self._rich.advance(self._tasks[self._current or ""], count)
         self._update_overall()
+        self.tick()
+
+    def tick(self, text: str = "") -> None:
+        """Show that work goes on: off a terminal, by a line where there was none for a while."""
+        if self._rich is not None:
+            if text:
+                self.note(text)
+        elif self.enabled and self._clock() - self._shown >= _SILENCE:
+            self._line(text)
 
     def note(self, text: str) -> None:
         """Show the newest figures of the current stage; off a terminal, print one line."""
         if self._rich is not None:
             self._rich.update(self._tasks[self._current or ""], note=text)
         elif self.enabled:
-            left = self.seconds_left()
-            time_left = f", about {left:.0f} s left" if left is not None else ""
-            share = f"{100 * self.fraction():.0f} %"
-            print(f"[{share:>5}{time_left}] {self._current}: {text}", file=sys.stderr, flush=True)
+            self._line(text)
+
+    def _line(self, text: str) -> None:
+        self._shown = self._clock()
+        left = self.seconds_left()
+        time_left = f", about {left:.0f} s left" if left is not None else ""
+        share = f"{100 * self.fraction():.0f} %"
+        said = f"{self._current}: {text}" if text else self._current
+        print(f"[{share:>5}{time_left}] {said}", file=sys.stderr, flush=True)
 
     def fraction(self) -> float:
         """Return the finished share of the whole run, in [0, 1]."""
@@ -375,7 +399,7 @@ class Progress:
     def seconds_left(self) -> float | None:
         """Estimate the seconds left from the share done so far; None while that says nothing."""
         fraction = self.fraction()
-        elapsed = time.monotonic() - self._start
+        elapsed = self._clock() - self._start
         return elapsed * (1 - fraction) / fraction if fraction > 0.02 else None
 
     def _update_overall(self) -> None:

@@ -54,16 +54,27 @@ class Predictions(NamedTuple):
 
 
 def image_features(
-    backbone: nn.Module, data: FewShotData, images: ImageSet, batch: int | None = None
+    backbone: nn.Module,
+    data: FewShotData,
+    images: ImageSet,
+    batch: int | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Compute the visual features (N, d) of a whole image set once, in evaluation mode.
+
+    Args:
+        batch: images of one pass.
+        progress: shown that work goes on, not advanced.
 
     Raises:
         TrainingError: a feature is NaN or infinite.
     """
     with _evaluating(backbone):
         chunks = images.chunks(batch or _image_batch(images))
-        parts = [backbone(data.normalise(chunk)) for chunk in chunks]
+        parts: list[Tensor] = []
+        for chunk in chunks:
+            parts.append(backbone(data.normalise(chunk)))
+            _show_images(progress, sum(map(len, parts)), len(images))
     features = torch.cat(parts)
     if not bool(features.isfinite().all()):
         bad = int((~features.isfinite()).any(1).sum())
@@ -176,15 +187,30 @@ class EpisodePredictor:
             TrainingError: features or logits are NaN or infinite.
         """
         with _evaluating(self.model):
-            self._fill(sampler, episodes)
+            self._fill(sampler, episodes, progress)
             results = {}
             for name in self.modes:
-                counted = progress if name == next(reversed(self.modes)) else None
-                results[name] = self._predict(name, sampler, episodes, batch_episodes, counted)
+                results[name] = self._predict(name, sampler, episodes, batch_episodes, progress)
         return results
 
-    def visual(self, sampler: EpisodeSampler, episodes: int, temperature: float) -> Predictions:
+    def remember(
+        self, sampler: EpisodeSampler, episodes: int, progress: Progress | None = None
+    ) -> None:
+        """Compute the images of a list's episodes, as :meth:`predict` does first."""
+        with _evaluating(self.model):
+            self._fill(sampler, episodes, progress)
+
+    def visual(
+        self,
+        sampler: EpisodeSampler,
+        episodes: int,
+        temperature: float,
+        progress: Progress | None = None,
+    ) -> Predictions:
         """Predict with the model's backbone alone, its gates left out.
+
+        Args:
+            progress: shown that work goes on, not advanced.
 
         Raises:
             ValueError: the predictor was built without ``visual``.
@@ -192,7 +218,7 @@ class EpisodePredictor:
         if not self._plain:
             raise ValueError("visual: build the predictor with visual=True")
         with _evaluating(self.model):
-            self._fill(sampler, episodes)
+            self._fill(sampler, episodes, progress)
             return predict_visual(self._tables["plain"], sampler, episodes, temperature)
 
     def _predict(
@@ -217,8 +243,9 @@ class EpisodePredictor:
             else:
                 parts.append(self._whole(name, batch, sampler.way))
             labels.append(batch.query_labels)
-            if progress is not None:
-                progress.advance(len(batch.classes))
+            if progress is not None:  # episodes count once, with the last method
+                last = name == next(reversed(self.modes))
+                progress.advance(len(batch.classes) if last else 0)
         logits, alphas = (torch.cat(column).cpu() for column in zip(*parts))
         if not bool(logits.isfinite().all()):
             raise TrainingError(
@@ -280,7 +307,9 @@ class EpisodePredictor:
         images = self.images.gather(index.flatten())
         return self.data.normalise(images).unflatten(0, index.shape)
 
-    def _fill(self, sampler: EpisodeSampler, episodes: int) -> None:
+    def _fill(
+        self, sampler: EpisodeSampler, episodes: int, progress: Progress | None = None
+    ) -> None:
         """Compute all rows of the images that the episodes use and that are not known yet."""
         self._limit_maps()
         if not (self._keep_maps or self._plain):
@@ -292,7 +321,8 @@ class EpisodePredictor:
         missing = (used & ~self._known).nonzero().squeeze(1)
         if len(missing) == 0:
             return
-        for part in missing.split(self.image_batch):
+        for number, part in enumerate(missing.split(self.image_batch)):
+            _show_images(progress, number * self.image_batch, len(missing))
             index = part.to(self.classes.device)
             rows = self._rows(index)
             if not all(bool(values.isfinite().all()) for values in rows.values()):
@@ -350,6 +380,11 @@ class EpisodePredictor:
             alphas = [_mean_alpha(trace.alpha, len(maps)) for trace in traces]
             rows[f"alpha of {name}"] = torch.stack(alphas, 1)
         return rows
+
+
+def _show_images(progress: Progress | None, done: int, total: int) -> None:
+    if progress is not None:
+        progress.tick(f"{done} of {total} images")
 
 
 def _image_batch(images: ImageSet) -> int:

@@ -8,7 +8,7 @@ import io
 import json
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from dvla_fast.engine.statistics import (
     points,
 )
 from dvla_fast.errors import MissingDependencyError, OutputError
-from dvla_fast.files import json_text
+from dvla_fast.files import json_text, write_text_atomic
 
 # Two evaluations meet the same episodes when all of these agree; what a difference means, in words.
 SAME_EPISODES = {
@@ -222,6 +222,38 @@ def keep_record(
     folder.log("evaluate", shot, accuracy=result["accuracy"], ci95=result["ci95"])
     folder.write_file(f"episodes-{shot}shot.npz", record.write)
     write_confusion(folder, record, names, result)
+
+
+def keep_result(folder: RunFolder, result: dict[str, Any]) -> None:
+    """Write the result of a list of episodes after all else: the mark that the list is finished."""
+    write_text_atomic(folder.path / _result_name(result), json_text(result, indent=2) + "\n")
+
+
+def finished_result(folder: RunFolder, described: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the result of a list of episodes that an interrupted run finished.
+
+    Args:
+        described: what the result must say, as far as it is known before the list is evaluated.
+
+    Returns:
+        None where the folder lacks it, or has that of other weights, texts or versions, which is
+        then removed: its files are about to be replaced.
+    """
+    path = folder.path / _result_name(described)
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        EpisodeRecord.read(folder.path / f"episodes-{described['shot']}shot.npz")
+        wanted = json.loads(json_text(described))
+        if all(result.get(key) == value for key, value in wanted.items()):
+            return result
+    except (OSError, ValueError, AttributeError, OutputError):
+        pass
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _result_name(result: Mapping[str, Any]) -> str:
+    return f"result-{result['shot']}shot.json"
 
 
 def write_confusion(

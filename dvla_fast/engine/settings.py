@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -62,6 +63,41 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def load_yaml(source: Any) -> Any:
+    """Read YAML, text or an open file, as data alone; a key given twice is a yaml.YAMLError.
+
+    PyYAML itself takes the last of two equal keys and says nothing.
+    """
+    import yaml
+
+    return yaml.load(source, _loader())
+
+
+@functools.cache
+def _loader() -> Any:
+    """PyYAML's safe loader, strict about keys; made on first use, as PyYAML is optional."""
+    import yaml
+
+    class StrictLoader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            first: dict[tuple[str, str], int] = {}
+            for key, _ in node.value:
+                # "<<" takes in another mapping's keys, which those beside it may replace
+                if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
+                    continue
+                known, line = (key.tag, key.value), key.start_mark.line + 1
+                if known in first:
+                    raise yaml.YAMLError(
+                        f"line {line}: the key {key.value!r} is there again, after line "
+                        f"{first[known]}, whose settings would be lost; join the two"
+                    )
+                first[known] = line
+            return node
+
+    return StrictLoader
+
+
 def read_settings(path: str, cls: type[T], default: T, option: str = "--config") -> T:
     """Read a YAML file of settings over ``default``.
 
@@ -75,7 +111,7 @@ def read_settings(path: str, cls: type[T], default: T, option: str = "--config")
 
     try:
         with open(path, encoding="utf-8") as stream:
-            content = yaml.safe_load(stream)
+            content = load_yaml(stream)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UsageError(f"{option} {path}: cannot read these settings ({reason})") from error

@@ -11,6 +11,7 @@ from typing import Any
 from dvla_fast.engine.compare import difference_in_episodes
 from dvla_fast.engine.logging import read_metrics
 from dvla_fast.engine.records import EpisodeRecord
+from dvla_fast.engine.settings import load_yaml
 from dvla_fast.errors import OutputError
 
 STAGES = {"pretrain": "pre-training", "metatune": "meta-tuning"}
@@ -184,7 +185,7 @@ def _config(run: Run) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
+        content = load_yaml((run.path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         content = None
     if isinstance(content, dict):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -148,16 +149,33 @@ def save_published(
 
 def _load(path: Path) -> Any:
     try:
+        with open(path, "rb") as stream:
+            start = stream.read(4)
+        if not start.startswith((b"PK", b"\x80")):  # a ZIP archive, or before torch 1.6 pickles
+            raise BankError(
+                f"{path}: not a file that torch.save wrote; give the .pth or .pt file that its "
+                "authors publish"
+            )
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise BankError(f"{path}: cannot read ({error.strerror or error})") from error
+    except BankError:
+        raise
     # A damaged or unsafe pickle can fail at any of its instructions
     except Exception as error:
-        if isinstance(error, OSError):
-            raise BankError(f"{path}: cannot read ({error.strerror or error})") from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BankError(
-            f"{path}: not loaded ({reason[:200]}); only tensors and plain containers are, since a "
-            "pickle can run any program: get the file from its publisher again"
+            f"{path}: not loaded ({_reason(error)}); only tensors and plain containers are, since "
+            "a pickle can run any program: get the file from its publisher again"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Say why torch.load failed, without its advice to load the file unprotected."""
+    text = str(error).strip() or type(error).__name__
+    if "weights_only" not in text:
+        return text.splitlines()[0][:200]
+    named = re.search(r"GLOBAL (\S+)", text)
+    return f"it names {named[1][:100]}" if named else "damaged, or not from torch.save"
 
 
 def _is_plain(value: Any) -> bool:

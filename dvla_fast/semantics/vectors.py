@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dvla_fast.errors import BankError, MissingDependencyError
-from dvla_fast.files import write_atomic
+from dvla_fast.files import REMEDY, check_writable, unwritable, write_atomic
 from dvla_fast.semantics.bank import SemanticBank, bank_path, bundled_banks
 from dvla_fast.semantics.encoders import TextEncoder
 
@@ -33,9 +33,34 @@ def vectors_path(source: str | Path) -> Path:
     """Return the file that holds, or would hold, the vectors of a bank's JSON file."""
     path = Path(source)
     if path.stem in bundled_banks() and path == bank_path(path.stem):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return cache / "dvla-fast" / "banks" / f"{path.stem}.safetensors"
+        return _cache_folder() / f"{path.stem}.safetensors"
     return path.with_suffix(".safetensors")
+
+
+def _cache_folder() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # a user without a home keeps the "~", which must not become a folder here
+    return Path("/nonexistent" if cache.startswith("~") else cache, "dvla-fast", "banks")
+
+
+def make_room(path: Path) -> None:
+    """Make the folder of a bank's vectors, if need be, and see that they can be written.
+
+    Raises:
+        OutputError: they cannot, with the way out.
+    """
+    remedy = "copy the bank to a folder that you may write to, and encode it there"
+    if path.parent == _cache_folder():
+        remedy = "set XDG_CACHE_HOME to a folder that you may write to, here and in training"
+    _make_folder(path, remedy)
+    check_writable(path, remedy)
+
+
+def _make_folder(path: Path, remedy: str = REMEDY) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, error, remedy) from error
 
 
 class CachedEncoder:
@@ -67,7 +92,7 @@ class CachedEncoder:
         self._inner: TextEncoder | None = None
         self._rows: dict[bytes, tuple[Tensor, bool]] = {}
         self._used: set[bytes] = set()
-        if path.exists():
+        if os.path.exists(path):  # False, too, in a folder that must not be looked into
             tensors, info = _read(path)
             if info["kind"] != "cache":
                 raise BankError(f"{path}: holds the vectors of a bank without words; move it away")
@@ -150,6 +175,7 @@ class CachedEncoder:
         Raises:
             OutputError: the file cannot be written; the old one stays.
         """
+        make_room(self.path)
         tensors = _read(self.path)[0] if self.path.exists() else {}
         others = {k: v for k, v in tensors.items() if k.rpartition("|")[0] != self.identity}
         used = {key: self._rows[key] for key in sorted(self._used if prune else self._rows)}
@@ -252,7 +278,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     safetensors = _safetensors()
     metadata = {"dvla_fast": json.dumps({"format": FORMAT, **info})}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path)
     write_atomic(
         path,
         lambda temporary: safetensors.torch.save_file(

@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dvla_fast.data import cache, load_data, prepare_cache
+from dvla_fast.data.decode import decode
 from dvla_fast.errors import DataError, OutputError
 from tests.data import trees
 
@@ -66,6 +68,20 @@ def test_of_arrays_and_of_a_published_split(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds 32-pixel images, not 84; set --data.image_size 32"):
         load_data(str(tmp_path / "cache"), 84)
     assert cache.verify_cache(tmp_path / "cache") == []
+
+
+def test_photographs_lie_upright_in_a_cache(tree: Path, tmp_path: Path) -> None:
+    path = next((tree / "test/h").iterdir())
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    pixels = np.asarray(Image.open(path))
+    Image.fromarray(pixels).save(path.with_suffix(".png"), exif=exif)
+    path.unlink()
+    prepare_cache(tree, tmp_path / "cache", 16)
+    cached = load_data(str(tmp_path / "cache"), 16).novel.images
+    assert torch.equal(cached, load_data(str(tree), 16).novel.images)
+    upright = decode(np.ascontiguousarray(pixels[::-1, ::-1]), 16)
+    assert any((image == upright).all() for image in cached.numpy())
 
 
 def test_an_edited_split_file_is_noticed(tmp_path: Path) -> None:
@@ -133,6 +149,18 @@ def test_changed_file_is_decoded_again(
     assert prepare_cache(tree, tmp_path / "cache", 16).reused == 7
     data = load_data(str(tmp_path / "cache"), 16)
     assert torch.equal(data.base.images, load_data(str(tree), 16).base.images)
+
+
+def test_images_decoded_otherwise_are_not_kept(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(cache, "FORMAT", "dvla-fast-cache/1")
+        prepare_cache(tree, tmp_path / "older", 16)
+        stopped_build(tree, tmp_path, monkeypatch)
+    with pytest.raises(DataError, match=r"another version of dvla-fast .*cache/1.*remove"):
+        load_data(str(tmp_path / "older"), 16)
+    assert prepare_cache(tree, tmp_path / "cache", 16).reused == 0
 
 
 def test_torn_images_and_torn_journal_are_decoded_again(
@@ -270,7 +298,7 @@ def test_damaged_caches(tree: Path, tmp_path: Path) -> None:
     for text, message in (
         (json.dumps(content), "changed since it was written"),
         (index[:100], "cannot read this cache"),
-        ('{"format": "dvla-fast-cache/9"}', "format 'dvla-fast-cache/9' is unknown"),
+        ('{"format": "dvla-fast-cache/9"}', "format 'dvla-fast-cache/9', not dvla-fast-cache"),
     ):
         (path / "index.json").write_text(text)
         with pytest.raises(DataError, match=message):

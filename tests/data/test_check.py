@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from dvla_fast.data import check_data, prepare_cache
 from dvla_fast.data.check import _Rows
+from dvla_fast.data.layouts import list_data
 from dvla_fast.data.splits import load_split_list
 from dvla_fast.errors import DataError
 from tests.data import trees
@@ -69,6 +71,20 @@ def test_small_classes_and_class_in_two_splits(tree: Path) -> None:
     report = check_data(tree, shot=1, query=4, image_size=16, decode_images=False)
     assert "class 'A' of test is also 'a' of train" in report.text()
     assert "class 'b' has 4 images, an episode takes 5" in report.text()
+
+
+def test_a_data_set_is_called_like_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trees.class_folders(tmp_path / "photos", "abc", 3)
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps({"splits": {"train": ["a", "b"], "test": ["c"]}}))
+    assert "\nphotos, split list mine\n" in check_data(tmp_path / "photos", str(mine)).text()
+    monkeypatch.chdir(tmp_path / "photos")
+    assert list_data(".", str(mine)).name == "photos"
+    mine.write_text(mine.read_text().replace("{", '{"dataset": "pets", ', 1))
+    assert "pets, split list mine" in check_data(tmp_path / "photos", str(mine)).text()
+    assert list_data(".", str(mine)).name == "pets"
 
 
 def test_known_counts(tmp_path: Path) -> None:

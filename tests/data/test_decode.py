@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from dvla_fast.data.decode import decode, open_rgb
+from dvla_fast.data.decode import as_rgb, decode, open_rgb
 from dvla_fast.errors import DataError
 from tests.data import trees
 
@@ -76,6 +76,59 @@ def test_no_damage_escapes(tmp_path: Path) -> None:
             path.write_bytes(damaged)
             with contextlib.suppress(DataError):
                 open_rgb(path)
+
+
+def turned(path: Path, orientation: int) -> np.ndarray:
+    """Write an image with an EXIF orientation; returns its pixels as they lie in the file."""
+    pixels = np.zeros((40, 24, 3), np.uint8)
+    pixels[:8, :8] = 255  # a mark in the first corner
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, exif=exif)
+    return pixels
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright(tmp_path: Path, suffix: str, orientation: int) -> None:
+    path = tmp_path / f"x.{suffix}"
+    pixels = turned(path, orientation)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        given = as_rgb(image, "image")  # loaded before, as a user's own image may be
+    found = open_rgb(path)[0]
+    assert found.size == ((40, 24) if orientation > 4 else (24, 40))
+    assert (np.asarray(found) == expected).all()
+    assert (np.asarray(given) == expected).all()
+    assert (np.asarray(as_rgb(found, "turned already")) == expected).all()
+    corner = pixels[:8, :8].mean() - np.asarray(found)[:8, :8].mean()
+    assert (abs(corner) < 9) == (orientation in (1, 5))
+
+
+def test_deep_images_are_turned(tmp_path: Path) -> None:
+    deep = GREY.astype(np.uint16) * 257
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(deep).save(tmp_path / "x.png", exif=exif)
+    assert (decode(tmp_path / "x.png", 32) == GREY[::-1, ::-1]).all()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, about the damage
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_a_broken_orientation_costs_no_image(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"x.{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = exif.tobytes()
+    for place in range(len(whole)):
+        for value in (0, 1, 127, 255):
+            damaged = bytearray(whole)
+            damaged[place] = value
+            Image.new("RGB", (24, 40)).save(path, exif=bytes(damaged))
+            assert sorted(open_rgb(path)[0].size) == [24, 40]
+    for odd in (0, 9, 65535):
+        turned(path, odd)
+        assert open_rgb(path)[0].size == (24, 40)
 
 
 def test_right_size_is_not_resampled() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -301,6 +302,34 @@ def test_encode(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "longer than the 77 words" in run(capsys, "encode", long_bank(birds), status=1)
     with pytest.warns(UserWarning, match="longer than the 77 words"):
         assert "cut         1 texts" in run(capsys, "encode", long_bank(birds), "--truncate")
+
+
+def test_encode_where_nothing_can_be_written(
+    birds: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = Path.mkdir
+
+    def refuses(path: Path, *given: Any, **options: Any) -> None:
+        if "home" in path.parts:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        real(path, *given, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuses)
+    monkeypatch.setattr(HashedNGramEncoder, "encode", None)  # nothing is encoded in vain
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(birds.parent / "home"))
+    text = run(capsys, "encode", "digits", status=1)
+    assert "digits.safetensors: cannot write (Permission denied); set XDG_CACHE_HOME to" in text
+    monkeypatch.setenv("XDG_CACHE_HOME", str(birds))  # a file
+    text = run(capsys, "encode", "digits", status=1)
+    assert "cannot write (Not a directory); set XDG_CACHE_HOME to" in text
+
+    def nowhere(*given: Any, **options: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", nowhere)
+    text = run(capsys, "encode", birds, status=1)
+    assert "birds.safetensors: cannot write (Permission denied); copy the bank to" in text
 
 
 def test_a_stopped_encode_keeps_what_is_done(

@@ -102,6 +102,79 @@ def test_files_folders_and_pillow_images(make_checkpoint: Callable, tmp_path: Pa
     torch.testing.assert_close(got.probabilities.sum(1), torch.ones(3))
 
 
+def test_photographs_are_turned_upright(make_checkpoint: Callable, tmp_path: Path) -> None:
+    classifier = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu").learn(SUPPORTS, BANK)
+    upright = np.full((20, 12, 3), 255, np.uint8)
+    upright[:10, :6] = (200, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it clockwise to see it upright
+    lying = Image.fromarray(np.ascontiguousarray(np.rot90(upright)))
+    lying.save(tmp_path / "lying.png", exif=exif)
+    images = [upright, tmp_path / "lying.png", Image.open(tmp_path / "lying.png"), lying]
+    answers = classifier.classify(images).probabilities
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
+    assert not torch.equal(answers[0], answers[3])
+
+
+def test_arrays_are_read_as_files_are(make_checkpoint: Callable, tmp_path: Path) -> None:
+    classifier = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu").learn(SUPPORTS, BANK)
+    grey = pictures(1, 4)[0][..., 0]
+    deep = grey.astype(np.uint16) * 257
+    alpha = np.dstack([grey, grey, grey, grey // 2])
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    images = [grey, deep, Image.fromarray(deep), tmp_path / "deep.png", alpha]
+    answers = classifier.classify(images).probabilities
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
+    many = np.stack(pictures(3, 5))  # (N, H, W, 3): a sequence of images, too
+    assert classifier.classify(many).predicted == classifier.classify(list(many)).predicted
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (torch.zeros(3, 16, 16), TypeError, "a file, an array or a Pillow image, got Tensor"),
+        (None, TypeError, "got NoneType"),
+        ([[0, 1], [2, 3]], TypeError, "got list"),
+        (np.zeros((3, 16, 16), np.uint8), DataError, r"channels last, .*got uint8 \(3, 16, 16\)"),
+        (np.zeros((0, 16, 3), np.uint8), DataError, r"got uint8 \(0, 16, 3\)"),
+        (np.zeros((16, 16, 3), np.uint16), DataError, r"got uint16 \(16, 16, 3\)"),
+        (np.zeros(16, np.uint8), DataError, r"got uint8 \(16,\)"),
+        (Image.new("F", (16, 16)), DataError, "holds floating-point values"),
+    ],
+)
+def test_what_is_no_image(
+    make_checkpoint: Callable, image: Any, error: type[Exception], message: str
+) -> None:
+    classifier = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu").learn(SUPPORTS, BANK)
+    with pytest.raises(error, match=f"^image: .*{message}"):
+        classifier.classify([image])
+    with pytest.raises(error, match=f"^image: .*{message}"):
+        classifier.learn({**SUPPORTS, "owl": [image]})
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        "x.jpg", Path("x.jpg"), b"x", None, {"a": 1}, torch.zeros(2, 3, 16, 16),
+        Image.new("RGB", (9, 9)), np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16), np.uint8),
+    ],
+)  # fmt: skip
+def test_one_image_is_no_list(make_checkpoint: Callable, images: Any) -> None:
+    classifier = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu").learn(SUPPORTS, BANK)
+    form = f"expected a list of images, got {type(images).__name__}; put a single image into a list"
+    with pytest.raises(TypeError, match=f"classify: images: {form}"):
+        classifier.classify(images)
+    with pytest.raises(TypeError, match=f"supports: images of 'owl': {form}"):
+        classifier.learn({**SUPPORTS, "owl": images})
+
+
+def test_supports_without_names(make_checkpoint: Callable) -> None:
+    classifier = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu")
+    with pytest.raises(TypeError, match="expected class names with lists of images, or a folder"):
+        classifier.learn(pictures(3, 0))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pretrained_backbone_without_texts(make_checkpoint: Callable, channels: int) -> None:
     path = make_checkpoint("pretrain", channels=channels)

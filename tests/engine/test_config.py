@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dvla_fast.cli import main
 from dvla_fast.engine.config import (
     DemoRun,
     EvaluateConfig,
     EvaluateRun,
+    MetatuneRun,
     PretrainRun,
     demo_config,
 )
@@ -85,6 +87,29 @@ def test_numbers_as_yaml_reads_them() -> None:
     config = from_mapping(DemoRun, yaml.safe_load("pretrain: {lr: 5e-4}\ndata:\n"))
     assert config.pretrain.lr == 5e-4
     assert config.data == DemoRun().data
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "experiment.yaml"
+    path.write_text("metatune:\n  lr: 1e-4\nseed: 1\nmetatune:\n  epochs: 3\n")
+    again = r"experiment\.yaml: .*line 4: the key 'metatune' is there again, after line 1"
+    with pytest.raises(UsageError, match=again):
+        read_settings(str(path), MetatuneRun, MetatuneRun())
+    with pytest.raises(UsageError, match=again):  # in a file that another command reads
+        read_settings(str(path), PretrainRun, PretrainRun())
+    for command in (["metatune", "--config"], ["ablate"]):
+        assert main([*command, str(path)]) == 2
+        assert "line 4: the key 'metatune' is there again" in capsys.readouterr().err
+    path.write_text("metatune: {lr: 1e-4, epochs: 3, lr: 1e-3}\n")
+    with pytest.raises(UsageError, match="line 1: the key 'lr' is there again"):
+        read_settings(str(path), MetatuneRun, MetatuneRun())
+    path.write_text(
+        "metatune: &plain {lr: 1e-4, epochs: 3}\nevaluate: {episodes: 9}\n"
+        "pretrain: {<<: *plain, lr: 5e-4}\n"
+    )
+    assert read_settings(str(path), PretrainRun, PretrainRun()).pretrain.lr == 5e-4
+    assert read_settings(str(path), PretrainRun, PretrainRun()).pretrain.epochs == 3
+    assert read_settings(str(path), MetatuneRun, MetatuneRun()).metatune.lr == 1e-4
 
 
 def test_one_file_for_several_commands(tmp_path: Path) -> None:

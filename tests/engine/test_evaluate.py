@@ -26,10 +26,10 @@ from dvla_fast.engine.build import (
     without_test_split,
 )
 from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
-from dvla_fast.engine.config import DemoRun
+from dvla_fast.engine.config import DemoRun, EvaluateConfig
 from dvla_fast.engine.episode_lists import AuthorsEpisodeSampler, build_sampler
 from dvla_fast.engine.evaluate import Contender, Evaluation, compare, trained_normalisation
-from dvla_fast.engine.logging import read_metrics
+from dvla_fast.engine.logging import Progress, read_metrics
 from dvla_fast.engine.predict import (
     FIXED,
     LEARNED,
@@ -143,6 +143,34 @@ def test_each_image_goes_through_once(
     for shot in (1, 5):
         predictor.predict(EpisodeSampler(few_digits.novel, 5, shot, 15, 0), 60)
     assert counts == {"prefix": 120, "gate": 120}
+
+
+@pytest.mark.parametrize("text_scope", ["class", "episode"])
+def test_every_stretch_of_work_shows_itself(
+    few_digits: FewShotData,
+    texts: EncodedTexts,
+    make_model: Callable[..., DVLA],
+    text_scope: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Off a terminal, with a clock on which every look finds half a minute gone."""
+    model, now = make_model(text_scope=text_scope), [0.0]
+
+    def clock() -> float:
+        now[0] += 30.0
+        return now[0]
+
+    config = EvaluateConfig(episodes=6, query=4, batch_episodes=2, fixed_alpha=0.5)
+    contender = Contender(model, {"plain": make_model().backbone, VISUAL: model.backbone})
+    with Progress({"evaluate": 1.0}, clock=clock) as progress:
+        progress.begin("evaluate", 6)
+        Evaluation([contender], few_digits, texts, config, 0).shot(1, progress)
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("of 120 images" in line for line in lines) == 4  # all, for the plain backbone
+    assert sum(" images" in line for line in lines) > 4  # those that the episodes use
+    batches = [line for line in lines if line.endswith("] evaluate")]
+    assert len(batches) == (6 if text_scope == "episode" else 4)  # of both gates
+    assert "100 %" in lines[-1]
 
 
 def test_predictor_leaves_the_training_mode(
@@ -293,6 +321,106 @@ def test_run_leaves_predictions_and_confusion(backbone: str, tmp_path: Path) -> 
     own = [float(row["accuracy"]) for row in classes]
     assert own == pytest.approx((counts.diagonal() / counts.sum(1)).tolist(), abs=1e-5)
     assert (tmp_path / "a/confusion-1shot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, stop: int) -> list[int]:
+    """Count the shots that are evaluated, and stop before this one."""
+    real, seen = Evaluation.shot, []
+
+    def shot(self: Evaluation, number: int, *more: Any) -> Any:
+        seen.append(number)
+        if number == stop:
+            raise KeyboardInterrupt
+        return real(self, number, *more)
+
+    monkeypatch.setattr(Evaluation, "shot", shot)
+    return seen
+
+
+@pytest.mark.parametrize("text_scope", ["class", "episode"])
+def test_an_interrupted_evaluation_goes_on(
+    tiny: DemoRun,
+    few_digits: FewShotData,
+    make_model: Callable[..., DVLA],
+    text_scope: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model(text_scope=text_scope)
+    spec = model_spec(tiny.model, backbone_spec(tiny.model, 1, 16), 512)
+    info = {
+        "kind": "metatune", "model": {**spec, "text_scope": text_scope}, "dataset": "digits",
+        "normalisation": {"mean": few_digits.mean.tolist(), "std": few_digits.std.tolist()},
+        "semantics": {"encoder": "hashed-ngram", "dim": 512},
+    }  # fmt: skip
+    tuned = tmp_path / "tuned.safetensors"
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    save_checkpoint(tuned, weights, info)
+    run = evaluate(str(tuned), tmp_path / "whole", "--evaluate.shots=[3,1,2]")
+    run += ["--evaluate.fixed_alpha=0.5", "--evaluate.episodes=4"]
+    assert main(run) == 0
+    run[2] = f"--output={tmp_path / 'stopped'}"
+    with monkeypatch.context() as stopping:
+        assert interrupt(stopping, 2) == []
+        assert main(run) == 130
+    assert not (tmp_path / "stopped/summary.json").exists()
+    resumed = ["evaluate", "--resume", run[2]]
+    with monkeypatch.context() as counting:
+        seen = interrupt(counting, 0)
+        assert main(resumed) == 0
+        assert seen == [2]
+        assert main(resumed) == 0  # a finished one is only written again
+        assert seen == [2]
+
+    def files(folder: str) -> dict[str, bytes]:
+        found = (tmp_path / folder).glob("*.*")
+        return {path.name: path.read_bytes() for path in found if path.suffix != ".npz"}
+
+    assert files("stopped") == files("whole")
+    for shot in (3, 1, 2):
+        name = f"episodes-{shot}shot.npz"
+        ours, theirs = (EpisodeRecord.read(tmp_path / x / name) for x in ("stopped", "whole"))
+        assert torch.equal(ours.predictions[LEARNED], theirs.predictions[LEARNED])
+        assert ours.alphas is not None
+        assert theirs.alphas is not None
+        assert torch.equal(ours.alphas, theirs.alphas)
+    # what is not whole, or of other weights under the same name, is computed again
+    (tmp_path / "stopped/episodes-3shot.npz").write_bytes(b"torn")
+    (tmp_path / "stopped/result-1shot.json").write_text("{")
+    seen = interrupt(monkeypatch, 0)
+    assert main(resumed) == 0
+    assert seen == [3, 1]
+    assert files("stopped") == files("whole")
+    save_checkpoint(tuned, {key: value * 1.01 for key, value in weights.items()}, info)
+    assert main(resumed) == 0
+    assert seen == [3, 1, 3, 1, 2]
+
+
+def test_images_go_through_in_the_same_batches_after_a_stop(
+    tiny: DemoRun, few_digits: FewShotData, texts: EncodedTexts, make_model: Callable[..., DVLA]
+) -> None:
+    """A batch of other images may round otherwise."""
+    model, batches = make_model(), []
+    prefix = model.prefix
+
+    def counted(images: torch.Tensor) -> torch.Tensor:
+        batches.append(images.sum((1, 2, 3)).tolist())
+        return prefix(images)
+
+    model.prefix = counted  # type: ignore[method-assign]
+    config = replace(tiny.evaluate, episodes=2, query=2)
+    runs = []
+    for finished in (False, True):
+        contender = Contender(model, {VISUAL: model.backbone})
+        evaluation = Evaluation([contender], few_digits, texts, config, 0)
+        if finished:
+            evaluation.pass_over(EpisodeSampler(few_digits.novel, config.way, 3, 2, 0))
+        else:
+            evaluation.shot(3)
+        evaluation.shot(1)
+        runs.append(batches.copy())
+        batches.clear()
+    assert runs[0] == runs[1]
 
 
 def test_comparing_two_runs(

@@ -127,6 +127,8 @@ def test_continued_evaluation_asks_nothing_twice(
     monkeypatch.setattr(inductive, "build_language_model", lambda config: first)
     expected = evaluate(checkpoint, tmp_path / "run", evaluate=written)
     monkeypatch.setattr(inductive, "build_language_model", lambda config: second)
+    for path in (tmp_path / "run").glob("result-*.json"):  # as if it was stopped before its end
+        path.unlink()
     again = evaluate(checkpoint, tmp_path / "run", evaluate=written, resume=True)
     assert first.asked
     assert second.asked == []

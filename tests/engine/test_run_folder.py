@@ -92,6 +92,34 @@ def test_metrics_are_cut_to_the_checkpoint(tmp_path: Path) -> None:
     assert list((folder.path / "tensorboard").glob("events*"))
 
 
+def test_a_line_after_half_a_minute_of_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    with Progress({"evaluate": 1.0}, clock=lambda: now[0]) as progress:
+        progress.begin("evaluate", 100)
+
+        def said(seconds: float, count: int = 1) -> str:
+            now[0] += seconds
+            progress.advance(count)
+            return capsys.readouterr().err
+
+        assert said(29.0) == ""
+        assert said(1.0, 9) == "[ 10 %, about 270 s left] evaluate\n"
+        assert said(29.0, 0) == ""
+        progress.note("5-shot 80 %")
+        assert capsys.readouterr().err.endswith("evaluate: 5-shot 80 %\n")
+        assert said(29.0, 0) == ""
+        now[0] += 2.0
+        progress.tick("32 of 640 images")
+        assert capsys.readouterr().err == "[ 10 %, about 810 s left] evaluate: 32 of 640 images\n"
+        progress.tick("64 of 640 images")
+        assert said(1.0) == ""
+    silent = Progress({"evaluate": 1.0}, enabled=False, clock=lambda: now[0])
+    silent.begin("evaluate", 2)
+    now[0] += 100.0
+    silent.advance()
+    assert capsys.readouterr().err == ""
+
+
 def test_progress_counts_the_whole_run(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress({"first": 0.25, "second": 0.75}) as progress:
         progress.begin("first", 10, done=4)

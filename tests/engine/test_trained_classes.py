@@ -146,7 +146,7 @@ def test_on_the_command_line(
     tune = [f"--checkpoint={start}", folder, *MODEL, *METATUNE, *texts]
     capsys.readouterr()
     assert run("metatune", tmp_path / "refused", second, *tune)[0] == 1
-    assert "was trained on 1 of the novel classes of two ('c')" in capsys.readouterr().err
+    assert "was trained on 1 of the novel classes of photos ('c')" in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
     status, tuned = run("metatune", tmp_path / "tuned", first, *tune)
     assert status == 0
@@ -164,6 +164,16 @@ def test_on_the_command_line(
         assert run("evaluate", output, first, *asked)[0] == 0
         leaks = json.loads((output / "summary.json").read_text())["leaks"]
         assert leaks["classes"]["verdict"] == "clean"
+    # other images under a list of the same name share a class's name, and no more
+    trees.class_folders(tmp_path / "other" / "birds", "abcdefgh", 6, 5000)
+    (tmp_path / "other" / "one.json").write_bytes((tmp_path / "two.json").read_bytes())
+    others = [f"--data.dataset={tmp_path / 'other' / 'birds'}", *EVALUATE, *texts]
+    others += [f"--data.splits={tmp_path / 'other' / 'one.json'}", f"--checkpoint={tuned}"]
+    assert run("evaluate", tmp_path / "abroad", *others)[0] == 0
+    abroad = json.loads((tmp_path / "abroad/summary.json").read_text())
+    assert (abroad["dataset"], abroad["trained_on"]) == ("birds", "photos")
+    assert abroad["cross_domain"]
+    assert abroad["leaks"]["classes"]["same_name"] == ["c"]
     del info["training"]
     save_checkpoint(tmp_path / "old.safetensors", tensors, info)
     asked = [f"--checkpoint={tmp_path / 'old.safetensors'}", folder, *EVALUATE, *texts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,21 @@ def test_pickles_are_data_alone(tmp_path: Path) -> None:
         read_published([path])
     with pytest.raises(BankError, match=r"none\.pth: cannot read"):
         read_published([tmp_path / "none.pth"])
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_files_that_torch_did_not_write(tmp_path: Path) -> None:
+    path, blocked = tmp_path / "x.pth", tmp_path / "y.pth"
+    for content in (b'{"classes": {}}', b"", b"\x89PNG\r\n"):
+        path.write_bytes(content)
+        with pytest.raises(BankError, match=r"x\.pth: not a file that torch\.save wrote; give"):
+            read_published([path])
+    path.write_bytes(pickle.dumps({"a": 1}))
+    torch.save({"semantic_feature": Path("x")}, blocked)
+    for file, reason in ((path, "damaged, or not from torch.save"), (blocked, "it names pathlib")):
+        with pytest.raises(BankError, match=rf"\.pth: not loaded \({reason}") as caught:
+            read_published([file])
+        assert "weights_only" not in str(caught.value)  # torch's advice, not ours
 
 
 def test_vectors_that_are_not_the_banks(tmp_path: Path) -> None:

@@ -65,5 +65,6 @@ def fail(message: str, status: int = 1) -> int:
     """
     who = "" if first_process() else f" (process {os.environ['RANK']})"
     if not who or status != INTERRUPTED:
-        print(f"error{who}: {' '.join(message.split())}", file=sys.stderr)
+        # in one piece: others may write at the same moment
+        sys.stderr.write(f"error{who}: {' '.join(message.split())}\n")
     return status

@@ -14,7 +14,9 @@ ABLATIONS = sorted(RESULTS.glob("ablation-*.json"))
 
 
 def test_there_are_results() -> None:
-    assert {path.stem for path in ABLATIONS} >= {"ablation-shapes", "ablation-digits"}
+    assert {path.stem for path in ABLATIONS} >= {
+        *("ablation-shapes", "ablation-shapes-varied", "ablation-digits"),
+    }
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)

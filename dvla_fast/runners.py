@@ -14,9 +14,11 @@ from dvla_fast.terminal import INTERRUPTED, fail
 def _demo(config: Any) -> int:
     from dvla_fast.engine.demo import result_table, run_demo
 
+    what = {"digits": "real handwritten digits: train on 0 2 4 6 8, then tell 1 3 5 7 9"}.get(
+        config.data.dataset, f"{config.data.dataset}: train on some classes, then tell others"
+    )
     print(
-        "DVLA-RL on real handwritten digits: train on 0 2 4 6 8, then tell 1 3 5 7 9 apart from "
-        f"a few examples each\nrun folder: {config.output}",
+        f"DVLA-RL on {what} apart from a few examples each\nrun folder: {config.output}",
         file=sys.stderr,
         flush=True,
     )

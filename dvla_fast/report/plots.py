@@ -130,7 +130,7 @@ def _pretraining(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     other.set_ylabel("loss")
     other.set_ylim(0, None)
     other.spines["right"].set_visible(True)
-    axis.legend(handles=[line, dots, grey], loc="center right")
+    axis.legend(handles=[line, dots, grey], loc="best")
 
 
 def _metatuning(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -143,7 +143,7 @@ def _metatuning(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         label="held-out images, gate at its mean",
     )  # fmt: skip
     axis.set(xlabel="epoch", ylabel="accuracy, %", ylim=(None, 100.4))
-    axis.legend(loc="lower right")
+    axis.legend(loc="best")
 
 
 def _layer_curves(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[Any]]:

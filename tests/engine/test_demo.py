@@ -68,7 +68,9 @@ def test_demo_on_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     )
     folder = tmp_path / "run"
     assert main(["demo", "--config", path, *short, "--output", str(folder)]) == 0
-    assert "learned gate" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "learned gate" in shown.out
+    assert "digits" not in shown.err
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["dataset"] == "shapes-varied"
     assert summary["semantics"]["bank"] == "shapes-varied"

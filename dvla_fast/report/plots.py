@@ -130,7 +130,7 @@ def _pretraining(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     other.set_ylabel("loss")
     other.set_ylim(0, None)
     other.spines["right"].set_visible(True)
-    axis.legend(handles=[line, dots, grey], loc="best")
+    axis.legend(handles=[line, dots, grey], loc="center right")
 
 
 def _metatuning(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:

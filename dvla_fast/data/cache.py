@@ -36,8 +36,7 @@ from dvla_fast.errors import DataError, OutputError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Raised with the files' layout, and with the pixels that images decode to: 2 turns them upright.
-FORMAT = "dvla-fast-cache/2"
+FORMAT = "dvla-fast-cache/2"  # raised with the layout, and with the pixels that images decode to
 _IMAGES, _INDEX, _JOURNAL = "images.bin", "index.json", "journal.jsonl"
 # Images of a chunk: the unit of decoding in parallel, of checksums, and of what a kill can cost.
 CHUNK = 128
@@ -384,10 +383,8 @@ def read_index(path: str | Path) -> dict[str, Any]:
     try:
         index = json.loads((path / _INDEX).read_text(encoding="utf-8"))
         if index["format"] != FORMAT:
-            raise DataError(
-                f"{path}: made by another version of dvla-fast (cache format "
-                f"{index['format']!r:.80}, not {FORMAT}); {remedy}"
-            )
+            made = f"cache format {index['format']!r:.80}, not {FORMAT}"
+            raise DataError(f"{path}: made by another version of dvla-fast ({made}); {remedy}")
         sound = index["index_sha256"] == _index_checksum(index)
         expected = index["images"] * 3 * index["image_size"] ** 2
         actual = (path / _IMAGES).stat().st_size

@@ -28,6 +28,7 @@ from dvla_fast.engine.ablation_statistics import FORMULA, SINGLE, crossed_interv
 from dvla_fast.engine.ablation_variants import GROUPS, Variant, chosen_variants
 from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.config import AblateRun
+from dvla_fast.engine.inputs import check_inputs
 from dvla_fast.engine.logging import Progress, read_config, to_yaml
 from dvla_fast.engine.settings import UsageError, differences, from_mapping, to_dict
 from dvla_fast.engine.settle import absolute_paths
@@ -56,7 +57,8 @@ def run_ablate(config: AblateRun, *, quiet: bool = False) -> dict[str, Any]:
     workshop.check(variants)
     seeds = list(range(config.seed, config.seed + config.ablate.seeds))
     cells = all_cells(variants, seeds)
-    _open(store, config)
+    inputs = workshop.inputs()
+    _open(store, config, inputs)
     _forget_errors(store, cells)
     count = config.ablate.processes or (1 if device.type != "cpu" else os.cpu_count() or 1)
     left = sum(not store.finished(cell) for cell in cells)
@@ -68,7 +70,7 @@ def run_ablate(config: AblateRun, *, quiet: bool = False) -> dict[str, Any]:
             _work_here(workshop, cells, progress)
     summary = summarise(config, store, variants, seeds)
     summary["seconds_of_this_launch"] = round(time.monotonic() - started, 1)
-    summary["device"] = str(device)
+    summary |= {"device": str(device), "inputs": inputs, "leaks": workshop.leaks()}
     _write(store, summary)
     return summary
 
@@ -81,8 +83,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _open(store: Store, config: AblateRun) -> None:
-    """Begin in a new or empty folder, or go on in one of the same settings."""
+def _open(store: Store, config: AblateRun, inputs: dict[str, str]) -> None:
+    """Begin in a new or empty folder, or go on in one of the same settings, images and texts."""
     path = store.path
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path}: is a file; give --output a new folder")
@@ -96,6 +98,7 @@ def _open(store: Store, config: AblateRun) -> None:
         with store.claim("config") as mine:
             if mine:
                 if not (path / "config.yaml").exists():
+                    write_text_atomic(path / "inputs.json", json.dumps(inputs, indent=2) + "\n")
                     write_text_atomic(path / "config.yaml", to_yaml(kept))
                 break
         time.sleep(0.01)
@@ -111,9 +114,12 @@ def _open(store: Store, config: AblateRun) -> None:
             "--ablate settings and --device may change there: leave the others out, or give "
             "--output a new folder"
         )
+    if (path / "inputs.json").exists():  # ablations of older versions have none
+        began = json.loads((path / "inputs.json").read_text())
+        check_inputs(path, began, inputs, "give --output a new folder")
 
 
-_OWN = {"cells", "claims", "backbones", "running", "config.yaml"}
+_OWN = {"cells", "claims", "backbones", "running", "inputs.json", "config.yaml"}
 
 
 def _forget_errors(store: Store, cells: Sequence[Cell]) -> None:

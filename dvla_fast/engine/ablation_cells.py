@@ -26,6 +26,8 @@ from dvla_fast.data import EpisodeSampler, FewShotData
 from dvla_fast.engine.ablation_variants import FULL, Variant
 from dvla_fast.engine.build import (
     backbone_spec,
+    bank_encoder,
+    build_bank,
     build_data,
     build_model,
     build_texts,
@@ -33,11 +35,13 @@ from dvla_fast.engine.build import (
     model_spec,
     seed_everything,
 )
-from dvla_fast.engine.config import AblateRun
+from dvla_fast.engine.config import AblateRun, SemanticsConfig
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import load_model
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import GateTraining, reward_weights
+from dvla_fast.engine.inputs import run_inputs
+from dvla_fast.engine.leaks import find_seen_images
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import metatune
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor, image_features, predict_visual
@@ -49,7 +53,7 @@ from dvla_fast.engine.starting import begin_metatuning, normalise_for
 from dvla_fast.errors import OutputError
 from dvla_fast.files import write_atomic, write_text_atomic
 from dvla_fast.nn import DVLA
-from dvla_fast.semantics import EncodedTexts
+from dvla_fast.semantics import EncodedTexts, HashedNGramEncoder, TextEncoder
 
 BACKBONE = "backbone"
 # What may change between two launches on one folder: which cells there are, not what is in them.
@@ -168,14 +172,29 @@ class Workshop:
         data = build_data(config.data, device, training=True)
         self.data = normalise_for(data, config.model)
         self._texts: dict[str, tuple[EncodedTexts, dict[str, Any]]] = {}
+        self._encoders: dict[str, TextEncoder] = {}
+        # Of the base configuration's texts: all variants are asked about the same episodes.
+        self._seen = find_seen_images(config.semantics, self.data, config.evaluate.split)
         self._prefixes: tuple[int, PrefixMaps] | None = None
 
     def texts(self, config: AblateRun) -> tuple[EncodedTexts, dict[str, Any]]:
         """Encoded texts of a variant, each kind once."""
         key = json.dumps(asdict(config.semantics), sort_keys=True)
         if key not in self._texts:
-            self._texts[key] = build_texts(config.semantics, self.data, self.device)
+            encoder = self._encoder(config.semantics)
+            self._texts[key] = build_texts(
+                config.semantics, self.data, self.device, encoder=encoder
+            )
         return self._texts[key]
+
+    def _encoder(self, semantics: SemanticsConfig) -> TextEncoder | None:
+        """The encoder of a bank, which remembers: variants have most of their texts in common."""
+        bank = build_bank(semantics.bank)
+        if bank.vectors or semantics.encoder == HashedNGramEncoder.name:
+            return None
+        if bank.source not in self._encoders:
+            self._encoders[bank.source] = bank_encoder(semantics, bank, self.device, cache=True)
+        return self._encoders[bank.source]
 
     def check(self, variants: Sequence[Variant]) -> None:
         """Build every variant's model, texts and objective before work starts.
@@ -183,12 +202,8 @@ class Workshop:
         Raises:
             UsageError, BankError, DataError: what does not fit, with the variant's name.
         """
-        settings = self.config.evaluate
-        images = self.data.split(settings.split)
-        for shot in settings.shots:
-            build_sampler(
-                settings.episode_list, images, settings.way, shot, settings.query, self.config.seed
-            )
+        for _ in self._samplers():
+            pass
         tuning = self.config.metatune
         for shot in tuning.shots:
             EpisodeSampler(self.data.base, tuning.way, shot, tuning.query, 0)
@@ -200,6 +215,18 @@ class Workshop:
                 GateTraining(config.metatune, build_model(self._spec(config)))
             except UsageError as error:
                 raise UsageError(f"variant {variant.name}: {error}") from error
+
+    def inputs(self) -> dict[str, str]:
+        """Hashes of the images and texts that all cells have in common."""
+        split = self.config.evaluate.split
+        return run_inputs(self.data, self.texts(self.config)[1], split)
+
+    def leaks(self) -> dict[str, dict[str, Any]]:
+        """What the summary says of queries that the texts were written from, by shot."""
+        episodes = self.config.evaluate.episodes
+        return {
+            str(shot): self._seen.summary(sampler, episodes) for shot, sampler in self._samplers()
+        }
 
     def _spec(self, config: AblateRun) -> dict[str, Any]:
         backbone = backbone_spec(config.model, self.data.channels, self.data.image_size)
@@ -352,20 +379,14 @@ class Workshop:
 
     def _samplers(self) -> Iterator[tuple[int, EpisodeSampler]]:
         """The lists of episodes, the same for all variants and all training seeds."""
-        settings = self.config.evaluate
+        settings, seed = self.config.evaluate, self.config.seed
         images = self.data.split(settings.split)
+        barred = self._seen.barred
         for shot in settings.shots:
-            yield (
-                shot,
-                build_sampler(
-                    settings.episode_list,
-                    images,
-                    settings.way,
-                    shot,
-                    settings.query,
-                    self.config.seed,
-                ),
+            sampler = build_sampler(
+                settings.episode_list, images, settings.way, shot, settings.query, seed, barred
             )
+            yield shot, sampler
 
     def _prefix_maps(self, seed: int, data: FewShotData, config: AblateRun) -> PrefixMaps | None:
         if not has_constant_prefix(config.metatune):

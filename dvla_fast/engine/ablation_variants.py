@@ -160,11 +160,9 @@ def _semantics(config: AblateRun) -> list[Variant]:
     most = max((len(entry.proposals) for entry in bank.classes.values()), default=0)
     if bank.vectors is None and config.semantics.top_k and config.semantics.top_k < most:
         title = f"attributes and description without top-k: all {most} proposed"
-        # "last": the templates of so many rounds would grow beyond what encoders read.
-        rows.append(row("no-top-k", title, top_k=most, template="last"))
+        rows.append(row("no-top-k", title, top_k=most))
         title = f"attributes alone without top-k: all {most} proposed"
-        every = {"parts": "attributes", "top_k": most, "template": "last"}
-        rows.append(row("no-top-k-attributes", title, **every))
+        rows.append(row("no-top-k-attributes", title, parts="attributes", top_k=most))
     if config.semantics.bank in KINDS:
         title = "attributes and description, hallucinations taken out by hand"
         rows.append(row("true", title, bank=f"{config.semantics.bank}-true", top_k=0))

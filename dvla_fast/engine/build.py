@@ -157,12 +157,17 @@ def normalisation(data: FewShotData) -> dict[str, list[float]]:
 
 
 def build_texts(
-    config: SemanticsConfig, data: FewShotData, device: torch.device, split: str = ""
+    config: SemanticsConfig,
+    data: FewShotData,
+    device: torch.device,
+    split: str = "",
+    encoder: TextEncoder | None = None,
 ) -> tuple[EncodedTexts, dict[str, Any]]:
     """Encode the bank's texts for all classes of the data set.
 
     Args:
         split: only the classes of this split must be in the bank; others may lack texts.
+        encoder: of ``config`` (``bank_encoder``), where several calls share one.
 
     Returns:
         The texts in the order of ``data.class_names``, and a description for the summary.
@@ -175,14 +180,18 @@ def build_texts(
     lacking = set(bank.missing(names)) if split else set()
     if lacking and lacking.isdisjoint(data.split(split).class_names):
         names = [name for name in names if name not in lacking]
-    texts, described = encode_texts(config, bank, names, device)
+    texts, described = encode_texts(config, bank, names, device, encoder)
     if len(names) < len(data.class_names):
         texts = texts.among(data.class_names)
     return texts, described
 
 
 def encode_texts(
-    config: SemanticsConfig, bank: SemanticBank | str, names: list[str], device: torch.device
+    config: SemanticsConfig,
+    bank: SemanticBank | str,
+    names: list[str],
+    device: torch.device,
+    encoder: TextEncoder | None = None,
 ) -> tuple[EncodedTexts, dict[str, Any]]:
     """Encode a bank's texts for the named classes, in that order; see :func:`build_texts`."""
     if config.template not in TEMPLATES:
@@ -205,12 +214,13 @@ def encode_texts(
         check_dim(bank.source, bank.vectors.dim, config.dim)
         encoder_name, truncated = bank.vectors.encoder, 0
     else:
-        encoder = bank_encoder(config, bank, device)
+        encoder = encoder or bank_encoder(config, bank, device)
+        cut_before = encoder.truncated
         if config.parts == "name":
             texts = encode_names(bank, names, encoder)
         else:
             texts = encode_bank(bank, names, encoder, top_k=config.top_k, template=config.template)
-        encoder_name, truncated = encoder.name, encoder.truncated
+        encoder_name, truncated = encoder.name, encoder.truncated - cut_before
     if config.parts in ("attributes", "description"):
         texts = texts.only(config.parts)
     described = {

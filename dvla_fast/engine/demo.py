@@ -33,6 +33,7 @@ from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.evaluate import Contender, Evaluation, load_model
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import GateTraining
+from dvla_fast.engine.leaks import SeenImages, find_seen_images
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import metatune
 from dvla_fast.engine.predict import FIXED, LEARNED, VISUAL
@@ -59,7 +60,8 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     texts, semantics = build_texts(config.semantics, data, device)
     backbone = backbone_spec(config.model, data.channels, data.image_size)
     spec = model_spec(config.model, backbone, semantics["dim"])
-    _check_recipe(config, data, spec)
+    seen = find_seen_images(config.semantics, data, config.evaluate.split)
+    _check_recipe(config, data, spec, seen)
     folder = RunFolder(config.output, to_dict(config), resume=config.resume, wandb=config.wandb)
     with Progress(_SHARES, enabled=not quiet) as progress:
         rng = seed_everything(config.seed)
@@ -75,7 +77,7 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
             config.metatune, model, spec, data, texts, folder, rng, config.seed, progress, facts,
             execution,
         )  # fmt: skip
-        results = _evaluate(config, data, texts, folder, (pretrained, tuned), progress)
+        results = _evaluate(config, data, texts, folder, (pretrained, tuned), progress, seen)
     provenance = _provenance(tuned, semantics, device)
     results = [result | provenance for result in results]
     summary: dict[str, Any] = {
@@ -102,16 +104,18 @@ def _execution(config: DemoRun) -> Execution:
     return Execution(config.execution, processes)
 
 
-def _check_recipe(config: DemoRun, data: FewShotData, spec: dict[str, Any]) -> None:
+def _check_recipe(
+    config: DemoRun, data: FewShotData, spec: dict[str, Any], seen: SeenImages
+) -> None:
     """Find what fits no model, and too few images, before the training."""
     GateTraining(config.metatune, build_model(spec))
     evaluated = config.evaluate
-    for settings, images in (
-        (evaluated, data.split(evaluated.split)),
-        (config.metatune, data.base),
+    for settings, images, barred in (
+        (evaluated, data.split(evaluated.split), seen.barred),
+        (config.metatune, data.base, None),
     ):
         for shot in settings.shots:
-            EpisodeSampler(images, settings.way, shot, settings.query, 0)
+            EpisodeSampler(images, settings.way, shot, settings.query, 0, barred)
 
 
 def _evaluate(
@@ -121,6 +125,7 @@ def _evaluate(
     folder: RunFolder,
     checkpoints: tuple[Path, Path],
     progress: Progress,
+    seen: SeenImages,
 ) -> list[dict[str, Any]]:
     """Evaluate the pre-trained and the meta-tuned checkpoint on the same episodes, by shot."""
     settings = config.evaluate
@@ -128,10 +133,11 @@ def _evaluate(
     contender = Contender(model, {BEFORE: first, VISUAL: backbone})
     folder.trim("evaluate", -1)
     progress.begin("evaluate", settings.episodes * len(settings.shots))
-    evaluation = Evaluation([contender], data, texts, settings, config.seed)
+    evaluation = Evaluation([contender], data, texts, settings, config.seed, seen.barred)
     results = []
     for shot in settings.shots:
         result, record = evaluation.shot(shot, progress)
+        result["leaks"] = seen.summary(evaluation.sampler(shot), settings.episodes)
         results.append(result)
         keep_record(folder, result, record, evaluation.images.class_names)
         progress.note(f"{shot}-shot {result['accuracy']:.1%} ± {points(result['ci95'], 1)} %")

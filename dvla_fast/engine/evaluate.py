@@ -142,6 +142,13 @@ class Evaluation:
                 )
             self.predictors.append(predictor)
 
+    def sampler(self, shot: int) -> EpisodeSampler:
+        """The list of episodes of :meth:`shot`."""
+        config, barred = self.config, self.not_as_query
+        return build_sampler(
+            config.episode_list, self.images, config.way, shot, config.query, self.seed, barred
+        )
+
     def shot(
         self, shot: int, progress: Progress | None = None
     ) -> tuple[dict[str, Any], EpisodeRecord]:
@@ -157,15 +164,7 @@ class Evaluation:
             if predictor is not None:
                 predictor.remember(passed, config.episodes, progress)
         self._passed.clear()
-        sampler = build_sampler(
-            config.episode_list,
-            self.images,
-            config.way,
-            shot,
-            config.query,
-            self.seed,
-            self.not_as_query,
-        )
+        sampler = self.sampler(shot)
         found = [self._predictions(i, sampler, progress) for i in range(len(self.contenders))]
         main = LEARNED if LEARNED in found[0] else next(iter(found[0]))
         accuracies = {

@@ -6,12 +6,14 @@ support, whose class is known anyway; as a query it has told the texts what it s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dvla_fast.data import FewShotData
+from dvla_fast.data import EpisodeSampler, FewShotData
+from dvla_fast.engine.build import build_bank
+from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.semantics import SemanticBank
 
@@ -80,6 +82,29 @@ def leak_summary(
         kept_out = "excluded" if action == "exclude" else "clean"
         summary["verdict"] = "leak" if drawn else "unknown" if untold else kept_out
     return summary
+
+
+class SeenImages(NamedTuple):
+    """What ``seen_images`` finds for a run, and what its settings make of it."""
+
+    mask: Tensor
+    facts: dict[str, Any]
+    action: str
+
+    @property
+    def barred(self) -> Tensor | None:
+        """(N,) bool, the images that are kept out of the queries; None: none are."""
+        return self.mask if self.action == "exclude" else None
+
+    def summary(self, sampler: EpisodeSampler, episodes: int) -> dict[str, Any]:
+        """The facts of one list of episodes, as ``leak_summary`` gives them."""
+        return leak_summary(self.facts, self.action, self.mask, sampler.batch(0, episodes).query)
+
+
+def find_seen_images(config: SemanticsConfig, data: FewShotData, split: str) -> SeenImages:
+    """Find the images of a split that a run's bank was written from (UsageError, BankError)."""
+    check_seen_images(config.seen_images)
+    return SeenImages(*seen_images(build_bank(config.bank), data, split), config.seen_images)
 
 
 def check_seen_images(action: str) -> None:

@@ -30,6 +30,7 @@ from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.divergence import DivergenceWatch
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import GateTraining
+from dvla_fast.engine.inputs import run_inputs
 from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.memory import free_mib
 from dvla_fast.engine.metatune_steps import Epoch, Step
@@ -173,6 +174,7 @@ def _state(
     state.facts = {
         "dataset": data.name,
         "normalisation": normalisation(data),
+        "inputs": run_inputs(data, facts.get("semantics")),
         **facts,
         "training": [*earlier, training_stage("metatune", data)],
     }

@@ -10,7 +10,7 @@ import filecmp
 import io
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,18 +201,26 @@ def find_images(given: Sequence[str]) -> list[Path]:
             raise DataError(f"{path}: no such file or folder of images")
         found = [path]
         if path.is_dir():
-            found = [
-                item
-                for item in sorted(path.rglob("*"))
-                if is_image(item)
-                and not item.is_dir()
-                and not any(part.startswith(".") for part in item.relative_to(path).parts)
-            ]
+            found = sorted(_images_below(path, set()))
             if not found:
                 raise DataError(f"{path}: no images in this folder or below")
         for item in found:
             files.setdefault(os.path.abspath(item), item)
     return list(files.values())
+
+
+def _images_below(folder: Path, entered: set[str]) -> Iterator[Path]:
+    """Image files of a folder and of those in it, links included; each folder once."""
+    if (real := os.path.realpath(folder)) in entered:
+        return
+    entered.add(real)
+    for item in folder.iterdir():
+        if item.name.startswith("."):
+            continue
+        if item.is_dir():
+            yield from _images_below(item, entered)
+        elif is_image(item):
+            yield item
 
 
 def _answer(

@@ -33,6 +33,7 @@ from dvla_fast.engine.config import PretrainConfig, PretrainRun
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.divergence import DivergenceWatch
 from dvla_fast.engine.execution import Execution
+from dvla_fast.engine.inputs import run_inputs
 from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.monitor import (
     monitor_episodes,
@@ -175,6 +176,7 @@ def _state(
         "dataset": data.name,
         "classes": list(data.base.class_names),
         "normalisation": normalisation(data),
+        "inputs": run_inputs(data),
         **facts,
         "training": [*facts["training"], training_stage("pretrain", data)],
     }

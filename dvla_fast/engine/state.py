@@ -20,6 +20,7 @@ from dvla_fast.engine.checkpoint import (
     unpack_optimizer,
     unpack_rng,
 )
+from dvla_fast.engine.inputs import check_inputs
 from dvla_fast.engine.logging import RunFolder
 from dvla_fast.engine.settings import differences
 from dvla_fast.errors import CheckpointError
@@ -104,7 +105,7 @@ class TrainingState:
         """Continue from the last checkpoint; False when the run has not written one yet.
 
         Raises:
-            CheckpointError: damaged, or of another model.
+            CheckpointError: damaged, of another model, or of other images or texts.
         """
         if not self.last_path.exists():
             self.folder.trim(self.kind, -1)
@@ -116,6 +117,9 @@ class TrainingState:
                 f"{self.last_path}: of another model ({'; '.join(changed[:3])}); resume with the "
                 "settings that the run began with"
             )
+        check_inputs(
+            self.last_path, info.get("inputs"), self.facts.get("inputs", {}), "begin a new run"
+        )
         for prefix, module in self.modules.items():
             load_weights(module, tensors, f"{prefix}.", self.last_path)
         unpack_optimizer(self.optimizer, tensors, info["resume"]["optimizer"])

@@ -122,7 +122,8 @@ def choose_attributes(
 
     Args:
         top_k: 0: the bank's own choice, or all candidates where it has made none; k > 0: the k that
-            progressive selection finds among the candidates (or attributes, without candidates).
+            progressive selection finds among the candidates (or attributes, without candidates), or
+            all, in the bank's order, where no class has more than k.
         template: of that selection; see ``progressive_top_k``.
 
     Raises:
@@ -145,6 +146,8 @@ def choose_attributes(
             "attributes: all are used",
             stacklevel=2,
         )
+    if top_k >= most:  # all of them, whatever their order: nothing to encode
+        return proposals
     found = progressive_top_k(names, proposals, encoder, top_k, template)
     return [
         tuple(texts[place] for place in selection.order)

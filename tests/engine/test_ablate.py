@@ -18,11 +18,12 @@ from dvla_fast.engine.ablate import _worker, run_ablate
 from dvla_fast.engine.ablation_cells import Cell, Store, Workshop, start_alike
 from dvla_fast.engine.ablation_claims import hallucinated_shares
 from dvla_fast.engine.ablation_variants import GROUPS, all_variants, chosen_variants
-from dvla_fast.engine.build import build_model
+from dvla_fast.engine.build import build_model, build_texts
 from dvla_fast.engine.config import AblateConfig, AblateRun, AugmentConfig, DemoRun, SemanticsConfig
 from dvla_fast.engine.logging import RunFolder, read_config, read_metrics
 from dvla_fast.engine.settings import UsageError, read_settings, to_dict
 from dvla_fast.errors import OutputError
+from dvla_fast.semantics.transformers_encoder import TransformersEncoder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -371,3 +372,29 @@ def test_interrupted_worker_is_silent(config: AblateRun, monkeypatch: pytest.Mon
     with pytest.raises(SystemExit) as ended:
         _worker(to_dict(config), [("visual", 0)])
     assert ended.value.code == 130
+
+
+def test_variants_share_one_encoder(
+    config: AblateRun, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    vectors = TransformersEncoder._vectors
+
+    def watched(encoder: TransformersEncoder, texts: list[str]) -> torch.Tensor:
+        encoded.extend(texts)
+        return vectors(encoder, texts)
+
+    monkeypatch.setattr(TransformersEncoder, "_vectors", watched)
+    config.semantics = SemanticsConfig(
+        encoder=f"transformers:{tiny_clip}", top_k=2, truncate=True
+    )  # fmt: skip
+    config.ablate = AblateConfig(groups=["semantics"])
+    workshop = Workshop(config, Store(Path(config.output)), torch.device("cpu"))
+    variants = chosen_variants(config, 1)
+    with pytest.warns(UserWarning, match="longer than"):
+        workshop.check(variants)
+    assert len(variants) > 4
+    assert len(encoded) == len(set(encoded))
+    cut = {row.name: workshop.texts(row.apply(config))[1]["truncated_texts"] for row in variants}
+    alone = build_texts(config.semantics, workshop.data, torch.device("cpu"))[1]
+    assert cut["full"] == alone["truncated_texts"] > 0

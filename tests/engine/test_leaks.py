@@ -15,15 +15,20 @@ from PIL import Image
 from dvla_fast.data import EpisodeSampler, FewShotData, load_data, load_digits, prepare_cache
 from dvla_fast.data.images import ImageSet
 from dvla_fast.data.shapes import load_shapes
+from dvla_fast.engine.ablation_cells import Store, Workshop
 from dvla_fast.engine.build import backbone_spec, build_model, model_spec
 from dvla_fast.engine.checkpoint import save_checkpoint
 from dvla_fast.engine.config import (
+    AblateConfig,
+    AblateRun,
     DataConfig,
+    DemoRun,
     EvaluateConfig,
     EvaluateRun,
     ModelConfig,
     SemanticsConfig,
 )
+from dvla_fast.engine.demo import run_demo
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import run_evaluate
 from dvla_fast.engine.leaks import leak_summary, seen_images
@@ -263,3 +268,26 @@ def test_another_width_is_named(checkpoint: Path, tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="read texts with dim=512, not 64"):
         evaluate(checkpoint, tmp_path / "run", dim=64)
+
+
+def test_demo_and_ablation_keep_seen_images_out(tiny: DemoRun, tmp_path: Path) -> None:
+    tiny.output = str(tmp_path / "demo")
+    tiny.semantics.bank = str(digits_bank(tmp_path / "bank.json", 60))
+    tiny.metatune.backbone_lr = 0.0
+    first = run_demo(tiny, quiet=True)["results"][0]
+    assert (first["leaks"]["verdict"], first["leaks"]["seen_queries"]) == ("excluded", 0)
+
+    config = AblateRun(
+        output=str(tmp_path / "ablation"), device="cpu", model=tiny.model,
+        semantics=tiny.semantics, pretrain=tiny.pretrain, metatune=tiny.metatune,
+        evaluate=tiny.evaluate,
+        ablate=AblateConfig(seeds=1, processes=1, variants=["visual"], draws=50),
+    )  # fmt: skip
+    workshop = Workshop(config, Store(tmp_path / "ablation"), torch.device("cpu"))
+    leaks = workshop.leaks()["1"]
+    assert (leaks["verdict"], leaks["seen_queries"]) == ("excluded", 0)
+    facts = workshop._visual(tmp_path / "demo/checkpoints/pretrain-best.safetensors")[1]
+    assert facts["episodes_sha256"]["1"] == first["episodes_sha256"]
+    config.semantics.seen_images = "report"
+    reported = Workshop(config, Store(tmp_path / "ablation"), torch.device("cpu")).leaks()["1"]
+    assert reported["verdict"] == "leak"

@@ -14,7 +14,7 @@ import pytest
 
 import dvla_fast
 from dvla_fast.cli import main
-from dvla_fast.engine.predict_images import run_predict
+from dvla_fast.engine.predict_images import find_images, run_predict
 from dvla_fast.engine.tool_config import PredictImages
 from tests.test_cli import fails
 
@@ -204,3 +204,14 @@ def test_wrong_usage(
     shutil.copy("birds/jay/0.png", "one/jay")
     assert message in fails(["predict", *arguments], capsys, status)
     assert not Path("predictions.csv").exists()
+
+
+def test_folders_that_are_links_are_entered_once(folder: Path) -> None:
+    Path("elsewhere").mkdir()
+    shutil.move("photos/jay", "elsewhere/jay")
+    Path("photos/jay").symlink_to(folder / "elsewhere/jay", target_is_directory=True)
+    Path("photos/again").symlink_to(folder / "photos", target_is_directory=True)  # a loop
+    Path("photos/.hidden").mkdir()
+    shutil.copy("photos/Wren/0.png", "photos/.hidden/0.png")
+    names = [str(path) for path in find_images(["photos"])]
+    assert names == [f"photos/{name}/{i}.png" for name in ("Wren", "jay", "unknown") for i in "01"]

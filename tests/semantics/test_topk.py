@@ -130,8 +130,12 @@ def test_a_bank_without_a_choice_gives_candidates_or_the_best() -> None:
     best = choose_attributes(bank, names, encoder, top_k=1)
     assert [len(each) for each in best] == [1, 1]
     expected = torch.stack([encoder.encode([t])[0] for t in entry["candidates"]])
+    # where nothing is left out there is nothing to encode, and the bank's order stays
+    unused = HashedNGramEncoder(64, max_tokens=1)  # too few for any template
     with pytest.warns(UserWarning, match="3 asked for, but no class here has more than 2"):
-        assert choose_attributes(bank, ["jay 2"], encoder, top_k=3)
+        all_of_them = choose_attributes(bank, ["jay 2"], unused, top_k=3)
+    assert all_of_them == choose_attributes(bank, ["jay 2"], unused, top_k=2)
+    assert all_of_them == [("a tail", "a jay beak")]
     place = int((expected @ encoder.encode(["A photo of a jay"])[0]).argmax())
     assert best[0] == (entry["candidates"][place],)
 

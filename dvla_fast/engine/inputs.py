@@ -1,0 +1,69 @@
+"""What a run learns from, as hashes: a run that goes on must find the same images and texts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dvla_fast.data import FewShotData, ImageSet
+from dvla_fast.engine.trained_classes import training_stage
+from dvla_fast.errors import CheckpointError
+
+_NAMES = {
+    "base": "the images of the base classes",
+    "monitor": "the monitor images",
+    "split": "the images of the evaluated split",
+    "bank": "the bank's texts",
+}
+
+
+def run_inputs(
+    data: FewShotData, semantics: Mapping[str, Any] | None = None, split: str = ""
+) -> dict[str, str]:
+    """Return hashes of what a run learns from.
+
+    Args:
+        semantics: description of its texts (``build.build_texts``).
+        split: one more split whose images count.
+
+    Returns:
+        ``base`` and ``monitor`` (class names, labels and names of all images, and of each base
+        class the content of a few), ``split`` and ``bank`` where given.
+    """
+    content = json.dumps(training_stage("", data)["classes"], sort_keys=True)
+    found = {
+        "base": _listing(data.base, content),
+        "monitor": _listing(data.monitor),
+    }
+    if split:
+        found["split"] = _listing(data.split(split))
+    if semantics is not None:
+        found["bank"] = str(semantics["bank_sha256"])
+    return found
+
+
+def check_inputs(
+    path: Path, began: Mapping[str, str] | None, now: Mapping[str, str], remedy: str
+) -> None:
+    """Compare what a run began with, None where that was not noted, with what it finds now.
+
+    Raises:
+        CheckpointError: something is not the same.
+    """
+    changed = [
+        text for key, text in _NAMES.items() if began and began.get(key, "") != now.get(key, "")
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{path}: begun with others than are found now: {' and '.join(changed)}; give them "
+            f"back, or {remedy}"
+        )
+
+
+def _listing(images: ImageSet, content: str = "") -> str:
+    digest = hashlib.sha256(json.dumps([images.class_names, images.ids, content]).encode())
+    digest.update(images.labels.cpu().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 Both sides get the same logits and κ = 10. The peer runs at its best setting, without argument
 validation. Correctness is checked before anything is timed. Groups put the two side by side;
-``python -m benchmarks.ratios`` prints the ratio of medians.
+``python -m benchmarks.ratios`` prints the ratio.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Beta
 
+from benchmarks.pairing import OURS, time_beside
 from dvla_fast.functional import beta_policy
 
 KAPPA = 10.0
@@ -33,7 +34,7 @@ def peer(logits: Tensor) -> Densities:
     return policy.log_prob(policy.sample()), policy.entropy()
 
 
-PROVIDERS = {"dvla_fast": ours, "torch.distributions": peer}
+PROVIDERS = {OURS: ours, "torch.distributions": peer}
 
 
 def check() -> None:
@@ -47,14 +48,17 @@ def check() -> None:
     torch.testing.assert_close(out.log_prob, policy.log_prob(alpha))
 
 
+def rounds(n: int) -> int:
+    return 20 if n > 10_000 else 500
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("n", SIZES)
 def test_forward(benchmark: Callable, n: int, provider: str) -> None:
     check()
     benchmark.group = f"beta_policy forward n={n}"
     logits = torch.randn(n)
-    run = PROVIDERS[provider]
-    benchmark.pedantic(run, (logits,), rounds=20 if n > 10_000 else 500, warmup_rounds=5)
+    time_beside(benchmark, provider, lambda name: PROVIDERS[name](logits), rounds(n))
 
 
 def direct(densities: Densities, weights: Tensor) -> None:
@@ -88,10 +92,9 @@ def test_forward_backward(benchmark: Callable, drive: str, n: int, provider: str
     benchmark.group = f"beta_policy {drive} n={n}"
     logits = torch.randn(n, requires_grad=True)
     weights = torch.ones(n)
-    run, back = PROVIDERS[provider], DRIVES[drive]
 
-    def step() -> None:
+    def step(name: str) -> None:
         logits.grad = None
-        back(run(logits), weights)
+        DRIVES[drive](PROVIDERS[name](logits), weights)
 
-    benchmark.pedantic(step, rounds=20 if n > 10_000 else 500, warmup_rounds=5)
+    time_beside(benchmark, provider, step, rounds(n))

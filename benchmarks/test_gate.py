@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks import gate_peers
 from benchmarks.memory import peak_mib
+from benchmarks.pairing import OURS, time_beside
 from dvla_fast import RLAGate
 
 
@@ -37,7 +38,7 @@ CASES = [
     for images, rows in ((5, 9), (5, 45), (25, 45), (80, 45), (1280, 45))
     for width, keys in ((192, 196), (384, 49))
 ]
-PROVIDERS = ["dvla_fast", "eager matmul", "eager SDPA", "torch.compile"]
+PROVIDERS = [OURS, "eager matmul", "eager SDPA", "torch.compile"]
 # Largest error allowed, as a share of the largest exact value.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 SECONDS_A_ROW = 0.7
@@ -130,12 +131,16 @@ def test_gate(benchmark, case: Case, dtype: torch.dtype, mode: str, provider: st
     arguments = (gate, leaf, text_tokens.to(dtype), [g.to(dtype) for g in gradients], backward)
 
     benchmark.extra_info["peak_mib"] = peak_mib(lambda: run(layer, *arguments))
+
+    def call(name: str) -> list[Tensor]:
+        return run(ours if name == OURS else layer, *arguments)
+
     for _ in range(WARM_UP):
-        run(layer, *arguments)
+        call(provider)
     begin = time.perf_counter()
-    run(layer, *arguments)
+    call(provider)
     rounds = int(min(100, max(5, SECONDS_A_ROW / (time.perf_counter() - begin))))
     benchmark.group = f"RLAGate {case} {str(dtype)[6:]} {mode}"
     benchmark.name = provider
     benchmark.extra_info["threads"] = torch.get_num_threads()
-    benchmark.pedantic(run, (layer, *arguments), rounds=rounds)
+    time_beside(benchmark, provider, call, rounds)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.pairing import OURS, time_beside
 from dvla_fast.functional import gate_policy
 
 KAPPA = 10.0
@@ -82,7 +83,7 @@ def eager(
     return policy.log_prob(action), policy.entropy()
 
 
-PROVIDERS = {"dvla_fast": ours, "eager PyTorch": eager}
+PROVIDERS = {OURS: ours, "eager PyTorch": eager}
 
 
 def gradients(provider, tensors: list[Tensor], draw: bool) -> list[Tensor]:
@@ -105,16 +106,19 @@ def check(provider, case: Case) -> None:
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gate_policy(benchmark, case: Case, mode: str, provider: str) -> None:
-    run = PROVIDERS[provider]
-    check(run, case)
+    check(PROVIDERS[provider], case)
     tensors = inputs(case)
     benchmark.group = f"gate_policy {case} float32 {mode}"
     benchmark.name = provider
     benchmark.extra_info["threads"] = torch.get_num_threads()
     rounds = 30 if case.episodes * case.images > 100 else 300
-    if mode == "forward":
+    backward = mode == "forward+backward"
+    leaves = [x.requires_grad_(backward) for x in tensors]
+
+    def call(name: str) -> object:
+        if backward:
+            return gradients(PROVIDERS[name], leaves, True)
         with torch.no_grad():
-            benchmark.pedantic(run, (True, *tensors), rounds=rounds, warmup_rounds=5)
-        return
-    leaves = [x.requires_grad_() for x in tensors]
-    benchmark.pedantic(gradients, (run, leaves, True), rounds=rounds, warmup_rounds=5)
+            return PROVIDERS[name](True, *leaves)
+
+    time_beside(benchmark, provider, call, rounds)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import pairing
 from benchmarks.memory import peak_mib
 from benchmarks.ratios import markdown, plot, rows
 from benchmarks.roofline import CASE, Ceilings, bound, table
@@ -37,6 +38,45 @@ def test_ratio_table() -> None:
     (row,) = rows(record)
     assert (row["peer"], row["ratio"]) == ("fast peer", pytest.approx(3.0))
     assert "| op n=5 | 2.0 µs | fast peer | 6.0 µs | 3.0× |  |  |" in markdown([row])
+
+
+def test_ratios_of_one_round_come_first() -> None:
+    record = {
+        "medians": [
+            {"group": "op", "provider": "dvla_fast", "median_us": 2.0},
+            {"group": "op", "provider": "first", "median_us": 4.0, "ratio": 5.0},
+            {"group": "op", "provider": "second", "median_us": 6.0, "ratio": 3.0},
+        ]
+    }
+    (row,) = rows(record)
+    assert (row["peer"], row["peer_us"], row["ratio"]) == ("second", 6.0, 3.0)
+
+
+@pytest.mark.parametrize(("ours", "calls"), [(0.0011, 5), (1e-6, 100), (3.0, 1)])
+def test_a_peer_is_timed_in_turn_with_ours(
+    monkeypatch: pytest.MonkeyPatch, ours: float, calls: int
+) -> None:
+    clock, order = [0.0], []
+
+    def run(name: str) -> None:
+        order.append(name)
+        # the machine is three times as slow after a while; the peer always takes twice as long
+        slow = 3 if len(order) > 30 else 1
+        clock[0] += slow * ours * (1 if name == "dvla_fast" else 2)
+
+    class Benchmark:
+        stats, extra_info = object(), {}
+
+        def pedantic(self, target: object, rounds: int, iterations: int, **more: object) -> None:
+            assert (rounds >= 5, iterations) == (True, calls)
+
+    monkeypatch.setattr(pairing.time, "perf_counter", lambda: clock[0])
+    own, peer = Benchmark(), Benchmark()
+    pairing.time_beside(own, "dvla_fast", run, 10)
+    assert own.extra_info == {}
+    pairing.time_beside(peer, "peer", run, 10)
+    assert peer.extra_info == {"ratio": 2.0}
+    assert order[-2 * calls :] == ["dvla_fast"] * calls + ["peer"] * calls
 
 
 @pytest.mark.parametrize("kept", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=str)

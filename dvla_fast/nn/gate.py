@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from dvla_fast import _extension, functional, reference
-from dvla_fast.nn.policy import PolicyStep, build_policy, is_plain
+from dvla_fast.nn.layers import is_plain, weight_of
+from dvla_fast.nn.policy import PolicyStep, build_policy
 from dvla_fast.ops.gate_policy import check_groups_and_masks
 from dvla_fast.ops.value_checks import require, value_checks
 
@@ -277,8 +278,11 @@ class RLAGate(nn.Module):
         text_mask: Tensor | None,
     ) -> None:
         weight = self._weight()
+        device = weight.device
+        if weight.is_meta and not is_plain(self.image_kv):  # offloaded: fetched when it is called
+            device = getattr(image_tokens, "device", device)
         allowed: tuple[torch.dtype, ...] = (weight.dtype,)
-        kind = weight.device.type
+        kind = device.type
         if kind != "meta" and weight.dtype != torch.float64 and torch.is_autocast_enabled(kind):
             allowed = (weight.dtype, torch.float32, torch.get_autocast_dtype(kind))
         for name, tensor, width in (
@@ -296,16 +300,14 @@ class RLAGate(nn.Module):
             if tensor.dtype not in allowed:
                 wanted = " or ".join(dict.fromkeys(map(str, allowed)))
                 raise TypeError(f"{name}: dtype {tensor.dtype}, the gate takes {wanted}")
-            if tensor.device != weight.device:
-                raise ValueError(f"{name}: on {tensor.device}, the gate is on {weight.device}")
+            if tensor.device != device:
+                raise ValueError(f"{name}: on {tensor.device}, the gate is on {device}")
         check_groups_and_masks(image_tokens, text_tokens, image_mask, text_mask)
 
     def _weight(self) -> Tensor:
         """A tensor of the gate's dtype and device, also where layers were replaced."""
-        if type(self.image_kv) is nn.Linear:
-            return self.image_kv.weight
-        found = (p for p in self.parameters() if p.is_floating_point())
-        return next(found, torch.empty(0))  # all layers quantised: they take float32 on the CPU
+        layer = self.image_kv
+        return layer.weight if type(layer) is nn.Linear else weight_of(self)
 
     def extra_repr(self) -> str:
         return (

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dvla_fast import functional, reference
+from dvla_fast.nn.layers import is_plain, weight_of
 
 P = TypeVar("P", bound="GatePolicy")
 
@@ -105,18 +106,6 @@ class GatePolicy(nn.Module):
             )
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a linear layer is its weights and nothing else.
-
-    One that was replaced (LoRA, quantisation) or hooked must be called instead.
-    """
-    hooked = (
-        layer._forward_hooks or layer._forward_pre_hooks
-        or layer._backward_hooks or layer._backward_pre_hooks
-    )  # fmt: skip
-    return type(layer) is nn.Linear and not hooked
-
-
 class StateNetwork(nn.Module):
     """MLP over s = [GAP(H_v) ‖ GAP(H_t) ‖ cos]; starts at 0 for every state, i.e. p = 1/2.
 
@@ -136,10 +125,10 @@ class StateNetwork(nn.Module):
         if self.is_plain():
             return reference.state_logits(state, *self.weights())
         device = "cpu" if state.is_meta else state.device.type  # autocast knows no meta device
-        first = next((p for p in self.parameters() if p.is_floating_point()), state)
+        dtype = weight_of(self).dtype
         with torch.autocast(device_type=device, enabled=False):
-            wide = torch.promote_types(first.dtype, torch.float32)
-            hidden = self.hidden(reference.normalised_state(state.to(wide)).to(first.dtype))
+            wide = torch.promote_types(dtype, torch.float32)
+            hidden = self.hidden(reference.normalised_state(state.to(wide)).to(dtype))
             logits: Tensor = self.out(F.gelu(hidden))
         return logits.to(wide)
 

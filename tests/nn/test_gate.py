@@ -333,6 +333,39 @@ def test_hooks_run(make_gate: MakeGate, name: str) -> None:
     assert len(shapes) == 1
 
 
+@pytest.mark.parametrize("name", ["image_kv", "out_projection", "policy.network.out"])
+def test_replaced_forwards_run(make_gate: MakeGate, name: str) -> None:
+    """Of the instance, as accelerate puts them in: the layer's type and hooks say nothing."""
+    gate, (z, text) = make_gate(), _tokens()
+    expected = gate(z, text, sample=False)
+    layer, calls = gate.get_submodule(name), []
+    forward = layer.forward
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(x.shape)
+        return forward(x)
+
+    layer.forward = counted  # type: ignore[method-assign]
+    got = gate(z, text, sample=False)
+    assert len(calls) == 1
+    torch.testing.assert_close(got.image_tokens, expected.image_tokens)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_offloaded_gates_run(make_gate: MakeGate, policy: str) -> None:
+    """accelerate leaves weights on the meta device and fetches them when a layer is called."""
+    accelerate = pytest.importorskip("accelerate")
+    gate, (z, text) = make_gate(policy=policy).eval(), _tokens()
+    expected = gate(z, text)
+    accelerate.cpu_offload(gate)
+    assert gate.image_kv.weight.is_meta
+    for got, wanted in zip(gate(z, text), expected):
+        torch.testing.assert_close(got, wanted)
+    assert gate.explain(z, text).image.shape == (4, 2, 3, 5)
+    with pytest.raises(ValueError, match="text_tokens: on meta"):
+        gate(z, text.to("meta"))
+
+
 def _tokens(images: int = 4, groups: int = 2) -> tuple[Tensor, Tensor]:
     return torch.randn(images, 5, 16), torch.randn(groups, 3, TEXT_DIM)
 

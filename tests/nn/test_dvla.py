@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -324,6 +325,27 @@ def test_wrong_calls(
     }
     with pytest.raises(error, match=match):
         make_model()(**arguments)
+
+
+@pytest.mark.parametrize("part", ["gates", "alignments", "backbone", None])
+def test_quantised_parts(make_model: MakeModel, part: str | None) -> None:
+    """Layers in int8, of one part or of all: their weight is a method then."""
+    model = make_model().eval()
+    support, labels, query, _ = make_episodes(2, 3, 1, 2)
+    text = make_text(2, 3)
+    expected = model(support, labels, query, text, way=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch, about its own quantisation
+        small = torch.ao.quantization.quantize_dynamic(
+            model if part is None else getattr(model, part), {torch.nn.Linear}
+        )
+    if part is None:
+        model = small
+    else:
+        setattr(model, part, small)
+    got = model(support, labels, query, text, way=3)
+    torch.testing.assert_close(got.logits, expected.logits, atol=0.5, rtol=0.05)
+    assert not torch.equal(got.layers[1].aligned, expected.layers[1].aligned)
 
 
 def test_class_scope_needs_even_texts(make_model: MakeModel) -> None:

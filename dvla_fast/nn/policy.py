@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 from dvla_fast import functional, reference
 from dvla_fast.nn.layers import is_plain, weight_of
+from dvla_fast.ops.first_order import first_order_term
 
 P = TypeVar("P", bound="GatePolicy")
+_with_slope_of_draw = first_order_term("BetaPolicy.pathwise")
 
 
 class PolicyStep(NamedTuple):
@@ -185,8 +187,8 @@ class BetaPolicy(GatePolicy):
         if self.pathwise and sample and action_logit is None:
             alpha, drawn = step.alpha, step.action_logit
             slope = functional.beta_implicit_derivatives(logits, self.concentration, drawn).logits
-            # Adds 0, and the gradient dα/dη = α(1 − α) dl/dη.
-            moved = alpha + alpha * (1 - alpha) * slope * (logits - logits.detach())
+            # dα/dη = α(1 − α) dl/dη
+            moved = _with_slope_of_draw(alpha, logits, alpha * (1 - alpha) * slope)
             return PolicyStep(moved, *step[1:])
         return PolicyStep(*step)
 

@@ -7,6 +7,7 @@ the supports alone, and queries replay their decision (method §3 and §4).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -447,7 +448,7 @@ def _flat(value: Any) -> Any:
 
 def _per_layer(name: str, given: Any, layers: tuple[Location, ...]) -> list[Any]:
     """One entry per gated layer from what ``alpha`` and ``action_logit`` may be."""
-    if given is None or isinstance(given, (Tensor, int, float)):
+    if given is None or isinstance(given, (Tensor, Real)):
         return [given] * len(layers)
     if isinstance(given, Mapping):
         strangers = set(given) - set(layers)

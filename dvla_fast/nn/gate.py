@@ -6,6 +6,7 @@ mixes the two answers by α; the mix goes back into the image stream (method §3
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from dvla_fast.ops.gate_policy import check_groups_and_masks
 from dvla_fast.ops.value_checks import require, value_checks
 
 ALPHA_SCOPES = ("episode", "image")
+_WHOLE = (Integral, torch.SymInt)  # SymInt: a size of a graph with dynamic shapes
 
 
 class GateOutput(NamedTuple):
@@ -80,7 +82,7 @@ class RLAGate(nn.Module):
         fixed_alpha: the gate of policy "fixed".
 
     Raises:
-        TypeError: a size is not a whole number.
+        TypeError: a size is not a whole number, or another option no number.
         ValueError: a size is not positive, does not divide, or a name is unknown.
     """
 
@@ -259,6 +261,9 @@ class RLAGate(nn.Module):
         self, image_tokens: Tensor, text_tokens: Tensor, episodes: int | None, supports: int | None
     ) -> int:
         groups = text_tokens.shape[0]
+        for name, value in (("episodes", episodes), ("state_images", supports)):
+            if value is not None and not isinstance(value, _WHOLE):
+                raise TypeError(f"{name}: expected a whole number, got {value!r}")
         if self.alpha_scope == "image":
             if episodes is not None or supports is not None:
                 raise ValueError("episodes, state_images: only alpha_scope='episode' has them")
@@ -321,7 +326,11 @@ def _is_weight(layer: nn.Module) -> bool:
 
 
 def _check_action(action_logit: Tensor | None, decisions: int) -> None:
-    if action_logit is not None and tuple(action_logit.shape) != (decisions,):
+    if action_logit is None:
+        return
+    if not isinstance(action_logit, Tensor):
+        raise TypeError(f"action_logit: expected a tensor, got {type(action_logit).__name__}")
+    if tuple(action_logit.shape) != (decisions,):
         raise ValueError(
             f"action_logit: shape {tuple(action_logit.shape)}, expected ({decisions},)"
         )
@@ -331,7 +340,7 @@ def _replayed(alpha: Tensor | float, state: Tensor, images: int, groups: int) ->
     """A given gate as a decision: nothing was drawn, so density and entropy are 0."""
     decisions = state.shape[0]
     if not isinstance(alpha, Tensor):
-        if not isinstance(alpha, (int, float)):
+        if not isinstance(alpha, Real):
             raise TypeError(f"alpha: expected a tensor or a number, got {type(alpha).__name__}")
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -429,10 +430,16 @@ def build_policy(
     """The policy of that name for a gate of width ``dim``.
 
     Raises:
+        TypeError: a parameter is no number.
         ValueError: unknown name, or a parameter out of its range.
     """
-    if name not in _POLICIES:
+    if name not in POLICIES:
         raise ValueError(f"policy: unknown {name!r}; expected one of {POLICIES}")
+    if not isinstance(hidden_dim, Integral):
+        raise TypeError(f"hidden_dim: expected a whole number, got {hidden_dim!r}")
+    for option, value in (("concentration", concentration), ("fixed_alpha", fixed_alpha)):
+        if not isinstance(value, (Real, Tensor)):
+            raise TypeError(f"{option}: expected a number, got {value!r}")
     if hidden_dim < 1:
         raise ValueError(f"hidden_dim: expected a positive number, got {hidden_dim}")
     return _POLICIES[name](dim, hidden_dim, concentration, fixed_alpha)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -346,6 +347,13 @@ def test_quantised_parts(make_model: MakeModel, part: str | None) -> None:
     got = model(support, labels, query, text, way=3)
     torch.testing.assert_close(got.logits, expected.logits, atol=0.5, rtol=0.05)
     assert not torch.equal(got.layers[1].aligned, expected.layers[1].aligned)
+
+
+def test_a_number_of_numpy_replays_all_layers(make_model: MakeModel) -> None:
+    model = make_model()
+    support, labels, query, _ = make_episodes(1, 2, 1, 1)
+    output = model(support, labels, query, make_text(1, 2), way=2, alpha=np.float32(0.25))
+    assert [trace.alpha.tolist() for trace in output.layers] == [[0.25], [0.25]]
 
 
 def test_class_scope_needs_even_texts(make_model: MakeModel) -> None:

@@ -106,7 +106,7 @@ def needs_python_autograd() -> bool:
 
     functorch does not enter C++ autograd functions, which are otherwise several times faster.
     """
-    return not has_autograd or _functorch_active()
+    return not has_autograd or functorch_active()
 
 
 def runs_plainly() -> bool:
@@ -121,10 +121,11 @@ def runs_plainly() -> bool:
 
 def transforming() -> bool:
     """Whether tensors stand for others (torch.compile, torch.func) and have no values to check."""
-    return torch.compiler.is_compiling() or _functorch_active()
+    return torch.compiler.is_compiling() or functorch_active()
 
 
-def _functorch_active() -> bool:
+def functorch_active() -> bool:
+    """Whether a torch.func transform runs, outside of torch.compile."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.maybe_current_level() is not None

@@ -14,8 +14,14 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints, register_kl
 from torch.distributions.utils import broadcast_all
 
-from dvla_fast import functional
+from dvla_fast import _extension, functional
 from dvla_fast.ops.beta_special import beta_cdf, beta_implicit_derivatives, beta_kl
+from dvla_fast.ops.first_order import first_order_term
+
+_with_slope_of_density = first_order_term(
+    "MeanConcentrationBeta.log_prob", "; torch.distributions.Beta has them"
+)
+_with_slope_of_draw = first_order_term("MeanConcentrationBeta.rsample")
 
 
 class MeanConcentrationBeta(Distribution):
@@ -102,14 +108,14 @@ class MeanConcentrationBeta(Distribution):
         """:meth:`sample` with the implicit reparameterisation gradient (Figurnov et al., 2018).
 
         First-order gradients with respect to ``logits`` (or ``mean``) and ``concentration``; see
-        :func:`dvla_fast.functional.beta_implicit_derivatives`.
+        :func:`dvla_fast.functional.beta_implicit_derivatives`. A second derivative raises.
         """
         drawn = self.sample_logit(sample_shape)
-        slope = beta_implicit_derivatives(self.logits, self.concentration, drawn)
-        # The added terms are 0 and carry the gradient.
-        moved = drawn + slope.logits.to(drawn.dtype) * (self.logits - self.logits.detach())
-        by_kappa = slope.concentration.to(drawn.dtype)
-        moved = moved + by_kappa * (self.concentration - self.concentration.detach())
+        slopes = beta_implicit_derivatives(self.logits, self.concentration, drawn)
+        moved = drawn
+        for parameter, slope in zip((self.logits, self.concentration), slopes):
+            spread = parameter.to(drawn.dtype).expand(drawn.shape)
+            moved = _with_slope_of_draw(moved, spread, slope.to(drawn.dtype))
         return _inside(torch.sigmoid(moved))
 
     def sample_logit(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
@@ -119,7 +125,11 @@ class MeanConcentrationBeta(Distribution):
         return functional.beta_sample(logits.detach(), kappa.detach())[1]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density at α; 0 and 1 count as their nearest neighbours."""
+        """Log-density at α; 0 and 1 count as their nearest neighbours.
+
+        First-order gradients with respect to ``value`` and the parameters; a second derivative
+        raises, as it does for :meth:`entropy`. ``torch.distributions.Beta`` has them.
+        """
         if self._validate_args:
             self._validate_sample(value)
         return self.log_prob_logit(torch.logit(_inside(value)))
@@ -128,12 +138,13 @@ class MeanConcentrationBeta(Distribution):
         """Log-density (with respect to α) at the sample with this logit."""
         logit, logits, kappa = torch.broadcast_tensors(logit, self.logits, self.concentration)
         density = functional.beta_log_prob(logits, kappa, logit)
-        if not logit.requires_grad:
+        # torch.func hides whether a level further out differentiates by the value.
+        if not (logit.requires_grad or _extension.functorch_active()):
             return density
-        a, b = (x.detach() for x in self._shapes())
-        at = logit.detach()
-        slope = (a - 1) * torch.sigmoid(-at) - (b - 1) * torch.sigmoid(at)
-        return density + slope * (logit - at)  # adds 0, and the gradient of the value
+        a, b = self._shapes()
+        # With its graph: a derivative of this gradient, by whatever it hangs on, meets the error.
+        slope = (a - 1) * torch.sigmoid(-logit) - (b - 1) * torch.sigmoid(logit)
+        return _with_slope_of_density(density, logit, slope)
 
     def entropy(self) -> Tensor:
         return functional.beta_entropy(self.logits, self.concentration)

@@ -9,8 +9,10 @@ import pickle
 import pytest
 import torch
 from scipy import stats
+from torch import Tensor
 from torch.distributions import Beta, Independent, kl_divergence
 
+import dvla_fast
 from dvla_fast.distributions import MeanConcentrationBeta
 
 
@@ -173,3 +175,67 @@ def test_log_prob_differentiates_with_respect_to_the_value() -> None:
     value = torch.rand(5).double().requires_grad_()
     got, want = (torch.autograd.grad(d.log_prob(value).sum(), value)[0] for d in (ours, theirs))
     torch.testing.assert_close(got, want)
+
+
+def _results(logits: Tensor, value: Tensor) -> dict[str, Tensor]:
+    policy = MeanConcentrationBeta(logits=logits, concentration=5.0, validate_args=False)
+    return {"log_prob": policy.log_prob(value), "rsample": policy.rsample()}
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize(
+    ("name", "by"), [("log_prob", "logits"), ("log_prob", "value"), ("rsample", "logits")]
+)
+def test_second_derivatives_raise(name: str, by: str, backend: str | None) -> None:
+    """They are silently wrong where a gradient in closed form is taken as constant."""
+    leaves = {"logits": torch.randn(3), "value": torch.rand(3)}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    dvla_fast.set_backend(backend)
+    try:
+        total = _results(**leaves)[name].sum()
+        (gradient,) = torch.autograd.grad(total, leaves[by], create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+            gradient.square().sum().backward()
+    finally:
+        dvla_fast.set_backend(None)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 0), (1, 1)])
+def test_second_derivatives_raise_under_torch_func(first: int, second: int) -> None:
+    def gradient(*leaves: Tensor) -> Tensor:
+        once = torch.func.grad(lambda *x: _results(*x)["log_prob"].sum(), first)
+        return once(*leaves).sum()
+
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+        torch.func.grad(gradient, second)(torch.randn(3), torch.rand(3))
+
+
+@pytest.mark.parametrize("name", ["log_prob", "rsample"])
+def test_gradients_under_torch_compile(name: str) -> None:
+    leaves = [torch.randn(3, requires_grad=True), torch.rand(3, requires_grad=True)]
+    asked = leaves if name == "log_prob" else leaves[:1]
+    compiled = torch.compile(_results, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for run in (_results, compiled):
+        torch.manual_seed(0)
+        total = run(*leaves)[name].sum()
+        gradients.append(torch.autograd.grad(total, asked))
+    for got, want in zip(*gradients):
+        torch.testing.assert_close(got, want)
+
+
+def test_curvature_of_the_divergence_is_the_fisher_information() -> None:
+    """Of equal policies too, where the divergence is 0 and a clamp would stop gradients."""
+    logits = torch.linspace(-3, 3, 7, dtype=torch.float64).requires_grad_()
+    policy = MeanConcentrationBeta(logits=logits, concentration=10.0)
+    fixed = MeanConcentrationBeta(logits=logits.detach(), concentration=10.0)
+    a, b = policy.concentration1.detach(), policy.concentration0.detach()
+    fisher = (a * b / 10) ** 2 * (torch.polygamma(1, a) + torch.polygamma(1, b))
+    for pair in ((policy, fixed), (fixed, policy)):
+        divergence = kl_divergence(*pair)
+        assert divergence.eq(0).all()
+        (slope,) = torch.autograd.grad(divergence.sum(), logits, create_graph=True)
+        torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-12, rtol=0)
+        (curvature,) = torch.autograd.grad(slope.sum(), logits)
+        torch.testing.assert_close(curvature, fisher, rtol=1e-8, atol=0)

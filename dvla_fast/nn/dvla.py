@@ -7,6 +7,7 @@ the supports alone, and queries replay their decision (method §3 and §4).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from dvla_fast import reference
 from dvla_fast.nn.backbones.base import GatedBackbone, GatedTokens, Location
 from dvla_fast.nn.gate import GateOutput, RLAGate, per_image
+from dvla_fast.nn.layers import weight_of
 from dvla_fast.nn.prototype import prototype_logits
 
 TEXT_SCOPES = ("episode", "class")
@@ -399,7 +401,7 @@ class _GatePass:
         index = self.model.gated_layers.index(location)
         gate: Any = self.model.gates[index]
         scale = self.model.level_scales[index][self.levels].unsqueeze(-1)  # [P, 1]
-        text = (self.tokens * scale).to(gate.text_projection.weight.dtype)
+        text = (self.tokens * scale).to(gate._weight().dtype)
         out: GateOutput = gate(
             tokens,
             text,
@@ -412,7 +414,7 @@ class _GatePass:
         keep = per_image(self.mask, tokens.shape[0])
         fused = reference.masked_mean(out.fused, keep).unflatten(0, (self.episodes, -1))
         alignment: Any = self.model.alignments[index]
-        aligned = alignment(fused.detach().to(alignment.weight.dtype))
+        aligned = alignment(fused.detach().to(weight_of(alignment).dtype))
         return out, self._pooled(tokens), fused, aligned
 
     def _pooled(self, tokens: Tensor) -> Tensor:
@@ -446,7 +448,7 @@ def _flat(value: Any) -> Any:
 
 def _per_layer(name: str, given: Any, layers: tuple[Location, ...]) -> list[Any]:
     """One entry per gated layer from what ``alpha`` and ``action_logit`` may be."""
-    if given is None or isinstance(given, (Tensor, int, float)):
+    if given is None or isinstance(given, (Tensor, Real)):
         return [given] * len(layers)
     if isinstance(given, Mapping):
         strangers = set(given) - set(layers)

@@ -6,6 +6,7 @@ mixes the two answers by α; the mix goes back into the image stream (method §3
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from dvla_fast import _extension, functional, reference
-from dvla_fast.nn.policy import PolicyStep, build_policy, is_plain
+from dvla_fast.nn.layers import is_plain, weight_of
+from dvla_fast.nn.policy import PolicyStep, build_policy
 from dvla_fast.ops.gate_policy import check_groups_and_masks
 from dvla_fast.ops.value_checks import require, value_checks
 
 ALPHA_SCOPES = ("episode", "image")
+_WHOLE = (Integral, torch.SymInt)  # SymInt: a size of a graph with dynamic shapes
 
 
 class GateOutput(NamedTuple):
@@ -79,7 +82,7 @@ class RLAGate(nn.Module):
         fixed_alpha: the gate of policy "fixed".
 
     Raises:
-        TypeError: a size is not a whole number.
+        TypeError: a size is not a whole number, or another option no number.
         ValueError: a size is not positive, does not divide, or a name is unknown.
     """
 
@@ -258,6 +261,9 @@ class RLAGate(nn.Module):
         self, image_tokens: Tensor, text_tokens: Tensor, episodes: int | None, supports: int | None
     ) -> int:
         groups = text_tokens.shape[0]
+        for name, value in (("episodes", episodes), ("state_images", supports)):
+            if value is not None and not isinstance(value, _WHOLE):
+                raise TypeError(f"{name}: expected a whole number, got {value!r}")
         if self.alpha_scope == "image":
             if episodes is not None or supports is not None:
                 raise ValueError("episodes, state_images: only alpha_scope='episode' has them")
@@ -277,8 +283,11 @@ class RLAGate(nn.Module):
         text_mask: Tensor | None,
     ) -> None:
         weight = self._weight()
+        device = weight.device
+        if weight.is_meta and not is_plain(self.image_kv):  # offloaded: fetched when it is called
+            device = getattr(image_tokens, "device", device)
         allowed: tuple[torch.dtype, ...] = (weight.dtype,)
-        kind = weight.device.type
+        kind = device.type
         if kind != "meta" and weight.dtype != torch.float64 and torch.is_autocast_enabled(kind):
             allowed = (weight.dtype, torch.float32, torch.get_autocast_dtype(kind))
         for name, tensor, width in (
@@ -296,16 +305,14 @@ class RLAGate(nn.Module):
             if tensor.dtype not in allowed:
                 wanted = " or ".join(dict.fromkeys(map(str, allowed)))
                 raise TypeError(f"{name}: dtype {tensor.dtype}, the gate takes {wanted}")
-            if tensor.device != weight.device:
-                raise ValueError(f"{name}: on {tensor.device}, the gate is on {weight.device}")
+            if tensor.device != device:
+                raise ValueError(f"{name}: on {tensor.device}, the gate is on {device}")
         check_groups_and_masks(image_tokens, text_tokens, image_mask, text_mask)
 
     def _weight(self) -> Tensor:
         """A tensor of the gate's dtype and device, also where layers were replaced."""
-        if type(self.image_kv) is nn.Linear:
-            return self.image_kv.weight
-        found = (p for p in self.parameters() if p.is_floating_point())
-        return next(found, torch.empty(0))  # all layers quantised: they take float32 on the CPU
+        layer = self.image_kv
+        return layer.weight if type(layer) is nn.Linear else weight_of(self)
 
     def extra_repr(self) -> str:
         return (
@@ -319,7 +326,11 @@ def _is_weight(layer: nn.Module) -> bool:
 
 
 def _check_action(action_logit: Tensor | None, decisions: int) -> None:
-    if action_logit is not None and tuple(action_logit.shape) != (decisions,):
+    if action_logit is None:
+        return
+    if not isinstance(action_logit, Tensor):
+        raise TypeError(f"action_logit: expected a tensor, got {type(action_logit).__name__}")
+    if tuple(action_logit.shape) != (decisions,):
         raise ValueError(
             f"action_logit: shape {tuple(action_logit.shape)}, expected ({decisions},)"
         )
@@ -329,7 +340,7 @@ def _replayed(alpha: Tensor | float, state: Tensor, images: int, groups: int) ->
     """A given gate as a decision: nothing was drawn, so density and entropy are 0."""
     decisions = state.shape[0]
     if not isinstance(alpha, Tensor):
-        if not isinstance(alpha, (int, float)):
+        if not isinstance(alpha, Real):
             raise TypeError(f"alpha: expected a tensor or a number, got {type(alpha).__name__}")
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")

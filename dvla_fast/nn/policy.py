@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dvla_fast import functional, reference
+from dvla_fast.nn.layers import is_plain, weight_of
+from dvla_fast.ops.first_order import first_order_term
 
 P = TypeVar("P", bound="GatePolicy")
+_with_slope_of_draw = first_order_term("BetaPolicy.pathwise")
 
 
 class PolicyStep(NamedTuple):
@@ -105,18 +109,6 @@ class GatePolicy(nn.Module):
             )
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a linear layer is its weights and nothing else.
-
-    One that was replaced (LoRA, quantisation) or hooked must be called instead.
-    """
-    hooked = (
-        layer._forward_hooks or layer._forward_pre_hooks
-        or layer._backward_hooks or layer._backward_pre_hooks
-    )  # fmt: skip
-    return type(layer) is nn.Linear and not hooked
-
-
 class StateNetwork(nn.Module):
     """MLP over s = [GAP(H_v) ‖ GAP(H_t) ‖ cos]; starts at 0 for every state, i.e. p = 1/2.
 
@@ -136,10 +128,10 @@ class StateNetwork(nn.Module):
         if self.is_plain():
             return reference.state_logits(state, *self.weights())
         device = "cpu" if state.is_meta else state.device.type  # autocast knows no meta device
-        first = next((p for p in self.parameters() if p.is_floating_point()), state)
+        dtype = weight_of(self).dtype
         with torch.autocast(device_type=device, enabled=False):
-            wide = torch.promote_types(first.dtype, torch.float32)
-            hidden = self.hidden(reference.normalised_state(state.to(wide)).to(first.dtype))
+            wide = torch.promote_types(dtype, torch.float32)
+            hidden = self.hidden(reference.normalised_state(state.to(wide)).to(dtype))
             logits: Tensor = self.out(F.gelu(hidden))
         return logits.to(wide)
 
@@ -196,8 +188,8 @@ class BetaPolicy(GatePolicy):
         if self.pathwise and sample and action_logit is None:
             alpha, drawn = step.alpha, step.action_logit
             slope = functional.beta_implicit_derivatives(logits, self.concentration, drawn).logits
-            # Adds 0, and the gradient dα/dη = α(1 − α) dl/dη.
-            moved = alpha + alpha * (1 - alpha) * slope * (logits - logits.detach())
+            # dα/dη = α(1 − α) dl/dη
+            moved = _with_slope_of_draw(alpha, logits, alpha * (1 - alpha) * slope)
             return PolicyStep(moved, *step[1:])
         return PolicyStep(*step)
 
@@ -438,10 +430,16 @@ def build_policy(
     """The policy of that name for a gate of width ``dim``.
 
     Raises:
+        TypeError: a parameter is no number.
         ValueError: unknown name, or a parameter out of its range.
     """
-    if name not in _POLICIES:
+    if name not in POLICIES:
         raise ValueError(f"policy: unknown {name!r}; expected one of {POLICIES}")
+    if not isinstance(hidden_dim, Integral):
+        raise TypeError(f"hidden_dim: expected a whole number, got {hidden_dim!r}")
+    for option, value in (("concentration", concentration), ("fixed_alpha", fixed_alpha)):
+        if not isinstance(value, (Real, Tensor)):
+            raise TypeError(f"{option}: expected a number, got {value!r}")
     if hidden_dim < 1:
         raise ValueError(f"hidden_dim: expected a positive number, got {hidden_dim}")
     return _POLICIES[name](dim, hidden_dim, concentration, fixed_alpha)

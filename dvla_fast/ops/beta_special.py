@@ -188,7 +188,8 @@ def beta_kl(
     a, b = kappa * torch.sigmoid(eta), kappa * torch.sigmoid(-eta)
     c, d = other_kappa * torch.sigmoid(other), other_kappa * torch.sigmoid(-other)
     kl = _gamma_divergence(a, c) + _gamma_divergence(b, d) - _gamma_divergence(kappa, other_kappa)
-    return kl.clamp_min(0.0).to(_result_dtype(logits))
+    # Not clamp_min: it has no gradient where the policies are alike, and so no curvature there.
+    return (kl - kl.detach().clamp_max(0.0)).to(_result_dtype(logits))
 
 
 def _gamma_divergence(x: Tensor, y: Tensor) -> Tensor:

@@ -280,6 +280,8 @@ def check_groups_and_masks(
     ):
         if mask is None:
             continue
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{name}: expected a bool tensor, got {type(mask).__name__}")
         if mask.dtype != torch.bool:
             raise TypeError(f"{name}: expected bool (True = a token), got {mask.dtype}")
         if mask.shape != tokens.shape[:2]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -137,6 +139,46 @@ def test_riding_tokens_are_as_if_they_were_image_tokens(backbone: GatedBackbone)
     column = torch.cat((x.flatten(2).transpose(1, 2), extra), 1).transpose(1, 2).unsqueeze(-1)
     whole = backbone.run_block(location, column, None, None)[:, :, :6, 0].unflatten(2, (2, 3))
     torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-5)
+
+
+class Adapted(torch.nn.Module):
+    """A layer with a correction beside it that shows the layer's weights, as adapters do."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer, self.correction = layer, copy.deepcopy(layer)
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.correction(x)
+
+
+@pytest.mark.parametrize("riding", [False, True], ids=["alone", "riding"])
+def test_adapters_of_the_attention_count(backbone: GatedBackbone, riding: bool) -> None:
+    changed = copy.deepcopy(backbone)
+    location = changed.locations[0]
+    stages = changed if isinstance(changed, SmallConvAttention) else changed.net
+    block = getattr(stages, f"stage{location[0]}")[location[1]]
+    owner = getattr(block, "attn", block)
+    width = changed.widths[location]
+    x, extra = torch.randn(2, width, 2, 3), torch.randn(2, 4, width) if riding else None
+    plain = owner.qkv
+    owner.qkv = Adapted(plain)
+    got = changed.run_block(location, x, extra, None)
+    got.sum().backward()
+    assert owner.qkv.correction.weight.grad is not None
+    owner.qkv = plain
+    with torch.no_grad():  # with the correction the layer is twice what it was
+        for parameter in plain.parameters():
+            parameter.mul_(2)
+    expected = changed.run_block(location, x, extra, None)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(got, backbone.run_block(location, x, extra, None), atol=1e-3)
+    calls: list[Tensor] = []
+    plain.register_forward_hook(lambda _m, _a, out: calls.append(out))
+    hooked = changed.run_block(location, x, extra, None)
+    torch.testing.assert_close(hooked, expected, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 1
 
 
 def test_masked_extra_tokens_are_not_seen(backbone: GatedBackbone) -> None:

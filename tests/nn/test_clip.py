@@ -69,6 +69,16 @@ def test_riding_tokens_are_as_if_they_were_patches(backbone: ClipViT, images: Te
     assert not torch.allclose(got, backbone.run_block(location, state, None, None), atol=1e-3)
 
 
+def test_attention_is_called(backbone: ClipViT, images: Tensor) -> None:
+    """Adapters of open_clip's attention stand in its place; hooks tell of them."""
+    attention = backbone.net.transformer.resblocks[2].attn
+    calls: list[Tensor] = []
+    hook = attention.register_forward_hook(lambda _m, _a, out: calls.append(out[0]))
+    backbone(images, lambda _l, t: (t, t[:, :2]), locations=[(1, 2)])
+    hook.remove()
+    assert [out.shape for out in calls] == [(2, 17, 32)]
+
+
 def test_masked_extra_tokens_are_not_seen(backbone: ClipViT, images: Tensor) -> None:
     extra = torch.randn(2, 5, 32)
     mask = torch.tensor([True, True, False, False, False]).expand(2, -1)

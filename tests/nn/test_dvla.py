@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -324,6 +326,34 @@ def test_wrong_calls(
     }
     with pytest.raises(error, match=match):
         make_model()(**arguments)
+
+
+@pytest.mark.parametrize("part", ["gates", "alignments", "backbone", None])
+def test_quantised_parts(make_model: MakeModel, part: str | None) -> None:
+    """Layers in int8, of one part or of all: their weight is a method then."""
+    model = make_model().eval()
+    support, labels, query, _ = make_episodes(2, 3, 1, 2)
+    text = make_text(2, 3)
+    expected = model(support, labels, query, text, way=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch, about its own quantisation
+        small = torch.ao.quantization.quantize_dynamic(
+            model if part is None else getattr(model, part), {torch.nn.Linear}
+        )
+    if part is None:
+        model = small
+    else:
+        setattr(model, part, small)
+    got = model(support, labels, query, text, way=3)
+    torch.testing.assert_close(got.logits, expected.logits, atol=0.5, rtol=0.05)
+    assert not torch.equal(got.layers[1].aligned, expected.layers[1].aligned)
+
+
+def test_a_number_of_numpy_replays_all_layers(make_model: MakeModel) -> None:
+    model = make_model()
+    support, labels, query, _ = make_episodes(1, 2, 1, 1)
+    output = model(support, labels, query, make_text(1, 2), way=2, alpha=np.float32(0.25))
+    assert [trace.alpha.tolist() for trace in output.layers] == [[0.25], [0.25]]
 
 
 def test_class_scope_needs_even_texts(make_model: MakeModel) -> None:

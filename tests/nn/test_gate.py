@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -333,6 +334,46 @@ def test_hooks_run(make_gate: MakeGate, name: str) -> None:
     assert len(shapes) == 1
 
 
+@pytest.mark.parametrize("name", ["image_kv", "out_projection", "policy.network.out"])
+def test_replaced_forwards_run(make_gate: MakeGate, name: str) -> None:
+    """Of the instance, as accelerate puts them in: the layer's type and hooks say nothing."""
+    gate, (z, text) = make_gate(), _tokens()
+    expected = gate(z, text, sample=False)
+    layer, calls = gate.get_submodule(name), []
+    forward = layer.forward
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(x.shape)
+        return forward(x)
+
+    layer.forward = counted  # type: ignore[method-assign]
+    got = gate(z, text, sample=False)
+    assert len(calls) == 1
+    torch.testing.assert_close(got.image_tokens, expected.image_tokens)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_offloaded_gates_run(make_gate: MakeGate, policy: str) -> None:
+    """accelerate leaves weights on the meta device and fetches them when a layer is called."""
+    accelerate = pytest.importorskip("accelerate")
+    gate, (z, text) = make_gate(policy=policy).eval(), _tokens()
+    expected = gate(z, text)
+    accelerate.cpu_offload(gate)
+    assert gate.image_kv.weight.is_meta
+    for got, wanted in zip(gate(z, text), expected):
+        torch.testing.assert_close(got, wanted)
+    assert gate.explain(z, text).image.shape == (4, 2, 3, 5)
+    with pytest.raises(ValueError, match="text_tokens: on meta"):
+        gate(z, text.to("meta"))
+
+
+def test_numbers_of_numpy_are_numbers(make_gate: MakeGate) -> None:
+    gate, (z, text) = make_gate(), _tokens()
+    got = gate(z, text, alpha=np.float32(0.25))
+    assert torch.equal(got.fused, gate(z, text, alpha=0.25).fused)
+    assert gate(z, text, episodes=np.int64(1), state_images=np.int64(2)).alpha.shape == (1,)
+
+
 def _tokens(images: int = 4, groups: int = 2) -> tuple[Tensor, Tensor]:
     return torch.randn(images, 5, 16), torch.randn(groups, 3, TEXT_DIM)
 
@@ -367,6 +408,11 @@ def _tokens(images: int = 4, groups: int = 2) -> tuple[Tensor, Tensor]:
             "exclude each other",
             lambda z, t: ((z, t), {"alpha": 0.5, "action_logit": torch.zeros(2)}),
         ),
+        (TypeError, "action_logit: expected a", lambda z, t: ((z, t), {"action_logit": 0.3})),
+        (TypeError, "image_mask: expected a bool", lambda z, t: ((z, t), {"image_mask": [True]})),
+        (TypeError, "alpha: expected a tensor", lambda z, t: ((z, t), {"alpha": "0.3"})),
+        (TypeError, "episodes: expected a whole", lambda z, t: ((z, t), {"episodes": 1.0})),
+        (TypeError, "state_images: expected a", lambda z, t: ((z, t), {"state_images": 2.0})),
         (ValueError, "state_images", lambda z, t: ((z, t), {"state_images": 3})),
         (ValueError, "episodes: 2 text groups", lambda z, t: ((z, t), {"episodes": 3})),
     ],
@@ -393,6 +439,20 @@ def test_wrong_calls(
 )
 def test_wrong_constructions(match: str, options: dict) -> None:
     with pytest.raises(ValueError, match=match):
+        RLAGate(**options)
+
+
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        ("dim: expected a whole number", {"dim": 16.0}),
+        ("hidden_dim: expected a whole number", {"dim": 16, "hidden_dim": 12.0}),
+        ("concentration: expected a number", {"dim": 16, "concentration": "10"}),
+        ("fixed_alpha: expected a number", {"dim": 16, "fixed_alpha": None}),
+    ],
+)
+def test_constructions_of_wrong_types(match: str, options: dict) -> None:
+    with pytest.raises(TypeError, match=match):
         RLAGate(**options)
 
 

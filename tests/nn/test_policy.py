@@ -27,6 +27,17 @@ def test_beta_policy_is_the_beta_distribution_of_its_mean() -> None:
     torch.testing.assert_close(policy(state, sample=False).alpha, mean)
 
 
+def test_pathwise_gradients_are_of_first_order() -> None:
+    policy = BetaPolicy(3, hidden_dim=4)
+    policy.pathwise = True
+    weight = policy.network.out.bias
+    alpha = policy(torch.randn(5, 7)).alpha
+    (gradient,) = torch.autograd.grad(alpha.sum(), weight, create_graph=True)
+    assert gradient.abs().sum() > 0
+    with pytest.raises(RuntimeError, match=r"pathwise: second derivatives"):
+        gradient.square().sum().backward()
+
+
 def test_categorical_policy_draws_its_probabilities() -> None:
     policy = CategoricalPolicy(3, hidden_dim=4)
     policy.network.out.bias.data = torch.tensor([0.5, 0.3, 0.2]).log()

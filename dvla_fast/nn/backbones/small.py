@@ -21,6 +21,7 @@ from dvla_fast.nn.backbones.base import (
     to_map,
     to_tokens,
 )
+from dvla_fast.nn.layers import is_plain
 
 
 class SmallConvAttention(GatedBackbone):
@@ -188,10 +189,16 @@ class _AttentionBlock(nn.Module):
         count, dim = x.shape[1:]
         seen = x if extra is None else torch.cat((x, extra.to(x.dtype)), dim=1)
         normed = self.norm1(seen)
-        to_query, to_others = self.qkv.weight.split((dim, 2 * dim))
-        query_bias, others_bias = self.qkv.bias.split((dim, 2 * dim))
-        query = F.linear(normed[:, :count], to_query, query_bias)
-        others = F.linear(normed, to_others, others_bias).unflatten(-1, (2, self.num_heads, -1))
+        parts = (dim, 2 * dim)
+        if is_plain(self.qkv):
+            to_query, to_others = self.qkv.weight.split(parts)
+            query_bias, others_bias = self.qkv.bias.split(parts)
+            query = F.linear(normed[:, :count], to_query, query_bias)
+            others = F.linear(normed, to_others, others_bias)
+        else:  # queries of the extra tokens come with the call; nothing reads them
+            query, others = self.qkv(normed).split(parts, dim=-1)
+            query = query[:, :count]
+        others = others.unflatten(-1, (2, self.num_heads, -1))
         out = _attention(
             query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2),  # [B, heads, N, head_dim]
             others[:, :, 0].transpose(1, 2),  # [B, heads, N + P, head_dim]

@@ -24,6 +24,7 @@ from dvla_fast.nn.backbones.base import (
     to_tokens,
 )
 from dvla_fast.nn.backbones.published import load_visformer
+from dvla_fast.nn.layers import is_plain
 
 
 class Visformer(GatedBackbone):
@@ -110,11 +111,19 @@ def _attend(block: Any, x: Tensor, extra: Tensor, extra_mask: Tensor | None) -> 
     attn = block.attn
     count = x.shape[2] * x.shape[3]
     tokens = torch.cat((to_tokens(x), extra.to(x.dtype)), dim=1)  # [B, N + P, C]
-    normed = block.norm1(tokens.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+    column = block.norm1(tokens.transpose(1, 2).unsqueeze(-1))  # [B, C, N + P, 1]
     width = attn.num_heads * attn.head_dim
-    to_query, to_others = attn.qkv.weight.flatten(1).split((width, 2 * width))  # 1 × 1 convolution
-    query = F.linear(normed[:, :count], to_query).unflatten(-1, (attn.num_heads, -1))
-    others = F.linear(normed, to_others).unflatten(-1, (2, attn.num_heads, -1))
+    parts = (width, 2 * width)
+    if is_plain(attn.qkv, nn.Conv2d):  # 1 × 1
+        normed = column.squeeze(-1).transpose(1, 2)
+        to_query, to_others = attn.qkv.weight.flatten(1).split(parts)
+        query, others = F.linear(normed[:, :count], to_query), F.linear(normed, to_others)
+    else:  # queries of the extra tokens come with the call; nothing reads them
+        stacked = attn.qkv(column).squeeze(-1).transpose(1, 2)
+        query, others = stacked.split(parts, dim=-1)
+        query = query[:, :count]
+    query = query.unflatten(-1, (attn.num_heads, -1))
+    others = others.unflatten(-1, (2, attn.num_heads, -1))
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),  # [B, heads, N, head_dim]
         others[:, :, 0].transpose(1, 2),  # [B, heads, N + P, head_dim]

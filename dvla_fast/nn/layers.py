@@ -1,0 +1,27 @@
+"""Which layers may be read past their forward, and what a module computes in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a layer is a ``kind`` that computes what its weights say and nothing else.
+
+    One that was replaced (LoRA, quantisation), hooked, or given another ``forward`` (accelerate)
+    must be called instead.
+    """
+    changed = (
+        layer._forward_hooks or layer._forward_pre_hooks
+        or layer._backward_hooks or layer._backward_pre_hooks
+        or "forward" in layer.__dict__
+    )  # fmt: skip
+    return type(layer) is kind and not changed
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A tensor of the dtype and device of a module, also where its layers were replaced."""
+    found = (p for p in module.parameters() if p.is_floating_point())
+    # All layers quantised: they take float32 on the CPU.
+    return next(found, torch.empty(0, dtype=torch.float32))

@@ -39,6 +39,27 @@ def test_wrong_usage_is_status_2(
     assert not list(tmp_path.rglob("config.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pretrain", "--seed=20000000000000000000"], "seed: expected 0 to 9223372036854775807"),
+        (["semantics", "build", "--seed=20000000000000000000"], "seed: expected 0 to 92233720368"),
+        (["demo", "--seed=5000000000", "--evaluate.episode_list=authors"], "--seed 5000000000: "),
+        (["demo", "--evaluate.episode_list=mine"], "evaluate.episode_list: 'mine' is unknown"),
+    ],
+)
+def test_impossible_episodes_are_found_before_the_work(
+    arguments: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert words in fails(arguments, capsys, 2)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("rank", "start"), [("0", "error: "), ("3", "error (process 3): ")])
 def test_errors_of_several_processes(
     rank: str,

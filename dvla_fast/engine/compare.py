@@ -8,6 +8,7 @@ and a second interval over runs says what training again would change.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,11 @@ def compare_groups(
     Raises:
         NotComparableError: no shot in common, other episodes, or a method that was not recorded.
         OutputError: a folder holds no finished evaluation.
+        UsageError: a group has a checkpoint twice.
     """
     groups = [[(path, _by_shot(path)) for path in paths] for paths in (first, second)]
+    for group in groups:
+        _check_once_each(group)
     everyone = [run for group in groups for run in group]
     shots = sorted(set.intersection(*(set(results) for _, results in everyone)))
     if not shots:
@@ -103,6 +107,24 @@ def compare_groups(
 
 def _by_shot(path: str) -> dict[int, dict[str, Any]]:
     return {result["shot"]: result for result in read_summary(path)["results"]}
+
+
+def _check_once_each(group: Sequence[tuple[str, dict[int, dict[str, Any]]]]) -> None:
+    """Check that no checkpoint is in a group twice, which would look like training without spread.
+
+    Runs that do not record the hashes of their checkpoints are told apart by their folders.
+    """
+    known: dict[str, str] = {}
+    for path, results in group:
+        hashes = next(iter(results.values()), {}).get("checkpoints_sha256") or []
+        keys = {os.path.realpath(path), *filter(None, hashes)}
+        again = next((known[key] for key in keys if key in known), None)
+        if again is not None:
+            raise UsageError(
+                f"compare: {again} and {path} evaluate the same checkpoint, so that one training "
+                "would count twice; name one evaluation of each training"
+            )
+        known |= dict.fromkeys(keys, path)
 
 
 def _compare_shot(
@@ -266,9 +288,6 @@ def run_compare(config: CompareRun) -> dict[str, Any]:
     sides = [[part for part in given.split(",") if part] for given in (config.run_a, config.run_b)]
     if not all(sides):
         raise UsageError("compare needs two run folders: dvla-fast compare RUN_A RUN_B")
-    for side in sides:
-        if len(set(side)) < len(side):
-            raise UsageError(f"compare: the same run twice in {','.join(side)}; name each once")
     require_scipy()
     compared = compare_groups(sides[0], sides[1], methods=(config.method_a, config.method_b))
     if config.output:

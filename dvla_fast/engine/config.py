@@ -10,17 +10,13 @@ from dvla_fast.engine.settings import about, option
 # What data sets call their splits, and what they are called here: "monitor" selects checkpoints,
 # and is a held-out share of the base classes' images where a data set has no val.
 SPLIT_NAMES = {"test": "novel", "val": "monitor", "train": "base"}
+LARGEST_SEED = 2**63 - 1  # torch takes twice as much: there is room for --seed + 1 and so on
 
 
 def _repeated(values: list[int]) -> str:
     """Say which entries a list has more than once."""
     twice = sorted({value for value in values if values.count(value) > 1})
     return f"{', '.join(map(str, twice))} is there more than once in {values}" if twice else ""
-
-
-def _not_inside(value: float) -> str:
-    """Say that a number is not between 0 and 1."""
-    return "" if 0 < value < 1 else f"expected above 0 and below 1, got {value!r}"
 
 
 def _unknown_split(name: str) -> str:
@@ -63,9 +59,9 @@ class DataConfig:
         0,
     )
     holdout: float = option(
-        0.25, "share of base images kept for monitoring (without val classes)", check=_not_inside
+        0.25, "share of base images kept for monitoring (without val classes)", above=0, below=1
     )
-    split_seed: int = option(0, "seed of that share")
+    split_seed: int = option(0, "seed of that share", 0)
     images_per_class: int = option(60, "images drawn for each class (shapes and shapes-varied)", 2)
     resident: str = option(
         "auto",
@@ -121,7 +117,7 @@ class ModelConfig:
     """Backbone, gates and classifier. The backbone part must match a checkpoint that is loaded."""
 
     backbone: str = option("small", "backbone: small, resnet12, visformer_tiny or clip")
-    width: int = option(24, "width of the small backbone's first stage")
+    width: int = option(24, "width of the small backbone's first stage", 1)
     clip_model: str = option("ViT-B-16", "open_clip's name of the clip backbone's architecture")
     pretrained: str = option(
         "",
@@ -151,23 +147,23 @@ class ModelConfig:
             "[[0.5,0.5],[0.5,0.5]]; empty: [0.7,0.3] in shallow layers, [0.3,0.7] in deep ones"
         ),
     )
-    num_heads: int = option(8, "attention heads of a gate")
-    concentration: float = option(10.0, "concentration of the Beta policy")
-    hidden_dim: int = option(128, "hidden width of the policy network")
+    num_heads: int = option(8, "attention heads of a gate", 1)
+    concentration: float = option(10.0, "concentration of the Beta policy", above=0)
+    hidden_dim: int = option(128, "hidden width of the policy network", 1)
     policy: str = option("beta", "gate policy: beta, categorical, fixed, static or mlp")
     fixed_alpha: float = option(0.5, "gate value of policy fixed", 0, 1)
     text_scope: str = option("episode", "whose text an image sees: episode or class")
     alpha_scope: str = option("episode", "one gate value per episode or per image")
-    temperature: float = option(0.2, "temperature of the cosine prototype classifier")
+    temperature: float = option(0.2, "temperature of the cosine prototype classifier", above=0)
 
 
 @dataclass
 class AugmentConfig:
     """Random changes of training images. What is off by default costs nothing."""
 
-    shift: float = option(0.0, "largest random shift, as a share of the side", 0)
+    shift: float = option(0.0, "largest random shift, as a share of the side", 0, 1)
     rotate: float = option(0.0, "largest random rotation in degrees", 0)
-    scale: float = option(0.0, "largest random change of size", 0)
+    scale: float = option(0.0, "largest random change of size", 0, below=1)
     crop: float = option(
         1.0,
         "smallest share of the area that a random crop keeps before it is resized; 1: no crop",
@@ -237,7 +233,7 @@ class MetatuneConfig:
     lr: float = option(5e-4, "learning rate of the new modules", 0)
     backbone_lr: float = option(1e-6, "learning rate of the backbone; 0 freezes it", 0)
     weight_decay: float = option(1e-4, "weight decay", 0)
-    clip_norm: float = option(1.0, "largest gradient norm")
+    clip_norm: float = option(1.0, "largest gradient norm; 0: no limit", 0)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     freeze_norm: bool = option(True, "keep the backbone's BatchNorm statistics of pre-training")
     objective: str = option(
@@ -265,23 +261,23 @@ class MetatuneConfig:
         "policy updates from the same draws; 0: the objective's usual (ppo and grpo 4, else 1)",
         0,
     )
-    clip: float = option(0.2, "clip range of the probability ratio (ppo, grpo)")
-    preference_beta: float = option(0.1, "strength of a preference (dpo)")
+    clip: float = option(0.2, "clip range of the probability ratio (ppo, grpo)", above=0, below=1)
+    preference_beta: float = option(0.1, "strength of a preference (dpo)", above=0)
     reference: str = option(
         "fixed",
         "frozen gate to compare with (counterfactual, dpo, kl_weight): fixed, of mean "
         "reference_alpha, or epoch, the policy as it was when the epoch began",
     )
-    reference_alpha: float = option(0.5, "mean of the fixed reference gate", check=_not_inside)
+    reference_alpha: float = option(0.5, "mean of the fixed reference gate", above=0, below=1)
     kl_weight: float = option(0.0, "weight of the divergence from the reference policy", 0)
     normalise_advantage: bool = option(False, "give a layer's advantages mean 0 and deviation 1")
     discount: float = option(0.0, "share of later gates' rewards in a gate's own, 0 to 1", 0, 1)
     value_weight: float = option(0.5, "weight of the value network's squared error", 0)
-    reinforce_weight: float = option(0.1, "weight of the policy loss")
-    entropy_weight: float = option(0.2, "weight of the policy's entropy bonus")
-    lambda_sim: float = option(0.5, "weight of the similarity reward")
-    lambda_imp: float = option(1.0, "weight of the accuracy-improvement reward")
-    baseline_momentum: float = option(0.9, "momentum of the reward baseline")
+    reinforce_weight: float = option(0.1, "weight of the policy loss", 0)
+    entropy_weight: float = option(0.2, "weight of the policy's entropy bonus", 0)
+    lambda_sim: float = option(0.5, "weight of the similarity reward", 0)
+    lambda_imp: float = option(1.0, "weight of the accuracy-improvement reward", 0)
+    baseline_momentum: float = option(0.9, "momentum of the reward baseline", 0, below=1)
     validate_every: int = option(5, "epochs between validations", 1)
     validation_episodes: int = option(200, "monitor episodes of a validation", 1)
 
@@ -346,7 +342,7 @@ class AblateConfig:
     )
     kappa: list[float] = field(
         default_factory=lambda: [2.0, 5.0, 20.0, 50.0],
-        metadata=about("sweep of model.concentration"),
+        metadata=about("sweep of model.concentration", above=0),
     )
     lambda_sim: list[float] = field(
         default_factory=lambda: [0.0, 0.25, 1.0], metadata=about("sweep of metatune.lambda_sim", 0)
@@ -360,7 +356,7 @@ class AblateConfig:
     )
     temperature: list[float] = field(
         default_factory=lambda: [0.05, 0.1, 0.4],
-        metadata=about("sweep of model.temperature, the authors' τ"),
+        metadata=about("sweep of model.temperature, the authors' τ", above=0),
     )
     layers: list[list[list[int]]] = field(
         default_factory=list,
@@ -390,7 +386,7 @@ class RunConfig:
 
     output: str = option("", "run folder, new or empty; default: runs/<command>-<date>-<time>")
     resume: bool = option(False, "continue the run in --output after an interruption")
-    seed: int = option(0, "seed of weights, batches, episodes and gates", 0)
+    seed: int = option(0, "seed of weights, batches, episodes and gates", 0, LARGEST_SEED)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
     wandb: str = option("", "Weights & Biases project to log to as well (needs wandb); empty: none")
 

@@ -30,6 +30,7 @@ from dvla_fast.engine.build import (
 )
 from dvla_fast.engine.config import DemoRun
 from dvla_fast.engine.distributed import Processes
+from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import Contender, Evaluation, load_model
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import GateTraining
@@ -109,13 +110,12 @@ def _check_recipe(
 ) -> None:
     """Find what fits no model, and too few images, before the training."""
     GateTraining(config.metatune, build_model(spec))
-    evaluated = config.evaluate
-    for settings, images, barred in (
-        (evaluated, data.split(evaluated.split), seen.barred),
-        (config.metatune, data.base, None),
-    ):
-        for shot in settings.shots:
-            EpisodeSampler(images, settings.way, shot, settings.query, 0, barred)
+    tuning, tested = config.metatune, config.evaluate
+    for shot in tuning.shots:
+        EpisodeSampler(data.base, tuning.way, shot, tuning.query, 0)
+    images, chosen = data.split(tested.split), tested.episode_list
+    for shot in tested.shots:
+        build_sampler(chosen, images, tested.way, shot, tested.query, config.seed, seen.barred)
 
 
 def _evaluate(

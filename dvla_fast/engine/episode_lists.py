@@ -9,6 +9,7 @@ from dvla_fast.data import EpisodeSampler, ImageSet
 from dvla_fast.engine.settings import UsageError
 
 EPISODE_LISTS = ("own", "authors")
+_SEEDS = 2**32  # that RandomState knows
 _BLOCK = 128  # episodes that EpisodeSampler asks _block for at a time
 
 
@@ -62,7 +63,8 @@ def build_sampler(
         not_as_query: as for :class:`~dvla_fast.data.EpisodeSampler`.
 
     Raises:
-        UsageError: unknown name, or images to be left out of a list that is fixed.
+        UsageError: unknown name; a seed that the authors' list cannot have, or images to be left
+            out of it.
         DataError: too few classes or images for the episodes.
     """
     if name not in EPISODE_LISTS:
@@ -71,6 +73,10 @@ def build_sampler(
         )
     if name == "own":
         return EpisodeSampler(images, way, shot, query, seed, not_as_query)
+    if not 0 <= seed < _SEEDS:
+        raise UsageError(
+            f"--seed {seed}: the authors' list takes seeds from 0 to {_SEEDS - 1}, and theirs is 0"
+        )
     if not_as_query is not None and bool(not_as_query.any()):
         raise UsageError(
             f"the authors' list is fixed and cannot leave out the {int(not_as_query.sum())} images "

@@ -7,12 +7,9 @@ point can be told from chance. ``engine.predict`` computes, ``engine.statistics`
 
 from __future__ import annotations
 
-import filecmp
 import hashlib
 import itertools
 import json
-import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,6 +40,7 @@ from dvla_fast.engine.predict import (
     image_features,
     predict_visual,
 )
+from dvla_fast.engine.recipes import check_one_recipe, checkpoint_paths
 from dvla_fast.engine.records import (
     EpisodeRecord,
     check_comparable,
@@ -51,7 +49,7 @@ from dvla_fast.engine.records import (
     keep_record,
     keep_result,
 )
-from dvla_fast.engine.settings import UsageError, to_dict
+from dvla_fast.engine.settings import to_dict
 from dvla_fast.engine.starting import published, published_visformer, trained_normalisation
 from dvla_fast.engine.statistics import (
     INTERVAL,
@@ -318,13 +316,13 @@ class _Texts(NamedTuple):
 
 def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast evaluate`` does; returns the summary that it writes."""
-    paths, settings = _paths(config), config.evaluate
+    paths, settings = checkpoint_paths(config), config.evaluate
     device = pick_device(config.device)
     data = build_data(config.data, device)
     loaded = [load_model(path, data) for path in paths]
     contenders = [Contender(model, {VISUAL: backbone}) for model, backbone, _ in loaded]
     infos = [info for _, _, info in loaded]
-    _check_alike(paths, infos)
+    check_one_recipe(paths, [model for model, _, _ in loaded], infos)
     stages = {path: training_stages(info) for path, info in zip(paths, infos)}
     classes = require_untrained(stages, data, settings.split)
     check_seen_images(config.semantics.seen_images)
@@ -397,26 +395,6 @@ def _result(
     return result
 
 
-def _paths(config: EvaluateRun) -> list[str]:
-    """The checkpoints to evaluate, each once (UsageError otherwise)."""
-    if not config.checkpoint:
-        raise UsageError("evaluate needs --checkpoint, a .safetensors file of a run's checkpoints/")
-    paths = [config.checkpoint, *config.checkpoints]
-    # The best and the last epoch of one stage are one training, as the same file twice is.
-    ends = r"-(best|last)\.safetensors$"
-    trainings = {re.sub(ends, "", os.path.realpath(path)) for path in paths}
-    copied = any(
-        os.path.isfile(a) and os.path.isfile(b) and filecmp.cmp(a, b, shallow=False)
-        for a, b in itertools.combinations(paths, 2)
-    )
-    if copied or len(trainings) < len(paths):
-        raise UsageError(
-            "evaluate: the same training twice in --checkpoint and --checkpoints, which would "
-            "look like training without any spread; name one checkpoint of each"
-        )
-    return paths
-
-
 def _find_texts(
     config: EvaluateRun, data: FewShotData, infos: Mapping[str, Mapping[str, Any]]
 ) -> _Texts:
@@ -471,18 +449,6 @@ def _leaks(
             "texts were written from"
         )
     return leaks
-
-
-def _check_alike(paths: Sequence[str], infos: Sequence[Mapping[str, Any]]) -> None:
-    """Check that checkpoints can be averaged: one kind, one training set, one normalisation."""
-    for path, info in zip(paths[1:], infos[1:]):
-        for key in ("kind", "dataset", "normalisation"):
-            if info.get(key) != infos[0].get(key):
-                raise CheckpointError(
-                    f"{path}: its {key} is {info.get(key)!r}, that of {paths[0]} is "
-                    f"{infos[0].get(key)!r}; average checkpoints of one recipe, and evaluate "
-                    "others in runs of their own (--compare puts two runs side by side)"
-                )
 
 
 def _versions() -> dict[str, str]:

@@ -6,9 +6,11 @@ into command-line options and back, so no default is written twice.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -27,6 +29,7 @@ def about(
     minimum: float | None = None,
     maximum: float | None = None,
     *,
+    above: float | None = None,
     below: float | None = None,
     check: Callable[[Any], str] | None = None,
 ) -> dict[str, Any]:
@@ -35,10 +38,10 @@ def about(
     Args:
         help: help text.
         minimum, maximum: smallest and largest value, of every entry where the field is a list.
-        below: what values must be smaller than.
+        above, below: what values must be larger and smaller than.
         check: says what is wrong with a value in words, or returns "".
     """
-    limits = {"minimum": minimum, "maximum": maximum, "below": below}
+    limits = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
     return {"help": help, "limits": limits, "check": check}
 
 
@@ -209,10 +212,10 @@ def _typed(kind: Any, value: Any, where: str, alone: bool = True) -> Any:
         entry = get_args(kind)[1]
         return {key: _typed(entry, item, f"{where}.{key}") for key, item in value.items()}
     if kind is float and isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):  # text that is no number is refused below
+            value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{where}: expected a finite number, got {value!r}")
     right = _PLAIN.get(kind)
     wrong_bool = isinstance(value, bool) and kind is not bool
     if right is not None and (wrong_bool or not isinstance(value, right)):
@@ -226,26 +229,28 @@ _PLAIN: dict[Any, Any] = {float: int | float, int: int, bool: bool, str: str}
 def _check_value(metadata: Mapping[str, Any], value: Any, where: str) -> None:
     """Check a setting against its field's limits and its own check."""
     limits = metadata.get("limits") or {}
-    low, high, below = (limits.get(key) for key in ("minimum", "maximum", "below"))
+    low, high = limits.get("minimum"), limits.get("maximum")
+    above, below = limits.get("above"), limits.get("below")
     entries = value if isinstance(value, list) else [value]
-    inside = all(  # written so that NaN is outside
+    inside = all(
         (low is None or entry >= low)
         and (high is None or entry <= high)
+        and (above is None or entry > above)
         and (below is None or entry < below)
         for entry in entries
     )
     if not inside or (low is not None and not entries):
-        raise UsageError(f"{where}: expected {_range(low, high, below)}, got {value!r}")
+        raise UsageError(f"{where}: expected {_range(low, high, above, below)}, got {value!r}")
     problem = metadata["check"](value) if metadata.get("check") else ""
     if problem:
         raise UsageError(f"{where}: {problem}")
 
 
-def _range(low: float | None, high: float | None, below: float | None) -> str:
+def _range(low: float | None, high: float | None, above: float | None, below: float | None) -> str:
     if low is not None and high is not None:
-        return f"{low:g} to {high:g}"
-    words = {"at least": low, "at most": high, "below": below}
-    return " and ".join(f"{word} {x:g}" for word, x in words.items() if x is not None)
+        return f"{low} to {high}"
+    words = {"at least": low, "at most": high, "above": above, "below": below}
+    return " and ".join(f"{word} {x}" for word, x in words.items() if x is not None)
 
 
 def add_arguments(parser: Any, cls: Any, default: Any, prefix: str = "") -> None:

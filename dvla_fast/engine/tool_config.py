@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dvla_fast.engine.config import DataConfig, TextOptions
+from dvla_fast.engine.config import LARGEST_SEED, DataConfig, TextOptions
 from dvla_fast.engine.settings import about, option, positional
 
 
@@ -166,7 +166,7 @@ class LanguageModelConfig:
         "(transformers)",
     )
     temperature: float = option(0.0, "0: the most likely answer; higher: more varied", 0)
-    seed: int = option(0, "seed of answers, for back ends that have one", 0)
+    seed: int = option(0, "seed of answers, for back ends that have one", 0, LARGEST_SEED)
     answers: str = option("", "the .json or .jsonl file of answers (files)")
     base_url: str = option("", "address of the server; empty: OPENAI_BASE_URL (openai)")
     api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the key (openai)")
@@ -217,7 +217,7 @@ class SemanticsBuild:
     """Everything `dvla-fast semantics build` does."""
 
     output: str = option("", "JSON file of the bank (required)")
-    seed: int = option(0, "seed of the choice of images", 0)
+    seed: int = option(0, "seed of the choice of images", 0, LARGEST_SEED)
     data: DataConfig = field(default_factory=DataConfig)
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     construct: ConstructConfig = field(default_factory=ConstructConfig)

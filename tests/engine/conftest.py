@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dvla_fast.cli import main
 from dvla_fast.data import FewShotData, load_digits
 from dvla_fast.data.images import ImageSet
 from dvla_fast.engine.build import build_model, build_pretrain_model
@@ -31,6 +32,16 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The best checkpoint of a short pre-training on the digits; the last is beside it."""
+    folder = tmp_path_factory.mktemp("backbone") / "run"
+    tiny = ["--pretrain.epochs=1", "--pretrain.warmup_epochs=0", "--model.width=8"]
+    tiny += ["--pretrain.validation_episodes=4"]
+    assert main(["pretrain", "--device=cpu", f"--output={folder}", *tiny]) == 0
+    return str(folder / "checkpoints" / "pretrain-best.safetensors")
 
 
 @pytest.fixture

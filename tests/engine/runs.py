@@ -1,4 +1,4 @@
-"""Evaluation folders made without a model, with predictions of a chosen accuracy."""
+"""Models and checkpoints without training, and evaluation folders without a model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,66 @@ from typing import Any
 
 import torch
 
+from dvla_fast.data import load_digits
+from dvla_fast.engine.build import backbone_spec, build_model, model_spec
+from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
+from dvla_fast.engine.config import ModelConfig
 from dvla_fast.engine.records import EpisodeRecord
+from dvla_fast.nn import DVLA
 
 CLASSES = ["ant", "bee", "cat", "dog", "elk", "fox"]
+
+
+def small_spec(text_dim: int, **options: Any) -> dict[str, Any]:
+    """Describe a small model for the digits; ``options`` are those of ``ModelConfig``."""
+    config = ModelConfig(width=8, num_heads=4, hidden_dim=8, **options)
+    return model_spec(config, backbone_spec(config, 1, 16), text_dim)
+
+
+def random_model(spec: dict[str, Any], seed: int = 0) -> DVLA:
+    """A model whose policies have left their starting point, so that states matter."""
+    torch.manual_seed(seed)
+    model = build_model(spec)
+    for gate in model.gates:
+        for parameter in gate.policy.parameters():  # type: ignore[union-attr]
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def write_tuned(
+    path: Path, text_dim: int, seed: int = 0, texts: Any = None, **options: Any
+) -> Path:
+    """Write a meta-tuned checkpoint of :func:`random_model`, as if the digits were learned.
+
+    Args:
+        texts: what the checkpoint says of its texts, beside encoder and length.
+    """
+    spec, data = small_spec(text_dim, **options), load_digits()
+    weights = random_model(spec, seed).state_dict()
+    info = {
+        "kind": "metatune", "model": spec, "dataset": "digits", "seed": seed,
+        "normalisation": {"mean": data.mean.tolist(), "std": data.std.tolist()},
+        "semantics": {"encoder": "hashed-ngram", "dim": text_dim, **(texts or {})},
+    }  # fmt: skip
+    save_checkpoint(path, {f"model.{name}": value for name, value in weights.items()}, info)
+    return path
+
+
+def another_training(checkpoint: str, path: Path) -> Path:
+    """Write a checkpoint with noise on its weights, as another seed would give."""
+    tensors, info = load_checkpoint(checkpoint)
+    torch.manual_seed(0)
+    noisy = {k: x + 0.3 * torch.randn_like(x) if x.dim() > 1 else x for k, x in tensors.items()}
+    save_checkpoint(path, noisy, info)
+    return path
+
+
+def evaluate_arguments(checkpoint: str | Path, output: Path, *more: str) -> list[str]:
+    """Arguments of ``dvla-fast evaluate`` on 30 1-shot episodes."""
+    return [
+        *("evaluate", f"--checkpoint={checkpoint}", f"--output={output}", "--device=cpu"),
+        *("--evaluate.episodes=30", "--evaluate.query=5", "--evaluate.shots=[1]", *more),
+    ]
 
 
 def write_evaluation(

@@ -233,6 +233,19 @@ def test_failed_backbone_leaves_its_cells(
     assert "not computed" in Path(config.output, "ablation.md").read_text()
 
 
+def test_damaged_cell_is_named(config: AblateRun) -> None:
+    store, cell = Store(Path(config.output)), Cell(chosen_variants(config, 1)[0], 0)
+    store.prepare()
+    store.write(cell, {"accuracy-1": np.random.default_rng(0).random(500)}, {"seconds": 1.0})
+    path = store.result(cell)
+    whole = path.read_bytes()
+    half = whole[: len(whole) // 2]
+    for damaged in (b"", b"torn", half, half + bytes(len(whole) - len(half))):
+        path.write_bytes(damaged)
+        with pytest.raises(OutputError, match=r"full-seed0\.npz: not a finished cell"):
+            store.read(cell)
+
+
 def test_claimed_cells_are_left_to_others(config: AblateRun) -> None:
     store = Store(Path(config.output))
     store.prepare()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,23 @@ def test_several_seeds_a_side(tmp_path: Path) -> None:
     expected = stats.ttest_ind(*means, equal_var=False)
     assert row["over_checkpoints"]["p_value"] == pytest.approx(expected.pvalue, rel=1e-6)
     assert row["accuracies"] == pytest.approx([sum(m) / len(m) for m in means])
+
+
+def test_a_training_counts_once_a_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, hashes in (("a", ["x"]), ("b", ["y"]), ("again", ["z", "x"]), ("old", [None])):
+        write_evaluation(tmp_path / name, 0.6, checkpoints_sha256=hashes)
+    shutil.copytree("a", "a-copy")
+    write_evaluation(tmp_path / "demo", 0.6)  # its summary has no hashes
+    for one, two in (("a", "a-copy"), ("a", "again"), ("old", "./old"), ("demo", "demo/")):
+        for sides in ([f"{one},b,{two}", "b"], ["b", f"{one},{two}"]):
+            assert main(["compare", *sides]) == 2
+            said = capsys.readouterr().err
+            assert f"compare: {one} and {two} evaluate the same checkpoint" in said
+    # on both sides: two methods of one training
+    assert main(["compare", "a,b,old", "a,b,demo", "--method_b=visual prototypes"]) == 0
 
 
 def test_holm_is_the_step_down_procedure() -> None:

@@ -9,6 +9,7 @@ import yaml
 
 from dvla_fast.cli import main
 from dvla_fast.engine.config import (
+    AblateRun,
     DemoRun,
     EvaluateConfig,
     EvaluateRun,
@@ -61,10 +62,29 @@ def test_partial_mapping_keeps_the_other_defaults() -> None:
         ({"pretrain": {"drop_path": 1}}, "pretrain.drop_path: expected at least 0 and below 1"),
         ({"evaluate": {"split": "tset"}}, r"evaluate.split: 'tset' .* novel \(or test\)"),
         ({"model": {"gated_layers": [2, 1]}}, "model.gated_layers: expected a list, got 2"),
-        ({"seed": -1}, "seed: expected at least 0"),
+        ({"seed": -1}, "seed: expected 0 to 9223372036854775807, got -1"),
+        ({"seed": 2**63}, "seed: expected 0 to 9223372036854775807"),
+        ({"data": {"split_seed": -1}}, "data.split_seed: expected at least 0"),
         ({"seed": True}, "seed: expected int, got True"),
         ({"pretrain": {"lr": -1.0}}, "pretrain.lr: expected at least 0"),
-        ({"pretrain": {"lr": float("nan")}}, "pretrain.lr: expected at least 0, got nan"),
+        ({"pretrain": {"lr": float("nan")}}, "pretrain.lr: expected a finite number, got nan"),
+        ({"metatune": {"lr": "inf"}}, "metatune.lr: expected a finite number, got inf"),
+        ({"model": {"level_weights": [[1, float("nan")]]}}, "expected a finite number, got nan"),
+        ({"metatune": {"clip_norm": -1}}, "metatune.clip_norm: expected at least 0, got -1"),
+        ({"metatune": {"entropy_weight": -0.1}}, "metatune.entropy_weight: expected at least 0"),
+        ({"metatune": {"reinforce_weight": -1}}, "metatune.reinforce_weight: expected at least 0"),
+        ({"metatune": {"lambda_sim": -1}}, "metatune.lambda_sim: expected at least 0"),
+        ({"metatune": {"lambda_imp": -1}}, "metatune.lambda_imp: expected at least 0"),
+        ({"metatune": {"baseline_momentum": 1}}, "expected at least 0 and below 1, got 1"),
+        ({"metatune": {"clip": 0}}, "metatune.clip: expected above 0 and below 1, got 0"),
+        ({"metatune": {"preference_beta": 0}}, "preference_beta: expected above 0, got 0"),
+        ({"metatune": {"augment": {"scale": 1}}}, "augment.scale: expected at least 0 and below 1"),
+        ({"pretrain": {"augment": {"shift": 2}}}, "augment.shift: expected 0 to 1, got 2"),
+        ({"model": {"temperature": 0}}, "model.temperature: expected above 0, got 0"),
+        ({"model": {"concentration": -10}}, "model.concentration: expected above 0, got -10"),
+        ({"model": {"num_heads": 0}}, "model.num_heads: expected at least 1, got 0"),
+        ({"model": {"hidden_dim": 0}}, "model.hidden_dim: expected at least 1, got 0"),
+        ({"model": {"width": -8}}, "model.width: expected at least 1, got -8"),
         ({"metatune": {"backbone_lr": -1e-6}}, "metatune.backbone_lr: expected at least 0"),
         ({"pretrain": {"lr": "fast"}}, "pretrain.lr: expected float, got 'fast'"),
         ({"data": {"holdout": 1}}, "data.holdout: expected above 0 and below 1"),
@@ -75,6 +95,12 @@ def test_partial_mapping_keeps_the_other_defaults() -> None:
 def test_wrong_values(values: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         from_mapping(DemoRun, values)
+
+
+@pytest.mark.parametrize("name", ["kappa", "temperature"])
+def test_wrong_values_of_a_sweep(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"ablate.{name}: expected above 0, got \[2.0, 0\]"):
+        from_mapping(AblateRun, {"ablate": {name: [2.0, 0]}})
 
 
 def test_differences_are_named() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +17,7 @@ import torch
 from benchmarks.evaluation import predict_afresh
 from dvla_fast.cli import main
 from dvla_fast.data import EpisodeSampler, FewShotData
-from dvla_fast.engine.build import (
-    backbone_spec,
-    build_model,
-    build_texts,
-    model_spec,
-    without_test_split,
-)
+from dvla_fast.engine.build import build_texts, without_test_split
 from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from dvla_fast.engine.config import DemoRun, EvaluateConfig
 from dvla_fast.engine.episode_lists import AuthorsEpisodeSampler, build_sampler
@@ -46,23 +39,18 @@ from dvla_fast.engine.settings import UsageError
 from dvla_fast.errors import DataError, OutputError, TrainingError
 from dvla_fast.nn import DVLA
 from dvla_fast.semantics import EncodedTexts
-from tests.test_cli import fails
+from tests.engine.runs import (
+    another_training,
+    evaluate_arguments,
+    random_model,
+    small_spec,
+    write_tuned,
+)
 
 
 @pytest.fixture
-def make_model(tiny: DemoRun) -> Callable[..., DVLA]:
-    """A model whose policies have left their starting point, so that states matter."""
-
-    def make(**options: object) -> DVLA:
-        torch.manual_seed(0)
-        spec = model_spec(tiny.model, backbone_spec(tiny.model, 1, 16), 512)
-        model = build_model({**spec, **options})
-        for gate in model.gates:
-            for parameter in gate.policy.parameters():  # type: ignore[union-attr]
-                torch.nn.init.normal_(parameter, std=0.3)
-        return model
-
-    return make
+def make_model() -> Callable[..., DVLA]:
+    return lambda **options: random_model(small_spec(512, **options))
 
 
 @pytest.fixture
@@ -275,6 +263,8 @@ def test_authors_list_is_the_legacy_stream(few_digits: FewShotData) -> None:
     again = AuthorsEpisodeSampler(images, 3, 2, 4)
     assert torch.equal(again.batch(130, 2).query, sampler.batch(130, 2).query)
     assert again.fingerprint(20) == sampler.fingerprint(20)
+    with pytest.raises(UsageError, match="--seed 4294967296: the authors' list takes seeds from 0"):
+        build_sampler("authors", images, 3, 2, 4, 2**32)
     with pytest.raises(UsageError, match="episode_list: 'other' is unknown"):
         build_sampler("other", images, 3, 2, 4, 0)
 
@@ -286,24 +276,9 @@ def test_checkpoint_brings_its_normalisation(few_digits: FewShotData) -> None:
     assert trained_normalisation(few_digits, {}) is few_digits
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("backbone") / "run"
-    tiny = ["--pretrain.epochs=1", "--pretrain.warmup_epochs=0", "--model.width=8"]
-    tiny += ["--pretrain.validation_episodes=4"]
-    assert main(["pretrain", "--device=cpu", f"--output={folder}", *tiny]) == 0
-    return str(folder / "checkpoints" / "pretrain-best.safetensors")
-
-
-def evaluate(checkpoint: str, output: Path, *more: str) -> list[str]:
-    return [
-        *("evaluate", f"--checkpoint={checkpoint}", f"--output={output}", "--device=cpu"),
-        *("--evaluate.episodes=30", "--evaluate.query=5", "--evaluate.shots=[1]", *more),
-    ]
-
-
 def test_run_leaves_predictions_and_confusion(backbone: str, tmp_path: Path) -> None:
-    assert main(evaluate(backbone, tmp_path / "a", "--evaluate.episode_list=authors")) == 0
+    run = evaluate_arguments(backbone, tmp_path / "a", "--evaluate.episode_list=authors")
+    assert main(run) == 0
     summary = json.loads((tmp_path / "a/summary.json").read_text())
     assert (summary["trained_on"], summary["cross_domain"]) == ("digits", False)
     record = EpisodeRecord.read(tmp_path / "a/episodes-1shot.npz")
@@ -339,24 +314,10 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, stop: int) -> list[int]:
 
 @pytest.mark.parametrize("text_scope", ["class", "episode"])
 def test_an_interrupted_evaluation_goes_on(
-    tiny: DemoRun,
-    few_digits: FewShotData,
-    make_model: Callable[..., DVLA],
-    text_scope: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    text_scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make_model(text_scope=text_scope)
-    spec = model_spec(tiny.model, backbone_spec(tiny.model, 1, 16), 512)
-    info = {
-        "kind": "metatune", "model": {**spec, "text_scope": text_scope}, "dataset": "digits",
-        "normalisation": {"mean": few_digits.mean.tolist(), "std": few_digits.std.tolist()},
-        "semantics": {"encoder": "hashed-ngram", "dim": 512},
-    }  # fmt: skip
-    tuned = tmp_path / "tuned.safetensors"
-    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
-    save_checkpoint(tuned, weights, info)
-    run = evaluate(str(tuned), tmp_path / "whole", "--evaluate.shots=[3,1,2]")
+    tuned = write_tuned(tmp_path / "tuned.safetensors", 512, text_scope=text_scope)
+    run = evaluate_arguments(tuned, tmp_path / "whole", "--evaluate.shots=[3,1,2]")
     run += ["--evaluate.fixed_alpha=0.5", "--evaluate.episodes=4"]
     assert main(run) == 0
     run[2] = f"--output={tmp_path / 'stopped'}"
@@ -391,6 +352,7 @@ def test_an_interrupted_evaluation_goes_on(
     assert main(resumed) == 0
     assert seen == [3, 1]
     assert files("stopped") == files("whole")
+    weights, info = load_checkpoint(tuned)
     save_checkpoint(tuned, {key: value * 1.01 for key, value in weights.items()}, info)
     assert main(resumed) == 0
     assert seen == [3, 1, 3, 1, 2]
@@ -426,19 +388,21 @@ def test_images_go_through_in_the_same_batches_after_a_stop(
 def test_comparing_two_runs(
     backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(evaluate(backbone, tmp_path / "a")) == 0
-    assert main(evaluate(backbone, tmp_path / "b", f"--compare={tmp_path / 'a'}")) == 0
+    assert main(evaluate_arguments(backbone, tmp_path / "a")) == 0
+    assert main(evaluate_arguments(backbone, tmp_path / "b", f"--compare={tmp_path / 'a'}")) == 0
     assert "compared with" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "b/summary.json").read_text())["compared"]["results"]
     assert (row["difference"], row["ci95"], row["p_value"]) == (0.0, 0.0, 1.0)
-    assert main(evaluate(backbone, tmp_path / "c", "--seed=1")) == 0
+    assert main(evaluate_arguments(backbone, tmp_path / "c", "--seed=1")) == 0
     with pytest.raises(OutputError, match=r"other episodes .*1-shot: episodes_sha256"):
         compare_runs(tmp_path / "c", tmp_path / "a")
     capsys.readouterr()
-    other = evaluate(backbone, tmp_path / "d", "--evaluate.way=3", f"--compare={tmp_path / 'a'}")
+    other = evaluate_arguments(
+        backbone, tmp_path / "d", "--evaluate.way=3", f"--compare={tmp_path / 'a'}"
+    )
     assert main(other) == 1
     assert "1-shot: way 5, not 3" in capsys.readouterr().err
-    wrong = evaluate(backbone, tmp_path / "d", f"--compare={tmp_path / 'none'}")
+    wrong = evaluate_arguments(backbone, tmp_path / "d", f"--compare={tmp_path / 'none'}")
     assert main(wrong) == 1
     assert "no finished evaluation here" in capsys.readouterr().err
     assert not (tmp_path / "d").exists()
@@ -447,14 +411,6 @@ def test_comparing_two_runs(
         (tmp_path / "a/episodes-1shot.npz").write_bytes(torn)
         with pytest.raises(OutputError, match="no readable predictions"):
             compare_runs(tmp_path / "b", tmp_path / "a")
-
-
-def another_training(checkpoint: str, path: Path) -> Path:
-    tensors, info = load_checkpoint(checkpoint)
-    torch.manual_seed(0)
-    noisy = {k: x + 0.3 * torch.randn_like(x) if x.dim() > 1 else x for k, x in tensors.items()}
-    save_checkpoint(path, noisy, info)
-    return path
 
 
 def test_one_episode_has_no_interval(
@@ -466,10 +422,10 @@ def test_one_episode_has_no_interval(
         return json.loads(text, parse_constant=lambda name: pytest.fail(name))
 
     one = "--evaluate.episodes=1"
-    assert main(evaluate(backbone, tmp_path / "a", one)) == 0
+    assert main(evaluate_arguments(backbone, tmp_path / "a", one)) == 0
     other = another_training(backbone, tmp_path / "other.safetensors")
     more = [one, f"--checkpoints=[{other}]", f"--compare={tmp_path / 'a'}"]
-    assert main(evaluate(backbone, tmp_path / "b", *more)) == 0
+    assert main(evaluate_arguments(backbone, tmp_path / "b", *more)) == 0
     assert "± n/a  p = n/a" in capsys.readouterr().out
     for folder in ("a", "b"):
         for path in (tmp_path / folder).glob("*.json*"):
@@ -479,35 +435,3 @@ def test_one_episode_has_no_interval(
     assert summary["ci95"] is None
     assert summary["compared"]["results"][0]["p_value"] is None
     assert [row["ci95"] for row in read_metrics(tmp_path / "a", "evaluate")] == [None]
-
-
-def test_several_checkpoints_on_the_command_line(
-    backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other = another_training(backbone, tmp_path / "other.safetensors")
-    assert main(evaluate(backbone, tmp_path / "a", f"--checkpoints=[{other}]")) == 0
-    said = capsys.readouterr().out
-    summary = json.loads((tmp_path / "a/summary.json").read_text())
-    assert summary["checkpoints"] == [backbone, str(other)]
-    found = summary["over_checkpoints"][VISUAL]
-    assert found["std"] > 0
-    first, second = found["accuracies"]
-    assert "over the 2 checkpoints, which speaks of training again (percent)" in said
-    assert (
-        f"1-shot  {100 * found['accuracy']:.2f} ± {100 * found['ci95']:.2f}  "
-        f"s = {100 * found['std']:.2f}  {VISUAL}: {100 * first:.2f}, {100 * second:.2f}\n"
-    ) in said
-    assert json.loads((tmp_path / "a/confusion-1shot.json").read_text())["counts"]
-    assert main(evaluate(backbone, tmp_path / "b")) == 0
-    assert "training again" not in capsys.readouterr().out
-    link = tmp_path / "link.safetensors"
-    link.symlink_to(other)
-    twice = evaluate(backbone, tmp_path / "c", f"--checkpoints=[{other},{link}]")
-    message = fails(twice, capsys, 2)
-    assert "the same training twice" in message
-    last = backbone.replace("-best.", "-last.")
-    copy = shutil.copy(backbone, tmp_path / "copy.safetensors")
-    for again in (last, copy):
-        arguments = evaluate(backbone, tmp_path / "c", f"--checkpoints=[{again}]")
-        assert "the same training twice" in fails(arguments, capsys, 2)
-    assert not (tmp_path / "c").exists()

@@ -12,14 +12,13 @@ import torch
 
 from dvla_fast.data import EpisodeSampler, load_digits
 from dvla_fast.engine import inductive
-from dvla_fast.engine.build import backbone_spec, build_model, model_spec, seed_everything
-from dvla_fast.engine.checkpoint import save_checkpoint
-from dvla_fast.engine.config import EvaluateConfig, EvaluateRun, ModelConfig, SemanticsConfig
+from dvla_fast.engine.config import EvaluateConfig, EvaluateRun, SemanticsConfig
 from dvla_fast.engine.evaluate import run_evaluate
 from dvla_fast.engine.records import EpisodeRecord
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.errors import LanguageModelError, OutputError
 from dvla_fast.semantics import load_bank
+from tests.engine.runs import write_tuned
 from tests.semantics.scripted import Scripted
 
 WAY, SHOT, EPISODES = 5, 2, 6
@@ -30,25 +29,8 @@ EVALUATE = EvaluateConfig(
 
 @pytest.fixture
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A random small model whose policy has left its starting point."""
-    seed_everything(0)
     scope = getattr(request, "param", "episode")
-    config = ModelConfig(width=8, num_heads=4, hidden_dim=8, text_scope=scope)
-    spec = model_spec(config, backbone_spec(config, 1, 16), 64)
-    model = build_model(spec)
-    for gate in model.gates:
-        for parameter in gate.policy.parameters():  # type: ignore[union-attr]
-            torch.nn.init.normal_(parameter, std=0.3)
-    data = load_digits()
-    info = {
-        "kind": "metatune", "model": spec, "dataset": "digits", "seed": 0,
-        "normalisation": {"mean": data.mean.tolist(), "std": data.std.tolist()},
-        "semantics": {"encoder": "hashed-ngram", "dim": 64},
-    }  # fmt: skip
-    path = tmp_path / "model.safetensors"
-    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
-    save_checkpoint(path, weights, info)
-    return path
+    return write_tuned(tmp_path / "model.safetensors", 64, text_scope=scope)
 
 
 def settings_file(folder: Path, images: int, answers: str = "") -> str:

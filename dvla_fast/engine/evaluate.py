@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from dvla_fast.data import EpisodeSampler, FewShotData, ImageSet
 from dvla_fast.engine.build import (
-    build_bank,
     build_data,
     build_model,
     build_pretrain_model,
@@ -30,7 +29,7 @@ from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import EvaluateConfig, EvaluateRun
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.inductive import EpisodeTexts
-from dvla_fast.engine.leaks import check_seen_images, leak_summary, seen_images
+from dvla_fast.engine.leaks import check_seen_images, find_seen_images, leak_summary
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.predict import (
     LEARNED,
@@ -408,9 +407,10 @@ def _find_texts(
         found = _Texts(written=written, described=described, leaks=written.leaks(), seen=seen)
     else:
         encoded, described = build_texts(config.semantics, data, device, split)
-        seen, leaks = seen_images(build_bank(config.semantics.bank), data, split)
-        barred = seen if config.semantics.seen_images == "exclude" else None
-        found = _Texts(encoded, described=described, leaks=leaks, seen=seen, barred=barred)
+        shown = find_seen_images(config.semantics, data, split)
+        found = _Texts(
+            encoded, described=described, leaks=shown.facts, seen=shown.mask, barred=shown.barred
+        )
     for path, info in infos.items():
         check_semantics(described, info, path)
     compared = COMPARED if found.written is None else ("parts",)

@@ -18,7 +18,6 @@ from torch import Tensor
 from dvla_fast.data import EpisodeSampler, FewShotData, ImageSet
 from dvla_fast.data.decode import pillow
 from dvla_fast.engine.build import (
-    build_bank,
     build_data,
     build_texts,
     pick_device,
@@ -27,7 +26,7 @@ from dvla_fast.engine.build import (
 from dvla_fast.engine.config import DataConfig, EvaluateConfig, MetatuneConfig, SemanticsConfig
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import load_model
-from dvla_fast.engine.leaks import seen_images
+from dvla_fast.engine.leaks import find_seen_images
 from dvla_fast.engine.settings import from_mapping
 from dvla_fast.engine.starting import trained_normalisation
 from dvla_fast.engine.tool_config import ReportRun
@@ -187,8 +186,8 @@ class _Studio:
         shot = shot or settings.shots[0]
         images = self.data.split(settings.split)
         barred = None
-        if run.kind == "evaluate" and self.semantics.seen_images == "exclude":
-            barred = seen_images(build_bank(self.semantics.bank), self.data, settings.split)[0]
+        if run.kind in ("evaluate", "demo"):
+            barred = find_seen_images(self.semantics, self.data, settings.split).barred
         sampler = build_sampler(
             settings.episode_list, images, settings.way, shot, settings.query, seed, barred
         )

@@ -64,7 +64,7 @@ def beta_policy(
         ``concentration``, once.
 
     Raises:
-        TypeError: ``logits`` is no tensor, or not a floating one.
+        TypeError: ``logits`` or ``action_logit`` is no tensor, or logits not a floating one.
         ValueError: shapes or devices do not fit; where values are checked (by default on the CPU,
             :func:`dvla_fast.functional.set_value_checks`), κ is not positive and finite or logits
             or actions hold NaN. Unchecked, the results of such elements are NaN.
@@ -85,6 +85,8 @@ def beta_policy(
     if action_logit is not None:
         if deterministic:
             raise ValueError("action_logit and deterministic=True exclude each other")
+        if not isinstance(action_logit, Tensor):
+            raise TypeError(f"action_logit: expected a tensor, got {type(action_logit).__name__}")
         if action_logit.shape != logits.shape:
             raise ValueError(
                 f"action_logit: shape {tuple(action_logit.shape)}, expected {tuple(logits.shape)}"

@@ -321,6 +321,8 @@ def _check_action(
         return
     if deterministic:
         raise ValueError("action_logit and deterministic=True exclude each other")
+    if not isinstance(action_logit, Tensor):
+        raise TypeError(f"action_logit: expected a tensor, got {type(action_logit).__name__}")
     if action_logit.shape != (decisions,):
         raise ValueError(
             f"action_logit: shape {tuple(action_logit.shape)}, expected ({decisions},)"

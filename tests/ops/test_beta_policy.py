@@ -208,6 +208,8 @@ def test_wrong_inputs_raise_before_work(backend: str) -> None:
     logits = torch.zeros(3)
     with pytest.raises(TypeError, match="logits: expected a floating tensor"):
         beta_policy(torch.zeros(3, dtype=torch.int64), 1.0, backend=backend)
+    with pytest.raises(TypeError, match="action_logit: expected a tensor, got float"):
+        beta_policy(torch.zeros(1), 10.0, action_logit=0.3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="logits: expected a tensor, got list"):
         beta_policy([0.0], 1.0, backend=backend)  # type: ignore[arg-type]
     for bad in (0.0, -1.0, math.inf, math.nan):

@@ -11,9 +11,12 @@ from typing import Any
 OURS = "dvla_fast"
 # Short calls are timed in blocks: one call right after another provider's meets cold caches.
 BLOCK_SECONDS, MOST_CALLS = 0.005, 100
+LEAST_ROUNDS, MOST_ROUNDS = 5, 100
 
 
-def time_beside(benchmark: Any, provider: str, run: Callable[[str], object], rounds: int) -> None:
+def time_beside(
+    benchmark: Any, provider: str, run: Callable[[str], object], seconds: float, warm_up: int = 1
+) -> None:
     """Time ``run(provider)`` as ``benchmark.pedantic`` does, and against ``run("dvla_fast")``.
 
     ``extra_info["ratio"]`` of a peer becomes the median over rounds of its time over ours, blocks
@@ -21,13 +24,20 @@ def time_beside(benchmark: Any, provider: str, run: Callable[[str], object], rou
 
     Args:
         run: one call of a provider.
-        rounds: single calls to time; fewer blocks where calls are short.
+        seconds: how long the rounds of the provider take in all, about.
+        warm_up: calls before anything is timed.
     """
-    run(provider)
-    calls = min(MOST_CALLS, math.ceil(BLOCK_SECONDS / _seconds(run, OURS, 1)))
-    rounds = max(5, math.ceil(rounds / calls))
+    if benchmark.disabled:
+        benchmark.pedantic(lambda: run(provider))
+        return
+    for _ in range(warm_up):
+        run(provider)
+    ours, own = _seconds(run, OURS, 1), _seconds(run, provider, 1)
+    calls = min(MOST_CALLS, math.ceil(BLOCK_SECONDS / ours))
+    least = LEAST_ROUNDS if own < 1 else 2
+    rounds = int(min(MOST_ROUNDS, max(least, seconds / (own * calls))))
     benchmark.pedantic(lambda: run(provider), rounds=rounds, iterations=calls, warmup_rounds=1)
-    if provider == OURS or benchmark.stats is None:  # None where benchmarks are switched off
+    if provider == OURS:
         return
     ratios = []
     for _ in range(rounds):

@@ -18,6 +18,7 @@ from benchmarks.pairing import OURS, time_beside
 from dvla_fast.functional import beta_policy
 
 KAPPA = 10.0
+SECONDS_A_ROW = 0.5
 SIZES = (5, 25, 100, 1_000_000)
 
 Densities = tuple[Tensor, Tensor]
@@ -48,17 +49,13 @@ def check() -> None:
     torch.testing.assert_close(out.log_prob, policy.log_prob(alpha))
 
 
-def rounds(n: int) -> int:
-    return 20 if n > 10_000 else 500
-
-
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("n", SIZES)
 def test_forward(benchmark: Callable, n: int, provider: str) -> None:
     check()
     benchmark.group = f"beta_policy forward n={n}"
     logits = torch.randn(n)
-    time_beside(benchmark, provider, lambda name: PROVIDERS[name](logits), rounds(n))
+    time_beside(benchmark, provider, lambda name: PROVIDERS[name](logits), SECONDS_A_ROW)
 
 
 def direct(densities: Densities, weights: Tensor) -> None:
@@ -97,4 +94,4 @@ def test_forward_backward(benchmark: Callable, drive: str, n: int, provider: str
         logits.grad = None
         DRIVES[drive](PROVIDERS[name](logits), weights)
 
-    time_beside(benchmark, provider, step, rounds(n))
+    time_beside(benchmark, provider, step, SECONDS_A_ROW)

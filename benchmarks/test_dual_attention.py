@@ -7,7 +7,6 @@ its gradients, were compared with float64.
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,7 +48,6 @@ PROVIDERS = [OURS, "matmul+softmax", "2xSDPA+lerp", "torch.compile", "FlexAttent
 # Largest error allowed, as a share of the largest exact value. The bfloat16 peers mix in bfloat16.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 SECONDS_A_ROW = 0.35
-COMPILED = ("torch.compile", "FlexAttention")  # whose first call takes long
 
 
 def implementation(name: str) -> Callable[..., Tensor]:
@@ -126,19 +124,8 @@ def test_dual_attention(
     # alpha stays float32, as a policy gives it.
     tensors = [*leaves, alpha.clone().requires_grad_(backward), grad_out.to(dtype)]
     attention = implementation(provider)
-    begin = time.perf_counter()
-    results = run(attention, tensors, backward)
-    first = time.perf_counter() - begin
-    check(results, shape, dtype)
-    del results
+    check(run(attention, tensors, backward), shape, dtype)
     benchmark.extra_info["peak_mib"] = peak_mib(lambda: run(attention, tensors, backward))
-
-    if first > 1 and provider not in COMPILED:
-        rounds = 2
-    else:
-        begin = time.perf_counter()
-        run(attention, tensors, backward)
-        rounds = int(min(100, max(3, SECONDS_A_ROW / (time.perf_counter() - begin))))
     benchmark.group = f"dual_attention {shape} {str(dtype)[6:]} {mode}"
     benchmark.name = provider
     benchmark.extra_info["threads"] = torch.get_num_threads()
@@ -146,4 +133,4 @@ def test_dual_attention(
     def call(name: str) -> list[Tensor]:
         return run(dual_attention if name == OURS else attention, tensors, backward)
 
-    time_beside(benchmark, provider, call, rounds)
+    time_beside(benchmark, provider, call, SECONDS_A_ROW)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import time
 from typing import NamedTuple
 
 import pytest
@@ -130,17 +129,11 @@ def test_gate(benchmark, case: Case, dtype: torch.dtype, mode: str, provider: st
     leaf = image_tokens.to(dtype, copy=True).requires_grad_(backward)
     arguments = (gate, leaf, text_tokens.to(dtype), [g.to(dtype) for g in gradients], backward)
 
-    benchmark.extra_info["peak_mib"] = peak_mib(lambda: run(layer, *arguments))
-
     def call(name: str) -> list[Tensor]:
         return run(ours if name == OURS else layer, *arguments)
 
-    for _ in range(WARM_UP):
-        call(provider)
-    begin = time.perf_counter()
-    call(provider)
-    rounds = int(min(100, max(5, SECONDS_A_ROW / (time.perf_counter() - begin))))
+    benchmark.extra_info["peak_mib"] = peak_mib(lambda: call(provider))
     benchmark.group = f"RLAGate {case} {str(dtype)[6:]} {mode}"
     benchmark.name = provider
     benchmark.extra_info["threads"] = torch.get_num_threads()
-    time_beside(benchmark, provider, call, rounds)
+    time_beside(benchmark, provider, call, SECONDS_A_ROW, WARM_UP)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,16 +66,20 @@ def test_a_peer_is_timed_in_turn_with_ours(
         clock[0] += slow * ours * (1 if name == "dvla_fast" else 2)
 
     class Benchmark:
-        stats, extra_info = object(), {}
+        def __init__(self, disabled: bool = False) -> None:
+            self.disabled, self.extra_info = disabled, {}
 
-        def pedantic(self, target: object, rounds: int, iterations: int, **more: object) -> None:
-            assert (rounds >= 5, iterations) == (True, calls)
+        def pedantic(self, target: Callable, rounds=1, iterations=1, warmup_rounds=0) -> None:
+            assert self.disabled or (rounds >= 2 and iterations == calls)
+            target()
 
     monkeypatch.setattr(pairing.time, "perf_counter", lambda: clock[0])
-    own, peer = Benchmark(), Benchmark()
-    pairing.time_beside(own, "dvla_fast", run, 10)
-    assert own.extra_info == {}
-    pairing.time_beside(peer, "peer", run, 10)
+    off, own, peer = Benchmark(disabled=True), Benchmark(), Benchmark()
+    pairing.time_beside(off, "peer", run, 1.0)
+    assert order == ["peer"]
+    pairing.time_beside(own, "dvla_fast", run, 1.0)
+    assert off.extra_info == own.extra_info == {}
+    pairing.time_beside(peer, "peer", run, 1.0)
     assert peer.extra_info == {"ratio": 2.0}
     assert order[-2 * calls :] == ["dvla_fast"] * calls + ["peer"] * calls
 

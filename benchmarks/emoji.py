@@ -32,6 +32,11 @@ from PIL import Image
 
 from dvla_fast.semantics import SemanticBank
 
+try:
+    import resvg_py
+except ImportError:  # said before any work
+    resvg_py = None
+
 # People come once a gender and skin, clocks once an hour; flags and symbols are signs.
 _LEFT_OUT = {"people-body", "component", "flags", "symbols", "time"}
 _NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
@@ -168,8 +173,6 @@ def split_classes(classes: Sequence[Emoji], seed: int) -> dict[str, list[Emoji]]
 
 def write(parts: dict[str, list[Emoji]], styles: Sequence[Style], folder: Path, size: int) -> None:
     """Write the images, the bank and the sources."""
-    import resvg_py
-
     entries = {}
     for part, classes in parts.items():
         for emoji in classes:
@@ -210,10 +213,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--least", type=int, default=10, help="styles that must draw a class")
     parser.add_argument("--seed", type=int, default=0, help="of the split into three parts")
     options = parser.parse_args(arguments)
+    if resvg_py is None:
+        print("error: needs resvg-py (pip install resvg-py)", file=sys.stderr)
+        return 1
     try:
         styles, annotations = read_packages(options.packages)
         options.output.mkdir(parents=True)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyError, tarfile.TarError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     parts = split_classes(choose_classes(styles, annotations, options.least), options.seed)

@@ -30,8 +30,9 @@ def time_beside(
     if benchmark.disabled:
         benchmark.pedantic(lambda: run(provider))
         return
-    for _ in range(warm_up):
-        run(provider)
+    for name in (OURS, provider):
+        for _ in range(warm_up):
+            run(name)
     ours, own = _seconds(run, OURS, 1), _seconds(run, provider, 1)
     calls = min(MOST_CALLS, math.ceil(BLOCK_SECONDS / ours))
     least = LEAST_ROUNDS if own < 1 else 2

@@ -128,7 +128,8 @@ class MeanConcentrationBeta(Distribution):
         """Log-density at α; 0 and 1 count as their nearest neighbours.
 
         First-order gradients with respect to ``value`` and the parameters; a second derivative
-        raises, as it does for :meth:`entropy`. ``torch.distributions.Beta`` has them.
+        raises, as it does for :meth:`entropy`, and so does forward mode, under torch.func with the
+        reference backend too. ``torch.distributions.Beta`` has them.
         """
         if self._validate_args:
             self._validate_sample(value)

@@ -239,3 +239,13 @@ def test_curvature_of_the_divergence_is_the_fisher_information() -> None:
         torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-12, rtol=0)
         (curvature,) = torch.autograd.grad(slope.sum(), logits)
         torch.testing.assert_close(curvature, fisher, rtol=1e-8, atol=0)
+
+
+def test_log_prob_at_infinite_logits_under_vmap() -> None:
+    """Without NaN, and as without a transform."""
+    policy = MeanConcentrationBeta(logits=torch.zeros(3), concentration=torch.tensor(10.0))
+    at = torch.tensor([-torch.inf, 0.0, torch.inf])
+    torch.testing.assert_close(
+        torch.func.vmap(lambda x: policy.log_prob_logit(x))(at.expand(2, 3))[1],
+        policy.log_prob_logit(at),
+    )

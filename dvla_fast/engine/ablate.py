@@ -59,6 +59,7 @@ def run_ablate(config: AblateRun, *, quiet: bool = False) -> dict[str, Any]:
     cells = all_cells(variants, seeds)
     inputs = workshop.inputs()
     _open(store, config, inputs)
+    _check_lists(store, cells, workshop.lists())
     _forget_errors(store, cells)
     count = config.ablate.processes or (1 if device.type != "cpu" else os.cpu_count() or 1)
     left = sum(not store.finished(cell) for cell in cells)
@@ -117,6 +118,20 @@ def _open(store: Store, config: AblateRun, inputs: dict[str, str]) -> None:
     if (path / "inputs.json").exists():  # ablations of older versions have none
         began = json.loads((path / "inputs.json").read_text())
         check_inputs(path, began, inputs, "give --output a new folder")
+
+
+def _check_lists(store: Store, cells: Sequence[Cell], lists: dict[str, str]) -> None:
+    """Only cells of the same episodes are paired (OutputError)."""
+    for cell in cells:
+        if cell.variant is None or not store.finished(cell):
+            continue
+        theirs = store.read(cell)[1]["episodes_sha256"]
+        if theirs != lists:
+            raise OutputError(
+                f"{store.result(cell)}: computed on other episodes than are drawn now (the bank "
+                "lists other images as seen, or the version draws otherwise); give --output a new "
+                "folder"
+            )
 
 
 _OWN = {"cells", "claims", "backbones", "running", "inputs.json", "config.yaml"}

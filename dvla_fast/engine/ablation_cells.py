@@ -223,6 +223,11 @@ class Workshop:
         split = self.config.evaluate.split
         return run_inputs(self.data, self.texts(self.config)[1], split)
 
+    def lists(self) -> dict[str, str]:
+        """Fingerprints of the lists of episodes, by shot, as every cell records its own."""
+        episodes = self.config.evaluate.episodes
+        return {str(shot): sampler.fingerprint(episodes) for shot, sampler in self._samplers()}
+
     def leaks(self) -> dict[str, dict[str, Any]]:
         """What the summary says of queries that the texts were written from, by shot."""
         episodes = self.config.evaluate.episodes

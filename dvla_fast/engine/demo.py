@@ -28,6 +28,7 @@ from dvla_fast.engine.build import (
     model_spec,
     seed_everything,
 )
+from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import DemoRun
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.episode_lists import build_sampler
@@ -151,6 +152,7 @@ def _provenance(
 
     return {
         "checkpoint": str(checkpoint),
+        "checkpoints_sha256": [load_checkpoint(checkpoint)[1].get("tensors_sha256")],
         "semantics": semantics,
         "device": str(device),
         "dvla_fast": __version__,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,14 @@ def run_inputs(
         split: one more split whose images count.
 
     Returns:
-        ``base`` and ``monitor`` (class names, labels and names of all images, and of each base
-        class the content of a few), ``split`` and ``bank`` where given.
+        ``base`` and ``monitor`` (class names, labels and names of all images), ``pixels`` (of a
+        few images of each base class), ``split`` and ``bank`` where given.
     """
-    content = json.dumps(training_stage("", data)["classes"], sort_keys=True)
+    pixels = json.dumps(training_stage("", data)["classes"], sort_keys=True)
     found = {
-        "base": _listing(data.base, content),
+        "base": _listing(data.base),
         "monitor": _listing(data.monitor),
+        "pixels": hashlib.sha256(pixels.encode()).hexdigest(),
     }
     if split:
         found["split"] = _listing(data.split(split))
@@ -51,7 +53,10 @@ def check_inputs(
     """Compare what a run began with, None where that was not noted, with what it finds now.
 
     Raises:
-        CheckpointError: something is not the same.
+        CheckpointError: other images or texts.
+
+    Warns:
+        UserWarning: the same images with other pixels: edited, or decoded by another library.
     """
     changed = [
         text for key, text in _NAMES.items() if began and began.get(key, "") != now.get(key, "")
@@ -61,9 +66,16 @@ def check_inputs(
             f"{path}: begun with others than are found now: {' and '.join(changed)}; give them "
             f"back, or {remedy}"
         )
+    if began and began.get("pixels") != now["pixels"]:
+        warnings.warn(
+            f"{path}: base images have other pixels than when it was begun: edited, or decoded by "
+            "another library; what follows is not what an uninterrupted run gives",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
-def _listing(images: ImageSet, content: str = "") -> str:
-    digest = hashlib.sha256(json.dumps([images.class_names, images.ids, content]).encode())
+def _listing(images: ImageSet) -> str:
+    digest = hashlib.sha256(json.dumps([images.class_names, images.ids]).encode())
     digest.update(images.labels.cpu().numpy().astype("<i8").tobytes())
     return digest.hexdigest()

@@ -210,11 +210,20 @@ def find_images(given: Sequence[str]) -> list[Path]:
 
 
 def _images_below(folder: Path, entered: set[str]) -> Iterator[Path]:
-    """Image files of a folder and of those in it, links included; each folder once."""
+    """Image files of a folder and of those in it, links included; each folder once.
+
+    Raises:
+        DataError: a folder that cannot be read.
+    """
     if (real := os.path.realpath(folder)) in entered:
         return
     entered.add(real)
-    for item in folder.iterdir():
+    try:
+        # a folder rather than a link to it, whatever the order on disk
+        items = sorted(folder.iterdir(), key=lambda item: (item.is_symlink(), item))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror})") from error
+    for item in items:
         if item.name.startswith("."):
             continue
         if item.is_dir():

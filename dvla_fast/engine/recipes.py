@@ -7,6 +7,7 @@ as checkpoints record it: stage, data set, channel statistics, model, and the te
 from __future__ import annotations
 
 import filecmp
+import inspect
 import itertools
 import os
 import re
@@ -70,6 +71,9 @@ def _recipe(model: DVLA | None, info: Mapping[str, Any], told: Sequence[str]) ->
     """What the checkpoints of a recipe have in common; ``told``: the text settings to compare."""
     spec, texts = dict(info.get("model", {})), info.get("semantics") or {}
     if model is not None:  # the backbone's own choice and the same one in words are one recipe
+        for name, setting in inspect.signature(DVLA).parameters.items():
+            if setting.default not in (inspect.Parameter.empty, None):
+                spec.setdefault(name, setting.default)
         layers = model.gated_layers
         weights = default_level_weights(layers, model.backbone.deep_from)
         spec["gated_layers"] = [list(layer) for layer in layers]

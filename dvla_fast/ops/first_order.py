@@ -53,7 +53,7 @@ def first_order_term(name: str, remedy: str = "") -> Callable[[Tensor, Tensor, T
 
         @staticmethod
         def forward(value: Tensor, x: Tensor, slope: Tensor) -> Tensor:
-            return value + slope * (x - x)
+            return value.clone()  # + slope·(x − x), which is NaN where x is infinite
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Any) -> None:

@@ -185,8 +185,9 @@ class _Studio:
         settings = from_mapping(EvaluateConfig, run.config.get("evaluate", {}))
         shot = shot or settings.shots[0]
         images = self.data.split(settings.split)
-        barred = None
-        if run.kind in ("evaluate", "demo"):
+        barred, known = None, run.result(shot) or {}
+        # demos that do not speak of leaks left no images out
+        if run.kind == "evaluate" or (run.kind == "demo" and "leaks" in known):
             barred = find_seen_images(self.semantics, self.data, settings.split).barred
         sampler = build_sampler(
             settings.episode_list, images, settings.way, shot, settings.query, seed, barred

@@ -16,7 +16,7 @@ from dvla_fast.engine.settings import read_settings
 CONFIGS = Path(__file__).parents[2] / "configs"
 PROMISED = (
     *("dataset", "split", "way", "shot", "query", "episodes", "seed", "accuracy", "ci95"),
-    *("interval", "checkpoint", "semantics", "device", "dvla_fast", "torch"),
+    *("interval", "checkpoint", "checkpoints_sha256", "semantics", "device", "dvla_fast", "torch"),
 )
 
 

@@ -211,6 +211,7 @@ def test_folders_that_are_links_are_entered_once(folder: Path) -> None:
     shutil.move("photos/jay", "elsewhere/jay")
     Path("photos/jay").symlink_to(folder / "elsewhere/jay", target_is_directory=True)
     Path("photos/again").symlink_to(folder / "photos", target_is_directory=True)  # a loop
+    Path("photos/Aliased").symlink_to(folder / "photos/Wren", target_is_directory=True)
     Path("photos/.hidden").mkdir()
     shutil.copy("photos/Wren/0.png", "photos/.hidden/0.png")
     names = [str(path) for path in find_images(["photos"])]

@@ -84,8 +84,9 @@ def test_other_recipes_are_not_averaged(
         (TEXTS, {}),
         ({}, {}),  # an earlier version's, which say nothing of their texts
         (TEXTS, {"gated_layers": [[2, 1], [3, 0]], "level_weights": [[0.7, 0.3], [0.3, 0.7]]}),
+        (TEXTS, {"alpha_scope": "episode", "temperature": 0.2}),
     ],
-    ids=["another seed", "texts not recorded", "defaults in words"],
+    ids=["another seed", "texts not recorded", "layers in words", "defaults in words"],
 )
 def test_trainings_of_one_recipe_are_averaged(
     texts: dict[str, Any], options: dict[str, Any], tmp_path: Path

@@ -4,7 +4,7 @@
     python -m benchmarks.ratios run.json
     python -m benchmarks.ratios run.json --save benchmarks/results/machine.json
     python -m benchmarks.ratios run.json --plot ratios.png
-    python -m benchmarks.ratios benchmarks/results/amd-epyc-2-cores.json
+    python -m benchmarks.ratios benchmarks/results/amd-epyc-avx2-2-cores.json
 
 A ratio is the median over rounds of the fastest peer's time over ours in the same round
 (``benchmarks.pairing``), in older records and on GPUs that of the medians; above 1 means dvla_fast

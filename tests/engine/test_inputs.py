@@ -66,7 +66,7 @@ def test_an_ablation_does_not_go_on_with_another_bank(tiny: DemoRun, tmp_path: P
     )  # fmt: skip
     config.metatune.backbone_lr = 0.0
     summary = run_ablate(config, quiet=True)
-    assert set(summary["inputs"]) == {"base", "monitor", "split", "bank"}
+    assert set(summary["inputs"]) == {"base", "monitor", "pixels", "split", "bank"}
     kept = (tmp_path / "bank.json").read_text()
     bank = json.loads(kept)  # the same texts, but images are kept out of the queries now
     bank["classes"]["one"]["images"] = list(load_digits().novel.ids[:30])

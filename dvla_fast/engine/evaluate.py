@@ -29,7 +29,7 @@ from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import EvaluateConfig, EvaluateRun
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.inductive import EpisodeTexts
-from dvla_fast.engine.leaks import check_seen_images, find_seen_images, leak_summary
+from dvla_fast.engine.leaks import SeenImages, check_seen_images, find_seen_images
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.predict import (
     LEARNED,
@@ -300,17 +300,19 @@ class _Texts(NamedTuple):
     """What the gates read, and what a summary says of it; all None for visual prototypes alone.
 
     encoded: texts of the bank's classes, or written: what writes each episode's; described: as of
-    ``build_texts``; changed: as of ``text_differences``; leaks and seen, (N,) bool: as of
-    ``seen_images``; barred: the images of ``seen`` if they are kept out of the queries.
+    ``build_texts``; changed: as of ``text_differences``; seen: the images they were written from.
     """
 
     encoded: EncodedTexts | None = None
     written: EpisodeTexts | None = None
     described: dict[str, Any] | None = None
     changed: dict[str, Any] | None = None
-    leaks: dict[str, Any] | None = None
-    seen: Tensor | None = None
-    barred: Tensor | None = None
+    seen: SeenImages | None = None
+
+    @property
+    def barred(self) -> Tensor | None:
+        """(N,) bool, the images that are kept out of the queries, if any are."""
+        return None if self.seen is None else self.seen.barred
 
 
 def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
@@ -353,7 +355,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     with Progress({"evaluate": 1.0}, enabled=not quiet) as progress:
         progress.begin("evaluate", settings.episodes * len(settings.shots) * len(contenders))
         for sampler in samplers:
-            leaks = {"classes": classes, **_leaks(config, texts, sampler, progress)}
+            leaks = {"classes": classes, **_leaks(texts.seen, sampler, settings.episodes, progress)}
             known = {**facts, "leaks": leaks, **_versions()}
             results.append(_result(evaluation, sampler, known, folder, progress))
     # The fields of the first shot stand at the top; all of them are in "results".
@@ -402,15 +404,14 @@ def _find_texts(
     if config.evaluate.construct:
         run = config.output if config.resume else ""
         written = EpisodeTexts(config.evaluate.construct, data.split(split), run)
-        seen = torch.zeros(len(written.images), dtype=torch.bool)
+        none = torch.zeros(len(written.images), dtype=torch.bool)
+        seen = SeenImages(none, written.leaks(), config.semantics.seen_images)
         described = written.described()
-        found = _Texts(written=written, described=described, leaks=written.leaks(), seen=seen)
+        found = _Texts(written=written, described=described, seen=seen)
     else:
         encoded, described = build_texts(config.semantics, data, device, split)
-        shown = find_seen_images(config.semantics, data, split)
-        found = _Texts(
-            encoded, described=described, leaks=shown.facts, seen=shown.mask, barred=shown.barred
-        )
+        seen = find_seen_images(config.semantics, data, split)
+        found = _Texts(encoded, described=described, seen=seen)
     for path, info in infos.items():
         check_semantics(described, info, path)
     compared = COMPARED if found.written is None else ("parts",)
@@ -436,13 +437,12 @@ def _samplers(
 
 
 def _leaks(
-    config: EvaluateRun, texts: _Texts, sampler: EpisodeSampler, progress: Progress
+    seen: SeenImages | None, sampler: EpisodeSampler, episodes: int, progress: Progress
 ) -> dict[str, Any]:
     """What a summary says of queries that the texts were written from, told if there are any."""
-    if texts.seen is None or texts.leaks is None:
+    if seen is None:
         return {}
-    queries = sampler.batch(0, config.evaluate.episodes).query
-    leaks = leak_summary(texts.leaks, config.semantics.seen_images, texts.seen, queries)
+    leaks = seen.summary(sampler, episodes)
     if leaks["verdict"] == "leak":
         progress.note(
             f"leak: {leaks['seen_queries']} of {leaks['queries']} queries are images that the "

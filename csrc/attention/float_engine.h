@@ -63,11 +63,13 @@ struct FloatEngine {
       const bool first = begin == 0;
       const auto key = key_tile(path.key, path.index, begin, count, width, s.key);
       const auto value = key_tile(path.value, path.index, begin, count, width, s.value);
+      const Ahead ahead = key.data == s.key ? Ahead() : fetch_ahead(key, value, width);
       range.each([&](auto V, int64_t lane) {
         constexpr int64_t wide = V() * kLanes<acc_t>;
         acc_t* sums = out + lane * width;
         gemm_rows<false, false, kTileRows, V()>(count, width, key.data, key.ld, q + lane * width,
-                                                wide, s.scores, wide, 0, false);
+                                                wide, s.scores, wide, 0, false,
+                                                lane == 0 ? ahead : Ahead());
         softmax_block<V()>(s.scores, count, first, s.peak + lane, s.total + lane, sums, width);
         gemm_rows<true, false, kTileRows, V()>(width, count, value.data, value.ld, s.scores, wide,
                                                sums, wide, 0, !first);
@@ -128,6 +130,7 @@ struct FloatEngine {
                     const Differentiate& s, acc_t* grad_q) {
     const auto key = key_tile(path.key, path.index, begin, count, width, s.key);
     const auto value = key_tile(path.value, path.index, begin, count, width, s.value);
+    const Ahead ahead = key.data == s.key ? Ahead() : fetch_ahead(key, value, width);
     // Straight to its place where rows lie one after another in the accumulation type.
     const bool direct = std::is_same_v<scalar_t, acc_t> && !path.index;
     acc_t *grad_key = s.grad_key, *grad_value = s.grad_value;
@@ -142,21 +145,21 @@ struct FloatEngine {
     for (int64_t first = 0; first < panels.count; first += kStripPanels) {
       const int64_t last = std::min(panels.count, first + kStripPanels);
       const int64_t token = panels[first].first;
-      for (int64_t i = first; i < last; ++i) {
-        const Panel panel = panels[i];
-        const int64_t wide = panel.vecs * kLanes<acc_t>, at = panel.first * width;
-        acc_t* weights = s.weights + (panel.first - token);
-        acc_t* slopes = s.slopes + (panel.first - token);
-        gemm<false>(count, wide, width, key.data, key.ld, s.q_panels + at, wide, weights, s.strip,
-                    false);
-        gemm<false>(count, wide, width, value.data, value.ld, s.go_panels + at, wide, slopes,
-                    s.strip, false);
-        with_vecs(panel.vecs, [&](auto V) {
-          score_slopes<V()>(weights, slopes, s.strip, count, s.lse + panel.first,
-                            s.delta + panel.first, share, count == path.count);
-        });
-        gemm<true>(width, wide, count, key.data, key.ld, slopes, s.strip, grad_q + at, wide, true);
-      }
+      PanelRange<acc_t>{panels, first, last}.each([&](auto V, int64_t lane) {
+        constexpr int64_t wide = V() * kLanes<acc_t>;
+        const int64_t at = token + lane;
+        acc_t *weights = s.weights + lane, *slopes = s.slopes + lane;
+        gemm_rows<false, false, kTileRows, V()>(count, width, key.data, key.ld,
+                                                s.q_panels + at * width, wide, weights, s.strip, 0,
+                                                false, at == 0 ? ahead : Ahead());
+        gemm_rows<false, false, kTileRows, V()>(count, width, value.data, value.ld,
+                                                s.go_panels + at * width, wide, slopes, s.strip, 0,
+                                                false);
+        score_slopes<V()>(weights, slopes, s.strip, count, s.lse + at, s.delta + at, share,
+                          count == path.count);
+        gemm_rows<true, false, kTileRows, V()>(width, count, key.data, key.ld, slopes, s.strip,
+                                               grad_q + at * width, wide, 0, true);
+      });
       const int64_t end = panels[last - 1].first + panels[last - 1].count;
       gemm<false>(count, width, end - token, s.weights, s.strip, s.go + token * s.ld, s.ld,
                   grad_value, ld, first > 0);
@@ -170,6 +173,14 @@ struct FloatEngine {
   }
 
  private:
+  // What a product with keys fetches when these lie in place: the keys of the fourth tile from the
+  // one at work, and the values, which come next.
+  static Ahead fetch_ahead(const Tile<acc_t>& key, const Tile<acc_t>& value, int64_t width) {
+    constexpr int64_t size = sizeof(acc_t);
+    return {key.data + 4 * kTileRows * key.ld, value.data, key.ld * size, value.ld * size,
+            width * size};
+  }
+
   static void to_panels(const acc_t* rows, const Panels<acc_t>& panels, int64_t width, int64_t ld,
                         acc_t* to) {
     for (int64_t i = 0; i < panels.count; ++i) {

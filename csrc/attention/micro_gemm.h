@@ -25,6 +25,22 @@ inline __attribute__((always_inline)) void store_part(const Vec<acc_t>& value, a
   value.store(to);
 }
 
+// Rows of two matrices to be fetched while a product works on the same rows of another. The tokens
+// of a head lie apart by the width of all heads, in short pieces that hardware does not foresee.
+struct Ahead {
+  const void *first = nullptr, *second = nullptr;
+  int64_t first_row = 0, second_row = 0;  // bytes from one row to the next
+  int64_t bytes = 0;                      // of a row; 0: nothing is to be fetched
+
+  // Inlined by force: as a function without effects, its calls would be removed.
+  inline __attribute__((always_inline)) void fetch(int64_t row) const {
+    const char* a = static_cast<const char*>(first) + row * first_row;
+    const char* b = static_cast<const char*>(second) + row * second_row;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(a + i), __builtin_prefetch(b + i);
+    __builtin_prefetch(a + bytes - 1), __builtin_prefetch(b + bytes - 1);
+  }
+};
+
 // One tile of R rows and V vectors. A (R, K): element (r, k) at a[r * lda + k], or at
 // a[k * lda + r] when transposed. B (K, V * lanes) with row stride ldb, C likewise with ldc, of
 // which only the first `tail` lanes of the last vector exist when `partial`.
@@ -65,9 +81,13 @@ inline __attribute__((always_inline)) void gemm_tile(int64_t K, const acc_t* a, 
 // All M rows of a column of tiles V vectors wide; the rows left over take tiles of half the height.
 template <bool transposed, bool partial, int R, int V, class acc_t>
 inline void gemm_rows(int64_t M, int64_t K, const acc_t* a, int64_t lda, const acc_t* b,
-                      int64_t ldb, acc_t* c, int64_t ldc, int64_t tail, bool add) {
+                      int64_t ldb, acc_t* c, int64_t ldc, int64_t tail, bool add,
+                      const Ahead& ahead = {}) {
   int64_t m = 0;
   for (; m + R <= M; m += R) {
+    if (ahead.bytes > 0) {
+      for (int64_t r = 0; r < R; ++r) ahead.fetch(m + r);
+    }
     gemm_tile<transposed, partial, R, V>(K, a + (transposed ? m : m * lda), lda, b, ldb,
                                          c + m * ldc, ldc, tail, add);
   }

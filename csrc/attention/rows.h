@@ -91,12 +91,29 @@ inline void load_rows(const Matrix<scalar_t>& from, const int64_t* index, int64_
 template <class acc_t>
 inline void transpose(const acc_t* from, int64_t ld_from, int64_t rows, int64_t columns, acc_t* to,
                       int64_t ld_to) {
+#if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<acc_t, float>) {
-    at::vec::transpose_mxn<float>(from, ld_from, to, ld_to, static_cast<int>(rows),
-                                  static_cast<int>(columns));
-  } else {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < columns; ++c) to[c * ld_to + r] = from[r * ld_from + c];
+    return at::vec::transpose_mxn<float>(from, ld_from, to, ld_to, static_cast<int>(rows),
+                                         static_cast<int>(columns));
+  }
+#endif
+  [[maybe_unused]] constexpr int64_t side = 8;
+  int64_t whole_rows = 0, whole_columns = 0;
+#if defined(CPU_CAPABILITY_AVX2)
+  // torch has a kernel for one square alone: for other sizes its loop is scalar.
+  if constexpr (std::is_same_v<acc_t, float>) {
+    whole_rows = rows / side * side, whole_columns = columns / side * side;
+    for (int64_t r = 0; r < whole_rows; r += side) {
+      for (int64_t c = 0; c < whole_columns; c += side) {
+        at::vec::transpose_mxn<float, side, side>(from + r * ld_from + c, ld_from,
+                                                  to + c * ld_to + r, ld_to);
+      }
+    }
+  }
+#endif
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) {
+      to[c * ld_to + r] = from[r * ld_from + c];
     }
   }
 }

@@ -97,6 +97,23 @@ def test_error_at_most_twice_plain_pytorch(shape: Shape, dtype: torch.dtype, bac
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_small_weights_to_the_last_digits(backend: str) -> None:
+    """Over two keys of scores 0 and x, the second's weight is e^x / (1 + e^x): exp itself."""
+    x = torch.cat([torch.linspace(-87, 0, 5000), torch.tensor([-200.0, -1e30, -math.inf])])
+    query = x.reshape(1, 1, -1, 1)
+    keys = torch.tensor([0.0, 1.0]).reshape(1, 1, 2, 1)
+    out = dual_attention(
+        query, keys, keys, keys, keys, torch.tensor(0.25), scale=1.0, backend=backend
+    )
+    want = torch.sigmoid(x.double())
+    error = (out.flatten().double() / want - 1).abs()[:5000]
+    assert error.max() < 4 * torch.finfo(torch.float32).eps
+    # 0 times -inf is NaN in the key's own score.
+    assert out.flatten()[5000:-1].eq(0).all()
+    assert out.flatten()[-1].isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gate", [0.0, 1.0])
 def test_gate_shut_or_open(gate: float, backend: str) -> None:
     """At alpha = 0 or 1 one path counts alone, and alpha's gradient is still their difference."""

@@ -227,6 +227,10 @@ def test_error_at_most_twice_plain_pytorch(shape: Shape, dtype: torch.dtype, bac
         peer = (plain[name].double() - exact[name]).abs().max()
         # A few roundings of the largest value: over few numbers the peer may be right by luck.
         roundings = 4.0 if dtype == torch.float32 else 1.0
+        if dtype == torch.float32 and name == "grad_query" and shape.keys > 256:
+            # Of keys in several blocks, the slopes carry the rounding of the saved output, times
+            # what all keys have in common: as in FlashAttention, and not in plain attention.
+            roundings = 16.0
         if dtype == torch.float32 and backend == "reference":
             # Sums over many tokens, whose order is the BLAS's own: on some machines one by one.
             tokens = shape.groups * shape.images * shape.keys

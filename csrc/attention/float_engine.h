@@ -68,8 +68,7 @@ struct FloatEngine {
         constexpr int64_t wide = V() * kLanes<acc_t>;
         acc_t* sums = out + lane * width;
         gemm_rows<false, false, kTileRows, V()>(count, width, key.data, key.ld, q + lane * width,
-                                                wide, s.scores, wide, 0, false,
-                                                lane == 0 ? ahead : Ahead());
+                                                wide, s.scores, wide, 0, false, ahead);
         softmax_block<V()>(s.scores, count, first, s.peak + lane, s.total + lane, sums, width);
         gemm_rows<true, false, kTileRows, V()>(width, count, value.data, value.ld, s.scores, wide,
                                                sums, wide, 0, !first);
@@ -151,7 +150,7 @@ struct FloatEngine {
         acc_t *weights = s.weights + lane, *slopes = s.slopes + lane;
         gemm_rows<false, false, kTileRows, V()>(count, width, key.data, key.ld,
                                                 s.q_panels + at * width, wide, weights, s.strip, 0,
-                                                false, at == 0 ? ahead : Ahead());
+                                                false, ahead);
         gemm_rows<false, false, kTileRows, V()>(count, width, value.data, value.ld,
                                                 s.go_panels + at * width, wide, slopes, s.strip, 0,
                                                 false);

@@ -145,16 +145,14 @@ struct Tile {
 };
 
 // Keys [first, first + count) of the kept ones as a tile: in place where they lie ready, else
-// copied to `scratch` (count, width). Rows a multiple of 512 bytes apart crowd into few cache sets
-// and are copied too.
+// copied to `scratch` (count, width).
 template <class scalar_t>
 inline Tile<Acc<scalar_t>> key_tile(const Matrix<scalar_t>& from, const int64_t* index,
                                     int64_t first, int64_t count, int64_t width,
                                     Acc<scalar_t>* scratch) {
   using acc_t = Acc<scalar_t>;
   if constexpr (std::is_same_v<scalar_t, acc_t>) {
-    const bool crowded = from.row * static_cast<int64_t>(sizeof(acc_t)) % 512 == 0;
-    if (!index && from.column == 1 && !crowded) return {from.data + first * from.row, from.row};
+    if (!index && from.column == 1) return {from.data + first * from.row, from.row};
   }
   load_rows<scalar_t>(from, index, first, count, width, acc_t(1), scratch, width);
   return {scratch, width};

@@ -35,6 +35,7 @@ SAME_EPISODES = {
     "dataset": "different data sets",
     "split": "different splits",
     "split_sha256": "splits of different classes or images",
+    "images_sha256": "different images (renamed, added or taken away)",
     "way": "different numbers of classes in an episode",
     "shot": "different numbers of supports",
     "query": "different numbers of queries",
@@ -141,10 +142,15 @@ def check_comparable(
         )
     for first, second in pairs:
         for key in SAME_EPISODES:
-            if key not in second or first[key] != second[key]:
+            if key not in second or key not in first:
+                raise OutputError(
+                    f"{other}: cannot be compared with {name} ({first['shot']}-shot: {key} was not "
+                    "recorded); evaluate the older of the two again"
+                )
+            if first[key] != second[key]:
                 raise OutputError(
                     f"{other}: other episodes than those of {name} ({first['shot']}-shot: {key} "
-                    f"{second.get(key)!r}, not {first[key]!r}); a paired comparison needs the same "
+                    f"{second[key]!r}, not {first[key]!r}); a paired comparison needs the same "
                     "data set, settings, episode list and seed: evaluate one of the two again"
                 )
     return pairs
@@ -236,8 +242,8 @@ def finished_result(folder: RunFolder, described: Mapping[str, Any]) -> dict[str
         described: what the result must say, as far as it is known before the list is evaluated.
 
     Returns:
-        None where the folder lacks it, or has that of other weights, texts or versions, which is
-        then removed: its files are about to be replaced.
+        None where the folder lacks it, or has that of other weights, images, texts or versions,
+        which is then removed: its files are about to be replaced.
     """
     path = folder.path / _result_name(described)
     try:

@@ -12,8 +12,9 @@ from scipy import stats
 
 from dvla_fast.cli import main
 from dvla_fast.engine.compare import NotComparableError, compare_groups, verdict
-from dvla_fast.engine.records import EpisodeRecord
+from dvla_fast.engine.records import EpisodeRecord, compare_runs
 from dvla_fast.engine.statistics import holm, unpaired_difference
+from dvla_fast.errors import OutputError
 from tests.engine.runs import CLASSES, write_evaluation
 
 
@@ -121,6 +122,7 @@ def test_holm_is_the_step_down_procedure() -> None:
         ({"episodes_sha256": "x", "seed": 3}, "because of different seeds (0 and 3)"),
         ({"episodes_sha256": "x"}, "different episode lists"),
         ({"query": 15}, "different numbers of queries (6 and 15)"),
+        ({"images_sha256": "x"}, "different images (renamed, added or taken away) (i and x)"),
     ],
 )
 def test_other_episodes_are_refused(tmp_path: Path, changes: dict, reason: str) -> None:
@@ -129,6 +131,19 @@ def test_other_episodes_are_refused(tmp_path: Path, changes: dict, reason: str) 
     with pytest.raises(NotComparableError, match="not comparable") as caught:
         compare_groups([str(one)], [str(two)])
     assert reason in str(caught.value)
+
+
+def test_a_run_of_an_earlier_version(tmp_path: Path) -> None:
+    """It does not say which images it is of, so that it cannot be paired."""
+    one, old = (write_evaluation(tmp_path / name, 0.6) for name in ("one", "old"))
+    summary = json.loads((old / "summary.json").read_text())
+    del summary["results"][0]["images_sha256"]
+    (old / "summary.json").write_text(json.dumps(summary))
+    for sides in ((one, old), (old, one)):
+        with pytest.raises(NotComparableError, match="images_sha256 was not recorded"):
+            compare_groups([str(sides[0])], [str(sides[1])])
+        with pytest.raises(OutputError, match="images_sha256 was not recorded"):
+            compare_runs(*sides)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

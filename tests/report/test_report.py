@@ -152,11 +152,12 @@ def test_missing_images(copied: Path, page: Write) -> None:
     assert "Reward" in html
 
 
-def test_other_images_than_the_runs(copied: Path, page: Write) -> None:
+@pytest.mark.parametrize("key", ["episodes_sha256", "images_sha256"])
+def test_other_images_than_the_runs(copied: Path, page: Write, key: str) -> None:
     """Episodes are drawn only if the images there give the episodes that the run met."""
 
     def change(summary: Any) -> None:
-        summary["results"][0]["episodes_sha256"] = "0" * 64
+        summary["results"][0][key] = "0" * 64
 
     edit(copied / "summary.json", change)
     assert "give other episodes than the run met" in page(copied)

@@ -103,6 +103,11 @@ def test_a_training_counts_once_a_side(
             assert main(["compare", *sides]) == 2
             said = capsys.readouterr().err
             assert f"compare: {one} and {two} evaluate the same checkpoint" in said
+    for name in ("best", "last"):
+        file = f"{tmp_path}/run/checkpoints/metatune-{name}.safetensors"
+        write_evaluation(tmp_path / name, 0.6, checkpoint=file, checkpoints_sha256=[name])
+    assert main(["compare", "a,best,last", "b"]) == 2
+    assert "best and last evaluate the same checkpoint, or the best" in capsys.readouterr().err
     # on both sides: two methods of one training
     assert main(["compare", "a,b,old", "a,b,demo", "--method_b=visual prototypes"]) == 0
 

@@ -25,6 +25,7 @@ from dvla_fast.engine.config import (
     DemoRun,
     EvaluateConfig,
     EvaluateRun,
+    MetatuneRun,
     ModelConfig,
     SemanticsConfig,
 )
@@ -33,6 +34,7 @@ from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import run_evaluate
 from dvla_fast.engine.inputs import images_fingerprint
 from dvla_fast.engine.leaks import leak_summary, seen_images
+from dvla_fast.engine.metatune import run_metatune
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.errors import DataError
 from dvla_fast.semantics import SemanticBank
@@ -246,6 +248,11 @@ def test_the_verdict_is_in_the_summary(checkpoint: Path, tmp_path: Path) -> None
 def test_unknown_action_is_refused_before_work(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'ignore' is unknown; choose one of exclude, report"):
         evaluate(checkpoint, tmp_path / "run", seen_images="ignore")
+    config = MetatuneRun(
+        output=str(tmp_path / "run"), semantics=SemanticsConfig(seen_images="ignore")
+    )
+    with pytest.raises(UsageError, match="'ignore' is unknown; choose one of exclude, report"):
+        run_metatune(config)
     assert not (tmp_path / "run").exists()
 
 

@@ -113,8 +113,8 @@ def _by_shot(path: str) -> dict[int, dict[str, Any]]:
 def _check_once_each(group: Sequence[tuple[str, dict[int, dict[str, Any]]]]) -> None:
     """Check that no training is in a group twice, which would look like training without spread.
 
-    A training is known by the hashes of its checkpoints and by where they lie: its best and its last
-    epoch are one. Runs that record neither are told apart by their folders.
+    A training is known by the hashes of its checkpoints and by where they lie: its best and its
+    last epoch are one. Runs that record neither are told apart by their folders.
     """
     known: dict[str, str] = {}
     for path, results in group:
@@ -127,7 +127,8 @@ def _check_once_each(group: Sequence[tuple[str, dict[int, dict[str, Any]]]]) -> 
         if again is not None:
             raise UsageError(
                 f"compare: {again} and {path} evaluate the same checkpoint, or the best and the "
-                "last of one training, which would count twice; name one evaluation of each training"
+                "last of one training, which would count twice; name one evaluation of each "
+                "training"
             )
         known |= dict.fromkeys(keys, path)
 

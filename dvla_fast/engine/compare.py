@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dvla_fast.engine.recipes import training_of
-from dvla_fast.engine.records import SAME_EPISODES, EpisodeRecord, read_summary
+from dvla_fast.engine.records import SAME_EPISODES, EpisodeRecord, other_pixels, read_summary
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.statistics import (
     PAIRED_INTERVAL,
@@ -81,6 +82,9 @@ def compare_groups(
         NotComparableError: no shot in common, other episodes, or a method that was not recorded.
         OutputError: a folder holds no finished evaluation.
         UsageError: a group has a training twice.
+
+    Warns:
+        UserWarning: images of the same names and size have other pixels.
     """
     groups = [[(path, _by_shot(path)) for path in paths] for paths in (first, second)]
     for group in groups:
@@ -102,6 +106,9 @@ def compare_groups(
                     f"not comparable: {reference} and {path}: {reason}; a paired comparison needs "
                     "the same data set, settings and episode list: evaluate one of the two again"
                 )
+        differs = other_pixels(expected[shots[0]], results[shots[0]])
+        if differs:
+            warnings.warn(f"{reference} and {path}: {differs}", UserWarning, stacklevel=2)
     rows = [_compare_shot(shot, groups, methods) for shot in shots]
     return {"a": list(first), "b": list(second), "interval": PAIRED_INTERVAL, "results": rows}
 

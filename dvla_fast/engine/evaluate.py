@@ -29,7 +29,7 @@ from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import EvaluateConfig, EvaluateRun
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.inductive import EpisodeTexts
-from dvla_fast.engine.inputs import images_fingerprint, pixels_fingerprint
+from dvla_fast.engine.inputs import images_fingerprint, pixel_facts
 from dvla_fast.engine.leaks import SeenImages, check_seen_images, find_seen_images
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.predict import (
@@ -342,7 +342,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         "trained_on": infos[0].get("dataset"),
         "cross_domain": infos[0].get("dataset", data.name) != data.name,
         "monitor": data.monitor_kind,
-        "pixels_sha256": pixels_fingerprint(data.split(settings.split)),
+        **pixel_facts(data.split(settings.split)),
         "semantics": texts.described,
         "text_differences": texts.changed or {},
         "device": str(device),

@@ -84,6 +84,11 @@ def images_fingerprint(images: ImageSet) -> str:
     return digest.hexdigest()
 
 
+def pixel_facts(images: ImageSet) -> dict[str, Any]:
+    """What an evaluation's result says of its pixels: ``image_size`` and ``pixels_sha256``."""
+    return {"image_size": images.images.shape[-1], "pixels_sha256": pixels_fingerprint(images)}
+
+
 def pixels_fingerprint(images: ImageSet) -> str:
     """Return a hash of the pixels of a few images of each class."""
     pixels = json.dumps(class_digests(images), sort_keys=True)

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -125,6 +126,16 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     return summary
 
 
+def other_pixels(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
+    """Say in words that images of the same names and size have other pixels; None: not known."""
+    if first.get("image_size") != second.get("image_size"):
+        return None
+    hashes = [result.get("pixels_sha256") for result in (first, second)]
+    if None in hashes or hashes[0] == hashes[1]:
+        return None
+    return "the images have the same names but other pixels: edited, or decoded by another library"
+
+
 def check_comparable(
     mine: Sequence[dict[str, Any]], other: str | Path, name: str
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -166,10 +177,16 @@ def compare_runs(folder: str | Path, other: str | Path) -> dict[str, Any]:
 
     Raises:
         OutputError: a run is missing, no shot is in both, or their episodes differ.
+
+    Warns:
+        UserWarning: images of the same names and size have other pixels.
     """
     results = []
     for first, second in check_comparable(read_summary(folder)["results"], other, str(folder)):
         file = f"episodes-{first['shot']}shot.npz"
+        differs = other_pixels(first, second)
+        if differs:
+            warnings.warn(f"{folder} and {other}: {differs}", UserWarning, stacklevel=2)
         methods = [first["method"], second["method"]]
         records = [EpisodeRecord.read(Path(path) / file) for path in (folder, other)]
         values = [record.accuracies(name) for record, name in zip(records, methods)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,21 @@ def test_a_run_of_an_earlier_version(tmp_path: Path) -> None:
             compare_groups([str(sides[0])], [str(sides[1])])
         with pytest.raises(OutputError, match="images_sha256 was not recorded"):
             compare_runs(*sides)
+
+
+def test_other_pixels_under_the_same_names_are_told(tmp_path: Path) -> None:
+    def write(name: str, size: int, pixels: str) -> Path:
+        return write_evaluation(tmp_path / name, 0.6, image_size=size, pixels_sha256=pixels)
+
+    one, other, large = write("one", 84, "x"), write("other", 84, "y"), write("large", 224, "z")
+    with pytest.warns(UserWarning, match="one and .*other: the images have the same names but"):
+        compare_groups([str(one)], [str(other)])
+    with pytest.warns(UserWarning, match="one and .*other: the images have the same names but"):
+        compare_runs(one, other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compare_groups([str(one)], [str(large)])
+        compare_groups([str(one)], [str(write_evaluation(tmp_path / "unknown", 0.6))])
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from dvla_fast.data.layouts import list_data
 from dvla_fast.data.listing import Listing, Split
 from dvla_fast.data.splits import candidates
 from dvla_fast.errors import DataError
+from dvla_fast.semantics.bank import normalised_name
 
 # Lines of one kind of problem; the rest is counted.
 _SHOWN = 10
@@ -205,25 +206,37 @@ def _small(where: str, keys: Sequence[str], counts: Iterable[int], needed: int) 
 
 
 def _check_classes(listing: Listing, needed: int, report: Report) -> None:
-    seen: dict[str, tuple[str, str]] = {}
+    known: dict[str, tuple[str, str]] = {}  # by what evaluation compares of a name
     for name, split in listing.splits.items():
         report.add(report.problems, _small(split.where, split.keys, split.counts(), needed))
-        for key in split.keys:
-            if key.casefold() in seen:
-                other, twin = seen[key.casefold()]
+        own: dict[str, str] = {}
+        for key, readable in zip(split.keys, split.names):
+            other, twin = known.setdefault(normalised_name(readable), (name, key))
+            if other == name:
+                twin = own.setdefault(key.casefold(), key)
+            if (other, twin) != (name, key):
                 report.problems.append(
                     f"class {key!r} of {name} is also {twin!r} of {other}; keep each class once"
                 )
-            seen[key.casefold()] = (name, key)
 
 
 def _passed_over(listing: Listing) -> list[str]:
     """Count what lies in the folders of a data set and is not read; hidden files are expected."""
     beside: list[Path] = []
+    notes = []
     if listing.layout.startswith("folders "):
         tops = [Path(split.where) for split in listing.splits.values()]
         beside = [path for top in tops for path in _visible(top) if not path.is_dir()]
         folders = [path for top in tops for path in _visible(top) if path.is_dir()]
+        roots = [path for path in _visible(listing.root) if path.is_dir() and path not in tops]
+        if roots:
+            names = ", ".join(f"{path.name}/" for path in roots[:_SHOWN])
+            more = ", ..." if len(roots) > _SHOWN else ""
+            notes.append(
+                f"passed over {len(roots)} folder(s) beside the splits, with {_images_in(roots)} "
+                f"image(s): {names}{more}; splits are called train/, val/ and test/ (or base/, "
+                "novel/; valid/, validation/)"
+            )
     elif listing.layout == "class folders":
         found = (path for split in listing.splits.values() for path in split.references)
         folders = sorted({path.parent for path in found if isinstance(path, Path)})
@@ -232,7 +245,6 @@ def _passed_over(listing: Listing) -> list[str]:
     inside = [path for folder in folders for path in _visible(folder) if not is_image(path)]
     nested = [path for path in inside if path.is_dir()]
     others = [path for path in inside if not path.is_dir()]
-    notes = []
     if others:
         kinds = Counter(path.suffix.lower() or "without an ending" for path in others)
         counted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(_SHOWN))
@@ -241,14 +253,17 @@ def _passed_over(listing: Listing) -> list[str]:
             f"{others[0]}; images end in {', '.join(IMAGE_SUFFIXES)}"
         )
     if nested:
-        images = sum(is_image(path) for folder in nested for path in folder.rglob("*"))
         notes.append(
-            f"passed over {len(nested)} folder(s) inside class folders, with {images} image(s), "
-            f"e.g. {nested[0]}; a class's images lie in its own folder"
+            f"passed over {len(nested)} folder(s) inside class folders, with {_images_in(nested)} "
+            f"image(s), e.g. {nested[0]}; a class's images lie in its own folder"
         )
     if beside:
         notes.append(f"passed over {len(beside)} file(s) beside class folders, e.g. {beside[0]}")
     return notes
+
+
+def _images_in(folders: Iterable[Path]) -> int:
+    return sum(is_image(path) for folder in folders for path in folder.rglob("*"))
 
 
 def _visible(folder: Path) -> list[Path]:

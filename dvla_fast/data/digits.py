@@ -28,7 +28,7 @@ def load_digits(image_size: int = 16, holdout: float = 0.25, split_seed: int = 0
 
     Raises:
         MissingDependencyError: scikit-learn is not installed.
-        DataError: an image size below 8, or no image held out.
+        DataError: an image size below 8, or a holdout that is out of range or takes all.
     """
     try:
         from sklearn.datasets import load_digits as sklearn_digits
@@ -47,7 +47,7 @@ def load_digits(image_size: int = 16, holdout: float = 0.25, split_seed: int = 0
     images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
     target = torch.from_numpy(bunch.target).long()
     base_all = _pick(images, target, DIGIT_SPLIT["base"], "digits/base")
-    kept, held = hold_out(base_all.labels, holdout, split_seed)
+    kept, held = hold_out(base_all.labels, holdout, split_seed, base_all.class_names)
     base = base_all.subset(kept, "digits/base")
     monitor = base_all.subset(held, "digits/monitor")
     novel = _pick(images, target, DIGIT_SPLIT["novel"], "digits/novel")

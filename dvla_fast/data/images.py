@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -154,15 +154,21 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), std.float()
 
 
-def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+def hold_out(
+    labels: Tensor, share: float, seed: int, names: Sequence[str] = ()
+) -> tuple[Tensor, Tensor]:
     """Split images class by class at random.
 
     Args:
         labels: (N,) int64.
         share: part of each class to hold out, in [0, 1); rounded, at least one image when > 0.
+        names: of the classes, for the message.
 
     Returns:
         Sorted index tensors (kept, held_out).
+
+    Raises:
+        DataError: a class would have no image left.
     """
     if not 0 <= share < 1:
         raise ValueError(f"share must be in [0, 1), got {share}")
@@ -171,6 +177,13 @@ def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     for label in range(int(labels.max()) + 1):
         index = rng.permutation(np.flatnonzero(labels.numpy() == label))
         count = max(1, round(share * len(index))) if share > 0 else 0
+        if count and count >= len(index) > 0:
+            name = names[label] if names else label
+            raise DataError(
+                f"class {name!r} has {len(index)} image(s), and --data.holdout {share:g} would "
+                "hold out all of them, so that none is left to train on; lower it, add images, or "
+                "give validation classes (val/), which need no holdout"
+            )
         held.append(index[:count])
         kept.append(index[count:])
     return (

@@ -7,6 +7,7 @@ folder of images, folders of splits, and one folder of classes that a split list
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -22,12 +23,15 @@ from dvla_fast.data.splits import (
     SplitList,
     candidates,
     class_names,
+    composed,
     load_split_list,
 )
 from dvla_fast.errors import DataError
+from dvla_fast.semantics.bank import normalised_name
 
-# Names of the three splits, as people call them.
-_SPLIT_NAMES = (("train", "val", "test"), ("base", "val", "novel"))
+# Names of training and test classes, as people call them; those of validation in any case.
+_SPLIT_NAMES = (("train", "test"), ("base", "novel"))
+_VAL_NAMES = ("val", "valid", "validation")
 
 
 def list_data(root: str | Path, splits: str = "", *, strict: bool = True) -> Listing:
@@ -55,9 +59,9 @@ def list_data(root: str | Path, splits: str = "", *, strict: bool = True) -> Lis
     else:
         raise DataError(
             f"{root}: no data set here: it must hold the folders train/ and test/ (or base/ and "
-            "novel/), and may hold val/, with one folder of images per class in each; or one "
-            "folder of images per class, and --data.splits names the split; docs/data.md has all "
-            "layouts"
+            "novel/), and may hold val/ (or valid/, validation/), with one folder of images per "
+            "class in each; or one folder of images per class, and --data.splits names the split; "
+            "docs/data.md has all layouts"
         )
     if "" in found.classes:
         return _divide(root, found, wanted, strict)
@@ -75,32 +79,63 @@ def _no_folder(root: Path) -> str:
 
 
 def class_folders(folder: Path) -> dict[str, References]:
-    """Map class folders to their images; folders named like ``.cache`` are none."""
+    """Map class folders to their images; folders named like ``.cache`` are none.
+
+    Names are in Unicode's composed form (NFC), whatever the file system made of them.
+
+    Raises:
+        DataError: two folders have one name in that form.
+    """
     found: dict[str, References] = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.name.startswith((".", "__")):
-            found[path.name] = sorted(item for item in path.iterdir() if is_image(item))
+            name = composed(path.name)
+            if name in found:
+                raise DataError(
+                    f"{folder}: two folders are called {name!r}, in different Unicode forms; "
+                    "rename or merge them"
+                )
+            found[name] = sorted(item for item in path.iterdir() if is_image(item))
     return found
 
 
-def _split_folders(root: Path) -> Found | None:
-    for names in _SPLIT_NAMES:
-        if (root / names[0]).is_dir() and (root / names[2]).is_dir():
-            break
-    else:
-        return None
-    classes: dict[str, Mapping[str, References]] = {}
-    where = {}
-    for split, name in zip(SPLITS, names):
-        folder = root / name
-        if not folder.is_dir():
+def _split_paths(folder: Path, suffix: str = "") -> dict[str, Path] | None:
+    """The folder (or file with that suffix) of each split; None without those of train and test.
+
+    Raises:
+        DataError: two of validation classes.
+    """
+    there: Callable[[Path], bool] = Path.is_file if suffix else Path.is_dir
+    for train, test in _SPLIT_NAMES:
+        paths = {"train": folder / f"{train}{suffix}", "test": folder / f"{test}{suffix}"}
+        if not all(map(there, paths.values())):
             continue
-        classes[split], where[split] = class_folders(folder), str(folder)
+        wanted = {f"{name}{suffix}" for name in _VAL_NAMES}
+        val = sorted(p for p in folder.iterdir() if p.name.casefold() in wanted and there(p))
+        if len(val) > 1:
+            raise DataError(
+                f"{val[0]} and {val[1]}: both are called like validation classes; merge them, or "
+                "rename the one that is something else"
+            )
+        if val:
+            paths["val"] = val[0]
+        return {split: paths[split] for split in SPLITS if split in paths}
+    return None
+
+
+def _split_folders(root: Path) -> Found | None:
+    folders = _split_paths(root)
+    if folders is None:
+        return None
+    classes = {split: class_folders(folder) for split, folder in folders.items()}
+    for split, folder in folders.items():
         if not classes[split]:
             raise DataError(
                 f"{folder}: no class folders; it must hold one folder of images per class"
             )
-    return Found(f"folders {'/, '.join(names)}/", classes, where=where)
+    where = {split: str(folder) for split, folder in folders.items()}
+    names = "/, ".join(folder.name for folder in folders.values())
+    return Found(f"folders {names}/", dict(classes), where=where)
 
 
 def _class_folder_root(root: Path) -> Found | None:
@@ -116,10 +151,9 @@ def _class_folder_root(root: Path) -> Found | None:
 def _list_files(root: Path, suffix: str) -> dict[str, Path] | None:
     """The list file of each split that has one; None without those of train and test."""
     for folder in (root, root / "split", root / "splits"):
-        for names in _SPLIT_NAMES:
-            paths = [folder / f"{name}{suffix}" for name in names]
-            if paths[0].is_file() and paths[2].is_file():
-                return {split: path for split, path in zip(SPLITS, paths) if path.is_file()}
+        paths = _split_paths(folder, suffix)
+        if paths is not None:
+            return paths
     return None
 
 
@@ -214,7 +248,7 @@ def _resolve(
             seen[known] = place
             if not path.is_file():
                 missing.append(path)
-            classes[split].setdefault(label, []).append(path)
+            classes[split].setdefault(composed(label), []).append(path)
     if missing:
         raise DataError(
             f"{missing[0]}: listed, but not there ({len(missing)} of {len(seen)} listed images are "
@@ -343,10 +377,10 @@ def _listing(
     ignored: tuple[str, ...],
     strict: bool,
 ) -> Listing:
-    if strict:
-        _check_classes(found)
     keys = list(dict.fromkeys(key for split in SPLITS for key in found.classes.get(split, {})))
     names = dict(zip(keys, class_names(keys, known), strict=True))
+    if strict:
+        _check_classes(found, names)
     splits = {}
     for split in SPLITS:
         classes = found.classes.get(split)
@@ -366,29 +400,24 @@ def _listing(
     return Listing(root, found.layout, splits, known, missing, ignored)
 
 
-def _check_classes(found: Found) -> None:
-    """Stop on a class in two splits, on names that differ in case alone, and on empty classes."""
-    seen: dict[str, tuple[str, str]] = {}
+def _check_classes(found: Found, names: Mapping[str, str]) -> None:
+    """Stop on a class in two splits, on names that differ in case alone, and on empty classes.
+
+    Args:
+        names: class key -> readable name. Those of two splits are compared as evaluation compares
+            them with the classes that were trained on.
+    """
+    _check_crossing(found, names)
     for split in SPLITS:
         where = found.where.get(split, split)
+        seen: dict[str, str] = {}
         for key, items in found.classes.get(split, {}).items():
-            twin = seen.get(key.casefold())
-            if twin is not None and twin[0] == where:
+            twin = seen.setdefault(key.casefold(), key)
+            if twin != key:
                 raise DataError(
-                    f"{where}: the classes {twin[1]!r} and {key!r} have the same name but for its "
+                    f"{where}: the classes {twin!r} and {key!r} have the same name but for its "
                     "case; rename or merge them"
                 )
-            if twin is not None:
-                both = next(found.classes[s] for s in SPLITS if found.where.get(s, s) == twin[0])
-                shared = {name.casefold() for name in both} & {
-                    name.casefold() for name in found.classes[split]
-                }
-                raise DataError(
-                    f"{twin[0]} and {where} share {len(shared)} class(es) ({key!r}, ...): they "
-                    "would be trained on, or selected by, and evaluated as novel; keep each class "
-                    "in one split"
-                )
-            seen[key.casefold()] = (where, key)
             if len(items) < 2:
                 folder = Path(where) / key
                 raise DataError(
@@ -396,3 +425,20 @@ def _check_classes(found: Found) -> None:
                     f"image(s) ({', '.join(IMAGE_SUFFIXES)}); a class needs at least 2, one to "
                     "learn from and one to ask about: add images or remove the folder"
                 )
+
+
+def _check_crossing(found: Found, names: Mapping[str, str]) -> None:
+    """Stop on a class in two splits, however it is spelled there."""
+    known = {
+        split: {normalised_name(names[key]): key for key in found.classes.get(split, {})}
+        for split in SPLITS
+    }
+    for first, second in itertools.combinations(SPLITS, 2):
+        shared = [mark for mark in known[first] if mark in known[second]]
+        if shared:
+            spelled = {known[split][shared[0]]: None for split in (first, second)}
+            raise DataError(
+                f"{found.where.get(first, first)} and {found.where.get(second, second)} share "
+                f"{len(shared)} class(es) ({' and '.join(map(repr, spelled))}, ...): they would be "
+                "trained on, or selected by, and evaluated as novel; keep each class in one split"
+            )

@@ -120,7 +120,8 @@ def assemble(
         statistics: mean and std (3,) of ``train``, if they are known already.
 
     Raises:
-        DataError: no test classes, a class of one name in two splits, or a bad ``holdout``.
+        DataError: no test classes, or a ``holdout`` that is out of range or leaves a class
+            without images.
     """
     if "test" not in sets:
         raise DataError(f"{name}: has no test classes to evaluate on; add them to its split")
@@ -132,7 +133,7 @@ def assemble(
         if not 0 < holdout < 1:
             raise DataError(f"holdout must be between 0 and 1 (both excluded), got {holdout}")
         whole = base
-        kept, held = hold_out(whole.labels, holdout, split_seed)
+        kept, held = hold_out(whole.labels, holdout, split_seed, whole.class_names)
         base = whole.subset(kept, whole.name)
         monitor = whole.subset(held, f"{whole.name} (held out)")
     elif "val" not in sets:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ _WNID = re.compile(r"n\d{8}")
 @dataclass(frozen=True)
 class SplitList:
     """The classes of each split of a data set, with what is known about them.
+
+    Names of classes are in Unicode's composed form (NFC), as those of folders are.
 
     Attributes:
         name: e.g. ``"cub_100_50_50"``; the value of ``--data.splits``.
@@ -95,6 +98,11 @@ def load_split_list(name: str) -> SplitList:
     return _read(path)
 
 
+def composed(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC); Macs write those of files in another."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -145,6 +153,7 @@ def _read(path: Path) -> SplitList:
     for split, keys in splits.items():
         if not isinstance(keys, list) or not all(map(_is_name, keys)):
             raise DataError(f"{path}: {split!r} is not a list of class names; {form}")
+        splits[split] = keys = [composed(key) for key in keys]
         for key in keys:
             if not key.strip() or ".." in Path(key).parts or Path(key).is_absolute():
                 raise DataError(
@@ -167,9 +176,9 @@ def _read(path: Path) -> SplitList:
         dataset=content.get("dataset", ""),
         splits={split: tuple(splits.get(split, ())) for split in SPLITS},
         title=content.get("title", content.get("dataset", "")),
-        names=content.get("names", {}),
+        names={composed(key): name for key, name in content.get("names", {}).items()},
         images_per_split=content.get("images_per_split", {}),
-        images_per_class=per_class,
+        images_per_class={composed(key): count for key, count in per_class.items()},
         expected_classes=content.get("expected_classes", {}),
         first_images=content.get("first_images", 0),
         part=content.get("part", ""),
@@ -254,4 +263,7 @@ def is_split_of(option: str, name: str, keys: Mapping[str, Sequence[str]]) -> bo
     if wanted.name != name:
         return False
     own = Path(option).suffix == ".json"
-    return not own or all(set(x) <= set(wanted.splits.get(split, ())) for split, x in keys.items())
+    return not own or all(
+        {composed(key) for key in x} <= set(wanted.splits.get(split, ()))
+        for split, x in keys.items()
+    )

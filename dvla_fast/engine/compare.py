@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dvla_fast.engine.records import SAME_EPISODES, EpisodeRecord, read_summary
+from dvla_fast.engine.recipes import training_of
+from dvla_fast.engine.records import SAME_EPISODES, EpisodeRecord, other_pixels, read_summary
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.statistics import (
     PAIRED_INTERVAL,
@@ -79,7 +81,10 @@ def compare_groups(
     Raises:
         NotComparableError: no shot in common, other episodes, or a method that was not recorded.
         OutputError: a folder holds no finished evaluation.
-        UsageError: a group has a checkpoint twice.
+        UsageError: a group has a training twice.
+
+    Warns:
+        UserWarning: images of the same names and size have other pixels.
     """
     groups = [[(path, _by_shot(path)) for path in paths] for paths in (first, second)]
     for group in groups:
@@ -101,6 +106,9 @@ def compare_groups(
                     f"not comparable: {reference} and {path}: {reason}; a paired comparison needs "
                     "the same data set, settings and episode list: evaluate one of the two again"
                 )
+        differs = other_pixels(expected[shots[0]], results[shots[0]])
+        if differs:
+            warnings.warn(f"{reference} and {path}: {differs}", UserWarning, stacklevel=2)
     rows = [_compare_shot(shot, groups, methods) for shot in shots]
     return {"a": list(first), "b": list(second), "interval": PAIRED_INTERVAL, "results": rows}
 
@@ -110,19 +118,24 @@ def _by_shot(path: str) -> dict[int, dict[str, Any]]:
 
 
 def _check_once_each(group: Sequence[tuple[str, dict[int, dict[str, Any]]]]) -> None:
-    """Check that no checkpoint is in a group twice, which would look like training without spread.
+    """Check that no training is in a group twice, which would look like training without spread.
 
-    Runs that do not record the hashes of their checkpoints are told apart by their folders.
+    A training is known by the hashes of its checkpoints and by where they lie: its best and its
+    last epoch are one. Runs that record neither are told apart by their folders.
     """
     known: dict[str, str] = {}
     for path, results in group:
-        hashes = next(iter(results.values()), {}).get("checkpoints_sha256") or []
-        keys = {os.path.realpath(path), *filter(None, hashes)}
+        result = next(iter(results.values()), {})
+        files = result.get("checkpoints") or [result.get("checkpoint") or ""]
+        keys = {os.path.realpath(path), *filter(None, result.get("checkpoints_sha256") or [])}
+        # a relative path says where only to the folder in which the run was started
+        keys |= {training_of(file) for file in files if os.path.isabs(file)}
         again = next((known[key] for key in keys if key in known), None)
         if again is not None:
             raise UsageError(
-                f"compare: {again} and {path} evaluate the same checkpoint, so that one training "
-                "would count twice; name one evaluation of each training"
+                f"compare: {again} and {path} evaluate the same checkpoint, or the best and the "
+                "last of one training, which would count twice; name one evaluation of each "
+                "training"
             )
         known |= dict.fromkeys(keys, path)
 

@@ -35,6 +35,7 @@ from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import Contender, Evaluation, load_model
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import GateTraining
+from dvla_fast.engine.inputs import pixel_facts
 from dvla_fast.engine.leaks import SeenImages, find_seen_images
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import metatune
@@ -139,6 +140,7 @@ def _evaluate(
     for shot in settings.shots:
         result, record = evaluation.shot(shot, progress)
         result["leaks"] = seen.summary(evaluation.sampler(shot), settings.episodes)
+        result |= pixel_facts(evaluation.images)
         results.append(result)
         keep_record(folder, result, record, evaluation.images.class_names)
         progress.note(f"{shot}-shot {result['accuracy']:.1%} ± {points(result['ci95'], 1)} %")

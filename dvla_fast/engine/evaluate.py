@@ -29,6 +29,7 @@ from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import EvaluateConfig, EvaluateRun
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.inductive import EpisodeTexts
+from dvla_fast.engine.inputs import images_fingerprint, pixel_facts
 from dvla_fast.engine.leaks import SeenImages, check_seen_images, find_seen_images
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.predict import (
@@ -242,10 +243,12 @@ def _alphas(predictions: Predictions | None) -> dict[str, Any]:
 
 def identity(data: FewShotData, config: EvaluateConfig, sampler: EpisodeSampler) -> dict[str, Any]:
     """Describe a list of episodes: two evaluations may be paired when all of it agrees."""
+    images = data.split(config.split)
     return {
         "dataset": data.name,
         "split": config.split,
-        "split_sha256": split_fingerprint(data.split(config.split)),
+        "split_sha256": split_fingerprint(images),
+        "images_sha256": images_fingerprint(images),
         "way": sampler.way,
         "shot": sampler.shot,
         "query": sampler.query,
@@ -339,6 +342,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         "trained_on": infos[0].get("dataset"),
         "cross_domain": infos[0].get("dataset", data.name) != data.name,
         "monitor": data.monitor_kind,
+        **pixel_facts(data.split(settings.split)),
         "semantics": texts.described,
         "text_differences": texts.changed or {},
         "device": str(device),

@@ -1,4 +1,4 @@
-"""What a run learns from, as hashes: a run that goes on must find the same images and texts."""
+"""What a run works on, as hashes: a run that goes on must find the same images and texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dvla_fast.data import FewShotData, ImageSet
-from dvla_fast.engine.trained_classes import training_stage
+from dvla_fast.engine.trained_classes import class_digests
 from dvla_fast.errors import CheckpointError
 
 _NAMES = {
@@ -34,14 +34,13 @@ def run_inputs(
         ``base`` and ``monitor`` (class names, labels and names of all images), ``pixels`` (of a
         few images of each base class), ``split`` and ``bank`` where given.
     """
-    pixels = json.dumps(training_stage("", data)["classes"], sort_keys=True)
     found = {
-        "base": _listing(data.base),
-        "monitor": _listing(data.monitor),
-        "pixels": hashlib.sha256(pixels.encode()).hexdigest(),
+        "base": images_fingerprint(data.base),
+        "monitor": images_fingerprint(data.monitor),
+        "pixels": pixels_fingerprint(data.base),
     }
     if split:
-        found["split"] = _listing(data.split(split))
+        found["split"] = images_fingerprint(data.split(split))
     if semantics is not None:
         found["bank"] = str(semantics["bank_sha256"])
     return found
@@ -75,7 +74,22 @@ def check_inputs(
         )
 
 
-def _listing(images: ImageSet) -> str:
+def images_fingerprint(images: ImageSet) -> str:
+    """Return a hash of the class names, labels and names (``ids``) of all images, in order.
+
+    Names are relative to the data set's root, so a folder and a cache of it have the same hash.
+    """
     digest = hashlib.sha256(json.dumps([images.class_names, images.ids]).encode())
     digest.update(images.labels.cpu().numpy().astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def pixel_facts(images: ImageSet) -> dict[str, Any]:
+    """What an evaluation's result says of its pixels: ``image_size`` and ``pixels_sha256``."""
+    return {"image_size": images.images.shape[-1], "pixels_sha256": pixels_fingerprint(images)}
+
+
+def pixels_fingerprint(images: ImageSet) -> str:
+    """Return a hash of the pixels of a few images of each class."""
+    pixels = json.dumps(class_digests(images), sort_keys=True)
+    return hashlib.sha256(pixels.encode()).hexdigest()

@@ -1,17 +1,20 @@
 """The run folder (configuration, metrics, TensorBoard events, summary) and the progress display.
 
 A run writes one folder and owns it: it starts in a new or empty folder only, and continues in its
-own one with ``resume``. ``metrics.jsonl`` holds one JSON object a line; on resuming, lines newer
-than the checkpoint are cut, so the file reads as if the run had never stopped.
+own one with ``resume``, in one process at a time. ``metrics.jsonl`` holds one JSON object a line;
+on resuming, lines newer than the checkpoint are cut, so the file reads as if the run had never
+stopped.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import os
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +28,9 @@ from dvla_fast.files import json_text, write_atomic, write_text_atomic
 
 # Seconds of work without a line, off a terminal, after which one says how far it is.
 _SILENCE = 30.0
+# The file that the writing process locks, and what a run that is killed at once leaves.
+_LOCK = ".lock"
+_TEMPORARY = (_LOCK, ".write-test-*", ".config.yaml.*.tmp")
 # What may differ between a run and its continuation.
 _FREE_KEYS = ("output", "resume")
 # Why a setting cannot, where one might think that it could.
@@ -48,8 +54,8 @@ class RunFolder:
             kept.
 
     Raises:
-        OutputError: not writable, not empty, nothing to resume, or settings that differ from
-            those of the run to resume.
+        OutputError: not writable, not empty, nothing to resume, settings that differ from those of
+            the run to resume, or another process writes the run.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class RunFolder:
         self._metrics = self.path / "metrics.jsonl"
         self._writer: Any = None
         self._wandb: Any = None
+        self._lock: _Lock | None = None
         if not writes:
             return
         self._free = (*_FREE_KEYS, *free)
@@ -82,6 +89,9 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(_unwritable(self.path, error)) from error
+        self._lock = _lock(self.path)
+        if not resume:
+            self._check_new()  # what another process began and left meanwhile
         self._probe()
         if not resume or grows:
             write_text_atomic(self.path / "config.yaml", to_yaml(kept))
@@ -92,7 +102,7 @@ class RunFolder:
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise OutputError(f"{self.path}: is a file; give --output a new folder")
-            occupied = self.path.is_dir() and any(self.path.iterdir())
+            occupied = self.path.is_dir() and not all(map(_left_at_once, self.path.iterdir()))
         except OSError as error:
             raise OutputError(_unwritable(self.path, error)) from error
         if not occupied:
@@ -179,12 +189,12 @@ class RunFolder:
         return path
 
     def close(self) -> None:
-        """Flush TensorBoard and end the Weights & Biases run."""
+        """Flush TensorBoard, end the Weights & Biases run, and let other processes write."""
         if self._writer:
             self._writer.close()
         if self._wandb is not None:
             self._wandb.finish()
-        self._writer = self._wandb = None
+        self._writer = self._wandb = self._lock = None
 
     def _tensorboard(self) -> Any:
         if self._writer is None:
@@ -195,6 +205,46 @@ class RunFolder:
             else:
                 self._writer = SummaryWriter(str(self.path / "tensorboard"))
         return self._writer or None
+
+
+def _left_at_once(path: Path) -> bool:
+    """Whether a run that was killed before its first setting was saved may have left this."""
+    if path.name == "checkpoints" and path.is_dir():
+        return not any(path.iterdir())
+    return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _TEMPORARY)
+
+
+class _Lock:
+    """An open lock file. The system's lock on it ends with this object, or with the process."""
+
+    def __init__(self, file: int) -> None:
+        weakref.finalize(self, os.close, file)
+
+
+# The locks of this process, by device and inode: two RunFolders of one folder share theirs.
+_locks: weakref.WeakValueDictionary[tuple[int, int], _Lock] = weakref.WeakValueDictionary()
+
+
+def _lock(folder: Path) -> _Lock:
+    """Keep other processes from writing a run (OutputError where one does already)."""
+    try:
+        file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise OutputError(_unwritable(folder, error)) from error
+    lock, status = _Lock(file), os.fstat(file)
+    place = (status.st_dev, status.st_ino)
+    if place in _locks:
+        return _locks[place]
+    try:
+        import fcntl  # not on every system
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(f"{folder}: another process is writing this run; wait for it") from error
+    except (ImportError, OSError):
+        pass  # a file system without locks
+    _locks[place] = lock
+    return lock
 
 
 def open_folder(

@@ -31,6 +31,7 @@ from dvla_fast.engine.divergence import DivergenceWatch
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.inputs import run_inputs
+from dvla_fast.engine.leaks import check_seen_images
 from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.memory import free_mib
 from dvla_fast.engine.metatune_steps import Epoch, Step
@@ -215,6 +216,7 @@ def _describe(row: dict[str, Any], epoch: int, epochs: int, numbers: dict[str, A
 
 def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast metatune`` does; returns the summary that it writes."""
+    check_seen_images(config.semantics.seen_images)  # its evaluation takes these settings
     processes = Processes(config.device)
     execution = Execution(config.execution, processes)
     data = build_data(config.data, processes.device, training=True)

@@ -27,9 +27,7 @@ def checkpoint_paths(config: EvaluateRun) -> list[str]:
     if not config.checkpoint:
         raise UsageError("evaluate needs --checkpoint, a .safetensors file of a run's checkpoints/")
     paths = [config.checkpoint, *config.checkpoints]
-    # The best and the last epoch of one stage are one training, as the same file twice is.
-    ends = r"-(best|last)\.safetensors$"
-    trainings = {re.sub(ends, "", os.path.realpath(path)) for path in paths}
+    trainings = {training_of(path) for path in paths}
     copied = any(
         os.path.isfile(a) and os.path.isfile(b) and filecmp.cmp(a, b, shallow=False)
         for a, b in itertools.combinations(paths, 2)
@@ -40,6 +38,11 @@ def checkpoint_paths(config: EvaluateRun) -> list[str]:
             "look like training without any spread; name one checkpoint of each"
         )
     return paths
+
+
+def training_of(path: str) -> str:
+    """Name the training of a checkpoint: the best and the last epoch of one stage are one."""
+    return re.sub(r"-(best|last)\.safetensors$", "", os.path.realpath(path))
 
 
 def check_one_recipe(

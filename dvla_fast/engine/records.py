@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ SAME_EPISODES = {
     "dataset": "different data sets",
     "split": "different splits",
     "split_sha256": "splits of different classes or images",
+    "images_sha256": "different images (renamed, added or taken away)",
     "way": "different numbers of classes in an episode",
     "shot": "different numbers of supports",
     "query": "different numbers of queries",
@@ -124,6 +126,16 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     return summary
 
 
+def other_pixels(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
+    """Say in words that images of the same names and size have other pixels; None: not known."""
+    if first.get("image_size") != second.get("image_size"):
+        return None
+    hashes = [result.get("pixels_sha256") for result in (first, second)]
+    if None in hashes or hashes[0] == hashes[1]:
+        return None
+    return "the images have the same names but other pixels: edited, or decoded by another library"
+
+
 def check_comparable(
     mine: Sequence[dict[str, Any]], other: str | Path, name: str
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -141,10 +153,15 @@ def check_comparable(
         )
     for first, second in pairs:
         for key in SAME_EPISODES:
-            if key not in second or first[key] != second[key]:
+            if key not in second or key not in first:
+                raise OutputError(
+                    f"{other}: cannot be compared with {name} ({first['shot']}-shot: {key} was not "
+                    "recorded); evaluate the older of the two again"
+                )
+            if first[key] != second[key]:
                 raise OutputError(
                     f"{other}: other episodes than those of {name} ({first['shot']}-shot: {key} "
-                    f"{second.get(key)!r}, not {first[key]!r}); a paired comparison needs the same "
+                    f"{second[key]!r}, not {first[key]!r}); a paired comparison needs the same "
                     "data set, settings, episode list and seed: evaluate one of the two again"
                 )
     return pairs
@@ -160,10 +177,16 @@ def compare_runs(folder: str | Path, other: str | Path) -> dict[str, Any]:
 
     Raises:
         OutputError: a run is missing, no shot is in both, or their episodes differ.
+
+    Warns:
+        UserWarning: images of the same names and size have other pixels.
     """
     results = []
     for first, second in check_comparable(read_summary(folder)["results"], other, str(folder)):
         file = f"episodes-{first['shot']}shot.npz"
+        differs = other_pixels(first, second)
+        if differs:
+            warnings.warn(f"{folder} and {other}: {differs}", UserWarning, stacklevel=2)
         methods = [first["method"], second["method"]]
         records = [EpisodeRecord.read(Path(path) / file) for path in (folder, other)]
         values = [record.accuracies(name) for record, name in zip(records, methods)]
@@ -236,8 +259,8 @@ def finished_result(folder: RunFolder, described: Mapping[str, Any]) -> dict[str
         described: what the result must say, as far as it is known before the list is evaluated.
 
     Returns:
-        None where the folder lacks it, or has that of other weights, texts or versions, which is
-        then removed: its files are about to be replaced.
+        None where the folder lacks it, or has that of other weights, images, texts or versions,
+        which is then removed: its files are about to be replaced.
     """
     path = folder.path / _result_name(described)
     try:

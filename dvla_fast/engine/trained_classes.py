@@ -35,13 +35,17 @@ def unknown_stage(stage: str, dataset: str | None = None) -> Stage:
 
 def training_stage(stage: str, data: FewShotData) -> Stage:
     """Describe training on the base classes of a data set."""
-    base = data.base
+    return {"stage": stage, "dataset": data.name, "classes": class_digests(data.base)}
+
+
+def class_digests(images: ImageSet) -> dict[str, str]:
+    """Return hashes of the pixels of a few images of each class, by its name."""
     classes = {}
-    for label, name in enumerate(base.class_names):
-        index = _members(base, label)
+    for label, name in enumerate(images.class_names):
+        index = _members(images, label)
         chosen = np.linspace(0, len(index) - 1, min(_SAMPLES, len(index))).round().astype(int)
-        classes[name] = " ".join(_digests(base, index[chosen]))
-    return {"stage": stage, "dataset": data.name, "classes": classes}
+        classes[name] = " ".join(_digests(images, index[chosen]))
+    return classes
 
 
 def training_stages(info: Mapping[str, Any]) -> list[Stage]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from dvla_fast.engine.compare import difference_in_episodes
 from dvla_fast.engine.logging import read_metrics
-from dvla_fast.engine.records import EpisodeRecord
+from dvla_fast.engine.records import EpisodeRecord, other_pixels
 from dvla_fast.engine.settings import load_yaml
 from dvla_fast.errors import OutputError
 
@@ -296,6 +296,9 @@ def _comparability(runs: Sequence[Run]) -> list[str]:
                     f"{shot}-shot results of {first.name} and {run.name} are not comparable episode"
                     f" by episode: {reason}."
                 )
+            differs = other_pixels(reference or {}, result or {})
+            if differs and not reason:
+                notes.append(f"{first.name} and {run.name}: {differs} ({shot}-shot).")
     if len(evaluated) == 1 or len({_seed(run) for run in evaluated}) == 1:
         checkpoints = {path for run in evaluated for path in _checkpoints(run)}
         if len(checkpoints) == 1:

@@ -26,6 +26,7 @@ from dvla_fast.engine.build import (
 from dvla_fast.engine.config import DataConfig, EvaluateConfig, MetatuneConfig, SemanticsConfig
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import load_model
+from dvla_fast.engine.inputs import images_fingerprint
 from dvla_fast.engine.leaks import find_seen_images
 from dvla_fast.engine.settings import from_mapping
 from dvla_fast.engine.starting import trained_normalisation
@@ -195,7 +196,12 @@ class _Studio:
         result = run.result(shot)
         if result is None and run.results:
             raise Missing(f"it was not evaluated with {shot} support(s) a class.")
-        if result and sampler.fingerprint(settings.episodes) != result.get("episodes_sha256"):
+        same = result is None or (
+            sampler.fingerprint(settings.episodes) == result.get("episodes_sha256")
+            # results of earlier versions do not say which images they are of
+            and result.get("images_sha256") in (None, images_fingerprint(images))
+        )
+        if not same:
             raise Missing(
                 "the images that are there now give other episodes than the run met; restore the "
                 "data set that it used."

@@ -73,6 +73,13 @@ def test_small_classes_and_class_in_two_splits(tree: Path) -> None:
     assert "class 'b' has 4 images, an episode takes 5" in report.text()
 
 
+def test_class_in_two_splits_under_two_spellings(tree: Path) -> None:
+    shutil.move(tree / "train/a", tree / "train/Red Panda")
+    shutil.move(tree / "test/h", tree / "test/red_panda")
+    (problem,) = check(tree, decode_images=False).problems
+    assert problem.startswith("class 'red_panda' of test is also 'Red Panda' of train")
+
+
 def test_a_data_set_is_called_like_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +180,17 @@ def test_what_is_not_read_is_counted(tree: Path) -> None:
     assert f"e.g. {tree}/train/a/x.gif; images end in .png, .jpg" in others
     assert f"1 folder(s) inside class folders, with 2 image(s), e.g. {tree}/train/b/mo" in nested
     assert beside == f"passed over 1 file(s) beside class folders, e.g. {tree}/val/z.jpg"
+
+
+def test_folders_beside_the_splits_are_counted(tree: Path) -> None:
+    shutil.move(tree / "val", tree / "development")
+    (tree / "notes").mkdir()
+    report = check(tree, decode_images=False)
+    assert f"{tree}: folders train/, test/" in report.text()
+    (note,) = report.notes
+    assert (
+        "passed over 2 folder(s) beside the splits, with 8 image(s): development/, notes/" in note
+    )
 
 
 def test_what_is_not_read_under_a_split_list(tmp_path: Path) -> None:

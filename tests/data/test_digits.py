@@ -48,6 +48,15 @@ def test_hold_out_takes_the_share_of_every_class() -> None:
     assert sorted(kept.tolist() + held.tolist()) == list(range(46))
 
 
+def test_hold_out_leaves_something_to_train_on() -> None:
+    labels = torch.tensor([0] * 40 + [1] * 2)
+    assert torch.bincount(labels[hold_out(labels, 0.7, 0)[0]]).tolist() == [12, 1]
+    with pytest.raises(DataError, match=r"class 'ox' has 2 image\(s\), and --data.holdout 0.8 w"):
+        hold_out(labels, 0.8, 0, ("cow", "ox"))
+    with pytest.raises(DataError, match=r"class 1 has 1 image\(s\)"):
+        hold_out(labels[:-1], 0.1, 0)
+
+
 @pytest.mark.parametrize("arguments", [{"image_size": 4}, {"holdout": 0.0}, {"holdout": 1.0}])
 def test_impossible_settings_are_refused(arguments: dict[str, float]) -> None:
     with pytest.raises(DataError):

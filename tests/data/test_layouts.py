@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,28 @@ def test_split_folders_of_a_published_split(tmp_path: Path, names: tuple[str, ..
     assert listing.split_list is known
     assert sizes(listing) == {"train": (64, 128), "val": (16, 32), "test": (20, 40)}
     assert "house finch" in listing.splits["train"].names
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "Val", "Validation"])
+def test_names_of_validation_classes(tmp_path: Path, name: str) -> None:
+    trees.split_folders(tmp_path, {"train": "ab", name: "cd", "test": "ef"})
+    listing = list_data(tmp_path)
+    assert listing.splits["val"].keys == ("c", "d")
+    assert listing.layout == f"folders train/, {name}/, test/"
+    (tmp_path / "VAL").mkdir()
+    with pytest.raises(DataError, match=r"VAL and .*: both are called like validation classes"):
+        list_data(tmp_path)
+
+
+def test_layout_says_which_folders_are_there(tmp_path: Path) -> None:
+    trees.split_folders(tmp_path, {"base": "ab", "novel": "cd"})
+    assert list_data(tmp_path).layout == "folders base/, novel/"
+
+
+def test_a_list_of_validation_classes_by_another_name(tmp_path: Path) -> None:
+    trees.csv_lists(tmp_path, load_split_list("miniimagenet_ravi"))
+    (tmp_path / "val.csv").rename(tmp_path / "validation.csv")
+    assert sizes(list_data(tmp_path))["val"] == (16, 32)
 
 
 def test_named_split_must_match_the_folders(tmp_path: Path) -> None:
@@ -341,6 +364,28 @@ def test_names_that_differ_in_case(tmp_path: Path) -> None:
     trees.split_folders(tmp_path, {"train": ["Dog", "dog"], "test": ["cat", "cow"]})
     with pytest.raises(DataError, match="'Dog' and 'dog' have the same name"):
         list_data(tmp_path)
+
+
+def test_one_class_under_two_spellings(tmp_path: Path) -> None:
+    """Evaluation would refuse what training on such folders leaves."""
+    trees.split_folders(tmp_path, {"train": ["Red Panda", "cow"], "test": ["cat", "red_panda"]})
+    with pytest.raises(DataError, match=r"share 1 class\(es\) \('Red Panda' and 'red_panda'"):
+        list_data(tmp_path)
+
+
+def test_names_in_the_decomposed_form_of_a_mac(tmp_path: Path) -> None:
+    names = ["épagneul", "zèbre", "cat", "Ångström"]
+    photos = tmp_path / "photos"
+    trees.class_folders(photos, [unicodedata.normalize("NFD", name) for name in names], 3)
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"splits": {"train": names[:2], "test": names[2:]}}))
+    listing = list_data(photos, str(path))
+    assert listing.splits["train"].keys == ("épagneul", "zèbre")
+    assert listing.ignored == ()
+    assert len(listing.splits["train"]) == 6
+    trees.class_folders(photos, ["zèbre"], 3)
+    with pytest.raises(DataError, match=r"photos: two folders are called 'zèbre'"):
+        list_data(photos, str(path))
 
 
 def test_archive_file_instead_of_its_folder(tmp_path: Path) -> None:

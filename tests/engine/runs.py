@@ -99,7 +99,8 @@ def write_evaluation(
     record.write(folder / f"episodes-{shot}shot.npz")
     accuracy = record.accuracies("learned gate").mean().item()
     result = {
-        "dataset": "animals", "split": "novel", "split_sha256": "s", "way": way, "shot": shot,
+        "dataset": "animals", "split": "novel", "split_sha256": "s", "images_sha256": "i",
+        "way": way, "shot": shot,
         "query": query, "episodes": episodes, "episodes_sha256": f"list {seed}", "seed": seed,
         "method": "learned gate", "accuracy": accuracy, "ci95": 0.01,
         "methods": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from scipy import stats
 
 from dvla_fast.cli import main
 from dvla_fast.engine.compare import NotComparableError, compare_groups, verdict
-from dvla_fast.engine.records import EpisodeRecord
+from dvla_fast.engine.records import EpisodeRecord, compare_runs
 from dvla_fast.engine.statistics import holm, unpaired_difference
+from dvla_fast.errors import OutputError
 from tests.engine.runs import CLASSES, write_evaluation
 
 
@@ -102,6 +104,11 @@ def test_a_training_counts_once_a_side(
             assert main(["compare", *sides]) == 2
             said = capsys.readouterr().err
             assert f"compare: {one} and {two} evaluate the same checkpoint" in said
+    for name in ("best", "last"):
+        file = f"{tmp_path}/run/checkpoints/metatune-{name}.safetensors"
+        write_evaluation(tmp_path / name, 0.6, checkpoint=file, checkpoints_sha256=[name])
+    assert main(["compare", "a,best,last", "b"]) == 2
+    assert "best and last evaluate the same checkpoint, or the best" in capsys.readouterr().err
     # on both sides: two methods of one training
     assert main(["compare", "a,b,old", "a,b,demo", "--method_b=visual prototypes"]) == 0
 
@@ -121,6 +128,7 @@ def test_holm_is_the_step_down_procedure() -> None:
         ({"episodes_sha256": "x", "seed": 3}, "because of different seeds (0 and 3)"),
         ({"episodes_sha256": "x"}, "different episode lists"),
         ({"query": 15}, "different numbers of queries (6 and 15)"),
+        ({"images_sha256": "x"}, "different images (renamed, added or taken away) (i and x)"),
     ],
 )
 def test_other_episodes_are_refused(tmp_path: Path, changes: dict, reason: str) -> None:
@@ -129,6 +137,34 @@ def test_other_episodes_are_refused(tmp_path: Path, changes: dict, reason: str) 
     with pytest.raises(NotComparableError, match="not comparable") as caught:
         compare_groups([str(one)], [str(two)])
     assert reason in str(caught.value)
+
+
+def test_a_run_of_an_earlier_version(tmp_path: Path) -> None:
+    """It does not say which images it is of, so that it cannot be paired."""
+    one, old = (write_evaluation(tmp_path / name, 0.6) for name in ("one", "old"))
+    summary = json.loads((old / "summary.json").read_text())
+    del summary["results"][0]["images_sha256"]
+    (old / "summary.json").write_text(json.dumps(summary))
+    for sides in ((one, old), (old, one)):
+        with pytest.raises(NotComparableError, match="images_sha256 was not recorded"):
+            compare_groups([str(sides[0])], [str(sides[1])])
+        with pytest.raises(OutputError, match="images_sha256 was not recorded"):
+            compare_runs(*sides)
+
+
+def test_other_pixels_under_the_same_names_are_told(tmp_path: Path) -> None:
+    def write(name: str, size: int, pixels: str) -> Path:
+        return write_evaluation(tmp_path / name, 0.6, image_size=size, pixels_sha256=pixels)
+
+    one, other, large = write("one", 84, "x"), write("other", 84, "y"), write("large", 224, "z")
+    with pytest.warns(UserWarning, match="one and .*other: the images have the same names but"):
+        compare_groups([str(one)], [str(other)])
+    with pytest.warns(UserWarning, match="one and .*other: the images have the same names but"):
+        compare_runs(one, other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compare_groups([str(one)], [str(large)])
+        compare_groups([str(one)], [str(write_evaluation(tmp_path / "unknown", 0.6))])
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

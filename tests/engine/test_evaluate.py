@@ -16,7 +16,8 @@ import torch
 
 from benchmarks.evaluation import predict_afresh
 from dvla_fast.cli import main
-from dvla_fast.data import EpisodeSampler, FewShotData
+from dvla_fast.data import EpisodeSampler, FewShotData, load_digits
+from dvla_fast.engine import evaluate
 from dvla_fast.engine.build import build_texts, without_test_split
 from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from dvla_fast.engine.config import DemoRun, EvaluateConfig
@@ -411,6 +412,42 @@ def test_comparing_two_runs(
         (tmp_path / "a/episodes-1shot.npz").write_bytes(torn)
         with pytest.raises(OutputError, match="no readable predictions"):
             compare_runs(tmp_path / "b", tmp_path / "a")
+
+
+def test_an_evaluation_is_of_its_images(
+    backbone: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Class names and row numbers are the same where the files behind them are not."""
+    run = evaluate_arguments(backbone, tmp_path / "a")
+    assert main(run) == 0
+    seen, real = interrupt(monkeypatch, 0), evaluate.build_data
+    resumed = ["evaluate", "--resume", f"--output={tmp_path / 'a'}"]
+    assert main(resumed) == 0
+    assert seen == []
+
+    def give(**changes: Any) -> None:
+        def build(*given: Any, **more: Any) -> FewShotData:
+            data = real(*given, **more)
+            return replace(data, novel=replace(data.novel, **changes))
+
+        monkeypatch.setattr(evaluate, "build_data", build)
+
+    novel = load_digits().novel
+    give(ids=("another.png", *novel.ids[1:]))
+    other = evaluate_arguments(backbone, tmp_path / "b", f"--compare={tmp_path / 'a'}")
+    assert main(other) == 1
+    assert "1-shot: images_sha256" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+    assert main(resumed) == 0
+    assert seen == [1]
+    give(images=novel.images.flip(3))  # under the same names
+    assert main(resumed) == 0
+    assert seen == [1, 1]
+    assert main(resumed) == 0
+    assert seen == [1, 1]
 
 
 def test_one_episode_has_no_interval(

@@ -25,13 +25,16 @@ from dvla_fast.engine.config import (
     DemoRun,
     EvaluateConfig,
     EvaluateRun,
+    MetatuneRun,
     ModelConfig,
     SemanticsConfig,
 )
 from dvla_fast.engine.demo import run_demo
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import run_evaluate
+from dvla_fast.engine.inputs import images_fingerprint
 from dvla_fast.engine.leaks import leak_summary, seen_images
+from dvla_fast.engine.metatune import run_metatune
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.errors import DataError
 from dvla_fast.semantics import SemanticBank
@@ -171,6 +174,10 @@ def test_ids_are_those_of_the_files_whatever_they_are_loaded_from(tmp_path: Path
     cache = load_data(str(tmp_path / "cache"), 8)
     assert folder.novel.ids == cache.novel.ids
     assert folder.novel.ids[:2] == ("test/c/0.png", "test/c/1.png")
+    assert images_fingerprint(folder.novel) == images_fingerprint(cache.novel)
+    assert images_fingerprint(folder.novel) != images_fingerprint(
+        dataclasses.replace(folder.novel, ids=())
+    )
     for part in (folder.base, folder.monitor, cache.base, cache.monitor):
         assert len(part.ids) == len(part)
     # the held-out images take their names with them
@@ -241,6 +248,11 @@ def test_the_verdict_is_in_the_summary(checkpoint: Path, tmp_path: Path) -> None
 def test_unknown_action_is_refused_before_work(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'ignore' is unknown; choose one of exclude, report"):
         evaluate(checkpoint, tmp_path / "run", seen_images="ignore")
+    config = MetatuneRun(
+        output=str(tmp_path / "run"), semantics=SemanticsConfig(seen_images="ignore")
+    )
+    with pytest.raises(UsageError, match="'ignore' is unknown; choose one of exclude, report"):
+        run_metatune(config)
     assert not (tmp_path / "run").exists()
 
 

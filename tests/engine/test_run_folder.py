@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +40,53 @@ def test_foreign_folder_and_file(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write the run here"):
         RunFolder(tmp_path / "notes.txt" / "run", CONFIG)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_killed_at_once_can_begin_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in (".lock", ".write-test-12", ".config.yaml.ab12.tmp"):
+        (run / name).write_bytes(b"")
+    RunFolder(run, CONFIG).close()
+    (run / "config.yaml").unlink()
+    (run / "checkpoints" / "pretrain-best.safetensors").write_bytes(b"")
+    with pytest.raises(OutputError, match="not empty"):
+        RunFolder(run, CONFIG)
+
+
+def test_one_process_writes_a_run(tmp_path: Path) -> None:
+    """A lock is the file's, as it was opened: another opening here is like another process."""
+    run = tmp_path / "run"
+    folder = RunFolder(run, CONFIG)
+    again = RunFolder(run, CONFIG, resume=True)  # this process knows its own
+    with open(run / ".lock") as other:
+        folder.close()
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        again.close()
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(OutputError, match="run: another process is writing this run; wait"):
+            RunFolder(run, CONFIG, resume=True)
+        RunFolder(run, CONFIG, resume=True, writes=False)  # the other processes of one run
+        (run / "config.yaml").unlink()  # not yet written
+        with pytest.raises(OutputError, match="run: another process is writing this run; wait"):
+            RunFolder(run, CONFIG)
+
+
+def test_a_killed_run_lets_go(tmp_path: Path) -> None:
+    program = (
+        "import sys; from dvla_fast.engine.logging import RunFolder; "
+        f"folder = RunFolder(sys.argv[1], {CONFIG!r}); print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(OutputError, match="another process is writing"):
+            RunFolder(tmp_path / "run", CONFIG, resume=True)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    RunFolder(tmp_path / "run", CONFIG, resume=True)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -152,24 +152,28 @@ def test_missing_images(copied: Path, page: Write) -> None:
     assert "Reward" in html
 
 
-def test_other_images_than_the_runs(copied: Path, page: Write) -> None:
+@pytest.mark.parametrize("key", ["episodes_sha256", "images_sha256"])
+def test_other_images_than_the_runs(copied: Path, page: Write, key: str) -> None:
     """Episodes are drawn only if the images there give the episodes that the run met."""
 
     def change(summary: Any) -> None:
-        summary["results"][0]["episodes_sha256"] = "0" * 64
+        summary["results"][0][key] = "0" * 64
 
     edit(copied / "summary.json", change)
     assert "give other episodes than the run met" in page(copied)
 
 
 def test_runs_that_cannot_be_compared(tmp_path: Path, page: Write) -> None:
-    one = write_evaluation(tmp_path / "one", 0.7)
-    two = write_evaluation(tmp_path / "two", 0.6)
+    one = write_evaluation(tmp_path / "one", 0.7, pixels_sha256="x")
+    two = write_evaluation(tmp_path / "two", 0.6, pixels_sha256="x")
     other = write_evaluation(tmp_path / "other", 0.6, seed=4)
+    edited = write_evaluation(tmp_path / "edited", 0.6, pixels_sha256="y")
     plants = write_evaluation(tmp_path / "plants", 0.6, dataset="plants")
-    html = page(one, two, other, plants, tmp_path / "none")
+    html = page(one, two, other, edited, plants, tmp_path / "none")
     assert "one is better than two by" in html
     assert "one and other are not comparable episode by episode: different episode lists" in html
+    assert "one and edited: the images have the same names but other pixels" in html
+    assert "one and two: the images" not in html
     assert "The runs are of different data sets (animals, plants)" in html
     assert "none: no run here" in html
     assert "α by class, 1-shot, stage 2, block 1" in html  # six classes, five an episode

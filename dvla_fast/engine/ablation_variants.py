@@ -13,7 +13,7 @@ from dvla_fast.engine.config import AblateRun
 from dvla_fast.engine.settings import UsageError, from_mapping
 from dvla_fast.engine.settle import sized
 from dvla_fast.nn import build_backbone
-from dvla_fast.nn.dvla import default_level_weights
+from dvla_fast.nn.level_weights import default_level_weights
 from dvla_fast.rl import OBJECTIVES
 
 FULL, VISUAL = "full", "visual"

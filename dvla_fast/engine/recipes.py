@@ -19,7 +19,7 @@ from dvla_fast.engine.settings import UsageError, differences
 from dvla_fast.engine.trained_texts import COMPARED
 from dvla_fast.errors import CheckpointError
 from dvla_fast.nn import DVLA
-from dvla_fast.nn.dvla import default_level_weights
+from dvla_fast.nn.level_weights import default_level_weights
 
 
 def checkpoint_paths(config: EvaluateRun) -> list[str]:

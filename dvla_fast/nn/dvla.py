@@ -17,6 +17,7 @@ from dvla_fast import reference
 from dvla_fast.nn.backbones.base import GatedBackbone, GatedTokens, Location
 from dvla_fast.nn.gate import GateOutput, RLAGate, per_image
 from dvla_fast.nn.layers import weight_of
+from dvla_fast.nn.level_weights import level_scales
 from dvla_fast.nn.prototype import prototype_logits
 
 TEXT_SCOPES = ("episode", "class")
@@ -123,8 +124,8 @@ class DVLA(nn.Module):
         self.gated_layers = _checked_layers(backbone, gated_layers)
         if text_scope not in TEXT_SCOPES:
             raise ValueError(f"text_scope: unknown {text_scope!r}; expected one of {TEXT_SCOPES}")
-        if temperature <= 0:
-            raise ValueError(f"temperature: expected a positive number, got {temperature}")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
         self.backbone = backbone
         self.text_dim, self.temperature = text_dim, float(temperature)
         self.alpha_scope, self.text_scope = alpha_scope, text_scope
@@ -145,7 +146,7 @@ class DVLA(nn.Module):
         self.alignments = nn.ModuleList(
             nn.Linear(width, text_dim, bias=False) for width in widths
         )  # U of the similarity reward
-        scales = _level_scales(level_weights, self.gated_layers, backbone.deep_from)
+        scales = level_scales(level_weights, self.gated_layers, backbone.deep_from)
         self.register_buffer("level_scales", scales, persistent=False)
 
     def features(self, images: Tensor) -> Tensor:
@@ -219,15 +220,20 @@ class DVLA(nn.Module):
     def supports_are_independent(self, alpha: Any = None) -> bool:
         """Whether a support's feature is the same in every episode that draws the image.
 
-        It is in text scope "class", where a support sees its own class's text alone, when its gate
-        does not look at the episode either: alpha scope "image", a replayed ``alpha``, or
-        policies that read no state. In alpha scope "episode" the Beta, categorical and MLP
-        policies pool their state over all supports of the episode.
+        It is in text scope "class", where a support sees its own class's text alone, when none of
+        its gates looks at the episode either: alpha scope "image", one replayed number (``alpha``
+        as in :meth:`forward`), or policies that read no state. In alpha scope "episode" the Beta,
+        categorical and MLP policies pool their state over all supports of the episode.
         """
         if self.text_scope != "class":
             return False
-        reads = any(gate.policy.reads_state for gate in self.gates)  # type: ignore[union-attr]
-        return alpha is not None or self.alpha_scope == "image" or not reads
+        gates: Any = self.gates
+        return all(
+            self.alpha_scope == "image" or not gate.policy.reads_state
+            if given is None
+            else not isinstance(given, Tensor) or given.dim() == 0
+            for gate, given in zip(gates, _per_layer("alpha", alpha, self.gated_layers))
+        )
 
     def support_features(
         self,
@@ -358,7 +364,7 @@ class _GatePass:
         """Text scope "class": every support image becomes a text group with its class's tokens."""
         rows = torch.arange(self.episodes, device=labels.device).unsqueeze(1)
         self.tokens = self.tokens.unflatten(1, (way, -1))[rows, labels].flatten(0, 1)
-        self.levels = self.levels.unflatten(0, (way, -1))[0]
+        self.levels = self.levels.unflatten(0, (way, -1))[labels].flatten(0, 1)
         if self.mask is not None:
             self.mask = self.mask.unflatten(1, (way, -1))[rows, labels].flatten(0, 1)
 
@@ -400,14 +406,14 @@ class _GatePass:
         """Gate output; pooled tokens (E, n, d); GAP(H) (E, n, d); U·GAP(H) (E, n, text_dim)."""
         index = self.model.gated_layers.index(location)
         gate: Any = self.model.gates[index]
-        scale = self.model.level_scales[index][self.levels].unsqueeze(-1)  # [P, 1]
+        scale = self.model.level_scales[index][self.levels].unsqueeze(-1)  # [P, 1] or [T, P, 1]
         text = (self.tokens * scale).to(gate._weight().dtype)
         out: GateOutput = gate(
             tokens,
             text,
             text_mask=self.mask,
-            alpha=_flat(self.alphas[index]),
-            action_logit=_flat(self.actions[index]),
+            alpha=self._decided("alpha", self.alphas[index], tokens.shape[0]),
+            action_logit=self._decided("action_logit", self.actions[index], tokens.shape[0]),
             **scope,
             **self.options,
         )
@@ -416,6 +422,21 @@ class _GatePass:
         alignment: Any = self.model.alignments[index]
         aligned = alignment(fused.detach().to(weight_of(alignment).dtype))
         return out, self._pooled(tokens), fused, aligned
+
+    def _decided(self, name: str, given: Any, images: int) -> Any:
+        """Given gates in the gate's rows: (E,), or (B,) in alpha scope "image"."""
+        if not isinstance(given, Tensor) or given.dim() == 0:
+            return given
+        whole, scope = (self.episodes, images // self.episodes), self.model.alpha_scope
+        expected = (whole[:1], whole) if scope == "image" else (whole[:1],)
+        if tuple(given.shape) not in expected:
+            wanted = " or ".join(map(str, expected))
+            raise ValueError(
+                f"{name}: shape {tuple(given.shape)}, alpha_scope={scope!r} takes {wanted}"
+            )
+        if scope == "episode":
+            return given
+        return given.reshape(whole[0], -1).expand(whole).flatten()
 
     def _pooled(self, tokens: Tensor) -> Tensor:
         wide = torch.promote_types(tokens.dtype, torch.float32)
@@ -441,11 +462,6 @@ class _GatePass:
         return GatedTokens(out.image_tokens, out.fused, per_image(self.mask, out.fused.shape[0]))
 
 
-def _flat(value: Any) -> Any:
-    """Per-image gates (E, images) of a trace, as the gate takes them: (B,)."""
-    return value.flatten() if isinstance(value, Tensor) and value.dim() == 2 else value
-
-
 def _per_layer(name: str, given: Any, layers: tuple[Location, ...]) -> list[Any]:
     """One entry per gated layer from what ``alpha`` and ``action_logit`` may be."""
     if given is None or isinstance(given, (Tensor, Real)):
@@ -469,25 +485,3 @@ def _checked_layers(
     if list(checked) != sorted(checked):
         raise ValueError(f"gated_layers: {checked} are not in the order of the backbone's blocks")
     return checked
-
-
-def default_level_weights(
-    layers: Sequence[Location], deep_from: Location
-) -> list[tuple[float, float]]:
-    """(attribute, description) weights of each gated layer: attributes lead in shallow ones."""
-    return [(0.7, 0.3) if tuple(layer) < deep_from else (0.3, 0.7) for layer in layers]
-
-
-def _level_scales(
-    weights: Sequence[Sequence[float]] | None, layers: tuple[Location, ...], deep_from: Location
-) -> Tensor:
-    """(L, 2) factors for attributes and descriptions, of mean 1 at each layer."""
-    if weights is None:
-        weights = default_level_weights(layers, deep_from)
-    if len(weights) != len(layers):
-        raise ValueError(f"level_weights: {len(weights)} pairs for {len(layers)} gated layers")
-    for pair in weights:
-        if len(pair) != 2 or min(pair) < 0 or sum(pair) <= 0:
-            raise ValueError(f"level_weights: expected two weights >= 0, not both 0, got {pair}")
-    table = torch.tensor([list(pair) for pair in weights], dtype=torch.float32)
-    return table / table.mean(1, keepdim=True)

@@ -159,6 +159,8 @@ class RLAGate(nn.Module):
             sample: draw the action (True) or take the policy's mean (False); None: draw in
                 training.
             generator: source of randomness on the inputs' device; None: PyTorch's global one.
+                Activation checkpointing rewinds the global one alone: under it leave this None, or
+                give ``action_logit``.
             state_images: scope "episode": only the first this many images of each text group make
                 the state (the supports, when queries follow them in the same call).
             episodes: scope "episode": number of decisions A, a divisor of T; each covers T/A
@@ -168,6 +170,8 @@ class RLAGate(nn.Module):
             TypeError, ValueError: dtypes, shapes, devices or options do not fit together; where
                 values are checked (:func:`dvla_fast.functional.set_value_checks`), a replayed gate
                 outside [0, 1].
+            RuntimeError: a checkpointed gate would draw other actions from ``generator`` when its
+                forward is run again.
         """
         self._check(image_tokens, text_tokens, image_mask, text_mask)
         decisions = self._decisions(image_tokens, text_tokens, episodes, state_images)
@@ -182,6 +186,8 @@ class RLAGate(nn.Module):
         if alpha is None:
             _check_action(action_logit, decisions)
             draw = self.training if sample is None else sample
+            if generator is not None and draw and action_logit is None:
+                _check_first_run()
             step, state = self.policy.decide(
                 image_tokens, texts, **pooling,
                 action_logit=action_logit, sample=draw, generator=generator,
@@ -323,6 +329,16 @@ class RLAGate(nn.Module):
 
 def _is_weight(layer: nn.Module) -> bool:
     return is_plain(layer) and layer.bias is None
+
+
+def _check_first_run() -> None:
+    """A forward inside a backward pass is activation checkpointing's second run of it."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "generator: activation checkpointing runs this gate again, and does not rewind a"
+            " generator of one's own, so that other actions would be drawn; use PyTorch's global"
+            " one (generator=None), or give action_logit"
+        )
 
 
 def _check_action(action_logit: Tensor | None, decisions: int) -> None:

@@ -8,6 +8,7 @@ autocast, since a log-density in half precision is noise.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeVar
@@ -230,7 +231,8 @@ class BetaPolicy(GatePolicy):
     @torch.no_grad()
     def score(self, outputs: Tensor, action_logit: Tensor) -> Tensor:
         """κp(1 − p)(l − ψ(κp) + ψ(κ(1 − p))) for the action's logit l."""
-        logits, kappa = outputs.squeeze(-1).double(), self.concentration
+        logits = outputs.squeeze(-1).double().clamp(-300, 300)  # as the kernels
+        kappa = self.concentration
         p, rest = torch.sigmoid(logits), torch.sigmoid(-logits)
         center = torch.digamma(kappa * p) - torch.digamma(kappa * rest)
         score = kappa * p * rest * (action_logit.double() - center)
@@ -404,7 +406,7 @@ def frozen_policy(policy: P, alpha: float | None = None) -> P:
     if not isinstance(frozen, BetaPolicy):
         raise ValueError(f"alpha: {type(policy).__name__} has no mean to set; only BetaPolicy has")
     frozen.network.out.weight.zero_()
-    frozen.network.out.bias.fill_(torch.logit(torch.tensor(alpha)).item())
+    frozen.network.out.bias.fill_(math.log(alpha) - math.log1p(-alpha))
     return frozen
 
 

@@ -72,5 +72,5 @@ def _check(support: Tensor, labels: Tensor, query: Tensor, way: int, temperature
         )
     if way < 1:
         raise ValueError(f"way: expected a positive number, got {way}")
-    if temperature <= 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a positive finite number, got {temperature}")

@@ -53,7 +53,8 @@ class PolicyLoss(nn.Module):
         value_weight: of the squared error of a baseline whose values carry a gradient.
 
     Raises:
-        ValueError: a weight or the discount out of its range.
+        ValueError: a weight or the discount out of its range, or an option the objective does not
+            take.
     """
 
     def __init__(
@@ -70,12 +71,22 @@ class PolicyLoss(nn.Module):
         super().__init__()
         if not 0.0 <= discount <= 1.0:
             raise ValueError(f"discount: expected a number in [0, 1], got {discount}")
-        for name, value in (("kl_weight", kl_weight), ("value_weight", value_weight)):
+        for name, value in (
+            ("entropy_weight", entropy_weight),
+            ("weight", weight),
+            ("kl_weight", kl_weight),
+            ("value_weight", value_weight),
+        ):
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a finite number from 0, got {value}")
         self.objective = Reinforce() if objective is None else objective
         if normalise and not self.objective.takes_baseline:
             raise ValueError(f"normalise: {type(self.objective).__name__} has its own scale")
+        if discount and not self.objective.takes_discount:
+            raise ValueError(
+                f"discount: {type(self.objective).__name__} compares whole sequences of gates by"
+                f" the sum of their rewards, got {discount}; leave it 0"
+            )
         self.entropy_weight = entropy_weight
         self.weight = weight
         self.normalise = normalise
@@ -220,6 +231,9 @@ class ReinforceLoss(PolicyLoss):
     Args:
         entropy_weight: τ.
         weight: λ, the loss's weight beside the supervised one.
+
+    Raises:
+        ValueError: a weight is negative or not finite.
     """
 
     def __init__(self, entropy_weight: float = 0.2, weight: float = 0.1) -> None:

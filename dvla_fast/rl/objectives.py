@@ -38,6 +38,7 @@ class Objective(nn.Module):
         epochs: usual number of updates from the same draws.
         repeatable: whether more than one update from the same draws makes sense.
         takes_baseline: whether a baseline is subtracted; else it must be None.
+        takes_discount: whether a gate may be credited with rewards of later ones; else 0.
         needs_reference_rewards: whether a reference gate's rewards on the same episodes are read.
         needs_reference_density: whether a reference policy's log-densities are.
         differentiable: whether rewards must carry a gradient.
@@ -47,6 +48,7 @@ class Objective(nn.Module):
     epochs = 1
     repeatable = False
     takes_baseline = True
+    takes_discount = True
     needs_reference_rewards = False
     needs_reference_density = False
     differentiable = False
@@ -176,6 +178,7 @@ class PreferencePairs(Objective):
 
     samples = 2
     takes_baseline = False
+    takes_discount = False  # returns would count later rewards more than once
     needs_reference_density = True
     repeatable = True
 

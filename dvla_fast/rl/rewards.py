@@ -156,7 +156,7 @@ def accuracy_reward(
 
 @register_reward("similarity")
 def _similarity(inputs: RewardInputs) -> Tensor:
-    """cos(U·GAP(H), t*), t* the CLIP embedding of the true class."""
+    """cos(U·GAP(H), t*), t* the text embedding of the true class."""
     output, text = inputs.output, inputs.text
     labels = inputs.query_labels if output.aligned_labels is None else output.aligned_labels
     return torch.stack(

@@ -7,6 +7,7 @@ rest is an error that says what came, so that the model can be asked again and a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import unicodedata
@@ -28,7 +29,14 @@ _THINKING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL |
 # Servers whose chat template holds the opening tag leave it out of the answer.
 _OPEN_THINKING = re.compile(r"\A.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
 _FENCE = re.compile(r"```[a-zA-Z]*\n?|```")
-_BULLET = re.compile(r"^\s*(?:[-*•–▪◦]\s+|\(?\d{1,3}[.):]\s*|[a-zA-Z][.)]\s+)(.+)$")
+# "3. bill" and "16: bill", but not "3.5 cm" and "16:9".
+_MARK = r"[-*•–▪◦]\s+|\(?\d{1,3}[.):](?!\d)\s*"
+_BULLET = re.compile(rf"^\s*(?:{_MARK})(.+)$")
+_LINE_BULLET = re.compile(rf"^\s*(?:{_MARK}|[a-zA-Z][.)]\s+)(.+)$")  # "a) bill" too: lines only
+# What a JSON text may end after, once it is cut off; a text that never ends runs to the end.
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\Z)|[\[\]{},]', re.DOTALL)
+_DEEPEST = 20
+_AROUND = " \"'“”‘’*_•-–.,;:"
 _COMPLETE_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"\s*(?=[,\]])')
 _REFUSAL = re.compile(
     r"\b(?:i['’]?m (?:very )?sorry|i am sorry|i apologi[sz]e|sorry, (?:but|i)|as an ai\b"
@@ -47,6 +55,15 @@ _NOT_AN_ATTRIBUTE = re.compile(
 _LEADING = re.compile(r"^(?:it |they )?(?:has|have|having|with|its|their)\s+", re.IGNORECASE)
 _LIST_KEYS = ("attributes", "candidates", "features", "characteristics", "answer", "items", "list")
 _TEXT_KEYS = ("attribute", "text", "name", "feature", "value", "description")
+_LABEL_KEYS = ("name", "attribute", "feature", "part", "key")  # of a "value"
+# Keys that say something about the answer or the class instead of what it looks like.
+_OTHER_KEYS = frozenset(
+    (
+        *("class", "class name", "name", "label", "species", "category", "object", "id"),
+        *("description", "summary", "reason", "reasons", "reasoning", "explanation", "evidence"),
+        *("confidence", "score", "note", "notes", "comment", "source", "sources", "references"),
+    )
+)
 # Frequent words of languages in Latin letters that are no English words, and of English.
 _FOREIGN = frozenset(
     (
@@ -84,8 +101,8 @@ def parse_attributes(answer: Answer, class_name: str, minimum: int = 2) -> Attri
     """Read the candidate attributes of an answer.
 
     Understood are a JSON list, an object that holds one, either inside prose or code fences, one
-    that is cut off (its complete texts count), bulleted and numbered lists, and a sentence that
-    enumerates after "are", "include" or a colon.
+    that is cut off (its complete members count), an object of parts and their texts, bulleted and
+    numbered lists, and a sentence that enumerates after "are", "include" or a colon.
 
     Args:
         class_name: no attribute by itself.
@@ -161,7 +178,8 @@ def clean_attribute(text: str) -> str:
     """Normalise an attribute: one line, no bullet, quotes, mark-up, leading "has", final stop."""
     text = re.sub(r"\*\*|__|`", "", _one_line(text))
     bullet = _BULLET.match(text)
-    text = (bullet[1] if bullet else text).strip(" \"'“”‘’*_•-–.,;:")
+    text = (bullet[1] if bullet else text).rstrip(_AROUND)
+    text = re.sub(rf"^(?:(?!\.\d)[{re.escape(_AROUND)}])+", "", text)  # but ".5 cm"
     return _LEADING.sub("", text)
 
 
@@ -188,57 +206,115 @@ def _plain(answer: Answer) -> str:
 
 def _items(text: str) -> tuple[list[str] | None, bool]:
     """Find the list of an answer: (its texts, whether it was cut off)."""
-    for value in _json_values(text):
+    for value, cut in _json_values(text, mend=True):
         found = _texts(value)
         if found is not None:
-            return found, False
+            return found, cut
     if re.search(r'\[\s*"', text):
         complete = _COMPLETE_STRING.findall(text[text.index("[") :])
         if complete:
             return [_unescape(item) for item in complete], True
     lines = [line for line in _FENCE.sub("", text).splitlines() if line.strip()]
-    bullets = [match[1] for line in lines if (match := _BULLET.match(line))]
+    bullets = [match[1] for line in lines if (match := _LINE_BULLET.match(line))]
     if len(bullets) >= 2:
         return bullets, False
+    if re.search(r'\{\s*"', text):
+        return None, True  # the commas are those of broken JSON
     return _enumeration(" ".join(lines)), False
 
 
-def _json_values(text: str) -> Iterator[Any]:
-    """Yield the JSON lists and objects in a text, outermost first."""
+def _json_values(text: str, *, mend: bool = False) -> Iterator[tuple[Any, bool]]:
+    """Yield (value, whether it was cut off) of the JSON in a text, outermost first.
+
+    Args:
+        mend: yield the complete part of lists and objects that break off, too; else only whole
+            ones, which may lie inside one that breaks off.
+    """
     decoder = json.JSONDecoder()
     position, tries = 0, 0
     while tries < 50 and (match := re.compile(r"[\[{]").search(text, position)):
         tries += 1
+        start = match.start()
         try:
-            value, position = decoder.raw_decode(text, match.start())
+            value, position = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):
             position = match.end()
+            if mend and re.match(r"[\[{]\s*[\"\[{]", text[start : start + 80]):
+                value, closed = _mended(text, start)
+                if value is not None:
+                    yield value, True
+                if value is not None or not closed:
+                    return  # what lies inside belongs to something incomplete
             continue
-        yield value
+        yield value, False
+
+
+def _mended(text: str, start: int) -> tuple[Any, bool]:
+    """Read the complete members of broken JSON: (value; None: there are none, its end came).
+
+    Objects inside a list are members of it only when they are whole.
+    """
+    stack: list[str] = []
+    ends: list[tuple[int, str]] = []
+    for match in _JSON_TOKEN.finditer(text, start):
+        token = match[0]
+        if token in ("[", "{"):
+            stack.append("]" if token == "[" else "}")
+            if len(stack) > _DEEPEST:
+                break
+        elif token in ("]", "}"):
+            stack.pop()
+        if token in ("]", "}", ",") and "]}" not in "".join(stack):
+            ends.append((match.start() + (token != ","), "".join(reversed(stack))))
+        if not stack:
+            break
+    for end, closing in reversed(ends[-_DEEPEST:]):
+        with contextlib.suppress(ValueError):
+            return json.loads(text[start:end] + closing), not stack
+    return None, not stack
 
 
 def _texts(value: Any) -> list[str] | None:
     """Return the texts of a JSON value that is, or holds, a list; None: it does not."""
     if isinstance(value, dict):
-        lists = [value[key] for key in _LIST_KEYS if isinstance(value.get(key), list)]
-        lists = lists or [item for item in value.values() if isinstance(item, list)]
+        lists = [value[key] for key in _LIST_KEYS if isinstance(value.get(key), list)][:1]
+        about = _about_looks(value)
+        lists = lists or [item for item in about.values() if isinstance(item, list)]
         if lists:
-            return _texts(lists[0])
-        if len(value) >= 2 and all(isinstance(item, str) for item in value.values()):
-            return [f"{key}: {item}" for key, item in value.items()]
-        return None
+            return [text for item in lists for text in _texts(item) or []]
+        return _pairs(about) if len(value) >= 2 else None
     if not isinstance(value, list):
         return None
     found: list[str] = []
     for item in value:
         if isinstance(item, dict):
-            texts = [item[key] for key in _TEXT_KEYS if isinstance(item.get(key), str)]
-            found.append(texts[0] if texts else json.dumps(item, ensure_ascii=False))
+            found += _member_texts(item)
         elif isinstance(item, list):
             found += _texts(item) or []
         else:
             found.append(item if isinstance(item, str) else json.dumps(item))
     return found
+
+
+def _member_texts(item: dict[str, Any]) -> list[str]:
+    """Return the attributes in an object of a list: usually one."""
+    labels = [item[key] for key in _LABEL_KEYS if isinstance(item.get(key), str)]
+    if labels and isinstance(item.get("value"), str):
+        return [f"{labels[0]}: {item['value']}"]
+    texts = [item[key] for key in _TEXT_KEYS if isinstance(item.get(key), str)]
+    found = texts[:1] or _texts(item) or _pairs(_about_looks(item))
+    return found or [json.dumps(item, ensure_ascii=False)]
+
+
+def _about_looks(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if _comparable(key) not in _OTHER_KEYS}
+
+
+def _pairs(value: dict[str, Any]) -> list[str] | None:
+    """Return {"bill": "red"} as "bill: red"; None: not all values are texts, or there are none."""
+    if not value or not all(isinstance(item, str) for item in value.values()):
+        return None
+    return [f"{key}: {item}" for key, item in value.items()]
 
 
 def _enumeration(text: str) -> list[str] | None:
@@ -250,12 +326,13 @@ def _enumeration(text: str) -> list[str] | None:
     parts = [re.sub(r"^and\s+", "", part.strip()) for part in re.split(r"[,;]", sentence)]
     if len(parts) < 3 or any(not 0 < len(part.split()) <= 8 for part in parts):
         return None
-    return parts
+    bullets = [_LINE_BULLET.match(part) for part in parts]
+    return [bullet[1] if all(bullets) and bullet else part for part, bullet in zip(parts, bullets)]
 
 
 def _description_text(text: str) -> tuple[str, bool]:
     """Find the description of an answer: (its words, whether it was cut off)."""
-    for value in _json_values(text):
+    for value, _ in _json_values(text):
         if isinstance(value, dict):
             texts = [item for item in value.values() if isinstance(item, str)]
             if isinstance(value.get("description"), str):
@@ -271,7 +348,7 @@ def _description_text(text: str) -> tuple[str, bool]:
     plain = _FENCE.sub("", text).strip()
     if plain.startswith(("{", "[")):
         raise LanguageModelError(f"the answer is broken JSON: {_quote(text)}")
-    if len([line for line in plain.splitlines() if _BULLET.match(line)]) >= 2:
+    if len([line for line in plain.splitlines() if _LINE_BULLET.match(line)]) >= 2:
         raise LanguageModelError(f"the answer is a list, not a description: {_quote(text)}")
     return plain, False
 

@@ -288,6 +288,7 @@ def test_collapse_is_warned_of_once_a_layer(
         ({"freeze_norm": False, "samples": 2}, "freeze_norm: several passes"),
         ({"freeze_norm": False, "objective": "counterfactual"}, "freeze_norm: several passes"),
         ({"discount": 2.0}, r"discount: expected a number in \[0, 1\]"),
+        ({"discount": 0.5, "objective": "dpo"}, "discount: PreferencePairs compares whole"),
         ({"normalise_advantage": True, "episodes_per_step": 1}, "two or more episodes"),
         ({"normalise_advantage": True, "objective": "dpo"}, "normalise: PreferencePairs"),
     ],

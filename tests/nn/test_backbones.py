@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dvla_fast import _extension
 from dvla_fast.errors import MissingDependencyError
@@ -19,6 +19,7 @@ from dvla_fast.nn import (
     visformer_tiny,
 )
 from dvla_fast.nn.backbones import small as small_backbone
+from dvla_fast.nn.backbones.visformer import _normed
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,51 @@ def test_gates_that_change_nothing_change_nothing(backbone: GatedBackbone) -> No
     plain = backbone(x)
     torch.testing.assert_close(backbone(x, lambda _l, _t: None), plain, rtol=0, atol=0)
     torch.testing.assert_close(backbone(x, lambda _l, t: (t, None)), plain, rtol=1e-5, atol=1e-5)
+
+
+class _OtherBatchNorm(nn.BatchNorm2d):
+    """Stands for one whose statistics processes share."""
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, _OtherBatchNorm])
+def test_padding_does_not_enter_statistics(
+    visformer: GatedBackbone, kind: type[nn.BatchNorm2d], momentum: float | None
+) -> None:
+    """In training, extra tokens with and without padding: same result, gradients and averages."""
+    location = (3, 0)
+    x, extra = torch.randn(3, 384, 2, 2), torch.randn(3, 4, 384)
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask[:, [0, 2, 5]] = False
+    padded = torch.full((3, 7, 384), 5.0)
+    padded[mask] = extra.flatten(0, 1)
+    found = []
+    for tokens, keep in ((extra, None), (padded, mask)):
+        backbone = copy.deepcopy(visformer)
+        block = backbone.net.stage3[0].train()
+        block.norm1.momentum = momentum
+        given = [x.clone().requires_grad_(), tokens.clone().requires_grad_()]
+        for _ in range(2):
+            if keep is not None:
+                block.norm1.__class__ = kind
+            out = backbone.run_block(location, *given, keep)
+        out.square().sum().backward()
+        seen = given[1].grad if keep is None else given[1].grad[mask].view(3, 4, -1)
+        found.append((out, given[0].grad, seen, block.norm1.weight.grad, block.norm1.bias.grad))
+        found[-1] += tuple(block.norm1.buffers())
+    for mine, theirs in zip(*found):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert not given[1].grad[~mask].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_statistics_without_padding_keep_the_dtype(dtype: torch.dtype) -> None:
+    norm = nn.BatchNorm2d(3, track_running_stats=False).to(dtype).eval()
+    x = torch.randn(2, 3, 5, 1).to(dtype)
+    everything = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    got = _normed(norm, x, everything)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, norm(x))
 
 
 def test_gates_are_called_in_order_where_asked(backbone: GatedBackbone) -> None:

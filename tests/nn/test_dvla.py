@@ -279,8 +279,13 @@ def test_gates_before_convolutions_act_through_the_image_tokens_alone() -> None:
         ("text_scope: unknown", {"text_scope": "image"}),
         ("alpha_scope: unknown", {"alpha_scope": "class"}),
         ("temperature", {"temperature": 0.0}),
+        ("temperature", {"temperature": float("nan")}),
+        ("temperature", {"temperature": float("inf")}),
         ("level_weights: 1 pairs", {"level_weights": [(0.7, 0.3)]}),
         ("level_weights: expected two", {"level_weights": [(0.7, 0.3), (0.0, 0.0)]}),
+        ("level_weights: expected two", {"level_weights": [(0.7, 0.3), (0.5, float("nan"))]}),
+        ("level_weights: expected two", {"level_weights": [(0.7, 0.3), (float("nan"), 0.5)]}),
+        ("level_weights: expected two", {"level_weights": [(0.7, 0.3), (float("inf"), 1.0)]}),
         ("num_heads", {"num_heads": 5}),
     ],
 )
@@ -361,3 +366,78 @@ def test_class_scope_needs_even_texts(make_model: MakeModel) -> None:
     text = make_text(1, 2, attributes=1)._replace(class_embedding=torch.randn(1, 3, TEXT_DIM))
     with pytest.raises(ValueError, match="4 tokens do not fall into 3 classes"):
         make_model(text_scope="class")(support, labels, query, text, way=3)
+
+
+def test_class_scope_weighs_each_class_by_its_own_levels(make_model: MakeModel) -> None:
+    """A class of attributes alone beside one that has a description."""
+    model = make_model(text_scope="class", level_weights=((1.0, 0.0), (1.0, 0.0))).eval()
+    support, labels, query, _ = make_episodes(2, 2, 2, 1)
+    text = make_text(2, 2)._replace(levels=torch.tensor([0, 0, 0, 0, 0, 1]))
+    changed = text.tokens.clone()
+    changed[:, 5] += 1.0  # the second class's description, which weighs 0
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        given = text._replace(tokens=tokens)
+        return model(support, labels, query, given, way=2).logits
+
+    torch.testing.assert_close(logits(changed), logits(text.tokens))
+    changed[:, 2] += 1.0  # an attribute of the first
+    assert not torch.allclose(logits(changed), logits(text.tokens), atol=1e-4)
+
+
+def test_when_supports_are_independent(make_model: MakeModel) -> None:
+    first, second = (2, 0), (3, 0)
+    model = make_model(text_scope="class")
+    for alpha in (0.5, torch.tensor(0.5), [0.5, np.float32(0.5)], {first: 0.5, second: 0.1}):
+        assert model.supports_are_independent(alpha)
+    per_episode = torch.rand(2)
+    for alpha in (None, {first: 0.5}, [0.5, None], per_episode, [0.5, per_episode]):
+        assert not model.supports_are_independent(alpha)
+    image = make_model(text_scope="class", alpha_scope="image")
+    assert image.supports_are_independent()
+    assert image.supports_are_independent({first: 0.5})
+    assert not image.supports_are_independent(torch.rand(2, 3))
+    assert make_model(text_scope="class", policy="static").supports_are_independent()
+    assert not make_model().supports_are_independent(0.5)
+    gated = make_model(text_scope="class").eval()
+    support, labels, _, _ = make_episodes(1, 2, 1, 1)
+    text = make_text(1, 2)
+    alone = TextTokens(
+        torch.stack([text.tokens[0].unflatten(0, (2, -1))[i] for i in labels[0].tolist()]),
+        text.levels[:3],
+        text.class_embedding[0][labels[0]].unsqueeze(1),
+    )
+    together, _ = gated.support_features(support, labels, text, way=2, alpha=[0.5, 0.2])
+    apart, _ = gated.support_features(
+        support[0].unsqueeze(1), torch.zeros(2, 1).long(), alone, way=1, alpha=[0.5, 0.2]
+    )
+    torch.testing.assert_close(apart.flatten(0, 1), together.flatten(0, 1))
+
+
+@pytest.mark.parametrize("text_scope", ["episode", "class"])
+def test_one_gate_an_episode_reaches_its_images(make_model: MakeModel, text_scope: str) -> None:
+    model = make_model(alpha_scope="image", text_scope=text_scope).eval()
+    support, labels, query, _ = make_episodes(2, 3, 1, 2)
+    text, alpha = make_text(2, 3), torch.tensor([0.2, 0.9])
+    output = model(support, labels, query, text, way=3, alpha=alpha)
+    images = 9 if text_scope == "episode" else 3
+    for trace in output.layers:
+        for value in (trace.alpha, trace.action_logit, trace.log_prob, trace.entropy):
+            assert value.shape == (2, images)
+        assert torch.equal(trace.alpha, alpha.unsqueeze(1).expand(2, images))
+    again = model(support, labels, query, text, way=3, alpha=output.layers[0].alpha)
+    torch.testing.assert_close(again.logits, output.logits)
+
+
+@pytest.mark.parametrize("name", ["alpha", "action_logit"])
+@pytest.mark.parametrize("text_scope", ["episode", "class"])
+def test_gates_of_images_are_refused_for_episodes(
+    make_model: MakeModel, text_scope: str, name: str
+) -> None:
+    model = make_model(text_scope=text_scope)
+    support, labels, query, _ = make_episodes(2, 3, 1, 2)
+    images = 9 if text_scope == "episode" else 3
+    match = rf"{name}: shape \(2, {images}\), alpha_scope='episode' takes \(2,\)"
+    for given in (torch.rand(2, images), [None, torch.rand(2, images)]):
+        with pytest.raises(ValueError, match=match):
+            model(support, labels, query, make_text(2, 3), way=3, **{name: given})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from dvla_fast.nn.policy import (
     FixedPolicy,
     StateNetwork,
     build_policy,
+    frozen_policy,
 )
 
 
@@ -91,3 +94,22 @@ def test_policies_compute_in_float32_under_autocast(name: str) -> None:
 def test_half_precision_weights_still_give_float32_decisions() -> None:
     policy = BetaPolicy(3).bfloat16()
     assert policy(torch.randn(4, 7).bfloat16()).log_prob.dtype == torch.float32
+
+
+@pytest.mark.parametrize("alpha", [1e-12, 0.3, 1 - 1e-9])
+def test_a_frozen_policy_has_its_mean_at_the_edge_too(alpha: float) -> None:
+    frozen = frozen_policy(BetaPolicy(3).double(), alpha)
+    logit = frozen.network.out.bias.item()
+    assert logit == pytest.approx(math.log(alpha) - math.log1p(-alpha))
+    assert frozen(torch.randn(2, 7).double(), sample=False).alpha.tolist() == pytest.approx(
+        [alpha] * 2
+    )
+
+
+def test_scores_of_far_logits_are_finite() -> None:
+    policy = BetaPolicy(3)
+    logits = torch.tensor([-800.0, -300.0, 300.0, 800.0], dtype=torch.float64).unsqueeze(-1)
+    score = policy.score(logits, torch.tensor([-790.0, -290.0, 290.0, 790.0]).double())
+    assert bool(score.isfinite().all())
+    # κp ψ(κp) is −1 where p vanishes; the logit of the action counts for nothing there.
+    torch.testing.assert_close(score.abs(), torch.ones_like(score), rtol=1e-6, atol=1e-6)

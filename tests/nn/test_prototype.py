@@ -67,6 +67,8 @@ def test_gradients_reach_supports_and_queries() -> None:
         (ValueError, "support_labels: shape", {"support_labels": torch.zeros(1, 3).long()}),
         (ValueError, "way", {"way": 0}),
         (ValueError, "temperature", {"temperature": 0.0}),
+        (ValueError, "temperature", {"temperature": float("nan")}),
+        (ValueError, "temperature", {"temperature": float("inf")}),
     ],
 )
 def test_wrong_arguments(error: type[Exception], match: str, changed: dict) -> None:

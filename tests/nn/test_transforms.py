@@ -156,6 +156,28 @@ def test_activation_checkpointing_redraws_the_same_action(
     same(*grads)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_with_a_generator_of_ones_own(
+    make_gate: MakeGate, inputs: tuple, reentrant: bool
+) -> None:
+    """The second run would draw another action and differentiate that: it raises instead."""
+    gate = make_gate()
+    images = inputs[0].requires_grad_()
+
+    def run(**options: object) -> None:
+        out = checkpoint(
+            lambda x: gate(x, *inputs[1:], **options).image_tokens, images, use_reentrant=reentrant
+        )
+        out.square().sum().backward()
+
+    with pytest.raises(RuntimeError, match="generator: activation checkpointing"):
+        run(generator=torch.Generator().manual_seed(1))
+    run(generator=torch.Generator(), action_logit=torch.zeros(len(inputs[1])))
+    run(generator=torch.Generator(), sample=False)
+    out = gate(*inputs, generator=torch.Generator())
+    out.image_tokens.sum().backward()
+
+
 def test_deepcopy_is_equal_and_apart(make_gate: MakeGate, inputs: tuple) -> None:
     gate = make_gate().eval()
     twin = copy.deepcopy(gate)

@@ -129,6 +129,44 @@ def test_model_without_a_chat_template(tmp_path: Path) -> None:
     assert answer.input_tokens == len("Hello")
 
 
+def _begins_texts(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a tokenizer put a token before every text, as most do."""
+    from tokenizers import Tokenizer, processors
+
+    first = ("<|endoftext|>", tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    inner.post_processor = processors.TemplateProcessing(
+        single=f"{first[0]} $A", special_tokens=[first]
+    )
+    monkeypatch.setattr(tokenizer, "_tokenizer", inner)
+
+
+def test_a_chat_template_begins_the_text_alone(
+    loaded: TransformersModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template writes the first token itself; a second one would change the answer."""
+    for template, more in ((True, len("user\n\nassistant\n") + 3), (False, 1)):
+        folder = save_tiny_text_model(tmp_path / str(template), template)
+        model = TransformersModel(str(folder), device_map="cpu")
+        model.check()
+        _begins_texts(model._processor, monkeypatch)
+        (answer,) = answer_all(model, [Request("Hello", max_tokens=3)])
+        assert answer.input_tokens == len("Hello") + more
+    requests = [Request("?", (image(0),), max_tokens=2)]
+    (before,) = answer_all(loaded, requests)
+    _begins_texts(loaded._processor.tokenizer, monkeypatch)
+    assert answer_all(loaded, requests) == [before]
+
+
+def test_sampling_leaves_the_global_generator_alone(text_model: Path) -> None:
+    model = TransformersModel(str(text_model), device_map="cpu", temperature=1.0, seed=1)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    answer_all(model, [Request("?", max_tokens=4)])
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_sampling_repeats_with_its_seed(qwen: Path) -> None:
     def sample(seed: int) -> str:
         model = TransformersModel(str(qwen), device_map="cpu", temperature=1.0, seed=seed)

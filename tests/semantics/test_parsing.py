@@ -66,6 +66,65 @@ def test_cut_off_json_keeps_what_is_complete() -> None:
         kept('["long bill", "dark bro')
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[{"attribute": "red bill", "reason": "clear"}, {"attribute": "black wi', ("red bill",)),
+        (
+            '{"attributes": [{"name": "bill", "text": "red bill"}, {"name": "wing", "text": "bla',
+            ("red bill",),
+        ),
+        ('{"head": ["yellow crown", "red eye"], "tail": ["fork', ("yellow crown", "red eye")),
+        ('{"bill": "red", "wing": "black", "tail": "fo', ("bill: red", "wing: black")),
+        ('{"class": "crow", "attributes": ["red bill", "a [or {a", "whi', ("red bill", "a [or {a")),
+        ('[{"text": "red bill", "reason": "x, y"}, {"text": "eye }"},]', ("red bill", "eye }")),
+    ],
+)  # fmt: skip
+def test_broken_json_keeps_whole_members(text: str, expected: tuple[str, ...]) -> None:
+    found = parse_attributes(Answer(text, "length"), "Albatross", minimum=1)
+    assert (found.kept, found.cut) == (expected, True)
+
+
+def test_an_incomplete_member_is_no_attribute() -> None:
+    with pytest.raises(LanguageModelError, match="holds no list"):
+        kept('[{"name": "wing", "part": "wing", "text": "black wi', minimum=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            '[{"name": "bill", "value": "red"}, {"name": "eye", "value": "black"}]',
+            ("bill: red", "eye: black"),
+        ),
+        ('[{"bill": "red"}, {"eye": "black", "confidence": 1}]', ("bill: red", "eye: black")),
+        (
+            '{"head": ["yellow crown", "black mask"], "wings": ["white bars", "long primaries"],'
+            ' "tail": ["forked tail"], "sources": ["a photograph"]}',
+            ("yellow crown", "black mask", "white bars", "long primaries", "forked tail"),
+        ),
+        ('{"class": "crow", "color": "black"}', ("color: black",)),
+        ('{"Class name": "crow", "color": "black", "confidence": 0.5}', ("color: black",)),
+    ],
+)  # fmt: skip
+def test_keys_of_objects(text: str, expected: tuple[str, ...]) -> None:
+    assert kept(text, minimum=1) == expected
+
+
+def test_numbers_and_initials_are_no_bullets() -> None:
+    items = (
+        "3.5 cm long hooked bill", "16:9 screen", "4.6 litre V8 badge", "C. elegans-like body",
+        "a) wide tail", ".5 cm dots", "2.5 m wingspan",
+    )  # fmt: skip
+    assert kept(json.dumps(items)) == items
+    assert kept("\n".join(f"{i}. {item}" for i, item in enumerate(items, 1))) == items
+    assert clean_attribute("1. 2.5 m wingspan") == "2.5 m wingspan"
+    assert clean_attribute("1.long bill") == "long bill"
+    assert kept("a) long bill, b) dark wings, c) white face") == (
+        "long bill", "dark wings", "white face",
+    )  # fmt: skip
+
+
 def test_repeated_and_useless_attributes_are_dropped_with_a_reason() -> None:
     items = [
         "long bill", "Long  Bill.", "the long bill", "", "  ", "albatross", "The Albatross", "N/A",

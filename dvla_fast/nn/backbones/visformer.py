@@ -111,7 +111,8 @@ def _attend(block: Any, x: Tensor, extra: Tensor, extra_mask: Tensor | None) -> 
     attn = block.attn
     count = x.shape[2] * x.shape[3]
     tokens = torch.cat((to_tokens(x), extra.to(x.dtype)), dim=1)  # [B, N + P, C]
-    column = block.norm1(tokens.transpose(1, 2).unsqueeze(-1))  # [B, C, N + P, 1]
+    mask = key_mask(count, extra_mask)  # [B, 1, 1, N + P]
+    column = _normed(block.norm1, tokens.transpose(1, 2).unsqueeze(-1), mask)  # [B, C, N + P, 1]
     width = attn.num_heads * attn.head_dim
     parts = (width, 2 * width)
     if is_plain(attn.qkv, nn.Conv2d):  # 1 × 1
@@ -128,10 +129,60 @@ def _attend(block: Any, x: Tensor, extra: Tensor, extra_mask: Tensor | None) -> 
         query.transpose(1, 2),  # [B, heads, N, head_dim]
         others[:, :, 0].transpose(1, 2),  # [B, heads, N + P, head_dim]
         others[:, :, 1].transpose(1, 2),
-        attn_mask=key_mask(count, extra_mask),
+        attn_mask=mask,
         dropout_p=attn.attn_drop.p if attn.training else 0.0,
     )
     return to_map(out.transpose(1, 2).flatten(2), x.shape[2], x.shape[3])
+
+
+def _normed(norm: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Norm of tokens x (B, C, L, 1); batch statistics leave out those that mask (B, 1, 1, L) does.
+
+    The result at masked places is finite and means nothing.
+    """
+    own = isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    if mask is None or not own or not (norm.training or norm.running_mean is None):
+        result: Tensor = norm(x)
+        return result
+    if type(norm) is nn.BatchNorm2d:
+        return _masked_batch_norm(norm, x, mask.transpose(2, 3))
+    keep = mask[:, 0, 0]  # statistics shared by processes: the layer is given what counts
+    rows = x.squeeze(-1).transpose(1, 2)  # [B, L, C]
+    kept = norm(rows[keep][:, :, None, None]).flatten(1)
+    filled = kept.new_zeros(rows.shape)
+    filled[keep] = kept
+    return filled.transpose(1, 2).unsqueeze(-1)
+
+
+def _masked_batch_norm(norm: nn.BatchNorm2d, x: Tensor, keep: Tensor) -> Tensor:
+    """``norm`` with the batch statistics of x (B, C, L, 1) where keep (B, 1, L, 1) is True.
+
+    Sums with weights 0 and 1, where picking the places would make the host wait for a GPU.
+    """
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    weight = keep.to(values.dtype)
+    count, places = weight.sum(), (0, 2, 3)
+    mean = (values * weight).sum(places) / count
+    centred = values - mean[:, None, None]
+    variance = (centred.square() * weight).sum(places) / count
+    if norm.training and norm.running_mean is not None:
+        _track(norm, mean.detach(), variance.detach() * count / (count - 1).clamp_min(1))
+    result = centred * (variance + norm.eps).rsqrt()[:, None, None]
+    if norm.affine:
+        result = result * norm.weight[:, None, None] + norm.bias[:, None, None]
+    return result.to(x.dtype)
+
+
+@torch.no_grad()
+def _track(norm: nn.BatchNorm2d, mean: Tensor, unbiased: Tensor) -> None:
+    """Move the running statistics as a training step of ``norm`` does."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    share = 1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+    for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+        running.add_(share * (new - running))
 
 
 def visformer_tiny(

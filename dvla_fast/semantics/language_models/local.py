@@ -223,19 +223,24 @@ class TransformersModel:
         if requests[0].images:
             # one list of images per request; the texts have a place for each
             options["images"] = [[image.picture() for image in item.images] for item in requests]
+        if self._template:  # which writes the tokens that begin a text itself
+            options["add_special_tokens"] = False
         texts = [self._conversation(item) for item in requests]
         inputs = self._processor(text=texts, **options).to(self._model.device)
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
         if self.temperature > 0:
-            torch.manual_seed(self.seed)
             sampling = {"do_sample": True, "temperature": self.temperature}
         longest = max(item.max_tokens for item in requests)
-        output = self._model.generate(
-            **inputs,
-            max_new_tokens=longest,
-            pad_token_id=tokenizer.pad_token_id,
-            **{"top_k": None, **sampling},
-        )
+        gpus = range(torch.cuda.device_count())
+        with torch.random.fork_rng(gpus, enabled=self.temperature > 0):  # nobody else's draws move
+            if self.temperature > 0:
+                torch.manual_seed(self.seed)
+            output = self._model.generate(
+                **inputs,
+                max_new_tokens=longest,
+                pad_token_id=tokenizer.pad_token_id,
+                **{"top_k": None, **sampling},
+            )
         start = inputs["input_ids"].shape[1]
         ends = _end_tokens(self._model, tokenizer)
         answers = []
@@ -255,13 +260,17 @@ class TransformersModel:
             )
         return answers
 
+    @property
+    def _template(self) -> bool:
+        return getattr(self._processor, "chat_template", None) is not None
+
     def _conversation(self, request: Request) -> str:
         content: list[dict[str, str]] = [{"type": "image"} for _ in request.images]
         content.append({"type": "text", "text": request.prompt})
         message: dict[str, Any] = {"role": "user", "content": content}
         if not self._sees:
             message["content"] = request.prompt
-        if getattr(self._processor, "chat_template", None) is None:
+        if not self._template:
             if request.images:
                 raise LanguageModelError(
                     f"{self.name}: has no chat template, so it is not known how it is shown "

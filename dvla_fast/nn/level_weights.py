@@ -1,0 +1,34 @@
+"""How much attributes and descriptions count at each gated layer (method §4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dvla_fast.nn.backbones.base import Location
+
+
+def default_level_weights(
+    layers: Sequence[Location], deep_from: Location
+) -> list[tuple[float, float]]:
+    """(attribute, description) weights of each gated layer: attributes lead in shallow ones."""
+    return [(0.7, 0.3) if tuple(layer) < deep_from else (0.3, 0.7) for layer in layers]
+
+
+def level_scales(
+    weights: Sequence[Sequence[float]] | None, layers: tuple[Location, ...], deep_from: Location
+) -> Tensor:
+    """(L, 2) factors for attributes and descriptions, of mean 1 at each layer."""
+    if weights is None:
+        weights = default_level_weights(layers, deep_from)
+    if len(weights) != len(layers):
+        raise ValueError(f"level_weights: {len(weights)} pairs for {len(layers)} gated layers")
+    for pair in weights:
+        if len(pair) != 2 or not all(0 <= x < float("inf") for x in pair) or sum(pair) == 0:
+            raise ValueError(
+                f"level_weights: expected two finite weights >= 0, not both 0, got {pair}"
+            )
+    table = torch.tensor([list(pair) for pair in weights], dtype=torch.float32)
+    return table / table.mean(1, keepdim=True)

@@ -63,7 +63,7 @@ struct FloatEngine {
       const bool first = begin == 0;
       const auto key = key_tile(path.key, path.index, begin, count, width, s.key);
       const auto value = key_tile(path.value, path.index, begin, count, width, s.value);
-      const Ahead ahead = key.data == s.key ? Ahead() : fetch_ahead(key, value, width);
+      const Ahead ahead = fetch_ahead(key, value, width, s.key);
       range.each([&](auto V, int64_t lane) {
         constexpr int64_t wide = V() * kLanes<acc_t>;
         acc_t* sums = out + lane * width;
@@ -129,7 +129,7 @@ struct FloatEngine {
                     const Differentiate& s, acc_t* grad_q) {
     const auto key = key_tile(path.key, path.index, begin, count, width, s.key);
     const auto value = key_tile(path.value, path.index, begin, count, width, s.value);
-    const Ahead ahead = key.data == s.key ? Ahead() : fetch_ahead(key, value, width);
+    const Ahead ahead = fetch_ahead(key, value, width, s.key);
     // Straight to its place where rows lie one after another in the accumulation type.
     const bool direct = std::is_same_v<scalar_t, acc_t> && !path.index;
     acc_t *grad_key = s.grad_key, *grad_value = s.grad_value;
@@ -172,10 +172,12 @@ struct FloatEngine {
   }
 
  private:
-  // What a product with keys fetches when these lie in place: the keys of the fourth tile from the
+  // What a product with keys fetches unless they were copied: the keys of the fourth tile from the
   // one at work, and the values, which come next.
-  static Ahead fetch_ahead(const Tile<acc_t>& key, const Tile<acc_t>& value, int64_t width) {
+  static Ahead fetch_ahead(const Tile<acc_t>& key, const Tile<acc_t>& value, int64_t width,
+                           const acc_t* copy) {
     constexpr int64_t size = sizeof(acc_t);
+    if (key.data == copy) return {};
     return {key.data + 4 * kTileRows * key.ld, value.data, key.ld * size, value.ld * size,
             width * size};
   }

@@ -50,51 +50,50 @@ inline void with_vecs(int64_t vecs, const F& f) {
 
 inline Vec<double> exp_shifted(const Vec<double>& x) { return x.exp(); }
 
+#if defined(CPU_CAPABILITY_AVX512)
+// The nearest integers. With a mask of all lanes: GCC 12 warns of the plain form's own undefined
+// operand.
+inline Vec<float> rounded(const Vec<float>& x) {
+  return _mm512_maskz_roundscale_ps(0xFFFF, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// power 2^k where x is not below `smallest`, else 0. "Not less, or unordered" keeps NaN.
+inline Vec<float> scaled(const Vec<float>& power, const Vec<float>& k, const Vec<float>& x,
+                         float smallest) {
+  const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(smallest), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(keep, power, k);
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+inline Vec<float> rounded(const Vec<float>& x) { return x.round(); }
+
+// As above. k is added to the exponent as an integer: a NaN of x is in `power`, and its k converts
+// to a number whose low bits are 0.
+inline Vec<float> scaled(const Vec<float>& power, const Vec<float>& k, const Vec<float>& x,
+                         float smallest) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(k), 23);
+  const __m256 keep = _mm256_cmp_ps(x, _mm256_set1_ps(smallest), _CMP_NLT_UQ);
+  return _mm256_and_ps(keep,
+                       _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(power), exponent)));
+}
+#endif
+
 // exp(x) within 1.3 units in the last place where the result is a normal number, 0 below, and NaN
 // where x is; meant for x <= 0 (a score less its maximum) or little above. exp x = 2^k exp r with
 // |r| <= ln 2 / 2, and exp r = 1 + r + r^2 P(r), P of the least relative error (3.1e-9), summed in
 // Estrin's order: the chain of Horner's would be waited for.
 inline Vec<float> exp_shifted(const Vec<float>& x) {
-  [[maybe_unused]] constexpr float kLog2e = 0x1.715476p0f;
-  [[maybe_unused]] constexpr float kLn2High = 0x1.62e4p-1f;  // 14 zero bits: k * kLn2High is exact
-  [[maybe_unused]] constexpr float kLn2Low = 0x1.7f7d1cp-20f;
-  [[maybe_unused]] constexpr float kSmallest = -87.33654f;  // log of the smallest normal number
-  [[maybe_unused]] constexpr float kSeries[] = {0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558f2p-5f,
-                                                0x1.1239e4p-7f, 0x1.6a2432p-10f};
-#if defined(CPU_CAPABILITY_AVX512)
-  // With a mask of all lanes: GCC 12 warns of the plain form's own undefined operand.
-  const __m512 k = _mm512_maskz_roundscale_ps(0xFFFF, _mm512_mul_ps(x, _mm512_set1_ps(kLog2e)),
-                                              _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 r = _mm512_fnmadd_ps(k, _mm512_set1_ps(kLn2Low),
-                                    _mm512_fnmadd_ps(k, _mm512_set1_ps(kLn2High), x));
-  const __m512 r2 = _mm512_mul_ps(r, r);
-  const __m512 high =
-      _mm512_fmadd_ps(_mm512_set1_ps(kSeries[4]), r2,
-                      _mm512_fmadd_ps(_mm512_set1_ps(kSeries[3]), r, _mm512_set1_ps(kSeries[2])));
-  const __m512 series = _mm512_fmadd_ps(
-      high, r2, _mm512_fmadd_ps(_mm512_set1_ps(kSeries[1]), r, _mm512_set1_ps(kSeries[0])));
-  const __m512 power = _mm512_fmadd_ps(series, r2, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-  // "Not less, or unordered" keeps NaN.
-  const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kSmallest), _CMP_NLT_UQ);
-  return _mm512_maskz_scalef_ps(keep, power, k);
-#elif defined(CPU_CAPABILITY_AVX2)
-  const __m256 k = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(kLog2e)),
-                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m256 r = _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2Low),
-                                    _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2High), x));
-  const __m256 r2 = _mm256_mul_ps(r, r);
-  const __m256 high =
-      _mm256_fmadd_ps(_mm256_set1_ps(kSeries[4]), r2,
-                      _mm256_fmadd_ps(_mm256_set1_ps(kSeries[3]), r, _mm256_set1_ps(kSeries[2])));
-  const __m256 series = _mm256_fmadd_ps(
-      high, r2, _mm256_fmadd_ps(_mm256_set1_ps(kSeries[1]), r, _mm256_set1_ps(kSeries[0])));
-  const __m256 power = _mm256_fmadd_ps(series, r2, _mm256_add_ps(r, _mm256_set1_ps(1.0f)));
-  // k is added to the exponent as an integer. A NaN of x is in `power`, and its k converts to a
-  // number whose low bits are 0.
-  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(k), 23);
-  const __m256 keep = _mm256_cmp_ps(x, _mm256_set1_ps(kSmallest), _CMP_NLT_UQ);
-  return _mm256_and_ps(keep,
-                       _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(power), exponent)));
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  using V = Vec<float>;
+  using at::vec::fmadd;
+  constexpr float kLog2e = 0x1.715476p0f;
+  constexpr float kLn2High = 0x1.62e4p-1f;  // 14 zero bits: k * kLn2High is exact
+  constexpr float kLn2Low = 0x1.7f7d1cp-20f;
+  constexpr float kSmallest = -87.33654f;  // log of the smallest normal number
+  const V k = rounded(x * V(kLog2e));
+  const V r = fmadd(k, V(-kLn2Low), fmadd(k, V(-kLn2High), x)), r2 = r * r;
+  const V high = fmadd(V(0x1.6a2432p-10f), r2, fmadd(V(0x1.1239e4p-7f), r, V(0x1.5558f2p-5f)));
+  const V series = fmadd(high, r2, fmadd(V(0x1.555492p-3f), r, V(0x1.fffffcp-2f)));
+  return scaled(fmadd(series, r2, r + V(1.0f)), k, x, kSmallest);
 #else
   return x.exp();
 #endif

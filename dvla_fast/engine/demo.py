@@ -136,11 +136,12 @@ def _evaluate(
     folder.trim("evaluate", -1)
     progress.begin("evaluate", settings.episodes * len(settings.shots))
     evaluation = Evaluation([contender], data, texts, settings, config.seed, seen.barred)
+    pixels = pixel_facts(evaluation.images)
     results = []
     for shot in settings.shots:
         result, record = evaluation.shot(shot, progress)
         result["leaks"] = seen.summary(evaluation.sampler(shot), settings.episodes)
-        result |= pixel_facts(evaluation.images)
+        result |= pixels
         results.append(result)
         keep_record(folder, result, record, evaluation.images.class_names)
         progress.note(f"{shot}-shot {result['accuracy']:.1%} ± {points(result['ci95'], 1)} %")

@@ -39,17 +39,16 @@ def _import_build_info() -> ModuleType | None:
 
 
 def _choose_capability(info: ModuleType) -> str:
-    """The best instruction set built that this CPU runs, or the one asked for."""
-    asked, best = os.environ.get("DVLA_FAST_CPU_CAPABILITY"), str(info.cpu_capability())
+    """The fastest instruction set that this CPU runs, or the one asked for."""
+    asked = os.environ.get("DVLA_FAST_CPU_CAPABILITY")
     if asked is None:
-        return best
-    built = list(info.cpu_capabilities)  # each includes those before it
+        return str(info.cpu_capability())
+    built, runs = list(info.cpu_capabilities), list(info.cpu_runs())
     if asked not in built:
         raise ValueError(f"DVLA_FAST_CPU_CAPABILITY={asked!r}: built are {built}")
-    if built.index(asked) > built.index(best):
+    if asked not in runs:
         raise ValueError(
-            f"DVLA_FAST_CPU_CAPABILITY={asked!r}: this CPU has not its instructions; the best it"
-            f" runs is {best!r}"
+            f"DVLA_FAST_CPU_CAPABILITY={asked!r}: this CPU has not its instructions; it runs {runs}"
         )
     return asked
 
@@ -189,6 +188,7 @@ def build_info() -> dict[str, Any]:
         "built_against_torch": getattr(info, "torch_version", None),
         "compiler": getattr(info, "compiler", None),
         "cpu_capabilities": list(getattr(info, "cpu_capabilities", [])),
+        "cpu_runs": list(info.cpu_runs()) if info else [],
         "cpu_capability": capability,
         "cuda_architectures": list(getattr(info, "cuda_architectures", [])),
         "cuda_compiler": getattr(info, "cuda_compiler", None) or None,

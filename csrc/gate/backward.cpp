@@ -309,7 +309,8 @@ class Backward {
                   const at::Tensor& sum) const {
     const Factor<scalar_t> right(b);
     const int64_t rows = sum.size(0);
-    const bool shared = !kSame && !z.plan.parallel();  // the library's products, cut up here
+    // The library's products are cut up here.
+    const bool shared = !Factor<scalar_t>::kPacked && !kSame && !z.plan.parallel();
     const int64_t parts = shared ? std::clamp<int64_t>(rows / kPartRows, 1, 64) : 1;
     attention::parallel_items(parts, [&](int64_t begin, int64_t end) {
       const PlainTensors plain;

@@ -199,12 +199,16 @@ class Backward {
                          const Scratch& s) const {
     const Matrix<scalar_t> out = text_out(t, h);
     double sum = 0;
-    std::fill(s.out_row + z.D, s.out_row + s.ld, acc_t(0));
-    for (int64_t p = 0; p < z.P; ++p) {
-      const acc_t* go = s.go + p * s.ld;
-      load_row(out.data + p * out.row, out.column, z.D, acc_t(1), s.out_row);
-      sum += dot(go, s.out_row, s.ld);
-      add_scaled(grad_text + p * s.ld, go, acc_t(1) - image_share, s.ld);
+    clear_last(s.out_row, s.ld);
+    for (int64_t first = 0; first < z.P; first += kSumRows) {
+      Vec<acc_t> part(acc_t(0));
+      for (int64_t p = first; p < std::min(z.P, first + kSumRows); ++p) {
+        const acc_t* go = s.go + p * s.ld;
+        load_row(out.data + p * out.row, out.column, z.D, acc_t(1), s.out_row);
+        part = add_products(go, s.out_row, s.ld, part);
+        add_scaled(grad_text + p * s.ld, go, acc_t(1) - image_share, s.ld);
+      }
+      sum += sum_lanes(part);
     }
     return sum;
   }

@@ -14,7 +14,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "attention/vec_math.h"
+#include "attention/rows.h"
 
 namespace dvla_fast::attention {
 
@@ -164,9 +164,8 @@ inline void pack_pairs(const bf16* from, int64_t ld, int64_t count, int64_t widt
 // to (columns, rows) pairs of values = from (rows, columns) pairs; strides in pairs.
 inline void transpose_pairs(const bf16* from, int64_t ld_from, int64_t rows, int64_t columns,
                             bf16* to, int64_t ld_to) {
-  at::vec::transpose_mxn<float>(reinterpret_cast<const float*>(from), ld_from,
-                                reinterpret_cast<float*>(to), ld_to, static_cast<int>(rows),
-                                static_cast<int>(columns));
+  transpose(reinterpret_cast<const float*>(from), ld_from, rows, columns,
+            reinterpret_cast<float*>(to), ld_to);
 }
 
 }  // namespace dvla_fast::attention

@@ -126,7 +126,8 @@ class Forward {
     E::attend(path, range, q, z.D, scale, s, mixed, s.lse);
     write(mixed, range, image_out, image_lse, b, h, s);
     const Vec<acc_t> image_share(alpha(b, h)), text_share(acc_t(1) - alpha(b, h));
-    for (int64_t j = 0; j < E::out_rows(z.D) * range.lanes(); j += kLanes<acc_t>) {
+    const int64_t values = E::out_rows(z.D) * range.lanes();
+    for (int64_t j = 0; j < values; j += kLanes<acc_t>) {
       const auto text_part = text_share * Vec<acc_t>::loadu(text + j);
       at::vec::fmadd(image_share, Vec<acc_t>::loadu(mixed + j), text_part).store(mixed + j);
     }

@@ -74,18 +74,74 @@ struct Matrix {
   int64_t row, column;  // strides
 };
 
-// to (count, width) with row stride ld = factor * rows [first, first + count) of `from`; columns
-// [width, ld) become 0. `index` chooses the rows, nullptr: as they lie.
+// The last vector of `n` values = 0. (std::fill of a few values is a call of memset.)
+template <class acc_t>
+inline void clear_last(acc_t* to, int64_t n) {
+  Vec<acc_t>(acc_t(0)).store(to + n - kLanes<acc_t>);
+}
+
+// to (count, width) with row stride ld, `width` or that in whole vectors, = factor * rows [first,
+// first + count) of `from`; the columns above `width` become 0. `index` chooses the rows, nullptr:
+// as they lie.
 template <class scalar_t>
 inline void load_rows(const Matrix<scalar_t>& from, const int64_t* index, int64_t first,
                       int64_t count, int64_t width, Acc<scalar_t> factor, Acc<scalar_t>* to,
                       int64_t ld) {
   for (int64_t i = 0; i < count; ++i, to += ld) {
     const int64_t n = index ? index[first + i] : first + i;
+    if (width < ld) clear_last(to, ld);
     load_row(from.data + n * from.row, from.column, width, factor, to);
-    std::fill(to + width, to + ld, Acc<scalar_t>(0));
   }
 }
+
+#if defined(CPU_CAPABILITY_AVX512)
+// to (columns, rows) = from (rows, columns)', of at most 16 rows and columns; of both where
+// `whole`. Blocks of 1, 2, 4 and 8 values change places in turn, all in registers.
+template <bool whole>
+inline void transpose_square(const float* from, int64_t ld_from, int64_t rows, int64_t columns,
+                             float* to, int64_t ld_to) {
+  // With a mask of all lanes: GCC 12 warns of the plain forms' own undefined operand.
+  constexpr __mmask16 all = 0xFFFF;
+  const __mmask16 row_mask = whole ? all : (1U << columns) - 1;
+  const __mmask16 column_mask = whole ? all : (1U << rows) - 1;
+  __m512 x[16];
+  __m512d y[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const bool there = whole || i < rows;
+    x[i] = _mm512_maskz_loadu_ps(there ? row_mask : 0, from + (there ? i * ld_from : 0));
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(all, x[i], x[i + 1]));
+    y[i + 1] = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(all, x[i], x[i + 1]));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    x[i] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xFF, y[i], y[i + 2]));
+    x[i + 1] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xFF, y[i], y[i + 2]));
+    x[i + 2] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xFF, y[i + 1], y[i + 3]));
+    x[i + 3] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xFF, y[i + 1], y[i + 3]));
+  }
+  // x[4 g + c]: columns c, c + 4, c + 8, c + 12 of rows 4 g to 4 g + 3.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 low_even = _mm512_maskz_shuffle_f32x4(all, x[c], x[c + 4], 0x88);
+    const __m512 low_odd = _mm512_maskz_shuffle_f32x4(all, x[c], x[c + 4], 0xDD);
+    const __m512 high_even = _mm512_maskz_shuffle_f32x4(all, x[c + 8], x[c + 12], 0x88);
+    const __m512 high_odd = _mm512_maskz_shuffle_f32x4(all, x[c + 8], x[c + 12], 0xDD);
+    x[c] = _mm512_maskz_shuffle_f32x4(all, low_even, high_even, 0x88);
+    x[c + 4] = _mm512_maskz_shuffle_f32x4(all, low_odd, high_odd, 0x88);
+    x[c + 8] = _mm512_maskz_shuffle_f32x4(all, low_even, high_even, 0xDD);
+    x[c + 12] = _mm512_maskz_shuffle_f32x4(all, low_odd, high_odd, 0xDD);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    if (!whole && i >= columns) break;
+    _mm512_mask_storeu_ps(to + i * ld_to, column_mask, x[i]);
+  }
+}
+#endif
 
 // to (columns, rows) = from (rows, columns)'.
 template <class acc_t>
@@ -93,8 +149,20 @@ inline void transpose(const acc_t* from, int64_t ld_from, int64_t rows, int64_t 
                       int64_t ld_to) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<acc_t, float>) {
-    return at::vec::transpose_mxn<float>(from, ld_from, to, ld_to, static_cast<int>(rows),
-                                         static_cast<int>(columns));
+    for (int64_t r = 0; r < rows; r += 16) {
+      for (int64_t c = 0; c < columns; c += 16) {
+        const float* square = from + r * ld_from + c;
+        float* place = to + c * ld_to + r;
+        const int64_t high = rows - r, wide = columns - c;
+        if (high >= 16 && wide >= 16) {
+          transpose_square<true>(square, ld_from, 16, 16, place, ld_to);
+        } else {
+          transpose_square<false>(square, ld_from, std::min<int64_t>(16, high),
+                                  std::min<int64_t>(16, wide), place, ld_to);
+        }
+      }
+    }
+    return;
   }
 #endif
   [[maybe_unused]] constexpr int64_t side = 8;
@@ -179,11 +247,10 @@ template <class acc_t>
 inline void rows_to_panel(const acc_t* rows, int64_t ld, int64_t width, const Panel& panel,
                           acc_t* to) {
   const int64_t wide = panel.vecs * kLanes<acc_t>;
-  transpose(rows, ld, panel.count, width, to, wide);
-  if (panel.count == wide) return;
-  for (int64_t d = 0; d < width; ++d) {
-    std::fill(to + d * wide + panel.count, to + (d + 1) * wide, acc_t(0));
+  if (panel.count < wide) {
+    for (int64_t d = 0; d < width; ++d) clear_last(to + d * wide, wide);
   }
+  transpose(rows, ld, panel.count, width, to, wide);
 }
 
 // One panel (width, vecs * lanes) to rows of a tensor (tokens, width) with unit column stride.

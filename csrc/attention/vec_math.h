@@ -99,19 +99,29 @@ inline Vec<float> exp_shifted(const Vec<float>& x) {
 #endif
 }
 
-// Sum of a[i] b[i] over n values, n a multiple of the lanes.
 template <class acc_t>
-inline acc_t dot(const acc_t* a, const acc_t* b, int64_t n) {
-  Vec<acc_t> sum(acc_t(0));
-  for (int64_t i = 0; i < n; i += kLanes<acc_t>) {
-    sum = at::vec::fmadd(Vec<acc_t>::loadu(a + i), Vec<acc_t>::loadu(b + i), sum);
-  }
+inline acc_t sum_lanes(const Vec<acc_t>& x) {
   acc_t lane[kLanes<acc_t>];
-  sum.store(lane);
+  x.store(lane);
   for (int64_t step = kLanes<acc_t> / 2; step > 0; step /= 2) {
     for (int64_t i = 0; i < step; ++i) lane[i] += lane[i + step];
   }
   return lane[0];
+}
+
+// sum + a[i] b[i] over n values, n a multiple of the lanes.
+template <class acc_t>
+inline Vec<acc_t> add_products(const acc_t* a, const acc_t* b, int64_t n, Vec<acc_t> sum) {
+  for (int64_t i = 0; i < n; i += kLanes<acc_t>) {
+    sum = at::vec::fmadd(Vec<acc_t>::loadu(a + i), Vec<acc_t>::loadu(b + i), sum);
+  }
+  return sum;
+}
+
+// Sum of a[i] b[i] over n values, n a multiple of the lanes.
+template <class acc_t>
+inline acc_t dot(const acc_t* a, const acc_t* b, int64_t n) {
+  return sum_lanes(add_products(a, b, n, Vec<acc_t>(acc_t(0))));
 }
 
 // to[i] += factor from[i] over n values, n a multiple of the lanes.

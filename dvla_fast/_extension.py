@@ -7,7 +7,6 @@ built against another torch is broken and raises at the first use.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.util
 import os
@@ -24,6 +23,8 @@ from dvla_fast.errors import BackendError
 from dvla_fast.ops import schemas
 
 _LIBRARIES = Path(__file__).parent / "lib"
+# Looked up here: torch.compile traces past caches, and torch 2.11 gives up at find_spec.
+_TRITON = importlib.util.find_spec("triton") is not None
 
 problem: str | None = None
 capability: str | None = None
@@ -130,10 +131,9 @@ def functorch_active() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
-@functools.cache
 def triton_available() -> bool:
     """Whether Triton is installed; importing it is left to the first kernel."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON
 
 
 def beta_problem(device: torch.device) -> str | None:

@@ -110,6 +110,15 @@ def test_instruction_set_that_the_cpu_lacks() -> None:
     assert "it runs ['default']" in done.stderr
 
 
+def test_triton_is_looked_for_at_import_alone() -> None:
+    """torch.compile of 2.11 traces what a call does, and gives up at a search for packages."""
+    code = (
+        "import importlib.util as u; from dvla_fast import _extension; del u.find_spec;"
+        "print(_extension.triton_available())"
+    )
+    assert run_python(code).stdout.strip() in ("True", "False")
+
+
 def test_a_missing_extension_warns_once_and_works() -> None:
     code = (
         "import importlib.util as u; real = u.find_spec\n"

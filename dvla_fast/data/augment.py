@@ -131,8 +131,9 @@ def color_jitter(images: Tensor, amount: float, draws: Draws | None = None) -> T
 def _grey(images: Tensor) -> Tensor:
     if images.shape[1] != 3:
         return images.mean(1, keepdim=True)
-    weights = images.new_tensor(_GREY).view(1, 3, 1, 1)
-    return (images * weights).sum(1, keepdim=True)
+    # Numbers, not a tensor of them: copying that to a GPU would wait for it.
+    red, green, blue = images.split(1, dim=1)
+    return _GREY[0] * red + _GREY[1] * green + _GREY[2] * blue
 
 
 def random_erasing(images: Tensor, probability: float, draws: Draws | None = None) -> Tensor:

@@ -215,7 +215,8 @@ class DVLA(nn.Module):
         ).unflatten(0, (support.shape[0], -1))
         features = torch.cat((seen, plain), dim=1).flatten(0, 1)
         output = self._classify(features, counts, support_labels, way, tuple(pass_.traces))
-        return output._replace(aligned_labels=support_labels)
+        # Not output._replace, which torch.compile of 2.11 cannot follow.
+        return EpisodeOutput(output.logits, output.layers, output.support_labels, support_labels)
 
     def supports_are_independent(self, alpha: Any = None) -> bool:
         """Whether a support's feature is the same in every episode that draws the image.

@@ -113,7 +113,7 @@ def _tail(
     logits: Tensor, concentration: float | Tensor, action_logit: Tensor
 ) -> tuple[_Tail, Tensor]:
     eta = logits.detach().double().clamp(-300, 300)  # as the kernels
-    kappa = torch.as_tensor(concentration, dtype=torch.float64, device=eta.device).detach()
+    kappa = _double(concentration, eta.device).detach()
     eta, kappa, draw = torch.broadcast_tensors(eta, kappa, action_logit.detach().double())
     upper = draw > eta
     sign = torch.where(upper, -1.0, 1.0)
@@ -138,6 +138,13 @@ def _tail(
     place = draw.unsqueeze(-1) - s
     integrands = (1.0, s * torch.sigmoid(place), F.softplus(place), exponent)
     return _Tail(a, b, draw, *((phi * value).sum(-1) for phi in integrands)), upper
+
+
+def _double(x: float | Tensor, device: torch.device) -> Tensor:
+    # A number is filled in on the device: copying it there would wait for the GPU.
+    if isinstance(x, Tensor):
+        return x.to(device, torch.float64)
+    return torch.full((), x, dtype=torch.float64, device=device)
 
 
 def _exponent(a: Tensor, kappa: Tensor, logit: Tensor, s: Tensor) -> Tensor:
@@ -183,8 +190,7 @@ def beta_kl(
         Tensor of the broadcast shape in ``logits``' dtype (at least float32), differentiable.
     """
     eta, other = logits.double(), other_logits.double()
-    kappa = torch.as_tensor(concentration, dtype=torch.float64, device=eta.device)
-    other_kappa = torch.as_tensor(other_concentration, dtype=torch.float64, device=eta.device)
+    kappa, other_kappa = (_double(x, eta.device) for x in (concentration, other_concentration))
     a, b = kappa * torch.sigmoid(eta), kappa * torch.sigmoid(-eta)
     c, d = other_kappa * torch.sigmoid(other), other_kappa * torch.sigmoid(-other)
     kl = _gamma_divergence(a, c) + _gamma_divergence(b, d) - _gamma_divergence(kappa, other_kappa)

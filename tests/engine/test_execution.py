@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from dvla_fast.data import FewShotData
 from dvla_fast.engine import build
@@ -170,19 +171,36 @@ def no_waiting() -> Any:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
-def test_a_step_never_waits_for_the_gpu(few_digits: FewShotData, tiny: DemoRun) -> None:
-    """After the first step, which allocates and compiles, nothing in a step synchronises."""
-    device = torch.device("cuda")
-    data = build.without_test_split(few_digits.to(device))
-    texts, _ = build_texts(tiny.semantics, few_digits, device)
+def second_step(device: torch.device, data: FewShotData, tiny: DemoRun, watch: Any) -> None:
+    """A second step of meta-tuning under `watch`: the first one allocates and compiles."""
+    texts, _ = build_texts(tiny.semantics, data, device)
+    data = build.without_test_split(data.to(device))
     model = build_model(model_spec(tiny.model, backbone_spec(tiny.model, 1, 16), 512)).to(device)
     config = dataclasses.replace(tiny.metatune, augment=AugmentConfig(shift=0.1))
-    execution = Execution(ExecutionConfig(precision="bfloat16"), Processes("cuda"))
+    execution = Execution(ExecutionConfig(precision="bfloat16"), Processes(device.type))
     gates = GateTraining(config, model)
     optimizer = torch.optim.AdamW(metatune_module.parameter_groups(model, config, gates.baseline))
     step = Step(config, model, data, texts, optimizer, gates, execution, 0)
     gates.begin_epoch()
     step(0)
-    with no_waiting():
+    with watch:
         step(1)
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_gpu(few_digits: FewShotData, tiny: DemoRun) -> None:
+    second_step(torch.device("cuda"), few_digits, tiny, no_waiting())
+
+
+class NoCopies(TorchFunctionMode):
+    """Refuses tensors made of numbers, which on a GPU are copied there and waited for."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
+        assert not made or isinstance(args[-1], torch.Tensor), f"{func} of {args[-1]}"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_copies_no_numbers_to_the_device(few_digits: FewShotData, tiny: DemoRun) -> None:
+    """What a CPU can show of the test above."""
+    second_step(torch.device("cpu"), few_digits, tiny, NoCopies())

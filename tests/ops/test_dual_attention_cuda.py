@@ -63,7 +63,9 @@ def plain(leaves, masks, grad_out, dtype: torch.dtype) -> list[Tensor]:
 def assert_close(got: list[Tensor], exact: list[Tensor], dtype: torch.dtype) -> None:
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     for name, mine, right in zip(("out", *NAMES), got, exact, strict=True):
-        error = (mine.double() - right).abs().max() / right.abs().max()
+        # Where a mask leaves nothing the gradient is 0, and has to be.
+        largest = right.abs().max().clamp_min(torch.finfo(dtype).tiny)
+        error = (mine.double() - right).abs().max() / largest
         assert error < tolerance, f"{name}: {error}"
 
 
@@ -102,8 +104,8 @@ def test_strides(layout: str) -> None:
             return x.contiguous()
         if layout == "transposed":
             return x.transpose(-1, -2).contiguous().transpose(-1, -2)
-        if layout == "expanded":
-            return x[..., :1, :].expand(x.shape)
+        if layout == "expanded":  # over heads: equal keys would leave no gradient but rounding
+            return x[:, :1].expand(x.shape)
         return torch.stack([x, x], -1)[..., 0]
 
     leaves = [*(laid_out(x.detach()) for x in leaves[:5]), leaves[5].detach()[:1, :1].expand(6, 8)]

@@ -7,6 +7,8 @@
 #include <cmath>
 
 #include "attention/micro_gemm.h"
+#include "attention/rows.h"
+#include "attention/scratch.h"
 #include "policy/state.h"
 
 namespace dvla_fast::policy {
@@ -86,18 +88,26 @@ class Network {
   void forward(const wide_t* state, const wide_t* hidden_bias, wide_t out_bias, wide_t* hidden,
                wide_t* logits) const {
     attention::parallel_items(attention::ceil_div(z_.A, kRows), [&](int64_t begin, int64_t end) {
-      std::vector<wide_t> input(kRows * ld_, wide_t(0));
-      for (int64_t a = begin * kRows; a < std::min(z_.A, end * kRows); a += kRows) {
-        const int64_t rows = std::min<int64_t>(kRows, z_.A - a);
+      const auto s = attention::on_arena<Scratch>(kBlockRows * ld_);
+      const int64_t last = std::min(z_.A, end * kRows);
+      for (int64_t a = begin * kRows; a < last; a += kBlockRows) {
+        const int64_t rows = std::min(kBlockRows, last - a);
         for (int64_t r = 0; r < rows; ++r) {
-          load_input(state + (a + r) * z_.features, input.data() + r * ld_);
+          attention::clear_last(s.input + r * ld_, ld_);
+          load_input(state + (a + r) * z_.features, s.input + r * ld_);
         }
-        // Rows beyond the last repeat old ones: their results are not stored.
+        // What is left of a tile is 0: arithmetic on denormal numbers found there would be slow.
+        std::fill(s.input + rows * ld_, s.input + attention::ceil_div(rows, kRows) * kRows * ld_,
+                  wide_t(0));
         for (int64_t unit = 0; unit < units_; unit += kUnits) {
-          products(input.data(), unit, rows, hidden_bias, hidden + a * units_);
+          for (int64_t r = 0; r < rows; r += kRows) {
+            products(s.input + r * ld_, unit, std::min<int64_t>(kRows, rows - r), hidden_bias,
+                     hidden + (a + r) * units_);
+          }
         }
-        for (int64_t r = 0; r < rows; ++r)
+        for (int64_t r = 0; r < rows; ++r) {
           logits[a + r] = logit(hidden + (a + r) * units_, out_bias);
+        }
       }
     });
   }
@@ -146,6 +156,13 @@ class Network {
 
  private:
   static constexpr int64_t kBlockUnits = 16;  // or decisions: what a thread takes at a time
+  // Decisions whose inputs stay in the first-level cache while all units are taken.
+  static constexpr int64_t kBlockRows = 16;
+
+  struct Scratch {
+    Scratch(attention::Arena& arena, int64_t values) : input(arena.take<wide_t>(values)) {}
+    wide_t* input;
+  };
 
   // The network's input from a state, and the factors of its two norms.
   std::pair<double, double> load_input(const wide_t* state, wide_t* input) const {
@@ -155,7 +172,7 @@ class Network {
     return {image, text};
   }
 
-  // hidden (rows, K) of units [unit, unit + kUnits).
+  // hidden (rows, K) of units [unit, unit + kUnits), from kRows rows of input.
   void products(const wide_t* input, int64_t unit, int64_t rows, const wide_t* bias,
                 wide_t* hidden) const {
     const int64_t units = std::min<int64_t>(kUnits, units_ - unit);
@@ -180,9 +197,19 @@ class Network {
     if (const int64_t tail = z_.features - whole) {
       step(whole, [&](const wide_t* from) { return Vec<wide_t>::loadu(from, tail); });
     }
+    // The lanes of all sums are added up at once, in the order of total(): one after another they
+    // would take longer than the products.
+    constexpr int64_t lanes = kLanes<wide_t>;
+    constexpr int64_t count = attention::ceil_div(kRows * kUnits, lanes) * lanes;
+    alignas(64) wide_t by_sum[count * lanes] = {}, by_lane[lanes * count];
+    for (int i = 0; i < kRows * kUnits; ++i) sum[i / kUnits][i % kUnits].store(by_sum + i * lanes);
+    attention::transpose(by_sum, lanes, count, lanes, by_lane, count);
+    for (int64_t step = lanes / 2 * count; step > 0; step = step / 2 / count * count) {
+      for (int64_t i = 0; i < step; ++i) by_lane[i] += by_lane[i + step];
+    }
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t u = 0; u < units; ++u) {
-        hidden[r * units_ + unit + u] = total(sum[r][u]) + bias[unit + u];
+        hidden[r * units_ + unit + u] = by_lane[r * kUnits + u] + bias[unit + u];
       }
     }
   }

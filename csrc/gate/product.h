@@ -41,7 +41,7 @@ template <class scalar_t>
 constexpr bool kLibrary = true;
 #elif defined(__AMX_BF16__)  // processors with these tiles have float16 in vectors, too
 template <class scalar_t>
-constexpr bool kLibrary = !std::is_same_v<scalar_t, Acc<scalar_t> >;
+constexpr bool kLibrary = sizeof(scalar_t) == 2;
 #elif defined(__AVX512BF16__)
 template <class scalar_t>
 constexpr bool kLibrary = std::is_same_v<scalar_t, at::BFloat16>;

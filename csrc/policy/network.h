@@ -204,8 +204,8 @@ class Network {
     alignas(64) wide_t by_sum[count * lanes] = {}, by_lane[lanes * count];
     for (int i = 0; i < kRows * kUnits; ++i) sum[i / kUnits][i % kUnits].store(by_sum + i * lanes);
     attention::transpose(by_sum, lanes, count, lanes, by_lane, count);
-    for (int64_t step = lanes / 2 * count; step > 0; step = step / 2 / count * count) {
-      for (int64_t i = 0; i < step; ++i) by_lane[i] += by_lane[i + step];
+    for (int64_t half = lanes / 2; half > 0; half /= 2) {
+      for (int64_t i = 0; i < half * count; ++i) by_lane[i] += by_lane[i + half * count];
     }
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t u = 0; u < units; ++u) {

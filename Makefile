@@ -38,7 +38,8 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/pytest benchmarks/ --benchmark-only
 
-# Needs a GPU: its tests, its benchmarks and the sanitizers, recorded in benchmarks/results.
+# Needs a GPU: its tests, its benchmarks and the sanitizers, recorded in benchmarks/results. Without
+# a network for .venv: docs/benchmarks.md.
 gpu-check: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.gpu_check
 

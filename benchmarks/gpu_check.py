@@ -3,19 +3,25 @@
     make gpu-check
     python -m benchmarks.gpu_check
 
-runs every test marked ``gpu``, compute-sanitizer (memcheck and racecheck, where it is installed)
-over small shapes, and the GPU benchmarks, and writes benchmarks/results/<gpu>.json: GPU, driver,
-versions, commit, date, what each check said, and every row. Exit status 1 if a check failed.
+runs every test marked ``gpu``, compute-sanitizer (memcheck and racecheck, where it works) over
+small cases, and the GPU benchmarks, and writes benchmarks/results/<gpu>.json: GPU, driver,
+versions, build, commit, date, what each step said, and every row. The file is written anew after
+each step, so a run that is killed leaves what it has. A step whose time is over is cut off and
+keeps its finished rows. Exit status 1 unless every step that can run here passed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import functools
+import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,95 +29,211 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 
+import dvla_fast
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BUDGET_SECONDS = 590
-# Steps in order, each with the most it may take of the time left when it begins. The benchmarks'
-# records are apart, so that autotuning the compiled peers, which takes longest, can cost no other.
+BUDGET_SECONDS = 570
+LEAST_SECONDS = 5  # in less not even torch is imported
+GRACE_SECONDS = 15  # for pytest to write its report after an interrupt
+PROBE_SECONDS = 60
+MOST_PROCESSES = 8
+SHOWN_FAILURES = 20
+# Steps in order, each with the most it may take of the time left when it begins. The benchmarks
+# are apart, so that autotuning the compiled peers, which takes longest, can cost no other.
 SHARE = {
     "tests": 0.4,
-    "memcheck": 0.2,
-    "racecheck": 0.2,
-    "policy": 0.3,
-    "eager": 0.5,
-    "long": 0.5,
+    "memcheck": 0.15,
+    "racecheck": 0.15,
+    "kernels": 0.2,
+    "eager": 0.4,
+    "long": 0.3,
+    "policy": 0.4,
     "graph": 1.0,
 }
-ATTENTION = "benchmarks/test_dual_attention_gpu.py"
-SUITES = {
-    "policy": ["benchmarks/test_policy_gpu.py"],
+SANITIZERS = ("memcheck", "racecheck")
+ATTENTION, POLICY = "benchmarks/test_dual_attention_gpu.py", "benchmarks/test_policy_gpu.py"
+BENCHMARKS = {
+    "policy": [POLICY],
     **{name: [ATTENTION, "-k", f"test_{name}"] for name in ("eager", "long", "graph")},
 }
-SMALL = (
-    "(test_matches_float64 and float16 and (2x1x3x5 or 1x3x3x9))"
-    " or (test_equals_the_cpu_op and B12T6) or (test_sizes and 129)"
-)
-KERNEL_TESTS = [
-    f"tests/kernels/test_{name}.py"
+# Every file with a test marked gpu; each process would collect the others too.
+GPU_TESTS = [
+    f"tests/{name}.py"
     for name in (
-        "dual_attention_forward", "dual_attention_backward", "beta_policy_kernel",
-        "gate_policy_kernel",
+        "kernels/test_dual_attention_backward", "kernels/test_dual_attention_forward",
+        "kernels/test_beta_policy_kernel", "kernels/test_gate_policy_kernel",
+        "kernels/test_dual_attention_tune", "ops/test_beta_policy", "ops/test_dual_attention_cuda",
+        "ops/test_gate_policy_cuda", "ops/test_value_checks", "engine/test_execution",
     )
 ]  # fmt: skip
+# What the sanitizers look at: odd sizes, masks and no keys, of each kernel; the last two are CUDA.
+SMALL = [
+    f"tests/{name}"
+    for name in (
+        "kernels/test_dual_attention_forward.py::test_matches_float64[2x1x3x5x7x4x40-float16]",
+        "kernels/test_dual_attention_forward.py::test_matches_float64[1x3x3x9x70x9x24-float16]",
+        "kernels/test_dual_attention_forward.py::test_masks[float32]",
+        "kernels/test_dual_attention_forward.py::test_a_path_without_keys_contributes_zero",
+        "kernels/test_dual_attention_backward.py::test_matches_float64"
+        "[whole-1x3x3x9x70x9x24-float16]",
+        "kernels/test_dual_attention_backward.py::test_matches_float64"
+        "[streamed-2x1x3x5x7x4x40-float16]",
+        "kernels/test_dual_attention_backward.py::test_masks[whole-float32-3]",
+        "kernels/test_dual_attention_backward.py::test_masks[streamed-float32-3]",
+        "kernels/test_dual_attention_backward.py::test_a_path_without_keys[whole-0-4-2]",
+        "kernels/test_beta_policy_kernel.py::test_sizes[(0,)-float32]",
+        "kernels/test_beta_policy_kernel.py::test_sizes[(129,)-float32]",
+        "kernels/test_gate_policy_kernel.py::test_equals_the_cpu_op"
+        "[B12T6N33P5C33K10-2-1-torch.float16]",
+        "ops/test_beta_policy.py::test_cuda_draws_the_same_numbers_as_the_cpu[None-torch.float32-]",
+        "ops/test_beta_policy.py::test_gradients_on_cuda_are_those_on_the_cpu[cpp]",
+    )
+]
+PYTEST = [
+    sys.executable, "-m", "pytest", "-q", "-rfEs", "--tb=short", "-p", "no:cacheprovider",
+    "-o", "junit_family=xunit1",
+]  # fmt: skip
+
+
+def in_parallel() -> list[str]:
+    """Options of pytest for tests that are not timed, where pytest-xdist is installed.
+
+    Tests are dealt out one by one: the backward's file alone compiles more than 200 kernels.
+    """
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    processes = min(MOST_PROCESSES, os.cpu_count() or 1)
+    return ["-n", str(processes), "--dist", "worksteal"]
+
+
+def under_sanitizer(tool: str) -> list[str]:
+    # PyTorch asks CUDA about what may not exist, and takes no for an answer: no error.
+    options = ["--report-api-errors", "no", "--error-exitcode", "9"]
+    return ["compute-sanitizer", "--tool", tool, *options]
+
+
+def command(name: str, rows: Path) -> list[str]:
+    """What a step runs; the benchmarks append their rows to a file."""
+    if name == "tests":
+        options = ["-m", "gpu", "--continue-on-collection-errors"]
+        return [*PYTEST, *in_parallel(), *options, *GPU_TESTS]
+    if name in SANITIZERS:
+        return [*under_sanitizer(name), *PYTEST, *SMALL]
+    if name == "kernels":  # compiles ours for the benchmarks, which find them in Triton's cache
+        options = ["--benchmark-disable", "-k", "dvla_fast"]
+        return [*PYTEST, *in_parallel(), *options, ATTENTION, POLICY]
+    options = ["--benchmark-only", "--benchmark-quiet", f"--rows={rows}"]
+    return [*PYTEST, *options, *BENCHMARKS[name]]
 
 
 def run(
     name: str, command: Sequence[str], seconds: float, **environment: str
-) -> dict[str, float | str]:
-    """Runs one step, its output shown; {"outcome": passed, failed or timed out, "seconds"}."""
+) -> dict[str, float | str | None]:
+    """Runs one step, its output shown: outcome (passed, failed or cut off), seconds, exit status.
+
+    The step and all that it starts are one process group, of which nothing outlives this.
+    """
     print(f"== {name} (at most {seconds:.0f} s): {' '.join(command)}", flush=True)
     begin = time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **environment}, start_new_session=True
+    )
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **environment}, timeout=seconds, check=False
-        )
-        outcome = "passed" if done.returncode == 0 else "failed"
+        outcome = "failed" if process.wait(seconds) else "passed"
     except subprocess.TimeoutExpired:
-        outcome = "timed out"
+        outcome = "cut off"
+        os.killpg(process.pid, signal.SIGINT)  # pytest then reports what it has
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     took = time.monotonic() - begin
     print(f"== {name}: {outcome} in {took:.0f} s", flush=True)
-    return {"outcome": outcome, "seconds": round(took, 1)}
+    return {"outcome": outcome, "seconds": round(took, 1), "status": process.returncode}
 
 
-def benchmark_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a group and provider, as ``benchmarks.ratios`` reads them, with peak memory."""
-    return [
-        {
-            "group": bench["group"],
-            "provider": bench["params"]["provider"],
-            "median_us": round(bench["stats"]["median"] * 1e6, 2),
-            "peak_mib": bench["extra_info"]["peak_mib"],
-        }
-        for bench in record["benchmarks"]
+def junit_results(report: Path) -> dict[str, Any]:
+    """Counts and the names of what failed, from pytest's JUnit file; empty where there is none."""
+    try:
+        suite = next(ElementTree.parse(report).iter("testsuite"))
+    except (OSError, ElementTree.ParseError):
+        return {}
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    failed = [
+        f"{case.get('file') or case.get('classname')}::{case.get('name')}"
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
     ]
+    return {**counts, "failed": failed}
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were measured with."""
+def check(name: str, seconds: float, folder: Path) -> dict[str, Any]:
+    """Runs one step: its outcome, and what its tests said."""
+    if seconds < LEAST_SECONDS:
+        return {"outcome": "skipped: no time left", "seconds": 0}
+    report = folder / f"{name}.xml"
+    # Without the caching allocator: one pool would hide an access past a tensor's end.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if name in SANITIZERS else {}
+    step = [*command(name, folder / "rows"), f"--junitxml={report}"]
+    result = {**run(name, step, seconds, **environment), **junit_results(report)}
+    if result["outcome"] == "passed" and result.get("tests") == result.get("skipped"):
+        result["outcome"] = "failed: no test ran"
+    return result
+
+
+@functools.cache
+def sanitizer_problem() -> str | None:
+    """Why compute-sanitizer cannot be used here: some virtual machines' GPUs it refuses."""
+    if shutil.which("compute-sanitizer") is None:
+        return "compute-sanitizer is not installed"
+    touch = [sys.executable, "-c", "import torch; torch.ones(1, device='cuda').item()"]
+    result = run("compute-sanitizer", [*under_sanitizer("memcheck"), *touch], PROBE_SECONDS)
+    return None if result["outcome"] == "passed" else "compute-sanitizer does not work here"
+
+
+def output(*command: str) -> str | None:
+    """What a program prints; None where it is not installed or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def machine(commit: str | None = None) -> dict[str, Any]:
+    """What the numbers are measured with; None for what cannot be known, as without git."""
     import triton
 
-    import dvla_fast
-
-    def output(*command: str) -> str:
-        return subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip()
-
     driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    changes = None if commit else output("git", "status", "--porcelain")
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": output("git", "rev-parse", "HEAD") or None,
-        "uncommitted_changes": bool(output("git", "status", "--porcelain")),
+        "commit": commit or output("git", "rev-parse", "HEAD"),
+        "uncommitted_changes": None if changes is None else bool(changes),
         "gpu": torch.cuda.get_device_name(),
         "driver": driver.splitlines()[0] if driver else None,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "dvla_fast": dvla_fast.__version__,
+        "build": dvla_fast.build_info(),
     }
+
+
+def missing_part(build: dict[str, Any]) -> str | None:
+    """What is not built, in a line: tests of that would skip, and the check would pass."""
+    if build["problem"]:
+        return str(build["problem"])
+    if not build["cuda_architectures"]:
+        return "the extension was built without CUDA (is nvcc on the PATH?)"
+    return None
 
 
 def file_name(gpu: str) -> str:
@@ -119,48 +241,87 @@ def file_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
 
 
-def main(arguments: list[str] | None = None) -> int:
+def write(record: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def summary(checks: dict[str, dict[str, Any]]) -> str:
+    lines = []
+    for name, result in checks.items():
+        lines.append(f"{name}: {result['outcome']}, {result['seconds']} s")
+        failed = result.get("failed", [])
+        lines += [f"  {test}" for test in failed[:SHOWN_FAILURES]]
+        if len(failed) > SHOWN_FAILURES:
+            lines.append(f"  and {len(failed) - SHOWN_FAILURES} more, see the record")
+    return "\n".join(lines)
+
+
+def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<gpu>.json")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--seconds", type=float, default=BUDGET_SECONDS, help="for all steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", nargs="+", choices=list(SHARE), default=list(SHARE), help="default: all"
+    )
+    parser.add_argument("--commit", help="what is checked, where git cannot say it")
+    parser.add_argument(
+        "--allow-missing-extension",
+        action="store_true",
+        help="go on where the extension, or its CUDA part, is not built",
+    )
+    return parser
+
+
+def run_steps(record: dict[str, Any], path: Path, steps: Sequence[str], deadline: float) -> None:
+    """Fills the record and writes it before the first step and after each."""
+    checks = record["checks"] = {}
+    record["medians"] = []
+    write(record, path)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder, "rows")
+        rows.touch()
+        for name, share in SHARE.items():
+            if name not in steps:
+                checks[name] = {"outcome": "not run: not asked for", "seconds": 0}
+            elif name in SANITIZERS and (problem := sanitizer_problem()):
+                checks[name] = {"outcome": f"not run: {problem}", "seconds": 0}
+            else:
+                checks[name] = check(name, share * (deadline - time.monotonic()), Path(folder))
+            record["medians"] = [json.loads(row) for row in rows.read_text().splitlines()]
+            write(record, path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    begin = time.monotonic()
+    options = arguments_parser().parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks.gpu_check: no CUDA device here, nothing to check", file=sys.stderr)
         return 1
-    deadline = time.monotonic() + BUDGET_SECONDS
-
-    checks: dict[str, dict[str, Any]] = {}
-
-    def step(name: str, command: Sequence[str], **environment: str) -> None:
-        seconds = max(1.0, SHARE[name] * (deadline - time.monotonic()))
-        checks[name] = run(name, command, seconds, **environment)
-
-    pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    step("tests", [*pytest_command, "-m", "gpu", "tests"])
-    sanitizer = shutil.which("compute-sanitizer")
-    for tool in ("memcheck", "racecheck"):
-        if sanitizer is None:
-            checks[tool] = {"outcome": "not run: compute-sanitizer is not installed", "seconds": 0}
-            continue
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest_command]
-        # Without the caching allocator: one pool would hide an access past a tensor's end.
-        step(tool, [*command, *KERNEL_TESTS, "-k", SMALL], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, suite in SUITES.items():
-            record = Path(folder) / f"{name}.json"
-            step(name, [*pytest_command, *suite, "--benchmark-only", f"--benchmark-json={record}"])
-            if record.exists() and record.stat().st_size:
-                rows += benchmark_rows(json.loads(record.read_text()))
-    facts = machine()
-    path = options.output or RESULTS / file_name(facts["gpu"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**facts, "checks": checks, "medians": rows}, indent=1) + "\n")
-    temporary.replace(path)
-    print(f"{len(rows)} rows written to {path}")
-    bad = [name for name, check in checks.items() if check["outcome"] in ("failed", "timed out")]
+    record = machine(options.commit)
+    problem = missing_part(record["build"])
+    if problem and not options.allow_missing_extension:
+        print(
+            f"benchmarks.gpu_check: {problem}; --allow-missing-extension goes on without it",
+            file=sys.stderr,
+        )
+        return 1
+    # Where a shell has put this into the background, steps would ignore their interrupt; and a
+    # step, a process group of its own, would go on where this is ended.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    path = options.output or RESULTS / file_name(record["gpu"])
+    run_steps(record, path, options.steps, begin + options.seconds - GRACE_SECONDS)
+    print(summary(record["checks"]))
+    print(f"{len(record['medians'])} rows written to {path}")
+    fine = ("passed", "not run")
+    bad = [name for name, it in record["checks"].items() if not it["outcome"].startswith(fine)]
     if bad:
         print(f"benchmarks.gpu_check: {', '.join(bad)} did not pass", file=sys.stderr)
     return 1 if bad else 0

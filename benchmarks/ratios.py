@@ -8,7 +8,8 @@
 
 A ratio is the median over rounds of the fastest peer's time over ours in the same round
 (``benchmarks.pairing``), in older records and on GPUs that of the medians; above 1 means dvla_fast
-is faster.
+is faster. Another backend of dvla_fast is no peer. Neither is a bound, the time of something that
+every implementation must do: where a group has one, a second table says how near we come.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from benchmarks.pairing import OURS
+
+BOUND = "bound: "  # how the name of a provider begins that no implementation can be faster than
 
 
 def medians(record: dict) -> list[dict]:
@@ -38,14 +41,19 @@ def medians(record: dict) -> list[dict]:
     return table
 
 
-def rows(record: dict) -> list[dict]:
-    """One row a group: our median and peak memory, the fastest peer's, and the ratio of times."""
+def by_group(record: dict) -> dict[str, dict[str, dict]]:
+    """The rows of each group by provider."""
     groups: dict[str, dict[str, dict]] = defaultdict(dict)
     for row in medians(record):
         groups[row["group"]][row["provider"]] = row
+    return groups
+
+
+def rows(record: dict) -> list[dict]:
+    """One row a group: our median and peak memory, the fastest peer's, and the ratio of times."""
     table = []
-    for group, providers in groups.items():
-        peers = {name: row for name, row in providers.items() if name != OURS}
+    for group, providers in by_group(record).items():
+        peers = {name: row for name, row in providers.items() if not name.startswith((OURS, BOUND))}
         if OURS not in providers or not peers:
             continue
         ours = providers[OURS]
@@ -69,6 +77,22 @@ def rows(record: dict) -> list[dict]:
     return table
 
 
+def bounds(record: dict) -> list[dict]:
+    """One row a group that has a bound: our median, the bound's, and how many times it ours is."""
+    return [
+        {
+            "group": group,
+            "ours_us": providers[OURS]["median_us"],
+            "bound": name.removeprefix(BOUND),
+            "bound_us": row["median_us"],
+            "ratio": providers[OURS]["median_us"] / row["median_us"],
+        }
+        for group, providers in by_group(record).items()
+        for name, row in providers.items()
+        if name.startswith(BOUND) and OURS in providers
+    ]
+
+
 def markdown(table: list[dict]) -> str:
     """The table; peak memory of one call, results included, where it was measured."""
     lines = [
@@ -78,6 +102,16 @@ def markdown(table: list[dict]) -> str:
     lines += [
         f"| {r['group']} | {r['ours_us']:,.1f} µs | {r['peer']} | {r['peer_us']:,.1f} µs"
         f" | {r['ratio']:.1f}× | {_mib(r['ours_mib'])} | {_mib(r['peer_mib'])} |"
+        for r in table
+    ]
+    return "\n".join(lines)
+
+
+def bounds_markdown(table: list[dict]) -> str:
+    lines = ["| case | dvla_fast | bound | its time | times the bound |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {r['group']} | {r['ours_us']:,.1f} µs | {r['bound']} | {r['bound_us']:,.1f} µs"
+        f" | {r['ratio']:.1f}× |"
         for r in table
     ]
     return "\n".join(lines)
@@ -141,6 +175,8 @@ def main() -> None:
     record = json.loads(arguments.record.read_text())
     table = rows(record)
     print(markdown(table))
+    if limits := bounds(record):
+        print("\n" + bounds_markdown(limits))
     if arguments.save:
         arguments.save.write_text(json.dumps(compact(record), indent=1) + "\n")
     if arguments.plot:

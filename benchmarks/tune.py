@@ -2,12 +2,14 @@
 
     python -m benchmarks.tune                         # default shapes, bfloat16 and float32
     python -m benchmarks.tune --dtypes float16 --shapes 1,80,8,24,196,45 25,1,8,48,49,77
+    python -m benchmarks.tune --seconds 500           # as many classes as fit
 
 Each shape T,G,H,D,N,P (text groups, images a group, heads, head dimension, image tokens, query and
 text tokens) stands for a class of calls: its dtype's size, padded head dimension, and query rows
 and keys up to the next limit. For each class and kernel the candidate tiles are compiled, checked
 against float64 and timed inside a CUDA graph; the fastest becomes a row of the section of this
-GPU's generation in kernels/dual_attention/launch_table.json. Half types share their rows.
+GPU's generation in kernels/dual_attention/launch_table.json, which is written after each class.
+Half types share their rows. For the default shapes more than 800 kernels are compiled.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ import datetime
 import functools
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,14 +97,29 @@ def candidates(target: Class) -> Iterator[Tile]:
                     yield Tile(rows, keys, warps, stages)
 
 
+def distinct(target: Class, calls: list[tuple[Shape, torch.dtype]]) -> list[Tile]:
+    """The candidates without those that would launch what another one does.
+
+    A launch has no wider block of keys than the longest path of its call.
+    """
+    keys = max(launch.padded(max(shape.keys, shape.rows)) for shape, _ in calls)
+    cut = (replace(tile, keys=min(tile.keys, keys)) for tile in candidates(target))
+    return list(dict.fromkeys(cut))
+
+
 def tune(
     shapes: Iterable[Shape],
     dtypes: Iterable[torch.dtype],
     device: launch.Device,
     measure: Measure,
     report: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """The fastest tile of each class as rows of the table; classes without one are left out."""
+    deadline: float = math.inf,
+) -> Iterator[dict[str, Any]]:
+    """The fastest tile of each class as a row of the table, as soon as it is known.
+
+    Classes without one are left out, and those that are not done by the deadline, which is a time
+    of ``time.monotonic``.
+    """
     members: dict[Class, list[tuple[Shape, torch.dtype]]] = {}
     for shape in shapes:
         for dtype in dtypes:
@@ -108,11 +127,13 @@ def tune(
                 target = class_of(kernel, shape, dtype, device)
                 if target is not None:
                     members.setdefault(target, []).append((shape, dtype))
-    rows = []
     for number, (target, calls) in enumerate(members.items(), start=1):
-        tiles = list(candidates(target))
+        tiles = distinct(target, calls)
         best: tuple[float, Tile, int] | None = None
         for index, tile in enumerate(tiles, start=1):
+            if time.monotonic() > deadline:
+                report(f"no time left: {len(members) - number + 1} classes left as they were")
+                return
             done = []
             for shape, dtype in calls:
                 result = measure(target.kernel, shape, dtype, tile)
@@ -122,19 +143,18 @@ def tune(
             if len(done) < len(calls):
                 continue
             # Every call of a class counts alike, however long it takes.
-            time = math.exp(sum(math.log(seconds) for seconds, _ in done) / len(done))
-            if best is None or time < best[0]:
-                best = (time, tile, max(shared for _, shared in done))
+            mean = math.exp(sum(math.log(seconds) for seconds, _ in done) / len(done))
+            if best is None or mean < best[0]:
+                best = (mean, tile, max(shared for _, shared in done))
                 report(
                     f"[{number}/{len(members)}] {target}: {index}/{len(tiles)}"
-                    f" {tile} {time * 1e6:.1f} µs"
+                    f" {tile} {mean * 1e6:.1f} µs"
                 )
         if best is None:
             report(f"[{number}/{len(members)}] {target}: no candidate runs; left as it was")
             continue
         _, tile, shared = best
-        rows.append({**target._asdict(), **vars(tile), "shared": shared})
-    return rows
+        yield {**target._asdict(), **vars(tile), "shared": shared}
 
 
 @contextmanager
@@ -166,13 +186,15 @@ def measure_on_gpu(
     tensors, grad_out, saved, expected = problem(shape, dtype)
     scale = shape.width**-0.5
 
-    def call() -> tuple[torch.Tensor, ...]:
+    def call(save: bool = False) -> tuple[torch.Tensor, ...]:
         if kernel == "forward":
-            return dual_attention.forward(*tensors, None, None, scale, False)[:1]
+            return dual_attention.forward(*tensors, None, None, scale, save)[:1]
         return dual_attention.backward(grad_out, *tensors, None, None, *saved, scale)
 
+    compiled_variants(kernel).clear()  # shared_bytes counts those of this tile
     with forced(kernel, tile):
         try:
+            call(save=True)  # what training runs has to fit as well
             results = call()
         except OutOfResources:
             return None
@@ -196,8 +218,8 @@ def problem(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
     return tensors, grad_out.to(dtype), saved, [x.cuda() for x in exact_results(shape)]
 
 
-def shared_bytes(kernel: str) -> int:
-    """The most that any compiled variant of a kernel takes, counted from its launch cache."""
+def compiled_variants(kernel: str) -> dict[Any, Any]:
+    """What a kernel's launcher has compiled in this process, by what it was compiled for."""
     from dvla_fast.kernels.dual_attention.backward import (
         dual_attention_backward_keys_kernel,
         dual_attention_backward_rows_kernel,
@@ -208,8 +230,13 @@ def shared_bytes(kernel: str) -> int:
         "forward": dual_attention_forward_kernel,
         "backward_keys": dual_attention_backward_keys_kernel,
     }.get(kernel, dual_attention_backward_rows_kernel)
-    compiled = function.device_caches[torch.cuda.current_device()][0]
-    return int(list(compiled.values())[-1].metadata.shared)
+    variants: dict[Any, Any] = function.device_caches[torch.cuda.current_device()][0]
+    return variants
+
+
+def shared_bytes(kernel: str) -> int:
+    """The most that any compiled variant takes: a tile may need several launches."""
+    return max(int(variant.metadata.shared) for variant in compiled_variants(kernel).values())
 
 
 def seconds_a_call(call: Callable[[], object]) -> float:
@@ -260,19 +287,27 @@ def main(arguments: list[str] | None = None) -> int:
         "--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"]
     )
     parser.add_argument("--output", type=Path, default=launch.TABLE, help="table to write into")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin no measurement after this long"
+    )
     options = parser.parse_args(arguments)
+    deadline = time.monotonic() + options.seconds
     if not torch.cuda.is_available():
         print("benchmarks.tune: no CUDA device here; tuning measures on one", file=sys.stderr)
         return 1
     device = launch.device_of(torch.device("cuda", torch.cuda.current_device()))
-    rows = tune(
+    found = tune(
         options.shapes or DEFAULT_SHAPES,
         [DTYPES[name] for name in options.dtypes],
         device,
         measure_on_gpu,
         lambda line: print(line, file=sys.stderr, flush=True),
+        deadline,
     )
-    launch.write_section(options.output, device.generation, facts(), rows)
+    rows = []
+    for row in found:
+        rows.append(row)
+        launch.write_section(options.output, device.generation, facts(), [row])
     print(f"{len(rows)} rows of {device.generation} written to {options.output}")
     return 0
 

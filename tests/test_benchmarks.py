@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import pairing
 from benchmarks.memory import peak_mib
-from benchmarks.ratios import markdown, plot, rows
+from benchmarks.ratios import bounds, bounds_markdown, markdown, plot, rows
 from benchmarks.roofline import CASE, Ceilings, bound, table
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +51,70 @@ def test_ratios_of_one_round_come_first() -> None:
     }
     (row,) = rows(record)
     assert (row["peer"], row["peer_us"], row["ratio"]) == ("second", 6.0, 3.0)
+
+
+def test_a_bound_and_our_other_backends_are_no_peers() -> None:
+    group = "beta_policy n=10000000 forward eager"
+    record = {
+        "benchmarks": [
+            bench(group, "dvla_fast", 6e-5),
+            bench(group, "dvla_fast triton", 5e-5),
+            bench(group, "eager PyTorch", 12e-5),
+            bench(group, "bound: writing its four outputs", 4e-5),
+            bench("no peer", "dvla_fast", 1e-6),
+            bench("no peer", "dvla_fast triton", 1e-6),
+        ]
+    }
+    (row,) = rows(record)
+    assert (row["peer"], row["ratio"]) == ("eager PyTorch", pytest.approx(2.0))
+    (limit,) = bounds(record)
+    assert (limit["bound"], limit["ratio"]) == ("writing its four outputs", pytest.approx(1.5))
+    assert "| 60.0 µs | writing its four outputs | 40.0 µs | 1.5× |" in bounds_markdown([limit])
+
+
+@pytest.fixture(scope="module")
+def gpu_rows() -> list[str]:
+    """The rows that GPUs get, in the order in which they are measured."""
+    files = [f"benchmarks/test_{name}_gpu.py" for name in ("dual_attention", "policy")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *files, "--collect-only", "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
+
+
+def test_what_matters_most_on_a_gpu_comes_first(gpu_rows: list[str]) -> None:
+    """Half types before float32; of the policy, what has to be compiled first last."""
+    eager = [row for row in gpu_rows if row.startswith("test_eager")]
+    dtypes = [row.partition("torch.")[2].partition("-")[0] for row in eager]
+    assert list(dict.fromkeys(dtypes)) == ["bfloat16", "float16", "float32"]
+    assert dtypes == sorted(dtypes, key=["bfloat16", "float16", "float32"].index)
+    policy = [row.partition("[")[0] for row in gpu_rows if row.startswith(("test_beta", "test_g"))]
+    policy = [name for name in dict.fromkeys(policy) if name != "test_graph"]
+    first = ["test_beta_eager", "test_beta_bound", "test_gate_eager"]
+    assert policy[:3] == first
+    assert policy[-1] == "test_gate_compiled"
+
+
+def test_few_gpu_rows_wait_for_torch_compile(gpu_rows: list[str]) -> None:
+    """Each takes seconds to begin, with autotuning up to a minute."""
+    compiled = [row for row in gpu_rows if "torch.compile" in row]
+    assert len([row for row in compiled if "max-autotune" in row]) <= 6
+    assert len(compiled) <= 12
+    assert any("1600" in row for row in compiled)
+
+
+@pytest.mark.parametrize("message", ["No available kernel. Aborting.", "cuDNN: no plan\nat 0x1"])
+def test_a_backend_that_cannot_run_a_case_is_skipped(message: str) -> None:
+    from benchmarks.test_dual_attention_gpu import first_results
+
+    def call() -> list[torch.Tensor]:
+        raise RuntimeError(message)
+
+    with pytest.raises(pytest.skip.Exception, match=f"cannot run this: {message.splitlines()[0]}$"):
+        first_results("2xSDPA+lerp cudnn", call)
+    with pytest.raises(RuntimeError, match=r"No available|cuDNN"):
+        first_results("dvla_fast", call)
 
 
 @pytest.mark.parametrize(("ours", "calls"), [(0.0011, 5), (1e-6, 100), (3.0, 1)])

@@ -19,6 +19,10 @@ ELSEWHERE = {
     "make test": "Makefile::test",
     "make bench": "Makefile::bench",
     "make gpu-check": "tests/test_gpu_check.py::test_whole_record",
+    "python3 -m pip install --no-build-isolation --no-deps -e .": "tests/test_build.py::--no-deps",
+    "python3 -m benchmarks.gpu_check --output gpu.json": (
+        "tests/test_gpu_check.py::test_whole_record"
+    ),
     "pip install -e .": "tests/test_build.py::test_installs_without_a_compiler",
     "pip install --no-build-isolation -e .": "tests/test_build.py::--no-build-isolation",
     "pip install -e '.[train,vision]'": "Makefile::test",

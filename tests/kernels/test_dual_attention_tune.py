@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,7 +70,7 @@ def test_kernels_that_a_shape_runs(shape: Shape, kernels: list[str]) -> None:
 
 def test_fastest_candidate_wins_and_serves(table: Path) -> None:
     lines: list[str] = []
-    rows = tune.tune([EPISODE], [torch.bfloat16], DEVICE, most_warps_fastest, lines.append)
+    rows = list(tune.tune([EPISODE], [torch.bfloat16], DEVICE, most_warps_fastest, lines.append))
     assert lines
     assert [row["kernel"] for row in rows] == ["forward", "backward"]
     assert all((row["warps"], row["stages"], row["shared"]) == (8, 1, 8000) for row in rows)
@@ -92,16 +93,81 @@ def test_a_candidate_must_run_every_shape_of_its_class() -> None:
     assert {row["warps"] for row in rows} == {4}
 
 
+def test_tiles_that_launch_alike_are_measured_once() -> None:
+    short = Shape(25, 1, 8, 48, 49, 9)
+    measured: list[Any] = []
+
+    def measure(*what: Any) -> Any:
+        measured.append(what)
+        return 1e-6, 1000
+
+    list(tune.tune([short], [torch.bfloat16], DEVICE, measure, lambda line: None))
+    assert len(measured) == len(set(measured))
+    assert {tile.keys for *_, tile in measured} == {16, 32, 64}  # 128 keys would launch 64
+
+
+def test_each_class_is_there_as_soon_as_it_is_known() -> None:
+    asked: list[str] = []
+
+    def measure(kernel: str, *rest: Any) -> Any:
+        asked.append(kernel)
+        return most_warps_fastest(kernel, *rest)
+
+    found = tune.tune([EPISODE], [torch.bfloat16], DEVICE, measure, lambda line: None)
+    assert next(found)["kernel"] == "forward"
+    assert set(asked) == {"forward"}
+
+
+def test_a_class_that_is_cut_off_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(tune.time, "monotonic", lambda: clock[0])
+
+    def measure(kernel: str, *rest: Any) -> Any:
+        clock[0] += 2.0 if kernel == "backward" else 0.0
+        return most_warps_fastest(kernel, *rest)
+
+    lines: list[str] = []
+    rows = list(tune.tune([EPISODE], [torch.bfloat16], DEVICE, measure, lines.append, 1.0))
+    assert [row["kernel"] for row in rows] == ["forward"]
+    assert lines[-1] == "no time left: 1 classes left as they were"
+
+
+def test_the_table_is_written_after_each_class(
+    table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(kernel: str, *rest: Any) -> Any:
+        if kernel == "backward":
+            raise KeyboardInterrupt
+        return most_warps_fastest(kernel, *rest)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "device_of", lambda device: DEVICE)
+    monkeypatch.setattr(tune, "measure_on_gpu", measure)
+    monkeypatch.setattr(tune, "facts", lambda: FACTS)
+    shape = "1,80,8,24,196,45"
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(["--output", str(table), "--shapes", shape, "--dtypes", "float16"])
+    (row,) = json.loads(table.read_text())["sm_90"]["rows"]
+    assert row["kernel"] == "forward"
+
+
+def test_shared_bytes_are_the_most_of_all_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [SimpleNamespace(metadata=SimpleNamespace(shared=size)) for size in (5, 9, 7)]
+    monkeypatch.setattr(tune, "compiled_variants", lambda kernel: dict(enumerate(sizes)))
+    assert tune.shared_bytes("forward") == 9
+
+
 def test_class_without_a_working_candidate_is_left_alone() -> None:
     lines: list[str] = []
-    assert tune.tune([EPISODE], [torch.float16], DEVICE, lambda *_: None, lines.append) == []
+    assert not list(tune.tune([EPISODE], [torch.float16], DEVICE, lambda *_: None, lines.append))
     assert "no candidate runs" in lines[-1]
 
 
 def test_writing_replaces_a_class_and_keeps_the_rest(table: Path) -> None:
     before = json.loads(table.read_text())
-    rows = tune.tune(
-        [EPISODE, LONG], [torch.float16], DEVICE, most_warps_fastest, lambda line: None
+    rows = list(
+        tune.tune([EPISODE, LONG], [torch.float16], DEVICE, most_warps_fastest, lambda line: None)
     )
     launch.write_section(table, "sm_90", FACTS, rows)
     again = [{**rows[0], "warps": 2}]

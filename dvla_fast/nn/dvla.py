@@ -215,7 +215,6 @@ class DVLA(nn.Module):
         ).unflatten(0, (support.shape[0], -1))
         features = torch.cat((seen, plain), dim=1).flatten(0, 1)
         output = self._classify(features, counts, support_labels, way, tuple(pass_.traces))
-        # Not output._replace, which torch.compile of 2.11 cannot follow.
         return EpisodeOutput(output.logits, output.layers, output.support_labels, support_labels)
 
     def supports_are_independent(self, alpha: Any = None) -> bool:
@@ -399,7 +398,13 @@ class _GatePass:
         """Queries see no text: their pooled tokens are the same before and after the gate."""
         index = self.model.gated_layers.index(location)
         pooled = self._pooled(tokens)
-        self.traces[index] = self.traces[index]._replace(query_before=pooled, query_after=pooled)
+        # Not _replace, which torch.compile of 2.11 cannot follow.
+        seen = self.traces[index]
+        self.traces[index] = LayerTrace(
+            seen.location, seen.alpha, seen.action_logit, seen.log_prob, seen.entropy,
+            seen.support_before, seen.support_after, pooled, pooled,
+            seen.fused, seen.aligned, seen.state,
+        )  # fmt: skip
 
     def _run(
         self, location: Location, tokens: Tensor, scope: dict[str, Any]

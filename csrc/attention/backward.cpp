@@ -282,7 +282,7 @@ class Backward {
 
   // delta = rowsum(go out), where no single block holds all keys.
   void load_delta(const Matrix<scalar_t>& out, const Scratch& s) const {
-    std::fill(s.out_row + z.D, s.out_row + s.ld, acc_t(0));
+    clear_last(s.out_row, s.ld);
     for (int64_t p = 0; p < z.P; ++p) {
       load_row(out.data + p * out.row, out.column, z.D, acc_t(1), s.out_row);
       s.delta[p] = dot(s.go + p * s.ld, s.out_row, s.ld);

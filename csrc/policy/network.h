@@ -197,8 +197,8 @@ class Network {
     if (const int64_t tail = z_.features - whole) {
       step(whole, [&](const wide_t* from) { return Vec<wide_t>::loadu(from, tail); });
     }
-    // The lanes of all sums are added up at once, in the order of total(): one after another they
-    // would take longer than the products.
+    // The lanes of all sums are added up at once, in the order of sum_lanes(): one after another
+    // they would take longer than the products.
     constexpr int64_t lanes = kLanes<wide_t>;
     constexpr int64_t count = attention::ceil_div(kRows * kUnits, lanes) * lanes;
     alignas(64) wide_t by_sum[count * lanes] = {}, by_lane[lanes * count];
@@ -214,22 +214,13 @@ class Network {
     }
   }
 
-  static wide_t total(const Vec<wide_t>& x) {
-    alignas(64) wide_t lane[kLanes<wide_t>];
-    x.store(lane);
-    for (int64_t step = kLanes<wide_t> / 2; step > 0; step /= 2) {
-      for (int64_t i = 0; i < step; ++i) lane[i] += lane[i + step];
-    }
-    return lane[0];
-  }
-
   wide_t logit(const wide_t* hidden, wide_t bias) const {
     Vec<wide_t> sum(wide_t(0));
     each_vector<wide_t>(units_, [&](int64_t i, int64_t count) {
       const Gelu<wide_t> gelu(Vec<wide_t>::loadu(hidden + i, count));
       sum = at::vec::fmadd(gelu.value, Vec<wide_t>::loadu(out_ + i, count), sum);
     });
-    return total(sum) + bias;
+    return attention::sum_lanes(sum) + bias;
   }
 
   // The layer from hidden values to the logit, backwards.

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from call_cases import Dispatches, Functions, Named, Recorder, Wrapped
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dvla_fast import _extension
 from dvla_fast.functional import BetaPolicyOutput, beta_policy
@@ -83,18 +82,6 @@ def test_results_take_part_in_autograd_as_the_operators_do(
     assert got is None or torch.equal(got, by)
 
 
-class Recorder:
-    """Stands in for the module and notes of each call whether it was taken."""
-
-    def __init__(self, runs: list[bool]) -> None:
-        self.module, self.runs = _extension.calls, runs
-
-    def beta_policy(self, *args: Any) -> Any:
-        out = self.module.beta_policy(*args)
-        self.runs.append(out is not None)
-        return out
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -127,25 +114,6 @@ def test_errors_are_the_operators() -> None:
         beta_policy(torch.zeros(3), 2.5, generator="seed")  # type: ignore[arg-type]
 
 
-class Functions(TorchFunctionMode):
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
-
-
-class Dispatches(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("mode", [Functions, Dispatches])
 def test_modes_see_the_operator(mode: Callable[[], Any]) -> None:
     logits = torch.linspace(-2, 2, 6)
@@ -169,28 +137,6 @@ def test_fake_tensors() -> None:
         assert isinstance(tensor, FakeTensor)
         assert tensor.shape == (5,)
     assert direct(mode.from_tensor(torch.zeros(5))) is None
-
-
-class Named(Tensor):
-    """A subclass whose operations yield it too, by the default __torch_function__."""
-
-
-class Wrapped(Tensor):
-    """A subclass that holds a tensor and works by __torch_dispatch__ alone."""
-
-    @staticmethod
-    def __new__(cls, held: Tensor) -> Wrapped:
-        return Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
-
-    def __init__(self, held: Tensor) -> None:
-        self.held = held
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        plain = [x.held if isinstance(x, Wrapped) else x for x in args]
-        return tuple(map(Wrapped, func(*plain, **(kwargs or {}))))
 
 
 @pytest.mark.parametrize("kind", [Named, Wrapped])

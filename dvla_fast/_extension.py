@@ -30,7 +30,7 @@ problem: str | None = None
 capability: str | None = None
 has_autograd = False
 has_cuda = False
-calls: Any = None  # the module of direct calls, csrc/calls.cpp
+calls: Any = None  # the module of direct calls, csrc/calls
 
 
 def _import_build_info() -> ModuleType | None:

@@ -18,17 +18,16 @@ stream, the same operations (``beta_math.py``). A thread has one element, as the
 from __future__ import annotations
 
 import struct
-from typing import Any, TypeAlias
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .beta_math import DRAWN, GIVEN, MEAN, beta_step
-from .devices import on_device_of
+from .launching import Step, run
 
 # Kernel, grid, its tensors and numbers in order, constants and launch options by name.
-Step: TypeAlias = tuple[Any, tuple[int], tuple[Any, ...], dict[str, Any]]
 
 BLOCK = 128
 # Fused multiply-adds are where the C++ code has them and nowhere else.
@@ -123,7 +122,7 @@ def forward(
     rows = 0 if not save else 2 if concentration is None else 4
     derivatives = logits.new_empty((rows, *logits.shape) if rows else 0)
     inputs = (logits, concentration, concentration_value, action_logit, key)
-    run(forward_step(inputs, (*outputs, derivatives), save, check), logits)
+    run([forward_step(inputs, (*outputs, derivatives), save, check)], logits)
     return (*outputs, derivatives)
 
 
@@ -159,7 +158,7 @@ def backward(
     grad_logits = derivatives.new_empty(shape)
     grad_kappa = derivatives.new_empty(shape if has_kappa else 0)
     inputs = (derivatives, grad_log_prob, grad_entropy)
-    run(backward_step(inputs, (grad_logits, grad_kappa)), derivatives)
+    run([backward_step(inputs, (grad_logits, grad_kappa))], derivatives)
     return grad_logits, grad_kappa
 
 
@@ -171,14 +170,6 @@ def backward_step(inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> St
     arguments = (derivatives.contiguous(), *incoming, *outputs, n)
     constants = {"HAS_KAPPA": derivatives.shape[0] == 4, "BLOCK": BLOCK, **OPTIONS}
     return beta_policy_backward_kernel, (triton.cdiv(n, BLOCK),), arguments, constants
-
-
-def run(step: Step, tensor: Tensor) -> None:
-    """Launches on the device of ``tensor``; nothing for an empty grid."""
-    kernel, grid, arguments, constants = step
-    if grid[0] > 0:
-        with on_device_of(tensor):
-            kernel[grid](*arguments, **constants)
 
 
 def one_or_all(tensor: Tensor | None, like: Tensor) -> tuple[Tensor | None, int]:

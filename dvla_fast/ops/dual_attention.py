@@ -68,8 +68,9 @@ def dual_attention(
     if backend is None and _extension.runs_plainly():
         # With as little of Python as it takes: it would cost a third of the time of a few images.
         out = _extension.calls.dual_attention(
-            query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask, scale
-        )
+            query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask,
+            scale, _extension.triton_available(),
+        )  # fmt: skip
         if out is not None:
             return cast(Tensor, out)
     _check(query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dvla_fast.ops import schemas
+from dvla_fast import _extension
+from dvla_fast.ops import replay, schemas
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 
@@ -34,6 +35,8 @@ def set_float32_precision(name: str | None) -> None:
             f"set_float32_precision: unknown {name!r}; expected one of {PRECISIONS} or None"
         )
     _forced = name
+    if _extension.calls is not None:
+        _extension.calls.forget()  # launches of another precision
 
 
 def float32_precision() -> str:
@@ -51,18 +54,24 @@ def _precision(query: Tensor) -> str:
 def _forward(query: Tensor, *args: Any) -> tuple[Tensor, ...]:
     from dvla_fast.kernels.dual_attention import forward  # Triton is imported on first use
 
-    results: tuple[Tensor, ...] = forward(query, *args, precision=_precision(query))
+    recorder = replay.recorder("dual_attention_forward", (query, *args))
+    results: tuple[Tensor, ...] = forward(
+        query, *args, precision=_precision(query), recorder=recorder
+    )
     return results
 
 
 def _backward(grad_out: Tensor, query: Tensor, *args: Any) -> tuple[Tensor, ...]:
     from dvla_fast.kernels.dual_attention import backward
 
-    results: tuple[Tensor, ...] = backward(grad_out, query, *args, precision=_precision(query))
+    recorder = replay.recorder("dual_attention_backward", (grad_out, query, *args))
+    results: tuple[Tensor, ...] = backward(
+        grad_out, query, *args, precision=_precision(query), recorder=recorder
+    )
     return results
 
 
 for _name, _kernel in (("forward", _forward), ("backward", _backward)):
-    torch.library.impl(f"dvla_fast::dual_attention_{_name}", "CUDA", _kernel, lib=schemas.LIBRARY)
+    schemas.implement_by_triton(f"dual_attention_{_name}", _kernel, _extension.has_autograd)
 
 set_float32_precision(os.environ.get("DVLA_FAST_FLOAT32_PRECISION") or None)

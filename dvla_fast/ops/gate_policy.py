@@ -130,6 +130,16 @@ def gate_policy(
             are checked (:func:`dvla_fast.functional.set_value_checks`), logits or actions hold NaN.
         BackendError: the backend asked for cannot run with these inputs.
     """
+    if action_logit is None and backend is None and _extension.runs_plainly():
+        # With as little of Python as it takes: it would cost more than a decision on few images.
+        out = _extension.calls.gate_policy(
+            image_tokens, text_tokens, hidden_weight, hidden_bias, out_weight, out_bias,
+            concentration, groups_per_decision, state_images, image_mask, text_mask,
+            not deterministic, generator, value_checks(image_tokens.device),
+            _extension.triton_available(),
+        )  # fmt: skip
+        if out is not None:
+            return GatePolicyOutput(*out)
     _check(image_tokens, text_tokens, groups_per_decision, state_images, image_mask, text_mask)
     _check_weights(image_tokens, hidden_weight, hidden_bias, out_weight, out_bias)
     decisions = _decisions(image_tokens, text_tokens, groups_per_decision)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dvla_fast import _extension
-from dvla_fast.ops import schemas
+from dvla_fast.ops import replay, schemas
 
 
 def _beta_forward(*args: Any) -> tuple[Tensor, ...]:
@@ -28,22 +27,23 @@ def _beta_backward(*args: Any) -> tuple[Tensor, ...]:
 def _gate_forward(*args: Any) -> tuple[Tensor, ...]:
     from dvla_fast.kernels import gate_policy
 
-    results: tuple[Tensor, ...] = gate_policy.forward(*args)
+    recorder = replay.recorder("gate_policy_forward", args)
+    results: tuple[Tensor, ...] = gate_policy.forward(*args, recorder=recorder)
     return results
 
 
 def _gate_backward(*args: Any) -> tuple[Tensor, ...]:
     from dvla_fast.kernels import gate_policy
 
-    results: tuple[Tensor, ...] = gate_policy.backward(*args)
+    recorder = replay.recorder("gate_policy_backward", args)
+    results: tuple[Tensor, ...] = gate_policy.backward(*args, recorder=recorder)
     return results
 
 
-for _name, _kernel in (("forward", _gate_forward), ("backward", _gate_backward)):
-    torch.library.impl(f"dvla_fast::gate_policy_{_name}", "CUDA", _kernel, lib=schemas.LIBRARY)
-# Where the compiled CUDA kernels are there, they are the op.
-for _kernels in ("_triton",) if _extension.has_cuda else ("", "_triton"):
-    for _name, _kernel in (("forward", _beta_forward), ("backward", _beta_backward)):
-        torch.library.impl(
-            f"dvla_fast::beta_policy_{_name}{_kernels}", "CUDA", _kernel, lib=schemas.LIBRARY
-        )
+for _op, _kernel, _compiled in (
+    ("gate_policy_forward", _gate_forward, _extension.has_autograd),
+    ("gate_policy_backward", _gate_backward, _extension.has_autograd),
+    ("beta_policy_forward", _beta_forward, _extension.has_cuda),
+    ("beta_policy_backward", _beta_backward, _extension.has_cuda),
+):
+    schemas.implement_by_triton(_op, _kernel, _compiled)

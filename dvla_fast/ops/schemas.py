@@ -6,11 +6,31 @@ Triton still serves GPUs through the same ops. The extension and the kernels onl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 LIBRARY = torch.library.Library("dvla_fast", "DEF")
 
-LIBRARY.define(
+
+def implement_by_triton(op: str, kernel: Callable[..., Any], compiled: bool) -> None:
+    """Puts ``kernel`` behind the second name of ``op``, and the first unless that is compiled."""
+    for name in (f"{op}_triton",) if compiled else (op, f"{op}_triton"):
+        torch.library.impl(f"dvla_fast::{name}", "CUDA", kernel, lib=LIBRARY)
+
+
+def _define_both(schema: str) -> None:
+    """An op, and under a second name its Triton kernels launched from Python.
+
+    On a GPU the first name is compiled code where there is some: the CUDA kernels of the policy,
+    and what repeats launches of Triton kernels (csrc/calls/replay.h).
+    """
+    for name in ("", "_triton"):
+        LIBRARY.define(schema.replace("(", f"{name}(", 1))
+
+
+_define_both(
     # query (T,H,P,D); image_* (B,H,N,D); text_* (T,H,S,D); alpha (B,H) float32, or float64 with
     # float64 inputs. out, image_out (B,H,P,D); text_out (T,H,P,D); image_lse (B,H,P),
     # text_lse (T,H,P): log-sum-exp of the scaled scores, -inf for a row with no key.
@@ -21,7 +41,7 @@ LIBRARY.define(
     " bool save) -> (Tensor out, Tensor image_out, Tensor text_out, Tensor image_lse,"
     " Tensor text_lse)"
 )
-LIBRARY.define(
+_define_both(
     "dual_attention_backward(Tensor grad_out, Tensor query, Tensor image_key, Tensor image_value,"
     " Tensor text_key, Tensor text_value, Tensor alpha, Tensor? image_mask, Tensor? text_mask,"
     " Tensor image_out, Tensor text_out, Tensor image_lse, Tensor text_lse, float scale)"
@@ -48,28 +68,25 @@ LIBRARY.define(
     " -> (Tensor grad_query, Tensor grad_image_tokens, Tensor grad_kv_weight, Tensor grad_text_key,"
     " Tensor grad_text_value, Tensor grad_alpha, Tensor grad_out_weight)"
 )
-for _kernels in ("", "_triton"):
-    # The second pair of names: the Triton kernels wherever they can run. On a GPU the first pair
-    # means the CUDA kernels if they were built, else the Triton kernels too.
-    LIBRARY.define(
-        # The concentration is a tensor that broadcasts to logits, or (None) the number beside it.
-        # Action: `action_logit` evaluates it, else `key` (2,) int64 samples, else the mean.
-        # derivatives: (0,) unless asked for, else stacked d(log_prob), d(entropy) by the logit,
-        # then, with a concentration tensor, d(log_prob), d(entropy) by the concentration.
-        # check: an invalid value raises, on a GPU by an assertion in the kernel; else it gives NaN.
-        f"beta_policy_forward{_kernels}(Tensor logits, Tensor? concentration,"
-        " float concentration_value, Tensor? action_logit, Tensor? key, bool save,"
-        " bool check=False)"
-        " -> (Tensor alpha, Tensor action_logit, Tensor log_prob, Tensor entropy,"
-        " Tensor derivatives)"
-    )
-    LIBRARY.define(
-        # Scales the saved derivatives by the gradients that came in (None: not used). The second
-        # result is empty unless the derivatives hold those by the concentration.
-        f"beta_policy_backward{_kernels}(Tensor derivatives, Tensor? grad_log_prob,"
-        " Tensor? grad_entropy) -> (Tensor grad_logits, Tensor grad_concentration)"
-    )
-LIBRARY.define(
+_define_both(
+    # The concentration is a tensor that broadcasts to logits, or (None) the number beside it.
+    # Action: `action_logit` evaluates it, else `key` (2,) int64 samples, else the mean.
+    # derivatives: (0,) unless asked for, else stacked d(log_prob), d(entropy) by the logit,
+    # then, with a concentration tensor, d(log_prob), d(entropy) by the concentration.
+    # check: an invalid value raises, on a GPU by an assertion in the kernel; else it gives NaN.
+    "beta_policy_forward(Tensor logits, Tensor? concentration,"
+    " float concentration_value, Tensor? action_logit, Tensor? key, bool save,"
+    " bool check=False)"
+    " -> (Tensor alpha, Tensor action_logit, Tensor log_prob, Tensor entropy,"
+    " Tensor derivatives)"
+)
+_define_both(
+    # Scales the saved derivatives by the gradients that came in (None: not used). The second
+    # result is empty unless the derivatives hold those by the concentration.
+    "beta_policy_backward(Tensor derivatives, Tensor? grad_log_prob,"
+    " Tensor? grad_entropy) -> (Tensor grad_logits, Tensor grad_concentration)"
+)
+_define_both(
     # A gate's decision from image_tokens (B,N,C), text_tokens (T,P,C) and masks (B,N), (T,P):
     # state, network, policy. groups_per_decision: text groups that share a decision, 0: one an
     # image; A decisions. state_images: images of a group that make the state, 0: all. Without
@@ -83,7 +100,7 @@ LIBRARY.define(
     " Tensor action_logit, Tensor log_prob, Tensor entropy, Tensor state, Tensor hidden,"
     " Tensor derivatives)"
 )
-LIBRARY.define(
+_define_both(
     # grad_image (B,C) and grad_text (T,C): the gradient of each token that counts.
     "gate_policy_backward(Tensor? grad_log_prob, Tensor? grad_entropy, Tensor? grad_state,"
     " Tensor image_tokens, Tensor text_tokens, Tensor? image_mask, Tensor? text_mask,"

@@ -19,8 +19,6 @@ _VECTOR_BYTES = 16
 # Shape and strides of a tensor, None where there is none: all that a launch depends on, and a key
 # to remember it by.
 Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
-# Kernel, grid, its tensors and numbers in order, constants and launch options by name.
-Step: TypeAlias = tuple[Any, tuple[int], tuple[Any, ...], dict[str, Any]]
 
 
 def layouts_of(tensors: Sequence[Tensor | None]) -> tuple[Layout | None, ...]:

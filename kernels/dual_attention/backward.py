@@ -33,8 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..devices import on_device_of
-from .arguments import Step, by_token, layouts_of
+from ..launching import Recorder, Step, run
+from .arguments import by_token, layouts_of
 from .backward_plan import plan
 from .launch import device_of
 
@@ -402,11 +402,13 @@ def backward(
     scale: float,
     *,
     precision: str = "ieee",
+    recorder: Recorder | None = None,
 ) -> Gradients:
     """Launches the kernels; shapes as in the module docstring.
 
     Args:
         precision: how float32 products run, as in ``forward``.
+        recorder: is told the launches where they are all there is to a call.
 
     Returns:
         Gradients of query, image_key, image_value, text_key, text_value and alpha.
@@ -424,13 +426,13 @@ def backward(
         for gradient in gradients:
             gradient.zero_()
         return gradients
-    with on_device_of(query):
-        launches, partial_alpha = steps(inputs, saved, gradients, scale, precision)
-        for kernel, grid, arguments, constants in launches:
-            if grid[0] > 0:
-                kernel[grid](*arguments, **constants)
-        if partial_alpha is not None:
-            torch.sum(partial_alpha, -1, out=gradients[5])
+    launches, work = steps(inputs, saved, gradients, scale, precision)
+    launched = run(launches, query)
+    partial_alpha, *scratch = work
+    if partial_alpha is not None:
+        torch.sum(partial_alpha, -1, out=gradients[5])
+    elif recorder is not None:
+        recorder(gradients, [x for x in scratch if x is not None], launched)
     return gradients
 
 
@@ -440,8 +442,11 @@ def steps(
     gradients: tuple[Tensor, ...],
     scale: float,
     precision: str = "ieee",
-) -> tuple[list[Step], Tensor | None]:
-    """The launches in order, and dα by row block where it needs a sum; touches no data."""
+) -> tuple[list[Step], list[Tensor | None]]:
+    """The launches in order, and what they work in; touches no data.
+
+    The first of the latter is dα by row block, where it needs a sum.
+    """
     grad_out, query, *_ = inputs
     assert query is not None
     planned = plan(layouts_of(inputs), query.dtype, device_of(query.device), scale, precision)
@@ -471,7 +476,7 @@ def steps(
             (dual_attention_backward_keys_kernel, grid, (*path, *numbers), constants)
             for path, (grid, numbers, constants) in zip(ends, planned.keys, strict=True)
         ]
-    return launches, partial_alpha
+    return launches, work
 
 
 def _stored_by_token(tensor: Tensor) -> Tensor:

@@ -42,10 +42,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..devices import on_device_of
+from ..launching import Recorder, Step, run
 from .arguments import (
     Layout,
-    Step,
     by_token,
     check_supported,
     layouts_of,
@@ -226,6 +225,7 @@ def forward(
     save: bool,
     *,
     precision: str = "ieee",
+    recorder: Recorder | None = None,
 ) -> Results:
     """Launches the kernel; shapes as in the module docstring, already checked by the public op.
 
@@ -233,6 +233,7 @@ def forward(
         save: also return what a backward needs; else the last four results are empty.
         precision: how float32 products run: ``"ieee"`` (float32 arithmetic), ``"tf32x3"`` (tensor
             cores, three products to nearly float32 accuracy) or ``"tf32"``. Ignored by half types.
+        recorder: is told the launch, which is all there is to a call.
 
     Returns:
         (out, image_out, text_out, image_lse, text_lse).
@@ -243,13 +244,14 @@ def forward(
     """
     outputs = _allocate(query, image_key.shape[0], save)
     inputs = (query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask)
-    kernel, grid, arguments, constants = step(inputs, outputs, scale, save, precision)
-    if grid[0] > 0:
-        with on_device_of(query):
-            kernel[grid](*arguments, **constants)
-    else:  # no rows, or no images to carry the text along: nothing may stay uninitialised
+    launched = run([step(inputs, outputs, scale, save, precision)], query)
+    if (
+        not launched
+    ):  # no rows, or no images to carry the text along: nothing may stay uninitialised
         for result in outputs:
             result.zero_()
+    elif recorder is not None:
+        recorder(outputs, (), launched)
     return outputs
 
 

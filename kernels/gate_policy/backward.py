@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..beta_math import divide, like
-from ..beta_policy import Step, one_or_all, run
+from ..beta_policy import one_or_all
+from ..launching import Recorder, Step, run
 from .shared import (
     Problem,
     gelu,
@@ -262,8 +263,13 @@ def backward(
     state: Tensor,
     hidden: Tensor,
     derivatives: Tensor,
+    *,
+    recorder: Recorder | None = None,
 ) -> tuple[Tensor, ...]:
     """Two launches; arguments and results as the op's (``dvla_fast/ops/schemas.py``).
+
+    Args:
+        recorder: is told the launches where they are all there is to a call.
 
     Returns:
         (grad_image, grad_text, grad_hidden_weight, grad_hidden_bias, grad_out_weight,
@@ -286,9 +292,14 @@ def backward(
     incoming = [x for grad in (grad_log_prob, grad_entropy) for x in one_or_all(grad, like)]
     weights = (hidden_weight, out_weight) if network else (None, None)
     saved = (state, hidden, derivatives)
-    run(decisions_step(z, incoming, grad_state, weights, saved, between), state)
     masks = ((image_mask, image_tokens.shape[1]), (text_mask, text_tokens.shape[1]))
-    run(spread_step(z, incoming, saved, between, masks, outputs, units if network else 0), state)
+    steps = (
+        decisions_step(z, incoming, grad_state, weights, saved, between),
+        spread_step(z, incoming, saved, between, masks, outputs, units if network else 0),
+    )
+    launched = run(steps, state)
+    if recorder is not None and (network or not units):  # else zeros are among the results
+        recorder(outputs, between, launched)
     return outputs
 
 

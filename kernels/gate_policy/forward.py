@@ -7,7 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..beta_math import GIVEN, beta_step, divide
-from ..beta_policy import Step, bits_of, mode_of, run
+from ..beta_policy import bits_of, mode_of
+from ..launching import Recorder, Step, run
 from .shared import (
     Problem,
     gelu,
@@ -204,11 +205,14 @@ def forward(
     key: Tensor | None,
     save: bool,
     check: bool = False,
+    *,
+    recorder: Recorder | None = None,
 ) -> tuple[Tensor, ...]:
     """Two launches; arguments and results as the op's (``dvla_fast/ops/schemas.py``).
 
     Args:
         check: stop the device at NaN; else the results of such decisions are NaN.
+        recorder: is told the launches, which are all there is to a call.
 
     Returns:
         (alpha, action_logit, log_prob, entropy, state, hidden, derivatives).
@@ -229,9 +233,14 @@ def forward(
     means = empty(z.groups * z.used + z.groups, z.width)
     tokens = (image_tokens, text_tokens, image_mask, text_mask)
     weights = (hidden_weight, hidden_bias, out_weight, out_bias)
-    run(means_step(z, tokens, means), state)
     policy = (concentration, action_logit, key)
-    run(decide_step(z, means, weights, policy, outputs, save, check), state)
+    steps = (
+        means_step(z, tokens, means),
+        decide_step(z, means, weights, policy, outputs, save, check),
+    )
+    launched = run(steps, state)
+    if recorder is not None:
+        recorder(outputs, (means,), launched)
     return outputs
 
 

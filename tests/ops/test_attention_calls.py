@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
 def direct(*tensors: Any, masks: tuple[Any, Any] = (None, None), scale: Any = None) -> Any:
-    return _extension.calls.dual_attention(*tensors, *masks, scale)
+    return _extension.calls.dual_attention(*tensors, *masks, scale, False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

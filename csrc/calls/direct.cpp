@@ -1,0 +1,271 @@
+#include "direct.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/DistributionsHelper.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/randint.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <array>
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+#include <mutex>
+#include <optional>
+#include <tuple>
+
+#include "attention/dual_attention.h"
+#include "beta/beta_policy.h"
+#include "policy/gate_policy.h"
+
+namespace dvla_fast::direct {
+
+namespace py = pybind11;
+
+namespace {
+
+using OptionalGenerator = std::optional<at::Generator>;
+
+constexpr double kLargest = std::numeric_limits<float>::max();
+
+// Whether no one is there to whom the usual way would show the call: no mode in Python, no trace,
+// no transform of torch.func. Each of them is in one of these two places of the thread.
+bool undisturbed() {
+  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
+  return (included - c10::default_included_set).empty() && !at::impl::torch_function_mode_enabled();
+}
+
+// The key of draw_key in dvla_fast/ops/beta_policy.py: what torch.randint draws, as it does.
+at::Tensor draw_key(const OptionalGenerator& generator) {
+  auto* source = at::get_generator_or_default<at::CPUGeneratorImpl>(
+      generator, at::detail::getDefaultCPUGenerator());
+  const at::uniform_int_from_to_distribution<int64_t> word(std::numeric_limits<int64_t>::max(), 0);
+  at::Tensor key = at::detail::empty_cpu({2}, at::kLong);
+  auto* words = key.mutable_data_ptr<int64_t>();
+  const std::lock_guard<std::mutex> lock(source->mutex_);
+  words[0] = word(source), words[1] = word(source);
+  return key;
+}
+
+// The tensor in an argument; nullptr unless it is one as PyTorch makes them, of no subclass.
+const at::Tensor* plain_tensor(py::handle object) {
+  if (!THPVariable_CheckExact(object.ptr())) return nullptr;
+  const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
+  return tensor.layout() == at::kStrided ? &tensor : nullptr;
+}
+
+// The tensors in arguments of which the first `required` may not be None.
+template <size_t n>
+bool plain_tensors(const py::handle (&objects)[n], size_t required,
+                   std::array<const at::Tensor*, n>& tensors) {
+  for (size_t i = 0; i < n; ++i) {
+    const bool absent = i >= required && objects[i].is_none();
+    tensors[i] = absent ? nullptr : plain_tensor(objects[i]);
+    if (!absent && tensors[i] == nullptr) return false;
+  }
+  return true;
+}
+
+std::optional<at::Tensor> optional(const at::Tensor* tensor) {
+  return tensor == nullptr ? std::nullopt : std::optional<at::Tensor>(*tensor);
+}
+
+bool has_shape(const at::Tensor& tensor, at::IntArrayRef shape) { return tensor.sizes() == shape; }
+
+bool fits_mask(const at::Tensor* mask, int64_t outer, int64_t length) {
+  return mask == nullptr || (mask->scalar_type() == at::kBool && has_shape(*mask, {outer, length}));
+}
+
+bool on_device(const at::Tensor& first, std::initializer_list<const at::Tensor*> others) {
+  for (const at::Tensor* tensor : others) {
+    if (tensor != nullptr && tensor->device() != first.device()) return false;
+  }
+  return true;
+}
+
+struct Attention {  // the arguments of dual_attention; a mask may be absent
+  const at::Tensor &query, &image_key, &image_value, &text_key, &text_value, &alpha;
+  const at::Tensor *image_mask, *text_mask;
+};
+
+// Whether the compiled op takes them as they are. Python names what is wrong with others.
+bool fits(const Attention& a, bool cuda) {
+  for (const at::Tensor* tensor :
+       {&a.query, &a.image_key, &a.image_value, &a.text_key, &a.text_value}) {
+    if (tensor->dim() != 4 || tensor->scalar_type() != a.query.scalar_type()) return false;
+  }
+  if (!on_device(a.query, {&a.image_key, &a.image_value, &a.text_key, &a.text_value, &a.alpha,
+                           a.image_mask, a.text_mask})) {
+    return false;
+  }
+  const auto type = a.query.scalar_type();
+  const bool half = type == at::kHalf || type == at::kBFloat16;
+  const int64_t groups = a.query.size(0), heads = a.query.size(1), width = a.query.size(3);
+  const int64_t batch = a.image_key.size(0), keys = a.image_key.size(2);
+  const int64_t text_keys = a.text_key.size(2);
+  if (groups == 0 || heads == 0 || width == 0 || batch % groups != 0) return false;
+  const bool runs = a.query.is_cuda()
+                        ? cuda && (half || type == at::kFloat) && width <= 256
+                        : a.query.is_cpu() && (half || type == at::kFloat || type == at::kDouble);
+  if (!runs) return false;
+  return has_shape(a.image_key, {batch, heads, keys, width}) &&
+         has_shape(a.image_value, {batch, heads, keys, width}) &&
+         has_shape(a.text_key, {groups, heads, text_keys, width}) &&
+         has_shape(a.text_value, {groups, heads, text_keys, width}) &&
+         at::isFloatingType(a.alpha.scalar_type()) &&
+         (a.alpha.dim() == 0 || has_shape(a.alpha, {batch}) ||
+          has_shape(a.alpha, {batch, heads})) &&
+         fits_mask(a.image_mask, batch, keys) && fits_mask(a.text_mask, groups, text_keys);
+}
+
+struct Decision {  // the arguments of gate_policy; a mask may be absent
+  const at::Tensor &image_tokens, &text_tokens;
+  const at::Tensor &hidden_weight, &hidden_bias, &out_weight, &out_bias;
+  const at::Tensor *image_mask, *text_mask;
+  int64_t groups_per_decision;
+  std::optional<int64_t> state_images;  // all without
+};
+
+bool fits(const Decision& d, bool cuda) {
+  const at::Tensor &image = d.image_tokens, &text = d.text_tokens;
+  if (image.dim() != 3 || text.dim() != 3 || !at::isFloatingType(image.scalar_type()) ||
+      !at::isFloatingType(text.scalar_type())) {
+    return false;
+  }
+  const int64_t images = image.size(0), groups = text.size(0), width = image.size(2);
+  if (image.numel() == 0 || text.numel() == 0 || images % groups != 0 || text.size(2) != width ||
+      d.hidden_weight.dim() != 2 || d.hidden_weight.size(0) == 0) {
+    return false;
+  }
+  const auto wide = image.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  if ((text.scalar_type() == at::kDouble) != (wide == at::kDouble)) return false;
+  for (const at::Tensor* weight : {&d.hidden_weight, &d.hidden_bias, &d.out_weight, &d.out_bias}) {
+    if (weight->scalar_type() != wide) return false;
+  }
+  const bool runs = image.is_cuda() ? cuda && width <= 4096 : image.is_cpu();
+  const int64_t share = d.groups_per_decision, units = d.hidden_weight.size(0);
+  const bool pools =
+      !d.state_images || (share > 0 && *d.state_images >= 1 && *d.state_images <= images / groups);
+  return runs && share >= 0 && (share == 0 || groups % share == 0) && pools &&
+         has_shape(d.hidden_weight, {units, 2 * width + 1}) && has_shape(d.hidden_bias, {units}) &&
+         has_shape(d.out_weight, {1, units}) && has_shape(d.out_bias, {1}) &&
+         fits_mask(d.image_mask, images, image.size(1)) &&
+         fits_mask(d.text_mask, groups, text.size(1)) &&
+         on_device(image, {&text, &d.hidden_weight, &d.hidden_bias, &d.out_weight, &d.out_bias,
+                           d.image_mask, d.text_mask});
+}
+
+}  // namespace
+
+py::object beta_policy(py::handle logits_object, py::handle concentration_object,
+                       const OptionalGenerator& generator, bool check) {
+  if (!THPVariable_CheckExact(logits_object.ptr()) ||
+      !PyFloat_CheckExact(concentration_object.ptr()) || !undisturbed()) {
+    return py::none();
+  }
+  const at::Tensor& logits = THPVariable_Unpack(logits_object.ptr());
+  const double concentration = PyFloat_AS_DOUBLE(concentration_object.ptr());
+  if (logits.scalar_type() != at::kFloat || !logits.is_cpu() || !(concentration > 0.0) ||
+      concentration > kLargest) {
+    return py::none();
+  }
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("dvla_fast::beta_policy_forward", "")
+                             .typed<decltype(dvla_fast::beta_policy_forward_cpu)>();
+  const auto results = [&] {
+    const py::gil_scoped_release others_may_run;
+    return op.call(logits, std::nullopt, concentration, std::nullopt, draw_key(generator), false,
+                   check);
+  }();
+  const auto& [alpha, action, log_prob, entropy, derivatives] = results;
+  return py::make_tuple(alpha, action, log_prob, entropy);
+}
+
+py::object dual_attention(py::handle query, py::handle image_key, py::handle image_value,
+                          py::handle text_key, py::handle text_value, py::handle alpha,
+                          py::handle image_mask, py::handle text_mask, py::handle scale_object,
+                          bool cuda) {
+  std::array<const at::Tensor*, 8> t;
+  if (!plain_tensors(
+          {query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask}, 6,
+          t)) {
+    return py::none();
+  }
+  const Attention a{*t[0], *t[1], *t[2], *t[3], *t[4], *t[5], t[6], t[7]};
+  if (!undisturbed() || !fits(a, cuda)) return py::none();
+  double scale = 1.0 / std::sqrt(static_cast<double>(a.query.size(3)));
+  if (!scale_object.is_none()) {
+    if (!PyFloat_CheckExact(scale_object.ptr())) return py::none();
+    scale = PyFloat_AS_DOUBLE(scale_object.ptr());
+    if (!(std::abs(scale) <= kLargest)) return py::none();
+  }
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("dvla_fast::dual_attention_forward", "")
+                             .typed<decltype(dvla_fast::dual_attention_forward)>();
+  at::Tensor out = [&] {
+    const py::gil_scoped_release others_may_run;
+    const auto wide = a.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const at::Tensor gate = (a.alpha.dim() == 1 ? a.alpha.unsqueeze(1) : a.alpha).to(wide);
+    return std::get<0>(op.call(a.query, a.image_key, a.image_value, a.text_key, a.text_value,
+                               gate.expand({a.image_key.size(0), a.query.size(1)}),
+                               optional(a.image_mask), optional(a.text_mask), scale, false));
+  }();
+  return py::cast(std::move(out));
+}
+
+py::object gate_policy(py::handle image_tokens, py::handle text_tokens, py::handle hidden_weight,
+                       py::handle hidden_bias, py::handle out_weight, py::handle out_bias,
+                       py::handle concentration_object, py::handle groups_per_decision,
+                       py::handle state_images, py::handle image_mask, py::handle text_mask,
+                       bool draw, const OptionalGenerator& generator, bool check, bool cuda) {
+  std::array<const at::Tensor*, 8> t;
+  if (!plain_tensors({image_tokens, text_tokens, hidden_weight, hidden_bias, out_weight, out_bias,
+                      image_mask, text_mask},
+                     6, t) ||
+      !PyFloat_CheckExact(concentration_object.ptr()) ||
+      !PyLong_CheckExact(groups_per_decision.ptr()) ||
+      !(state_images.is_none() || PyLong_CheckExact(state_images.ptr()))) {
+    return py::none();
+  }
+  const Decision d{
+      *t[0],
+      *t[1],
+      *t[2],
+      *t[3],
+      *t[4],
+      *t[5],
+      t[6],
+      t[7],
+      groups_per_decision.cast<int64_t>(),
+      state_images.is_none() ? std::nullopt : std::optional(state_images.cast<int64_t>())};
+  const double concentration = PyFloat_AS_DOUBLE(concentration_object.ptr());
+  if (!undisturbed() || !fits(d, cuda) || !(concentration > 0.0) || concentration > kLargest) {
+    return py::none();
+  }
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("dvla_fast::gate_policy_forward", "")
+                             .typed<decltype(dvla_fast::gate_policy_forward)>();
+  auto results = [&] {
+    const py::gil_scoped_release others_may_run;
+    std::optional<at::Tensor> key;
+    if (draw && d.image_tokens.is_cpu()) {
+      key = draw_key(generator);
+    } else if (draw) {
+      const auto options = at::TensorOptions().dtype(at::kLong).device(d.image_tokens.device());
+      key = at::randint(std::numeric_limits<int64_t>::max(), {2}, generator, options);
+    }
+    return op.call(d.image_tokens, d.text_tokens, optional(d.image_mask), optional(d.text_mask),
+                   d.groups_per_decision, d.state_images.value_or(0), d.hidden_weight,
+                   d.hidden_bias, d.out_weight, d.out_bias, concentration, std::nullopt, key, false,
+                   check);
+  }();
+  const auto& [alpha, action, log_prob, entropy, state, hidden, derivatives] = results;
+  return py::make_tuple(alpha, action, log_prob, entropy, state);
+}
+
+}  // namespace dvla_fast::direct

@@ -68,10 +68,11 @@ GPU_TESTS = [
         "kernels/test_dual_attention_backward", "kernels/test_dual_attention_forward",
         "kernels/test_beta_policy_kernel", "kernels/test_gate_policy_kernel",
         "kernels/test_dual_attention_tune", "ops/test_beta_policy", "ops/test_dual_attention_cuda",
-        "ops/test_gate_policy_cuda", "ops/test_value_checks", "engine/test_execution",
+        "ops/test_gate_policy_cuda", "ops/test_replay_cuda", "ops/test_value_checks",
+        "engine/test_execution",
     )
 ]  # fmt: skip
-# What the sanitizers look at: odd sizes, masks and no keys, of each kernel; the last two are CUDA.
+# What the sanitizers look at: odd sizes, masks, no keys; the two of ops/test_beta_policy are CUDA.
 SMALL = [
     f"tests/{name}"
     for name in (
@@ -92,6 +93,7 @@ SMALL = [
         "[B12T6N33P5C33K10-2-1-torch.float16]",
         "ops/test_beta_policy.py::test_cuda_draws_the_same_numbers_as_the_cpu[None-torch.float32-]",
         "ops/test_beta_policy.py::test_gradients_on_cuda_are_those_on_the_cpu[cpp]",
+        "ops/test_replay_cuda.py::test_the_same_bits",
     )
 ]
 PYTEST = [

@@ -40,11 +40,16 @@ bool undisturbed() {
   return (included - c10::default_included_set).empty() && !at::impl::torch_function_mode_enabled();
 }
 
-// The key of draw_key in dvla_fast/ops/beta_policy.py: what torch.randint draws, as it does.
-at::Tensor draw_key(const OptionalGenerator& generator) {
+// The key of draw_key in dvla_fast/ops/beta_policy.py: what torch.randint draws, on a CPU without
+// asking it.
+at::Tensor draw_key(at::Device device, const OptionalGenerator& generator) {
+  constexpr int64_t high = std::numeric_limits<int64_t>::max();
+  if (!device.is_cpu()) {
+    return at::randint(high, {2}, generator, at::TensorOptions().dtype(at::kLong).device(device));
+  }
   auto* source = at::get_generator_or_default<at::CPUGeneratorImpl>(
       generator, at::detail::getDefaultCPUGenerator());
-  const at::uniform_int_from_to_distribution<int64_t> word(std::numeric_limits<int64_t>::max(), 0);
+  const at::uniform_int_from_to_distribution<int64_t> word(high, 0);
   at::Tensor key = at::detail::empty_cpu({2}, at::kLong);
   auto* words = key.mutable_data_ptr<int64_t>();
   const std::lock_guard<std::mutex> lock(source->mutex_);
@@ -163,15 +168,15 @@ bool fits(const Decision& d, bool cuda) {
 }  // namespace
 
 py::object beta_policy(py::handle logits_object, py::handle concentration_object,
-                       const OptionalGenerator& generator, bool check) {
-  if (!THPVariable_CheckExact(logits_object.ptr()) ||
-      !PyFloat_CheckExact(concentration_object.ptr()) || !undisturbed()) {
+                       const OptionalGenerator& generator, std::optional<bool> check, bool cuda) {
+  const at::Tensor* found = plain_tensor(logits_object);
+  if (found == nullptr || !PyFloat_CheckExact(concentration_object.ptr()) || !undisturbed()) {
     return py::none();
   }
-  const at::Tensor& logits = THPVariable_Unpack(logits_object.ptr());
+  const at::Tensor& logits = *found;
   const double concentration = PyFloat_AS_DOUBLE(concentration_object.ptr());
-  if (logits.scalar_type() != at::kFloat || !logits.is_cpu() || !(concentration > 0.0) ||
-      concentration > kLargest) {
+  if (logits.scalar_type() != at::kFloat || !(logits.is_cpu() || (cuda && logits.is_cuda())) ||
+      !(concentration > 0.0) || concentration > kLargest) {
     return py::none();
   }
   static const auto op = c10::Dispatcher::singleton()
@@ -179,8 +184,8 @@ py::object beta_policy(py::handle logits_object, py::handle concentration_object
                              .typed<decltype(dvla_fast::beta_policy_forward_cpu)>();
   const auto results = [&] {
     const py::gil_scoped_release others_may_run;
-    return op.call(logits, std::nullopt, concentration, std::nullopt, draw_key(generator), false,
-                   check);
+    return op.call(logits, std::nullopt, concentration, std::nullopt,
+                   draw_key(logits.device(), generator), false, check.value_or(logits.is_cpu()));
   }();
   const auto& [alpha, action, log_prob, entropy, derivatives] = results;
   return py::make_tuple(alpha, action, log_prob, entropy);
@@ -222,7 +227,8 @@ py::object gate_policy(py::handle image_tokens, py::handle text_tokens, py::hand
                        py::handle hidden_bias, py::handle out_weight, py::handle out_bias,
                        py::handle concentration_object, py::handle groups_per_decision,
                        py::handle state_images, py::handle image_mask, py::handle text_mask,
-                       bool draw, const OptionalGenerator& generator, bool check, bool cuda) {
+                       bool draw, const OptionalGenerator& generator, std::optional<bool> check,
+                       bool cuda) {
   std::array<const at::Tensor*, 8> t;
   if (!plain_tensors({image_tokens, text_tokens, hidden_weight, hidden_bias, out_weight, out_bias,
                       image_mask, text_mask},
@@ -253,16 +259,11 @@ py::object gate_policy(py::handle image_tokens, py::handle text_tokens, py::hand
   auto results = [&] {
     const py::gil_scoped_release others_may_run;
     std::optional<at::Tensor> key;
-    if (draw && d.image_tokens.is_cpu()) {
-      key = draw_key(generator);
-    } else if (draw) {
-      const auto options = at::TensorOptions().dtype(at::kLong).device(d.image_tokens.device());
-      key = at::randint(std::numeric_limits<int64_t>::max(), {2}, generator, options);
-    }
+    if (draw) key = draw_key(d.image_tokens.device(), generator);
     return op.call(d.image_tokens, d.text_tokens, optional(d.image_mask), optional(d.text_mask),
                    d.groups_per_decision, d.state_images.value_or(0), d.hidden_weight,
                    d.hidden_bias, d.out_weight, d.out_bias, concentration, std::nullopt, key, false,
-                   check);
+                   check.value_or(d.image_tokens.is_cpu()));
   }();
   const auto& [alpha, action, log_prob, entropy, state, hidden, derivatives] = results;
   return py::make_tuple(alpha, action, log_prob, entropy, state);

@@ -5,6 +5,7 @@
 // that returns; or None, having done nothing, unless they are plain tensors that fit together and
 // no mode, trace or transform would see the call. Then Python goes on, and names what is wrong if
 // anything is. cuda: whether there are kernels for CUDA tensors.
+// check: whether values are checked; by default on CPUs.
 #pragma once
 
 #include <ATen/core/Generator.h>
@@ -15,7 +16,8 @@
 namespace dvla_fast::direct {
 
 pybind11::object beta_policy(pybind11::handle logits, pybind11::handle concentration,
-                             const std::optional<at::Generator>& generator, bool check);
+                             const std::optional<at::Generator>& generator,
+                             std::optional<bool> check, bool cuda);
 
 pybind11::object dual_attention(pybind11::handle query, pybind11::handle image_key,
                                 pybind11::handle image_value, pybind11::handle text_key,
@@ -30,6 +32,7 @@ pybind11::object gate_policy(pybind11::handle image_tokens, pybind11::handle tex
                              pybind11::handle concentration, pybind11::handle groups_per_decision,
                              pybind11::handle state_images, pybind11::handle image_mask,
                              pybind11::handle text_mask, bool draw,
-                             const std::optional<at::Generator>& generator, bool check, bool cuda);
+                             const std::optional<at::Generator>& generator,
+                             std::optional<bool> check, bool cuda);
 
 }  // namespace dvla_fast::direct

@@ -15,9 +15,8 @@ from torch import Tensor
 from dvla_fast import _extension, backends, reference
 from dvla_fast.ops import schemas
 from dvla_fast.ops.first_order import first_order
-from dvla_fast.ops.value_checks import require, value_checks
+from dvla_fast.ops.value_checks import require, setting, value_checks
 
-_CPU = torch.device("cpu")
 _LARGEST_INT64 = 2**63 - 1
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
@@ -72,7 +71,8 @@ def beta_policy(
     usual = action_logit is None and not deterministic and backend is None
     if usual and _extension.runs_plainly():
         # In as few steps as it takes: for a few states they are most of the time.
-        out = _extension.calls.beta_policy(logits, concentration, generator, value_checks(_CPU))
+        cuda = _extension.has_cuda or _extension.triton_available()
+        out = _extension.calls.beta_policy(logits, concentration, generator, setting(), cuda)
         if out is not None:
             return BetaPolicyOutput(*out)
     if not isinstance(logits, Tensor):

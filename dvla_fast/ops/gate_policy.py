@@ -20,7 +20,7 @@ from torch import Tensor
 from dvla_fast import _extension, backends, reference
 from dvla_fast.ops import schemas
 from dvla_fast.ops.beta_policy import beta_policy, draw_key
-from dvla_fast.ops.value_checks import value_checks
+from dvla_fast.ops.value_checks import setting, value_checks
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -135,8 +135,7 @@ def gate_policy(
         out = _extension.calls.gate_policy(
             image_tokens, text_tokens, hidden_weight, hidden_bias, out_weight, out_bias,
             concentration, groups_per_decision, state_images, image_mask, text_mask,
-            not deterministic, generator, value_checks(image_tokens.device),
-            _extension.triton_available(),
+            not deterministic, generator, setting(), _extension.triton_available(),
         )  # fmt: skip
         if out is not None:
             return GatePolicyOutput(*out)

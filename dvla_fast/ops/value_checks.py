@@ -40,6 +40,11 @@ def value_checks(device: torch.device) -> bool:
     return _enabled
 
 
+def setting() -> bool | None:
+    """What :func:`set_value_checks` set."""
+    return _enabled
+
+
 def require(valid: Tensor, message: str) -> None:
     """Raises on a CPU; elsewhere asserts on the device, without waiting for it."""
     if valid.device.type != "cpu":

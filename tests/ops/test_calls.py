@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def direct(logits: Any, concentration: Any = 2.5, generator: torch.Generator | None = None) -> Any:
-    return _extension.calls.beta_policy(logits, concentration, generator, True)
+    return _extension.calls.beta_policy(logits, concentration, generator, None, False)
 
 
 def by_operator(logits: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:

@@ -43,7 +43,7 @@ def direct(
     draw: bool = True,
 ) -> Any:
     return _extension.calls.gate_policy(
-        *tensors, concentration, groups, used, *masks, draw, None, True, False
+        *tensors, concentration, groups, used, *masks, draw, None, None, False
     )
 
 

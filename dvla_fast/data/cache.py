@@ -30,7 +30,7 @@ from dvla_fast.data.images import FewShotData, ImageSet
 from dvla_fast.data.layouts import list_data
 from dvla_fast.data.listing import Listing
 from dvla_fast.data.load import assemble, warn_if_enlarged
-from dvla_fast.data.splits import SPLITS, is_split_of
+from dvla_fast.data.splits import SPLITS, is_split_of, published_name
 from dvla_fast.errors import DataError, OutputError
 
 if TYPE_CHECKING:
@@ -454,7 +454,8 @@ def open_cache(
         sets[name] = ImageSet(f"{path} ({name})", part, labels, names, mapped=True, ids=ids)
     known = index["statistics"]
     statistics = (torch.tensor(known["mean"]), torch.tensor(known["std"])) if known else None
-    return assemble(index["name"], sets, holdout, split_seed, statistics)
+    published = published_name(index["split_list"], keys)
+    return assemble(index["name"], sets, holdout, split_seed, statistics, published)
 
 
 def verify_cache(path: str | Path, look: Callable[[bytes], None] = lambda chunk: None) -> list[str]:

@@ -75,6 +75,8 @@ class FewShotData:
         novel: images of classes that training never sees.
         monitor_kind: what ``monitor`` holds, in words.
         mean, std: (C,) channel statistics of ``base`` in [0, 1] units.
+        split_list: name of the bundled split list that the classes follow, all of them; empty:
+            none, whatever the data set is called.
     """
 
     name: str
@@ -84,6 +86,7 @@ class FewShotData:
     monitor_kind: str
     mean: Tensor
     std: Tensor
+    split_list: str = ""
 
     @property
     def channels(self) -> int:

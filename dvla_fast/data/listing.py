@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dvla_fast.data.splits import published_name
 from dvla_fast.errors import DataError
 
 if TYPE_CHECKING:
@@ -99,6 +100,12 @@ class Listing:
         """The data set's name, whatever list divides it: as published, else its folder's."""
         published = self.split_list.dataset if self.split_list else ""
         return published or os.path.basename(os.path.abspath(self.root))
+
+    @property
+    def published(self) -> str:
+        """Name of the bundled split list that the classes follow; empty where they follow none."""
+        name = self.split_list.name if self.split_list else ""
+        return published_name(name, {split: item.keys for split, item in self.splits.items()})
 
     def image_id(self, split: Split, index: int) -> str:
         """Name an image for good: its path below the root, or ``file[row]`` of an array."""

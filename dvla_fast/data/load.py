@@ -51,7 +51,7 @@ def load_images(
         name: replace(_decode_split(split, image_size), ids=listing.image_ids(split))
         for name, split in listing.splits.items()
     }
-    return assemble(listing.name, sets, holdout, split_seed)
+    return assemble(listing.name, sets, holdout, split_seed, split_list=listing.published)
 
 
 def warn_if_enlarged(listing: Listing, image_size: int) -> None:
@@ -109,6 +109,7 @@ def assemble(
     holdout: float,
     split_seed: int,
     statistics: tuple[Tensor, Tensor] | None = None,
+    split_list: str = "",
 ) -> FewShotData:
     """Make the data set of its splits.
 
@@ -118,6 +119,7 @@ def assemble(
     Args:
         sets: image sets by split: train, val, test.
         statistics: mean and std (3,) of ``train``, if they are known already.
+        split_list: the bundled split list that the classes follow, if any.
 
     Raises:
         DataError: no test classes, or a ``holdout`` that is out of range or leaves a class
@@ -142,4 +144,4 @@ def assemble(
         statistics = channel_statistics(base.images)
     elif statistics is None:
         statistics = torch.tensor(_IMAGENET_MEAN), torch.tensor(_IMAGENET_STD)
-    return FewShotData(name, base, monitor, novel, kind, *statistics)
+    return FewShotData(name, base, monitor, novel, kind, *statistics, split_list=split_list)

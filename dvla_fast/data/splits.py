@@ -188,6 +188,22 @@ def _read(path: Path) -> SplitList:
     )
 
 
+def published_name(name: str, classes: Mapping[str, Iterable[str]]) -> str:
+    """Return the name of a bundled list if classes are divided exactly by it; else empty.
+
+    A list of a user's may have any name, and a folder too.
+
+    Args:
+        name: of the list that divided them.
+        classes: class keys by split; a split without any may be left out.
+    """
+    if name not in split_list_names():
+        return ""
+    known = load_split_list(name).splits
+    same = all(set(known[split]) == set(classes.get(split, ())) for split in SPLITS)
+    return name if same else ""
+
+
 def candidates(keys: Iterable[str]) -> list[SplitList]:
     """Return the bundled lists that these class keys can belong to.
 

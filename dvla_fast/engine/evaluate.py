@@ -246,6 +246,7 @@ def identity(data: FewShotData, config: EvaluateConfig, sampler: EpisodeSampler)
     images = data.split(config.split)
     return {
         "dataset": data.name,
+        "split_list": data.split_list,
         "split": config.split,
         "split_sha256": split_fingerprint(images),
         "images_sha256": images_fingerprint(images),
@@ -340,6 +341,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         "checkpoints": paths,
         "checkpoints_sha256": [info.get("tensors_sha256") for info in infos],
         "trained_on": infos[0].get("dataset"),
+        "trained_split_list": infos[0].get("split_list"),
         "cross_domain": infos[0].get("dataset", data.name) != data.name,
         "monitor": data.monitor_kind,
         **pixel_facts(data.split(settings.split)),

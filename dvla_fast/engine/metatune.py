@@ -174,6 +174,7 @@ def _state(
     earlier = facts.get("training", [unknown_stage("before")])
     state.facts = {
         "dataset": data.name,
+        "split_list": data.split_list,
         "normalisation": normalisation(data),
         "inputs": run_inputs(data, facts.get("semantics")),
         **facts,

@@ -174,6 +174,7 @@ def _state(
     state = TrainingState(folder, "pretrain", spec, {"model": model}, optimizer, rng)
     state.facts = {
         "dataset": data.name,
+        "split_list": data.split_list,
         "classes": list(data.base.class_names),
         "normalisation": normalisation(data),
         "inputs": run_inputs(data),

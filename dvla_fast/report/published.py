@@ -6,8 +6,9 @@ splits differ between papers, so nothing here is a paired or even a like-for-lik
 
 from __future__ import annotations
 
-import re
 from typing import Any, NamedTuple
+
+from dvla_fast.data import load_split_list, split_list_names
 
 _DVLA = "DVLA-RL, ICLR 2026, arXiv 2602.00795"
 _VTFSL = "VT-FSL, NeurIPS 2025"
@@ -88,38 +89,42 @@ _TABLE: dict[str, dict[str, _Row]] = {
         _PLUS: (23.65, None, 27.10, None),
     },
 }
-_NAMES = {
-    "miniImageNet": r"mini[-_ ]?imagenet",
-    "tieredImageNet": r"tiered",
-    "CIFAR-FS": r"cifar[-_ ]?fs",
-    "FC100": r"fc[-_ ]?100",
-    "CUB": r"(^|[^a-z])cub([^a-z]|$)",
-    "Cars": r"(^|[^a-z])cars([^a-z]|$)",
-    "Dogs": r"(^|[^a-z])dogs([^a-z]|$)",
-    "Places": r"(^|[^a-z])places",
-    "ChestX": r"chest[-_ ]?x",
+# What the bundled split lists call the data sets of these columns.
+_DATASETS = {
+    "CUB-200-2011": "CUB",
+    "Stanford Cars": "Cars",
+    "Stanford Dogs": "Dogs",
+    "Places365": "Places",
 }
 
 
-def benchmark(dataset: str) -> str | None:
-    """Return the benchmark that a data set's name speaks of, or None."""
-    found = (name for name, pattern in _NAMES.items() if re.search(pattern, dataset.lower()))
-    return next(found, None)
+def benchmark(split_list: str) -> str | None:
+    """Return the benchmark that a bundled split list divides, or None for any other name."""
+    if split_list not in split_list_names():
+        return None
+    dataset = load_split_list(split_list).dataset
+    return _DATASETS.get(dataset, dataset)
 
 
 def published_for(result: dict[str, Any]) -> tuple[str, list[Published]]:
     """Return the published column that fits a result, and its entries.
 
+    Data sets are known by the published split that their classes follow, never by their names:
+    any folder may be called ``cars``.
+
     Args:
-        result: of an evaluation: ``dataset``, ``trained_on``, ``split``, ``way``, ``shot``.
+        result: of an evaluation: ``split_list``, ``trained_on``, ``trained_split_list``, ``split``,
+            ``way``, ``shot``.
 
     Returns:
         Column name and entries; ("", []) where nothing was published for such episodes.
     """
     if result.get("way") != 5 or result.get("shot") not in (1, 5) or result.get("split") != "novel":
         return "", []
-    column = benchmark(str(result.get("dataset", "")))
-    trained = benchmark(str(result.get("trained_on") or result.get("dataset", "")))
+    column = benchmark(str(result.get("split_list")))
+    trained = column  # weights of the authors do not say what they were trained on
+    if result.get("trained_on"):
+        trained = benchmark(str(result.get("trained_split_list")))
     if column != trained:
         column = f"{trained} to {column}"
     entries = []

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dvla_fast.data import cache, load_data, prepare_cache
+from dvla_fast.data import cache, load_data, load_split_list, prepare_cache
 from dvla_fast.data.decode import decode
 from dvla_fast.errors import DataError, OutputError
 from tests.data import trees
@@ -82,6 +82,25 @@ def test_photographs_lie_upright_in_a_cache(tree: Path, tmp_path: Path) -> None:
     assert torch.equal(cached, load_data(str(tree), 16).novel.images)
     upright = decode(np.ascontiguousarray(pixels[::-1, ::-1]), 16)
     assert any((image == upright).all() for image in cached.numpy())
+
+
+def test_only_the_classes_of_a_published_split_are_that_data_set(tmp_path: Path) -> None:
+    """Neither a folder's name nor that of a user's list makes a data set the published one."""
+    known = load_split_list("cifar_fs")
+    root = trees.split_folders(tmp_path / "photos", dict(known.splits), 2)
+    assert load_data(str(root), 8).split_list == "cifar_fs"
+    prepare_cache(root, tmp_path / "cache", 8)
+    assert load_data(str(tmp_path / "cache"), 8).split_list == "cifar_fs"
+
+    toys = tmp_path / "cifar_fs"
+    trees.class_folders(toys, "abcd", 3)
+    own = tmp_path / "own.json"
+    splits = {"train": ["a", "b"], "test": ["c", "d"]}
+    own.write_text(json.dumps({"name": "cifar_fs", "dataset": "CIFAR-FS", "splits": splits}))
+    prepare_cache(toys, tmp_path / "toys", 8, str(own))
+    for data in (load_data(str(toys), 8, splits=str(own)), load_data(str(tmp_path / "toys"), 8)):
+        assert data.name == "CIFAR-FS"
+        assert data.split_list == ""
 
 
 def test_an_edited_split_file_is_noticed(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from dvla_fast.cli import main
-from dvla_fast.data import load_digits
-from dvla_fast.report.published import benchmark, published_for
+from dvla_fast.data import load_digits, split_list_names
+from dvla_fast.report.published import _TABLE, benchmark, published_for
 from dvla_fast.report.scenes import _limits, _some
 from tests.engine.runs import write_evaluation
 
 Write = Callable[..., str]
+CUB = "cub_140_30_30"
 
 
 class _Balanced(HTMLParser):
@@ -293,7 +294,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_published_numbers_are_quoted(tmp_path: Path, page: Write) -> None:
-    run = write_evaluation(tmp_path / "mini", 0.7, dataset="miniImageNet", shot=1)
+    run = write_evaluation(tmp_path / "mini", 0.7, split_list="miniimagenet_ravi", shot=1)
     html = page(run)
     assert "published: DVLA-RL, ICLR 2026, arXiv 2602.00795" in html
     assert "81.69 ± 0.36" in html
@@ -303,19 +304,33 @@ def test_published_numbers_are_quoted(tmp_path: Path, page: Write) -> None:
 @pytest.mark.parametrize(
     ("result", "column", "first"),
     [
-        ({"dataset": "CUB_200_2011", "trained_on": "CUB_200_2011"}, "CUB", 91.93),
-        ({"dataset": "cub-224", "trained_on": "mini_imagenet"}, "miniImageNet to CUB", 59.07),
-        ({"dataset": "cubes"}, "", None),
-        ({"dataset": "digits"}, "", None),
-        ({"dataset": "cub", "shot": 3}, "", None),
-        ({"dataset": "cub", "split": "monitor"}, "", None),
+        ({"split_list": CUB, "trained_on": "birds", "trained_split_list": CUB}, "CUB", 91.93),
+        ({"split_list": CUB}, "CUB", 91.93),  # weights of the authors
+        (
+            {"split_list": CUB, "trained_on": "mini", "trained_split_list": "miniimagenet_ravi"},
+            "miniImageNet to CUB",
+            59.07,
+        ),
+        ({"split_list": "places365_fwt", "trained_on": "x", "trained_split_list": ""}, "", None),
+        ({"dataset": "miniImageNet"}, "", None),  # a version that did not say
+        ({"dataset": "rc-cars", "trained_on": "rc-cars", "split_list": ""}, "", None),
+        ({"split_list": CUB, "trained_on": "CUB", "trained_split_list": ""}, "", None),
+        ({"split_list": CUB, "trained_on": "CUB"}, "", None),
+        ({"split_list": CUB, "shot": 3}, "", None),
+        ({"split_list": CUB, "split": "monitor"}, "", None),
+        ({"split_list": "my_list"}, "", None),
     ],
 )
 def test_published_column(result: dict, column: str, first: float | None) -> None:
     found = published_for({"way": 5, "shot": 1, "split": "novel", **result})
     assert found[0] == column
     assert (found[1][0].accuracy if found[1] else None) == first
-    assert benchmark("tieredImageNet-84") == "tieredImageNet"
+
+
+def test_every_published_column_is_of_a_known_data_set() -> None:
+    known = {benchmark(name) for name in split_list_names()}
+    assert None not in known
+    assert known >= {name for column in _TABLE for name in column.split(" to ")}
 
 
 def test_even_attention_has_no_colour() -> None:

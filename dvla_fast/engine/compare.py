@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dvla_fast.engine.recipes import training_of
+from dvla_fast.engine.recipes import recipe_differences, training_of
 from dvla_fast.engine.records import SAME_EPISODES, EpisodeRecord, other_pixels, read_summary
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.statistics import (
@@ -81,7 +81,7 @@ def compare_groups(
     Raises:
         NotComparableError: no shot in common, other episodes, or a method that was not recorded.
         OutputError: a folder holds no finished evaluation.
-        UsageError: a group has a training twice.
+        UsageError: a group has a training twice, or trainings of several recipes.
 
     Warns:
         UserWarning: images of the same names and size have other pixels.
@@ -89,6 +89,7 @@ def compare_groups(
     groups = [[(path, _by_shot(path)) for path in paths] for paths in (first, second)]
     for group in groups:
         _check_once_each(group)
+        _check_one_recipe(group)
     everyone = [run for group in groups for run in group]
     shots = sorted(set.intersection(*(set(results) for _, results in everyone)))
     if not shots:
@@ -138,6 +139,21 @@ def _check_once_each(group: Sequence[tuple[str, dict[int, dict[str, Any]]]]) -> 
                 "training"
             )
         known |= dict.fromkeys(keys, path)
+
+
+def _check_one_recipe(group: Sequence[tuple[str, dict[int, dict[str, Any]]]]) -> None:
+    """Check that a group is of one recipe; runs that do not tell theirs are passed over."""
+    told = [(path, next(iter(results.values()), {})) for path, results in group]
+    told = [(path, result) for path, result in told if result.get("recipe")]
+    for path, result in told[1:]:
+        first, reference = told[0]
+        changed = recipe_differences(reference["recipe"], result["recipe"])
+        if changed:
+            raise UsageError(
+                f"compare: {first} and {path} are of different recipes "
+                f"({'; '.join(changed[:4])}), and their mean would say nothing of either; put "
+                "runs of one recipe on a side, and the others on the other"
+            )
 
 
 def _compare_shot(

@@ -41,10 +41,12 @@ from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import metatune
 from dvla_fast.engine.predict import FIXED, LEARNED, VISUAL
 from dvla_fast.engine.pretrain import pretrain
+from dvla_fast.engine.recipes import recipe_of
 from dvla_fast.engine.records import keep_record
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.statistics import INTERVAL, PAIRED_INTERVAL, points
 from dvla_fast.engine.trained_classes import training_stages
+from dvla_fast.nn import DVLA
 from dvla_fast.semantics import EncodedTexts
 
 BEFORE = "visual prototypes, before meta-tuning"
@@ -81,7 +83,7 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
             execution,
         )  # fmt: skip
         results = _evaluate(config, data, texts, folder, (pretrained, tuned), progress, seen)
-    provenance = _provenance(tuned, semantics, device)
+    provenance = _provenance(tuned, model, semantics, device)
     results = [result | provenance for result in results]
     summary: dict[str, Any] = {
         "command": "demo",
@@ -149,13 +151,15 @@ def _evaluate(
 
 
 def _provenance(
-    checkpoint: Path, semantics: dict[str, Any], device: torch.device
+    checkpoint: Path, model: DVLA, semantics: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
     from dvla_fast import __version__
 
+    info = load_checkpoint(checkpoint)[1]
     return {
         "checkpoint": str(checkpoint),
-        "checkpoints_sha256": [load_checkpoint(checkpoint)[1].get("tensors_sha256")],
+        "checkpoints_sha256": [info.get("tensors_sha256")],
+        "recipe": recipe_of(model, info),
         "semantics": semantics,
         "device": str(device),
         "dvla_fast": __version__,

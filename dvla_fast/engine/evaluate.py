@@ -40,7 +40,7 @@ from dvla_fast.engine.predict import (
     image_features,
     predict_visual,
 )
-from dvla_fast.engine.recipes import check_one_recipe, checkpoint_paths
+from dvla_fast.engine.recipes import check_one_recipe, checkpoint_paths, recipe_of
 from dvla_fast.engine.records import (
     EpisodeRecord,
     check_comparable,
@@ -342,6 +342,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         "checkpoints_sha256": [info.get("tensors_sha256") for info in infos],
         "trained_on": infos[0].get("dataset"),
         "trained_split_list": infos[0].get("split_list"),
+        "recipe": recipe_of(contenders[0].model, infos[0]),
         "cross_domain": infos[0].get("dataset", data.name) != data.name,
         "monitor": data.monitor_kind,
         **pixel_facts(data.split(settings.split)),

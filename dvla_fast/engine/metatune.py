@@ -178,7 +178,7 @@ def _state(
         "normalisation": normalisation(data),
         "inputs": run_inputs(data, facts.get("semantics")),
         **facts,
-        "training": [*earlier, training_stage("metatune", data)],
+        "training": [*earlier, training_stage("metatune", data, config)],
     }
     return state
 

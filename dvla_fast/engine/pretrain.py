@@ -179,7 +179,7 @@ def _state(
         "normalisation": normalisation(data),
         "inputs": run_inputs(data),
         **facts,
-        "training": [*facts["training"], training_stage("pretrain", data)],
+        "training": [*facts["training"], training_stage("pretrain", data, config)],
     }
     return state
 

@@ -1,14 +1,17 @@
 """Whether checkpoints are trainings of one recipe, each once: only then their mean says something.
 
 Seeds, and how long each was trained, may differ. What else a recipe is made of is compared as far
-as checkpoints record it: stage, data set, channel statistics, model, and the texts.
+as checkpoints record it: data set and its classes, channel statistics, model, texts, and the
+settings of every stage of the training.
 """
 
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import inspect
 import itertools
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +23,9 @@ from dvla_fast.engine.trained_texts import COMPARED
 from dvla_fast.errors import CheckpointError
 from dvla_fast.nn import DVLA
 from dvla_fast.nn.level_weights import default_level_weights
+
+_OF_ALL = ("kind", "dataset", "normalisation")  # what every description says, if with None
+_FREE = ("epochs", "validate_every", "validation_episodes")  # settings that may differ
 
 
 def checkpoint_paths(config: EvaluateRun) -> list[str]:
@@ -56,12 +62,9 @@ def check_one_recipe(
     Raises:
         CheckpointError: one is of another recipe than the first, with what differs.
     """
-    texts = [info.get("semantics") or {} for info in infos]
-    # what one does not say is passed over
-    told = [key for key in ("encoder", *COMPARED) if all(key in own for own in texts)]
-    recipes = [_recipe(model, info, told) for model, info in zip(models, infos)]
+    recipes = [recipe_of(model, info) for model, info in zip(models, infos)]
     for path, recipe in zip(paths[1:], recipes[1:]):
-        changed = differences(recipes[0], recipe)
+        changed = recipe_differences(recipes[0], recipe)
         if changed:
             raise CheckpointError(
                 f"{path}: of another recipe than {paths[0]} ({'; '.join(changed[:4])}); average "
@@ -70,8 +73,12 @@ def check_one_recipe(
             )
 
 
-def _recipe(model: DVLA | None, info: Mapping[str, Any], told: Sequence[str]) -> dict[str, Any]:
-    """What the checkpoints of a recipe have in common; ``told``: the text settings to compare."""
+def recipe_of(model: DVLA | None, info: Mapping[str, Any]) -> dict[str, Any]:
+    """What the checkpoints of a recipe have in common, as JSON holds it.
+
+    Args:
+        model: the gated model, if there is one; info: the checkpoint's description.
+    """
     spec, texts = dict(info.get("model", {})), info.get("semantics") or {}
     if model is not None:  # the backbone's own choice and the same one in words are one recipe
         for name, setting in inspect.signature(DVLA).parameters.items():
@@ -82,9 +89,45 @@ def _recipe(model: DVLA | None, info: Mapping[str, Any], told: Sequence[str]) ->
         spec["gated_layers"] = [list(layer) for layer in layers]
         spec.setdefault("level_weights", [list(pair) for pair in weights])
     if texts.get("parts") in ("name", "description"):  # the same whatever is selected beside them
-        told = [key for key in told if key not in ("top_k", "template")]
+        texts = {key: value for key, value in texts.items() if key not in ("top_k", "template")}
     return {
-        **{key: info.get(key) for key in ("kind", "dataset", "normalisation")},
+        **{key: info.get(key) for key in _OF_ALL},
+        "pretrained": os.path.basename((info.get("start") or {}).get("pretrained", "")),
         "model": spec,
-        "semantics": {key: texts[key] for key in told},
+        "semantics": {key: texts[key] for key in ("encoder", *COMPARED) if key in texts},
+        "training": [_stage(stage) for stage in info.get("training") or []],
     }
+
+
+def _stage(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage of training was, as far as it is known."""
+    settings = stage.get("settings") or {}
+    known = {key: value for key, value in settings.items() if key not in _FREE}
+    known["stage"] = stage["stage"]
+    if stage["classes"] is not None:
+        digest = hashlib.sha256(json.dumps(sorted(stage["classes"])).encode()).hexdigest()
+        known["classes"] = f"{len(stage['classes'])}, {digest[:8]}"
+    return known
+
+
+def recipe_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Name what two recipes do otherwise; texts and training that one does not tell are no
+    difference.
+    """
+    always = (*_OF_ALL, "pretrained", "model")
+    found = differences({k: first[k] for k in always}, {k: second[k] for k in always})
+    found += _differences_told(first["semantics"], second["semantics"], "semantics.")
+    stages = [[stage["stage"] for stage in recipe["training"]] for recipe in (first, second)]
+    if all(stages) and stages[0] != stages[1]:
+        return [*found, f"training: {', '.join(stages[0])} -> {', '.join(stages[1])}"]
+    for one, other in zip(first["training"], second["training"]):
+        found += _differences_told(one, other, f"{one['stage']}.")
+    return found
+
+
+def _differences_told(
+    first: Mapping[str, Any], second: Mapping[str, Any], prefix: str
+) -> list[str]:
+    """The differences in what both descriptions tell."""
+    both = first.keys() & second.keys()
+    return differences({k: first[k] for k in both}, {k: second[k] for k in both}, prefix)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from dvla_fast.data import FewShotData, ImageSet
 from dvla_fast.errors import CheckpointError
 from dvla_fast.semantics.bank import normalised_name
 
-# Of a stage: "stage", "dataset", and "classes" (name -> hashes of images, None where not known).
+# Of a stage: "stage", "dataset", "classes" (name -> hashes of images, None where not known), and
+# "settings" where they are known.
 Stage = dict[str, Any]
 
 _SAMPLES = 3  # images of a class that a checkpoint remembers
@@ -33,9 +35,10 @@ def unknown_stage(stage: str, dataset: str | None = None) -> Stage:
     return {"stage": stage, "dataset": dataset, "classes": None}
 
 
-def training_stage(stage: str, data: FewShotData) -> Stage:
-    """Describe training on the base classes of a data set."""
-    return {"stage": stage, "dataset": data.name, "classes": class_digests(data.base)}
+def training_stage(stage: str, data: FewShotData, config: Any) -> Stage:
+    """Describe training on the base classes of a data set, by the settings in a dataclass."""
+    described = {"stage": stage, "dataset": data.name, "classes": class_digests(data.base)}
+    return {**described, "settings": asdict(config)}
 
 
 def class_digests(images: ImageSet) -> dict[str, str]:
@@ -80,7 +83,11 @@ def trained_classes(stages: Sequence[Stage], data: FewShotData, split: str) -> d
     """
     images = data.split(split)
     listed = [
-        {**stage, "classes": None if stage["classes"] is None else len(stage["classes"])}
+        {
+            "stage": stage["stage"],
+            "dataset": stage["dataset"],
+            "classes": None if stage["classes"] is None else len(stage["classes"]),
+        }
         for stage in stages
     ]
     facts: dict[str, Any] = {"split": split, "trained_on": [], "same_name": [], "stages": listed}

@@ -55,12 +55,20 @@ def episode_title(result: dict[str, Any]) -> str:
 
 def accuracy_parts(runs: Sequence[Run]) -> list[Part]:
     """Accuracies with intervals, one part for each kind of episodes, published numbers beside."""
-    groups: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
+    groups: dict[tuple[Any, ...], list[tuple[Run, dict[str, Any]]]] = {}
     for run in runs:
         for result in run.results:
             if "methods" in result:
-                groups.setdefault(episode_title(result), []).append((run, result))
-    return [_accuracy_part(title, found) for title, found in groups.items()]
+                # two folders of one name are two data sets
+                images = (result.get("split_sha256"), result.get("images_sha256"))
+                groups.setdefault((episode_title(result), *images), []).append((run, result))
+    titles = [title for title, *_ in groups]
+    parts = []
+    for (title, *_), found in groups.items():
+        if titles.count(title) > 1:
+            title += f", images of {', '.join(run.name for run, _ in found)}"
+        parts.append(_accuracy_part(title, found))
+    return parts
 
 
 def _accuracy_part(title: str, found: Sequence[tuple[Run, dict[str, Any]]]) -> Part:

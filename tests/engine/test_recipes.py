@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from dvla_fast.cli import main
+from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from dvla_fast.engine.predict import VISUAL
-from tests.engine.runs import another_training, evaluate_arguments, write_tuned
+from dvla_fast.engine.recipes import recipe_differences, recipe_of
+from tests.engine.runs import another_training, evaluate_arguments, write_evaluation, write_tuned
 from tests.test_cli import fails
 
 
@@ -97,3 +99,71 @@ def test_trainings_of_one_recipe_are_averaged(
     assert main(evaluate_arguments(first, tmp_path / "run", *arguments)) == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["checkpoints"] == [str(first), str(other)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "differs"),
+    [
+        ({"lr": 1e-3}, "pretrain.lr: 0.002 -> 0.001"),
+        ({"augment": {"flip": True}}, "pretrain.augment.flip: False -> True"),
+        ({"epochs": 7, "validate_every": 1, "validation_episodes": 5}, ""),
+    ],
+)
+def test_rates_are_of_a_recipe_and_epochs_are_not(
+    settings: dict[str, Any],
+    differs: str,
+    backbone: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = another_training(backbone, tmp_path / "other.safetensors")
+    tensors, info = load_checkpoint(other)
+    own = info["training"][0]["settings"]
+    own |= {key: {**own[key], **x} if isinstance(x, dict) else x for key, x in settings.items()}
+    save_checkpoint(other, tensors, info)
+    run = evaluate_arguments(backbone, tmp_path / "run", f"--checkpoints=[{other}]")
+    if differs:
+        assert f"of another recipe than {backbone} ({differs})" in fails(run, capsys)
+        return
+    assert main(run) == 0
+    recipe = json.loads((tmp_path / "run/summary.json").read_text())["recipe"]
+    assert recipe_differences(recipe, recipe_of(None, info)) == []
+    assert (recipe["training"][0]["stage"], recipe["training"][0]["lr"]) == ("pretrain", 0.002)
+
+
+def described(*stages: tuple[str, Any, dict[str, Any]]) -> dict[str, Any]:
+    training = [
+        {"stage": stage, "dataset": "photos", "classes": classes, "settings": settings}
+        for stage, classes, settings in stages
+    ]
+    return recipe_of(None, {"kind": "metatune", "dataset": "photos", "training": training})
+
+
+def test_two_data_sets_of_one_name_are_two_recipes() -> None:
+    one, two = {"cat": "", "dog": ""}, {"cat": "", "fox": ""}
+    ours = described(("pretrain", one, {"lr": 1.0}), ("metatune", one, {"objective": "reinforce"}))
+    theirs = described(("pretrain", one, {"lr": 1.0}), ("metatune", two, {"objective": "ppo"}))
+    classes, objective = recipe_differences(ours, theirs)
+    assert classes.startswith("metatune.classes: '2, ")
+    assert objective == "metatune.objective: 'reinforce' -> 'ppo'"
+    short = described(("pretrain", one, {"lr": 1.0}))
+    assert recipe_differences(short, ours) == ["training: pretrain -> pretrain, metatune"]
+    silent = described(("pretrain", None, {}), ("metatune", one, {}))
+    assert recipe_differences(ours, silent) == []  # of an earlier version
+    assert recipe_differences(ours, described()) == []
+
+
+def test_a_side_of_a_comparison_is_of_one_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(name: str, **settings: Any) -> str:
+        recipe = described(("metatune", {"cat": ""}, settings))
+        return str(write_evaluation(tmp_path / name, 0.6, recipe=recipe))
+
+    seed, again, slow = write("seed", lr=1.0), write("again", lr=1.0, epochs=9), write("slow", lr=2)
+    old = str(write_evaluation(tmp_path / "old", 0.6))  # does not tell
+    assert main(["compare", f"{seed},{again},{old}", slow]) == 0
+    for sides in ((f"{seed},{slow}", again), (again, f"{old},{slow},{seed}")):
+        said = fails(["compare", *sides], capsys, 2)
+        assert "are of different recipes (metatune.lr: " in said
+        assert "put runs of one recipe on a side" in said

@@ -15,6 +15,7 @@ from dvla_fast.cli import main
 from dvla_fast.data import FewShotData
 from dvla_fast.data.images import ImageSet
 from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
+from dvla_fast.engine.config import PretrainConfig
 from dvla_fast.engine.trained_classes import (
     require_untrained,
     trained_classes,
@@ -45,7 +46,8 @@ def animals() -> FewShotData:
 
 def stages_of(data: FewShotData) -> list[dict[str, Any]]:
     # as a checkpoint brings them back
-    stages: list[dict[str, Any]] = json.loads(json.dumps([training_stage("pretrain", data)]))
+    stage = training_stage("pretrain", data, PretrainConfig())
+    stages: list[dict[str, Any]] = json.loads(json.dumps([stage]))
     return stages
 
 

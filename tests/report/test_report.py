@@ -181,6 +181,17 @@ def test_runs_that_cannot_be_compared(tmp_path: Path, page: Write) -> None:
     assert "is not there" in html  # the checkpoints
 
 
+def test_two_data_sets_of_one_name_have_a_chart_each(tmp_path: Path, page: Write) -> None:
+    one, two = (write_evaluation(tmp_path / name, 0.7) for name in ("one", "two"))
+    other = write_evaluation(tmp_path / "other", 0.6, images_sha256="j", split_sha256="t")
+    html = page(one, two, options=("--text_only",))
+    assert "animals, novel classes, 5-way 1-shot<" in html
+    html = page(one, two, other, options=("--text_only",))
+    assert "animals, novel classes, 5-way 1-shot, images of one, two<" in html
+    assert "animals, novel classes, 5-way 1-shot, images of other<" in html
+    assert "one and other are not comparable episode by episode: splits of different" in html
+
+
 def test_nothing_to_show_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = write_evaluation(tmp_path / "one", 0.7)
     (tmp_path / "ablation" / "cells").mkdir(parents=True)

@@ -146,7 +146,7 @@ birds/ holds a folder for each class, with a few images of it""",
         """  dvla-fast report runs/result
   dvla-fast report runs/backbone runs/tuned runs/result --output report.html
   dvla-fast report runs/seed-0 runs/seed-1 --title "Two seeds" --text_only
-  dvla-fast report runs/result --shot 5 --episodes [0,17]""",
+  dvla-fast report runs/result --shot 5 --episodes [0,17] --output episodes.html""",
     ),
     "compare": Command(
         "say whether one evaluation is better than another, on the same episodes",

@@ -58,6 +58,14 @@ def check_writable(path: Path, remedy: str = REMEDY) -> None:
         raise unwritable(path, error, remedy) from error
 
 
+def check_new(path: Path, overwrite: bool) -> None:
+    """Check that no file is replaced unasked, before the work that it is for (OutputError)."""
+    if not overwrite and os.path.lexists(path):
+        raise OutputError(
+            f"{path}: exists; give --output another name, or --overwrite to replace it"
+        )
+
+
 def json_text(value: Any, indent: int | None = None) -> str:
     """Return a value as JSON that any reader takes: NaN and infinity, which it lacks, are null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)

@@ -108,7 +108,7 @@ ELSEWHERE = {
     "dvla-fast report runs/backbone runs/tuned runs/result --output report.html": (
         "tests/report/test_report.py::test_sound_run_is_shown_whole"
     ),
-    "dvla-fast report runs/result --shot 5 --episodes [0,17]": (
+    "dvla-fast report runs/result --shot 5 --episodes [0,17] --output episodes.html": (
         "tests/report/test_report.py::test_chosen_episodes"
     ),
     "dvla-fast compare runs/result runs/second": "tests/engine/test_compare.py::test_command_line",

@@ -31,7 +31,7 @@ from dvla_fast.engine.statistics import (
 )
 from dvla_fast.engine.tool_config import CompareRun
 from dvla_fast.errors import OutputError
-from dvla_fast.files import json_text, write_text_atomic
+from dvla_fast.files import check_new, json_text, write_text_atomic
 
 LEVEL = 0.05
 
@@ -318,6 +318,8 @@ def run_compare(config: CompareRun) -> dict[str, Any]:
     if not all(sides):
         raise UsageError("compare needs two run folders: dvla-fast compare RUN_A RUN_B")
     require_scipy()
+    if config.output:
+        check_new(Path(config.output), config.overwrite)
     compared = compare_groups(sides[0], sides[1], methods=(config.method_a, config.method_b))
     if config.output:
         write_text_atomic(Path(config.output), json_text(compared, 2) + "\n")

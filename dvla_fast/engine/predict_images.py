@@ -22,7 +22,7 @@ from dvla_fast.engine.logging import Progress
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.tool_config import PredictImages
 from dvla_fast.errors import DataError, OutputError
-from dvla_fast.files import check_writable, json_text, write_text_atomic
+from dvla_fast.files import check_new, check_writable, json_text, write_text_atomic
 from dvla_fast.semantics.bank import normalised_name
 
 
@@ -185,6 +185,7 @@ def _check(config: PredictImages) -> Path:
             raise UsageError(
                 f"--output {output}: would take the place of what is read; name it anew"
             )
+    check_new(output, config.overwrite)
     check_writable(output)
     return output
 

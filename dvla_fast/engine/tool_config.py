@@ -41,7 +41,8 @@ class ReportRun:
         default_factory=list,
         metadata={"help": "run folders, of any command", "positional": "+"},
     )
-    output: str = option("report.html", "HTML file to write")
+    output: str = option("report.html", "HTML file to write, new")
+    overwrite: bool = option(False, "replace the file if it exists")
     title: str = option("", "title of the page; empty: the data sets' names")
     shot: int = option(0, "which of an evaluation's shots to draw; 0: its first", 0)
     episodes: list[int] = field(
@@ -82,7 +83,8 @@ class PredictImages:
         "where the text encoder's weights lie, if training read them from a file, e.g. "
         "open_clip:ViT-B-16/FILE; empty: as the checkpoint says",
     )
-    output: str = option("predictions.csv", "file to write, .csv or .json")
+    output: str = option("predictions.csv", "file to write, .csv or .json, new")
+    overwrite: bool = option(False, "replace the file if it exists")
     rows: int = option(10, "images to list on the terminal", 0)
     batch: int = option(32, "images of one forward pass", 1)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
@@ -97,7 +99,8 @@ class CompareRun:
     method_a: str = option("", "recorded method of A, e.g. 'fixed gate'; empty: its main one")
     method_b: str = option("", "recorded method of B; empty: its main one")
     classes: int = option(10, "classes to list; 0: all", 0)
-    output: str = option("", "JSON file for the whole comparison; empty: none")
+    output: str = option("", "JSON file for the whole comparison, new; empty: none")
+    overwrite: bool = option(False, "replace the file if it exists")
 
 
 @dataclass

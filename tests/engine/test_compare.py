@@ -176,6 +176,10 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "and 4 more" in text
     assert "not of training again" in text
     saved = json.loads(output.read_text())
+    assert main(["compare", str(good), str(bad), f"--output={output}"]) == 1
+    assert "out.json: exists; give --output another name" in capsys.readouterr().err
+    assert main(["compare", str(good), str(bad), f"--output={output}", "--overwrite"]) == 0
+    capsys.readouterr()
     assert saved["results"][0]["verdict"] in text
     assert main(["compare", str(good), str(good), "--method_b=visual prototypes"]) == 0
     assert "visual prototypes" in capsys.readouterr().out

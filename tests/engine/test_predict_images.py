@@ -145,8 +145,14 @@ def test_nothing_that_is_read_is_written_over(
                     capsys, 2)  # fmt: skip
     assert "--output birds.json: would take the place of what is read" in message
     assert Path("birds.json").read_text() == texts
-    for output in ("again.csv", "again.csv"):  # an earlier table is no input
-        assert main(["predict", "photos", *OPTIONS, f"--output={output}"]) == 0
+    for default in ("predictions.csv", "other.csv"):
+        again = ["predict", "photos", *OPTIONS, f"--output={default}"]
+        Path(default).write_text("an earlier table")
+        message = fails(again, capsys)
+        assert f"{default}: exists; give --output another name, or --overwrite" in message
+        assert Path(default).read_text() == "an earlier table"
+        assert main([*again, "--overwrite"]) == 0
+        assert len(rows(default)) == 6
 
 
 def test_output_is_tried_before_work(
@@ -171,7 +177,7 @@ def test_names_that_are_not_text(folder: Path, capsys: pytest.CaptureFixture[str
     assert json.loads(Path("table.json").read_text())["images"][1]["path"] == name
     name = 'photos/unknown/a,"b"\n\x1b[2J.png'
     Path("photos/unknown/0.png").rename(name)
-    assert main(["predict", "photos/unknown", *OPTIONS, "--output=table.csv"]) == 0
+    assert main(["predict", "photos/unknown", *OPTIONS, "--output=table.csv", "--overwrite"]) == 0
     assert 'photos/unknown/a,"b"??[2J.png' in capsys.readouterr().out
     assert rows("table.csv")[0]["path"] == name
 

@@ -47,7 +47,8 @@ def page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Write:
 
     def write(*runs: Path, options: tuple[str, ...] = ()) -> str:
         output = tmp_path / "report.html"
-        assert main(["report", *map(str, runs), f"--output={output}", *options]) == 0
+        arguments = ["report", *map(str, runs), f"--output={output}", *options]
+        assert main([*arguments, "--overwrite"]) == 0
         assert str(output) in capsys.readouterr().out
         html = output.read_text(encoding="utf-8")
         checked = _Balanced()
@@ -190,6 +191,19 @@ def test_two_data_sets_of_one_name_have_a_chart_each(tmp_path: Path, page: Write
     assert "animals, novel classes, 5-way 1-shot, images of one, two<" in html
     assert "animals, novel classes, 5-way 1-shot, images of other<" in html
     assert "one and other are not comparable episode by episode: splits of different" in html
+
+
+def test_a_page_is_not_replaced_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_evaluation(tmp_path / "one", 0.7)
+    (tmp_path / "report.html").write_text("an earlier page")
+    assert main(["report", "one", "--text_only"]) == 1
+    assert "report.html: exists; give --output another name, or --over" in capsys.readouterr().err
+    assert (tmp_path / "report.html").read_text() == "an earlier page"
+    assert main(["report", "one", "--text_only", "--overwrite"]) == 0
+    assert "an earlier page" not in (tmp_path / "report.html").read_text()
 
 
 def test_nothing_to_show_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,10 +174,10 @@ class _SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(images)
         with torch.autocast("cpu", enabled=False):
             values = images.to(torch.promote_types(images.dtype, torch.float32))
-            mean = self._average(values)
+            mean, count = self._average(values)
             centred = values - mean[:, None, None]
-            variance = self._average(centred.square())
-            self._track(mean.detach(), variance.detach(), images)
+            variance, _ = self._average(centred.square())
+            self._track(mean.detach(), variance.detach() * count / (count - 1).clamp_min(1))
             scale = (variance + self.eps).rsqrt()
             if self.weight is not None:
                 scale = scale * self.weight
@@ -187,17 +187,22 @@ class _SyncBatchNorm2d(nn.BatchNorm2d):
             return result.to(images.dtype)
 
     @staticmethod
-    def _average(values: Tensor) -> Tensor:
-        total: Tensor = _Sum.apply(values.mean((0, 2, 3)))
-        return total / distributed.get_world_size()
+    def _average(values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (C,) of all processes' values (B, C, H, W), and how many of a channel there are.
+
+        Processes may have unequal numbers: where padding is left out, each has its own.
+        """
+        own = values.new_full((1,), values[:, 0].numel())
+        sums: Tensor = _Sum.apply(torch.cat([values.sum((0, 2, 3)), own]))
+        count = sums[-1].detach()
+        return sums[:-1] / count, count
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor, images: Tensor) -> None:
+    def _track(self, mean: Tensor, unbiased: Tensor) -> None:
         if self.running_mean is None or self.running_var is None:
             return
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        count = images.numel() // images.shape[1] * distributed.get_world_size()
         keep = 0.1 if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, keep)
-        self.running_var.lerp_(variance * count / max(count - 1, 1), keep)
+        self.running_var.lerp_(unbiased, keep)

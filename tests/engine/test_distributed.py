@@ -18,6 +18,7 @@ from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.logging import read_metrics
 from dvla_fast.engine.settings import UsageError
+from dvla_fast.nn.backbones.visformer import _normed
 
 # 640 images: the batches fall into equal shares to the last one.
 SHARED = [
@@ -154,6 +155,54 @@ def test_shared_statistics_keep_their_digits(monkeypatch: pytest.MonkeyPatch) ->
     half = shared(images.bfloat16())
     assert half.dtype == torch.bfloat16
     assert bool(half.isfinite().all())
+
+
+NORMS = """
+import sys
+import torch
+from torch import distributed
+from dvla_fast.engine.distributed import _SyncBatchNorm2d
+from dvla_fast.nn.backbones.visformer import _normed
+rank, folder = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
+case = torch.load(f"{folder}/case.pt")
+found = {}
+norm = torch.nn.BatchNorm2d(3)
+norm.__class__ = _SyncBatchNorm2d
+tokens = case["tokens"].split([2, 3])[rank].requires_grad_()
+mask = case["mask"].split([2, 3])[rank]
+seen = mask[:, None, :, None]
+out = _normed(norm, tokens, mask[:, None, None]) * seen
+(out * case["weight"].split([2, 3])[rank]).sum().backward()
+found = {"out": out.detach(), "grad": tokens.grad * seen, "weight": norm.weight.grad}
+torch.save({**found, "mean": norm.running_mean, "var": norm.running_var}, f"{folder}/{rank}.pt")
+"""
+
+
+def test_shared_statistics_of_unequal_shares(tmp_path: Path) -> None:
+    """Padding is left out, so that each process has another number of tokens: they count alike."""
+    stream = torch.Generator().manual_seed(0)
+    tokens, weight = (torch.randn(5, 3, 7, 1, generator=stream) for _ in range(2))
+    mask = torch.arange(7) < torch.tensor([7, 2, 3, 7, 6])[:, None]
+    tokens = tokens + torch.arange(5.0)[:, None, None, None]  # the processes' means differ
+    torch.save({"tokens": tokens, "weight": weight, "mask": mask}, tmp_path / "case.pt")
+    arguments = [[sys.executable, "-c", NORMS, str(rank), str(tmp_path)] for rank in (0, 1)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen(line, env=environment) for line in arguments]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+
+    norm = torch.nn.BatchNorm2d(3)
+    whole, seen = tokens.clone().requires_grad_(), mask[:, None, :, None]
+    expected = _normed(norm, whole, mask[:, None, None]) * seen
+    (expected * weight).sum().backward()
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    torch.testing.assert_close(torch.cat([part["out"] for part in parts]), expected.detach())
+    assert whole.grad is not None
+    torch.testing.assert_close(torch.cat([part["grad"] for part in parts]), whole.grad * seen)
+    torch.testing.assert_close(sum(part["weight"] for part in parts), norm.weight.grad)
+    for part in parts:
+        torch.testing.assert_close(part["mean"], norm.running_mean)
+        torch.testing.assert_close(part["var"], norm.running_var)
 
 
 def test_one_process_shares_with_nobody() -> None:

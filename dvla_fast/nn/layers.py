@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """Whether a layer is a ``kind`` that computes what its weights say and nothing else.
 
-    One that was replaced (LoRA, quantisation), hooked, or given another ``forward`` (accelerate)
-    must be called instead.
+    One that was replaced (LoRA, quantisation), hooked, alone or with all modules, or given another
+    ``forward`` (accelerate) must be called instead.
     """
     changed = (
         layer._forward_hooks or layer._forward_pre_hooks
         or layer._backward_hooks or layer._backward_pre_hooks
-        or "forward" in layer.__dict__
+        or "forward" in layer.__dict__ or _has_any_global_hook()
     )  # fmt: skip
     return type(layer) is kind and not changed
 

@@ -441,3 +441,27 @@ def test_gates_of_images_are_refused_for_episodes(
     for given in (torch.rand(2, images), [None, torch.rand(2, images)]):
         with pytest.raises(ValueError, match=match):
             model(support, labels, query, make_text(2, 3), way=3, **{name: given})
+
+
+@pytest.mark.parametrize("policy", ["beta", "categorical"])
+def test_hooks_of_all_modules_run_in_every_layer(make_model: MakeModel, policy: str) -> None:
+    """Profilers and counters of operations register one for all modules."""
+    model = make_model(policy=policy).eval()
+    support, labels, query, _ = make_episodes(2, 3, 1, 2)
+    given, text = (support, labels, query), make_text(2, 3)
+    expected = model(*given, text, way=3)
+    one_by_one: set[torch.nn.Module] = set()
+    hooks = [m.register_forward_hook(lambda m, _a, _o: one_by_one.add(m)) for m in model.modules()]
+    model(*given, text, way=3)
+    for hook in hooks:
+        hook.remove()
+    at_once: set[torch.nn.Module] = set()
+    register = torch.nn.modules.module.register_module_forward_hook
+    hook = register(lambda m, _a, _o: at_once.add(m))
+    try:
+        hooked = model(*given, text, way=3)
+    finally:
+        hook.remove()
+    assert at_once == one_by_one
+    assert model.gates[0].image_kv in at_once
+    torch.testing.assert_close(hooked.logits, expected.logits)

@@ -130,9 +130,8 @@ class _Builder:
         for split, index in self.rows[start : start + CHUNK]:
             source = split.source(index)
             if isinstance(source, Path):
-                state = source.stat()
-                digest.update(f"{self.listing.image_id(split, index)}\0{state.st_size}".encode())
-                digest.update(f"\0{state.st_mtime_ns}\n".encode())
+                name = self.listing.image_id(split, index)
+                digest.update(f"{name}\0{_state(source)}\n".encode())
             else:
                 digest.update(np.ascontiguousarray(source).tobytes())
         return digest.hexdigest()
@@ -242,7 +241,7 @@ class _Builder:
             except DataError as error:
                 bad[str(start + index)] = str(error)
 
-        fingerprint = self._fingerprint_or_none(start)
+        fingerprint = self.fingerprint(start)
         for _ in pool.map(fill, range(len(rows))):
             pass
         good = [
@@ -258,12 +257,6 @@ class _Builder:
             "square": (pixels**2).sum((0, 2)).tolist(),
             "bad": bad,
         }
-
-    def _fingerprint_or_none(self, start: int) -> str:
-        try:
-            return self.fingerprint(start)
-        except FileNotFoundError:  # removed since it was listed: decoding will name it
-            return ""
 
     def finish(self, skip_unreadable: bool) -> Prepared:
         """Close the gaps of unreadable images, write the index, and put the cache in its place."""
@@ -349,6 +342,15 @@ class _Builder:
             "dvla_fast": __version__,
             "pillow": pillow().__version__,
         }
+
+
+def _state(path: Path) -> str:
+    """Size and time of a file, or that there is none: decoding it will say so."""
+    try:
+        state = path.stat()
+    except OSError:  # removed since it was listed, or a link that leads nowhere
+        return "missing"
+    return f"{state.st_size}\0{state.st_mtime_ns}"
 
 
 def _statistics(total: Any, square: Any, pixels: int) -> dict[str, list[float]] | None:

@@ -51,6 +51,8 @@ def open_rgb(path: Path) -> tuple[Any, str, int]:
     """
     Image = pillow()
     remedy = "replace or remove the file"
+    if not path.is_file() and path.exists():  # a pipe, which would never end
+        raise DataError(f"{path}: cannot read this image (it is no file); {remedy}")
     try:
         with Image.open(path) as image:
             mode, rgb = image.mode, as_rgb(image, str(path))

@@ -253,6 +253,18 @@ def test_unreadable_images(tree: Path, tmp_path: Path) -> None:
     )
 
 
+def test_links_that_lead_nowhere_are_left_out(tree: Path, tmp_path: Path) -> None:
+    """They are no change of the files, neither for the same command nor for a check."""
+    link = tree / "train" / "b" / "away.jpg"
+    link.symlink_to(tmp_path / "elsewhere.jpg")
+    done = prepare_cache(tree, tmp_path / "cache", 16, skip_unreadable=True)
+    assert (done.images, len(done.skipped)) == (48, 1)
+    assert cache.verify_cache(tmp_path / "cache") == []
+    assert prepare_cache(tree, tmp_path / "cache", 16).reused == 48
+    trees.write_image(tmp_path / "elsewhere.jpg", 7)
+    assert "have changed since it was made" in cache.verify_cache(tmp_path / "cache")[0]
+
+
 def test_full_disk_before_the_work(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

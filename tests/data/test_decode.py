@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,10 @@ def test_broken_files(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     with pytest.raises(DataError, match=r"x\.jpg: cannot read this image \(no such file\)"):
         decode(path, 16)
+    os.mkfifo(path)  # reading would wait for somebody to write
+    with pytest.raises(DataError, match=r"x\.jpg: cannot read this image \(it is no file\)"):
+        decode(path, 16)
+    path.unlink()
     path.write_bytes(b"")
     with pytest.raises(DataError, match="the file is empty, 0 bytes"):
         decode(path, 16)

@@ -31,7 +31,11 @@ def _inside(root: Path, name: str, marks: Sequence[str]) -> Path | None:
 def _lines(path: Path) -> list[list[str]]:
     """Read lines of a number and a text, as CUB-200-2011 writes all of its tables."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: no text in UTF-8 ({error}); extract it again") from error
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         fields = line.split(maxsplit=1)
@@ -85,19 +89,19 @@ def stanford_cars(root: Path) -> Found | None:
         content = _mat(path)
         names = _class_list(path, content, "class_names")
         rows = _annotations(path, content, ("relative_im_path", "class", "test"))
-        files = [(root / str(name), int(label), int(test)) for name, label, test in rows]
+        files = [(root / name, label, test) for name, label, test in rows]
     elif (root / "devkit" / "cars_meta.mat").is_file():
         path = root / "devkit" / "cars_meta.mat"
         names = _class_list(path, _mat(path), "class_names")
         files = []
         train = root / "devkit" / "cars_train_annos.mat"
         for name, label in _annotations(train, _mat(train), ("fname", "class")):
-            files.append((root / "cars_train" / str(name), int(label), 0))
+            files.append((root / "cars_train" / name, label, 0))
         for folder in (root, root / "devkit"):
             test = folder / "cars_test_annos_withlabels.mat"
             if test.is_file():
                 for name, label in _annotations(test, _mat(test), ("fname", "class")):
-                    files.append((root / "cars_test" / str(name), int(label), 1))
+                    files.append((root / "cars_test" / name, label, 1))
                 break
     else:
         return None
@@ -143,7 +147,10 @@ def _annotations(
         raise DataError(
             f"{path}: its annotations lack {', '.join(fields)}; the file with labels is needed"
         )
-    return [tuple(row[field] for field in fields) for row in table]
+    try:
+        return [(str(row[fields[0]]), *(int(row[field]) for field in fields[1:])) for row in table]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: damaged annotations ({error}); get the file again") from error
 
 
 def cifar100(root: Path) -> Found | None:
@@ -163,7 +170,8 @@ def cifar100(root: Path) -> Found | None:
             raise DataError(
                 f"{folder / part}: not a CIFAR-100 pickle ({error}); download the python version"
             ) from error
-        if len(labels[-1]) != len(arrays[-1]) or not (labels[-1] < len(names)).all():
+        known = (labels[-1] >= 0) & (labels[-1] < len(names))
+        if len(known) != len(arrays[-1]) or not known.all():
             raise DataError(f"{folder / part}: images and labels disagree; download it again")
     array = np.concatenate(arrays).transpose(0, 2, 3, 1)  # (60000, 32, 32, 3)
     target = np.concatenate(labels)
@@ -191,26 +199,32 @@ def chestx(root: Path) -> Found | None:
     }
     classes: dict[str, list[Path]] = {}
     missing = 0
-    with tables[0].open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        if not {"Image Index", "Finding Labels"} <= set(reader.fieldnames or ()):
-            raise DataError(
-                f"{tables[0]}: expected the columns Image Index and Finding Labels; get it again"
-            )
-        for row in reader:
-            label, name = row["Finding Labels"], row["Image Index"]
-            if label not in wanted:
-                continue
-            if name in paths:
-                classes.setdefault(label, []).append(paths[name])
-            else:
-                missing += 1
+    for name, label in _findings(tables[0]):
+        if label not in wanted:
+            continue
+        if name in paths:
+            classes.setdefault(label, []).append(paths[name])
+        else:
+            missing += 1
     if missing:
         raise DataError(
             f"{tables[0]}: {missing} of the images of its single-label rows are in no folder "
             f"images*/ beside it; extract all image archives into {root}"
         )
     return Found("ChestX-ray14 table and images", {"": classes}, where={"": str(root)})
+
+
+def _findings(table: Path) -> list[tuple[str, str]]:
+    """Image and finding labels of each row of ChestX's table."""
+    columns = ("Image Index", "Finding Labels")
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            if set(columns) <= set(reader.fieldnames or ()):
+                return [(row[columns[0]], row[columns[1]]) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{table}: no table in UTF-8 ({error}); get it again") from error
+    raise DataError(f"{table}: expected the columns {' and '.join(columns)}; get it again")
 
 
 RECOGNISERS: tuple[Callable[[Path], Found | None], ...] = (

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dvla_fast.data import list_data, load_split_list
@@ -134,3 +136,52 @@ def test_archive_tables_stay_inside(tmp_path: Path) -> None:
     table.write_text("\n".join(["1 ../../o.jpg", *lines[1:]]))
     with pytest.raises(DataError, match=r"images\.txt: names .*outside of"):
         list_data(tmp_path, "cub_100_50_50")
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "images.txt", "image_class_labels.txt"])
+def test_tables_of_cub_that_are_no_text(name: str, tmp_path: Path) -> None:
+    table = trees.cub(tmp_path) / "CUB_200_2011" / name
+    table.write_bytes(table.read_bytes() + b"7 \xff\xfe")
+    with pytest.raises(DataError, match=rf"{name}: no text in UTF-8 .*; extract it again"):
+        list_data(tmp_path, "cub_100_50_50")
+
+
+def test_table_of_chestx_that_is_no_text(tmp_path: Path) -> None:
+    table = trees.chestx(tmp_path) / "Data_Entry_2017.csv"
+    whole = table.read_bytes()
+    for damage, message in ((b"\xff\xfe", "no table in UTF-8"), (b"", "expected the columns")):
+        table.write_bytes(whole + damage if damage else b"a,b\n1,2\n")
+        with pytest.raises(DataError, match=rf"Data_Entry_2017\.csv: {message}"):
+            list_data(tmp_path)
+
+
+def test_labels_of_cifar_below_zero(tmp_path: Path) -> None:
+    """Numpy would count them from the end, or here leave their images out without a word."""
+    trees.cifar100(tmp_path)
+    rows = {"data": np.zeros((2, 3072), np.uint8), "fine_labels": [0, -1]}
+    trees.dump(tmp_path / "cifar-100-python" / "test", rows)
+    with pytest.raises(DataError, match="test: images and labels disagree; download it again"):
+        list_data(tmp_path, "cifar_fs")
+
+
+@pytest.mark.parametrize("label", [float("nan"), np.zeros(2), "x"])
+def test_annotations_of_cars_that_are_no_numbers(
+    label: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trees.cars(tmp_path, merged=True)
+    kinds = [("relative_im_path", object), ("class", object), ("test", object)]
+    table = np.array([("car_ims/1.jpg", label, 0)], dtype=kinds)
+    content = {"annotations": table, "class_names": np.array(["a", "b"], dtype=object)}
+    monkeypatch.setattr("dvla_fast.data.archives._mat", lambda path: content)
+    with pytest.raises(DataError, match=r"cars_annos\.mat: damaged annotations .* get the file"):
+        list_data(tmp_path, "cars_dn4_130_17_49")
+
+
+def test_array_whose_header_is_damaged(tmp_path: Path) -> None:
+    """numpy's reader of headers raises errors of Python's own parser."""
+    trees.tiered(tmp_path, "npz")
+    with zipfile.ZipFile(tmp_path / "val_images.npz", "w") as archive:
+        header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (4L, (, }\n"
+        archive.writestr("images.npy", b"\x93NUMPY\x01\x00" + bytes([len(header), 0]) + header)
+    with pytest.raises(DataError, match=r"val_images\.npz: no array 'images' to read"):
+        list_data(tmp_path)

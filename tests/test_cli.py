@@ -67,6 +67,20 @@ def pretrained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "checkpoints" / "pretrain-best.safetensors"
 
 
+def test_too_few_images_to_validate_on_is_told_before_the_run(
+    photos: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = trees.split_folders(tmp_path / "few", {"train": "ab", "test": "cd"}, 4)
+    settings = [f"--data.dataset={data}", "--data.image_size=16", f"--output={tmp_path / 'run'}"]
+    words = "class 'a' has 1 image(s), and 1-shot validation takes 2 or more of each; add images, "
+    assert words + "raise --data.holdout" in fails(["pretrain", *settings, *TINY_PRETRAIN], capsys)
+    tune = metatune(photos, pretrained, f"--output={tmp_path / 'run'}", "--metatune.shots=[2]")
+    said = fails(tune, capsys)
+    assert "class 'a' has 2 image(s), and 2-shot validation takes 3 or more of each; add" in said
+    assert said.endswith("raise --data.holdout, or lower the shots")
+    assert not (tmp_path / "run").exists()
+
+
 def metatune(photos: Path, checkpoint: Path, *more: str) -> list[str]:
     return [
         "metatune",

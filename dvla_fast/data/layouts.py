@@ -32,6 +32,7 @@ from dvla_fast.semantics.bank import normalised_name
 # Names of training and test classes, as people call them; those of validation in any case.
 _SPLIT_NAMES = (("train", "test"), ("base", "novel"))
 _VAL_NAMES = ("val", "valid", "validation")
+_MADE = ("digits", "shapes", "shapes-varied")  # data sets without a folder
 
 
 def list_data(root: str | Path, splits: str = "", *, strict: bool = True) -> Listing:
@@ -69,6 +70,8 @@ def list_data(root: str | Path, splits: str = "", *, strict: bool = True) -> Lis
 
 
 def _no_folder(root: Path) -> str:
+    if str(root) in _MADE:
+        return f"{root}: comes with dvla-fast, and has no folder to read; --data.dataset takes it"
     if root.is_file():
         return f"{root}: is a file; extract the archive first and give its folder"
     return (

@@ -44,6 +44,7 @@ from dvla_fast.engine.inputs import run_inputs
 from dvla_fast.engine.leaks import find_seen_images
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import metatune
+from dvla_fast.engine.monitor import monitor_episodes
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor, image_features, predict_visual
 from dvla_fast.engine.prefixes import PrefixMaps, has_constant_prefix
 from dvla_fast.engine.pretrain import pretrain
@@ -207,6 +208,7 @@ class Workshop:
         tuning = self.config.metatune
         for shot in tuning.shots:
             EpisodeSampler(self.data.base, tuning.way, shot, tuning.query, 0)
+        monitor_episodes(self.data, tuning.way, tuning.shots[0], tuning.query)
         for variant in variants:
             if not variant.trains:
                 continue

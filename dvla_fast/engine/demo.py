@@ -39,6 +39,7 @@ from dvla_fast.engine.inputs import pixel_facts
 from dvla_fast.engine.leaks import SeenImages, find_seen_images
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import metatune
+from dvla_fast.engine.monitor import monitor_episodes
 from dvla_fast.engine.predict import FIXED, LEARNED, VISUAL
 from dvla_fast.engine.pretrain import pretrain
 from dvla_fast.engine.recipes import recipe_of
@@ -117,6 +118,7 @@ def _check_recipe(
     tuning, tested = config.metatune, config.evaluate
     for shot in tuning.shots:
         EpisodeSampler(data.base, tuning.way, shot, tuning.query, 0)
+    monitor_episodes(data, tuning.way, tuning.shots[0], tuning.query)
     images, chosen = data.split(tested.split), tested.episode_list
     for shot in tested.shots:
         build_sampler(chosen, images, tested.way, shot, tested.query, config.seed, seen.barred)

@@ -271,6 +271,7 @@ def _check_recipe(
     """Find settings that cannot train before a folder is made (DataError, UsageError)."""
     for shot in config.shots:
         EpisodeSampler(data.base, config.way, shot, config.query, 0)
+    monitor_episodes(data, config.way, config.shots[0], config.query)
     GateTraining(config, model, processes)
     Augmentation(config.augment, data)
     processes.share(config.episodes_per_step, "metatune.episodes_per_step")

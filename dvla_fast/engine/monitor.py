@@ -15,6 +15,7 @@ from torch import Tensor
 from dvla_fast.data import EpisodeSampler, FewShotData
 from dvla_fast.engine.logging import Progress
 from dvla_fast.engine.statistics import mean_interval, points
+from dvla_fast.errors import DataError
 
 
 def monitor_episodes(data: FewShotData, way: int, shot: int, query: int) -> dict[str, Any]:
@@ -23,13 +24,24 @@ def monitor_episodes(data: FewShotData, way: int, shot: int, query: int) -> dict
     Returns:
         ``way``, ``shot`` and ``query``, and ``asked``: the same as asked for, where one was
         lowered.
+
+    Raises:
+        DataError: a class has no image left to ask about.
     """
-    counts = torch.bincount(data.monitor.labels)
+    names = data.monitor.class_names
+    counts = torch.bincount(data.monitor.labels, minlength=len(names))
+    if int(counts.min()) <= shot:
+        held_out = ", raise --data.holdout" if names == data.base.class_names else ""
+        raise DataError(
+            f"{data.monitor.name}: class {names[int(counts.argmin())]!r} has {int(counts.min())} "
+            f"image(s), and {shot}-shot validation takes {shot + 1} or more of each; add images"
+            f"{held_out}{', or lower the shots' if shot > 1 else ''}"
+        )
     asked = {"way": way, "shot": shot, "query": query}
     real = {
-        "way": min(way, len(data.monitor.class_names)),
+        "way": min(way, len(names)),
         "shot": shot,
-        "query": max(1, min(query, int(counts.min()) - shot)),
+        "query": min(query, int(counts.min()) - shot),
     }
     return real if real == asked else {**real, "asked": asked}
 

@@ -189,7 +189,9 @@ def check_recipe(config: PretrainConfig, data: FewShotData, processes: Processes
 
     Raises:
         UsageError: batches too small or of unequal shares, amounts out of their range.
+        DataError: too few images to validate on.
     """
+    monitor_episodes(data, *_VALIDATION)
     Augmentation(config.augment, data)
     processes.share(config.batch_size, "pretrain.batch_size")
     images, smallest = min(config.batch_size, len(data.base)), 2 * processes.count

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dvla_fast.data import list_data, load_data
+from dvla_fast.data.shapes import KINDS
 from dvla_fast.data.splits import (
     SPLITS,
     bundled_split_lists,
@@ -392,3 +393,10 @@ def test_archive_file_instead_of_its_folder(tmp_path: Path) -> None:
     (tmp_path / "CUB_200_2011.tgz").write_bytes(b"x")
     with pytest.raises(DataError, match="extract the archive first"):
         list_data(tmp_path / "CUB_200_2011.tgz")
+
+
+def test_data_sets_that_have_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", *KINDS):
+        with pytest.raises(DataError, match=f"{name}: comes with dvla-fast, and has no folder"):
+            list_data(name)

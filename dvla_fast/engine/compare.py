@@ -1,8 +1,8 @@
 """``dvla-fast compare``: two evaluations, or two groups of them, on the same episodes, in words.
 
 The difference is taken episode by episode (``engine.statistics``), so the spread of the episodes'
-difficulty cancels. With several runs a side (seeds), an episode's accuracy is the mean over them,
-and a second interval over runs says what training again would change.
+difficulty cancels. With several runs a side (seeds), an episode's accuracy is the mean over their
+checkpoints, and a second interval over these says what training again would change.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dvla_fast.engine.recipes import recipe_differences, training_of
 from dvla_fast.engine.records import SAME_EPISODES, EpisodeRecord, other_pixels, read_summary
@@ -163,9 +162,8 @@ def _compare_shot(
     for group, wanted in zip(groups, methods):
         name = wanted or group[0][1][shot]["method"]
         names.append(name)
-        sides.append([_record(path, shot, name) for path, _ in group])
-    values = [torch.stack([r.accuracies(n) for r in side]) for side, n in zip(sides, names)]
-    means = [rows.mean(0) for rows in values]
+        sides.append(_together([_record(path, shot, name) for path, _ in group], name))
+    means = [side.accuracies(name) for side, name in zip(sides, names)]
     trained = [_checkpoint_accuracies(side, name) for side, name in zip(sides, names)]
     several = min(map(len, trained)) > 1
     row: dict[str, Any] = {
@@ -193,12 +191,16 @@ def _record(path: str, shot: int, method: str) -> EpisodeRecord:
     return record
 
 
-def _checkpoint_accuracies(side: Sequence[EpisodeRecord], method: str) -> list[float]:
-    found = []
-    for record in side:
-        right = record.predictions[method] == record.labels
-        found += right.double().mean((1, 2)).tolist()
-    return found
+def _together(records: Sequence[EpisodeRecord], method: str) -> EpisodeRecord:
+    """Join what a method said in several runs of the same episodes: each checkpoint counts once."""
+    predictions = torch.cat([record.predictions[method] for record in records])
+    return EpisodeRecord(records[0].classes, records[0].labels, {method: predictions})
+
+
+def _checkpoint_accuracies(side: EpisodeRecord, method: str) -> list[float]:
+    right = side.predictions[method] == side.labels
+    accuracies: list[float] = right.double().mean((1, 2)).tolist()
+    return accuracies
 
 
 def _class_names(path: str, shot: int) -> list[str] | None:
@@ -210,13 +212,13 @@ def _class_names(path: str, shot: int) -> list[str] | None:
 
 
 def _compare_classes(
-    sides: Sequence[Sequence[EpisodeRecord]], methods: Sequence[str], names: list[str] | None
+    sides: Sequence[EpisodeRecord], methods: Sequence[str], names: list[str] | None
 ) -> list[dict[str, Any]]:
-    tables: list[Tensor] = []
-    for side, method in zip(sides, methods):
-        parts = [episode_class_accuracies(r.classes, r.labels, r.predictions[method]) for r in side]
-        tables.append(torch.stack(parts).mean(0).flatten())
-    owner = sides[0][0].classes.flatten()
+    tables = [
+        episode_class_accuracies(side.classes, side.labels, side.predictions[method]).flatten()
+        for side, method in zip(sides, methods)
+    ]
+    owner = sides[0].classes.flatten()
     rows: list[dict[str, Any]] = []
     for index in owner.unique().tolist():
         mine = owner == index

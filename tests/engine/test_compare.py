@@ -7,6 +7,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -89,6 +90,24 @@ def test_several_seeds_a_side(tmp_path: Path) -> None:
     expected = stats.ttest_ind(*means, equal_var=False)
     assert row["over_checkpoints"]["p_value"] == pytest.approx(expected.pvalue, rel=1e-6)
     assert row["accuracies"] == pytest.approx([sum(m) / len(m) for m in means])
+
+
+def test_each_checkpoint_counts_once_whatever_run_it_is_in(tmp_path: Path) -> None:
+    """Both verdicts, and those by class, are about one and the same mean."""
+    three = write_evaluation(tmp_path / "three", 0.7, checkpoints=3)
+    one, other = (write_evaluation(tmp_path / n, r) for n, r in (("one", 0.5), ("other", 0.6)))
+    again = write_evaluation(tmp_path / "again", 0.62)
+    row = compare_groups([str(three), str(one)], [str(other), str(again)])["results"][0]
+    assert row["checkpoints"] == [4, 2]
+    right = []
+    for run in (three, one):
+        record = EpisodeRecord.read(run / "episodes-1shot.npz")
+        right += list((record.predictions["learned gate"] == record.labels).double())
+    assert row["accuracies"][0] == pytest.approx(torch.stack(right).mean().item())
+    assert row["over_checkpoints"]["difference"] == pytest.approx(row["difference"])
+    weights = [found["episodes"] for found in row["classes"]]
+    classes = [found["accuracies"][0] for found in row["classes"]]
+    assert row["accuracies"][0] == pytest.approx(np.average(classes, weights=weights))
 
 
 def test_a_training_counts_once_a_side(

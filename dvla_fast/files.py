@@ -66,6 +66,15 @@ def check_new(path: Path, overwrite: bool) -> None:
         )
 
 
+def state_of(path: Path) -> str:
+    """Size and time of change of a file; "missing" also for a link that leads nowhere."""
+    try:
+        state = path.stat()
+    except OSError:
+        return "missing"
+    return f"{state.st_size}\0{state.st_mtime_ns}"
+
+
 def json_text(value: Any, indent: int | None = None) -> str:
     """Return a value as JSON that any reader takes: NaN and infinity, which it lacks, are null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)

@@ -27,8 +27,6 @@ from torch import Tensor
 from .beta_math import DRAWN, GIVEN, MEAN, beta_step
 from .launching import Step, run
 
-# Kernel, grid, its tensors and numbers in order, constants and launch options by name.
-
 BLOCK = 128
 # Fused multiply-adds are where the C++ code has them and nowhere else.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, "sanitize_overflow": False}

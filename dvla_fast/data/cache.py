@@ -32,6 +32,7 @@ from dvla_fast.data.listing import Listing
 from dvla_fast.data.load import assemble, warn_if_enlarged
 from dvla_fast.data.splits import SPLITS, is_split_of, published_name
 from dvla_fast.errors import DataError, OutputError
+from dvla_fast.files import state_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -131,7 +132,7 @@ class _Builder:
             source = split.source(index)
             if isinstance(source, Path):
                 name = self.listing.image_id(split, index)
-                digest.update(f"{name}\0{_state(source)}\n".encode())
+                digest.update(f"{name}\0{state_of(source)}\n".encode())
             else:
                 digest.update(np.ascontiguousarray(source).tobytes())
         return digest.hexdigest()
@@ -342,15 +343,6 @@ class _Builder:
             "dvla_fast": __version__,
             "pillow": pillow().__version__,
         }
-
-
-def _state(path: Path) -> str:
-    """Size and time of a file, or that there is none: decoding it will say so."""
-    try:
-        state = path.stat()
-    except OSError:  # removed since it was listed, or a link that leads nowhere
-        return "missing"
-    return f"{state.st_size}\0{state.st_mtime_ns}"
 
 
 def _statistics(total: Any, square: Any, pixels: int) -> dict[str, list[float]] | None:

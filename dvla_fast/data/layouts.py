@@ -18,6 +18,7 @@ import numpy as np
 from dvla_fast.data import archives
 from dvla_fast.data.decode import IMAGE_SUFFIXES, is_image
 from dvla_fast.data.listing import Found, Listing, References, Split, within
+from dvla_fast.data.shapes import KINDS
 from dvla_fast.data.splits import (
     SPLITS,
     SplitList,
@@ -32,7 +33,7 @@ from dvla_fast.semantics.bank import normalised_name
 # Names of training and test classes, as people call them; those of validation in any case.
 _SPLIT_NAMES = (("train", "test"), ("base", "novel"))
 _VAL_NAMES = ("val", "valid", "validation")
-_MADE = ("digits", "shapes", "shapes-varied")  # data sets without a folder
+_MADE = ("digits", *KINDS)  # data sets without a folder
 
 
 def list_data(root: str | Path, splits: str = "", *, strict: bool = True) -> Listing:

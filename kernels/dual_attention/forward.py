@@ -245,9 +245,8 @@ def forward(
     outputs = _allocate(query, image_key.shape[0], save)
     inputs = (query, image_key, image_value, text_key, text_value, alpha, image_mask, text_mask)
     launched = run([step(inputs, outputs, scale, save, precision)], query)
-    if (
-        not launched
-    ):  # no rows, or no images to carry the text along: nothing may stay uninitialised
+    if not launched:
+        # No rows, or no images to carry the text along: nothing may stay uninitialised.
         for result in outputs:
             result.zero_()
     elif recorder is not None:

@@ -16,7 +16,6 @@ pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.skipif(_extension.problem is not None, reason="the C++ extension is not built"),
     pytest.mark.skipif(torch.version.cuda is None, reason="torch was built without CUDA"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's driver is in use"),
 ]
 
 from attention_cases import Shape, grad_for, make, make_masks  # noqa: E402

@@ -377,8 +377,10 @@ def test_server_lost_on_the_way_keeps_what_was_answered() -> None:
 
 def test_answers_under_way_are_delivered_before_the_work_stops() -> None:
     refused = threading.Event()
+    under_way = threading.Barrier(4, timeout=60)  # all, before the bad one is refused
 
     def behave(request: dict[str, Any], number: int) -> Reply:
+        under_way.wait()
         if prompt_of(request) == "bad":
             refused.set()
             return Reply(status=403)

@@ -9,6 +9,7 @@ incomplete installation.
 from __future__ import annotations
 
 import difflib
+import errno
 import shlex
 import sys
 import time
@@ -60,6 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         message = " ".join(str(error).split()) or "no message"
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return fail(
+                f"the disk is full ({message}); free space and run the same command again, a run "
+                "that has begun with --resume"
+            )
         return fail(f"{type(error).__name__}: {message} (--debug shows the traceback)")
 
 

@@ -13,12 +13,16 @@ from typing import Any
 
 from dvla_fast.errors import OutputError
 
+REMEDY = "free space or choose another --output folder"
+RUN_REMEDY = "free space and continue with --resume"  # of runs that have begun
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+
+def write_atomic(path: Path, write: Callable[[Path], None], remedy: str = REMEDY) -> None:
     """Write a file under a temporary name in the same folder, flush it, and rename it into place.
 
     Raises:
-        OutputError: the folder cannot be written or the disk is full; the old file stays.
+        OutputError: the folder cannot be written or the disk is full, with the remedy; the old
+            file stays.
     """
     temporary: Path | None = None
     try:
@@ -35,14 +39,11 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise unwritable(path, error, remedy) from error
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-
-
-REMEDY = "free space or choose another --output folder"
 
 
 def check_writable(path: Path, remedy: str = REMEDY) -> None:
@@ -95,9 +96,9 @@ def unwritable(path: Path, error: OSError, remedy: str = REMEDY) -> OutputError:
     return OutputError(f"{path}: cannot write ({error.strerror or error}); {remedy}")
 
 
-def write_text_atomic(path: Path, text: str) -> None:
+def write_text_atomic(path: Path, text: str, remedy: str = REMEDY) -> None:
     """Replace a text file atomically (OutputError when it cannot be written)."""
-    write_atomic(path, lambda temporary: _write_text(temporary, text))
+    write_atomic(path, lambda temporary: _write_text(temporary, text), remedy)
 
 
 def _write_text(path: Path, text: str) -> None:

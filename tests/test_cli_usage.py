@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dvla_fast.cli import _parse, main
+from dvla_fast.runners import RUNNERS
 from tests.test_cli import TINY_PRETRAIN, fails
 
 
@@ -194,3 +195,17 @@ def test_output_that_nobody_reads_on() -> None:
         process.stdin.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+def test_a_full_disk_wherever_it_is_met(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(config: Any) -> int:
+        with open("/dev/full", "w") as stream:
+            stream.write("x")
+        return 0
+
+    monkeypatch.setitem(RUNNERS, "compare", full)
+    message = fails(["compare", "a", "b"], capsys)
+    assert "the disk is full" in message
+    assert "free space and run the same command again, a run that has begun with --res" in message

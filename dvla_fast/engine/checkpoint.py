@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dvla_fast.errors import CheckpointError, MissingDependencyError, TrainingError
-from dvla_fast.files import json_text, write_atomic, write_text_atomic
+from dvla_fast.files import RUN_REMEDY, json_text, write_atomic, write_text_atomic
 
 FORMAT = "dvla-fast-checkpoint/1"
 
@@ -61,14 +61,16 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str
             )
     content = {**info, "format": FORMAT, "tensors_sha256": _digest(host)}
     description = json_text(content)
-    write_atomic(
-        path,
-        lambda temporary: safetensors.torch.save_file(
-            host, str(temporary), metadata={"dvla_fast": description}
-        ),
-    )
+
+    def save(temporary: Path) -> None:
+        try:
+            safetensors.torch.save_file(host, str(temporary), metadata={"dvla_fast": description})
+        except safetensors.SafetensorError as error:  # a full disk is no OSError to it
+            raise OSError(str(error)) from error
+
+    write_atomic(path, save, RUN_REMEDY)
     readable = {key: value for key, value in content.items() if key != "resume"}
-    write_text_atomic(path.with_suffix(".json"), json_text(readable, indent=2) + "\n")
+    write_text_atomic(path.with_suffix(".json"), json_text(readable, indent=2) + "\n", RUN_REMEDY)
 
 
 def load_checkpoint(

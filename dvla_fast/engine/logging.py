@@ -24,7 +24,13 @@ from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.settings import differences, load_yaml
 from dvla_fast.engine.settle import absolute_paths
 from dvla_fast.errors import MissingDependencyError, OutputError
-from dvla_fast.files import json_text, write_atomic, write_text_atomic
+from dvla_fast.files import (
+    RUN_REMEDY,
+    json_text,
+    unwritable,
+    write_atomic,
+    write_text_atomic,
+)
 
 # Seconds of work without a line, off a terminal, after which one says how far it is.
 _SILENCE = 30.0
@@ -146,8 +152,15 @@ class RunFolder:
         if not self.writes:
             return
         row = {"stage": stage, "step": step, **values}
-        with self._metrics.open("a", encoding="utf-8") as stream:
-            stream.write(json_text(row) + "\n")
+        try:
+            with self._metrics.open("a", encoding="utf-8") as stream:
+                stream.write(json_text(row) + "\n")
+            self._show(stage, step, values)
+        except OSError as error:
+            raise unwritable(self._metrics, error, RUN_REMEDY) from error
+
+    def _show(self, stage: str, step: int, values: dict[str, Any]) -> None:
+        """Give numbers to TensorBoard and Weights & Biases."""
         figures = {}
         for key, value in values.items():
             for index, item in enumerate(value if isinstance(value, list) else [value]):
@@ -171,21 +184,24 @@ class RunFolder:
             return
         rows = [row for row in self.rows() if row["stage"] != stage or row["step"] <= last_step]
         text = "".join(json_text(row) + "\n" for row in rows)
-        write_text_atomic(self._metrics, text)
+        self.write_text(self._metrics.name, text)
 
     def write_summary(self, summary: dict[str, Any]) -> Path:
         """Write ``summary.json`` atomically and return its path."""
-        path = self.path / "summary.json"
-        if not self.writes:
-            return path
-        write_text_atomic(path, json_text(summary, indent=2) + "\n")
+        return self.write_text("summary.json", json_text(summary, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a text file atomically and return its path."""
+        path = self.path / name
+        if self.writes:
+            write_text_atomic(path, text, RUN_REMEDY)
         return path
 
     def write_file(self, name: str, write: Any) -> Path:
-        """Write another file atomically through ``write(path)`` and return its path."""
+        """Write a file atomically through ``write(path)`` and return its path."""
         path = self.path / name
         if self.writes:
-            write_atomic(path, write)
+            write_atomic(path, write, RUN_REMEDY)
         return path
 
     def close(self) -> None:
@@ -384,7 +400,7 @@ class Progress:
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(elapsed_when_finished=False),
-                TextColumn("[dim]{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", style="dim", markup=False),
                 console=Console(stderr=True),
             )
             self._rich.__enter__()
@@ -428,17 +444,20 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Show the newest figures of the current stage; off a terminal, print one line."""
-        if self._rich is not None:
-            self._rich.update(self._tasks[self._current or ""], note=text)
-        elif self.enabled:
-            self._line(text)
+        if self._rich is None:
+            if self.enabled:
+                self._line(text)
+        elif self._current is None:  # no stage has begun
+            self._rich.console.print(text, markup=False, highlight=False)
+        else:
+            self._rich.update(self._tasks[self._current], note=text)
 
     def _line(self, text: str) -> None:
         self._shown = self._clock()
         left = self.seconds_left()
         time_left = f", about {left:.0f} s left" if left is not None else ""
         share = f"{100 * self.fraction():.0f} %"
-        said = f"{self._current}: {text}" if text else self._current
+        said = ": ".join(filter(None, (self._current, text)))
         print(f"[{share:>5}{time_left}] {said}", file=sys.stderr, flush=True)
 
     def fraction(self) -> float:

@@ -27,7 +27,7 @@ from dvla_fast.engine.statistics import (
     points,
 )
 from dvla_fast.errors import MissingDependencyError, OutputError
-from dvla_fast.files import json_text, write_text_atomic
+from dvla_fast.files import json_text
 
 # Two evaluations meet the same episodes when all of these agree; what a difference means, in words.
 SAME_EPISODES = {
@@ -247,7 +247,7 @@ def keep_record(
 
 def keep_result(folder: RunFolder, result: dict[str, Any]) -> None:
     """Write the result of a list of episodes after all else: the mark that the list is finished."""
-    write_text_atomic(folder.path / _result_name(result), json_text(result, indent=2) + "\n")
+    folder.write_text(_result_name(result), json_text(result, indent=2) + "\n")
 
 
 def finished_result(folder: RunFolder, described: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -316,7 +316,7 @@ def write_confusion(
         "meaning": "counts[i][j]: queries of class i given class j; offered[i][j]: queries of "
         "class i in episodes that held class j",
     }
-    folder.write_file(f"{stem}.json", lambda path: path.write_text(json_text(content) + "\n"))
+    folder.write_text(f"{stem}.json", json_text(content) + "\n")
     title = f"{result['dataset']}/{result['split']}, {result['way']}-way {shot}-shot, {method}"
     with contextlib.suppress(MissingDependencyError):
         folder.write_file(f"{stem}.png", lambda path: plot_confusion(rates, names, path, title))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -105,6 +106,20 @@ def test_a_failed_write_leaves_the_old_file(saved: Path, monkeypatch: pytest.Mon
         save_checkpoint(saved, TENSORS, {"kind": "pretrain"})
     assert saved.read_bytes() == before
     assert not [name for name in os.listdir(saved.parent) if name.endswith(".tmp")]
+
+
+def test_a_full_disk_is_told_with_what_to_do(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Safetensors has an error of its own for it."""
+    before = saved.read_bytes()
+
+    def full(*given: object, **more: object) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OutputError, match=r"No space left .*free space and continue with --resume"):
+        save_checkpoint(saved, {"a": torch.zeros(2)}, {"kind": "metatune"})
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.glob(".*")] == []
 
 
 def test_another_model_is_refused_untouched() -> None:

@@ -182,3 +182,32 @@ def test_progress_counts_the_whole_run(capsys: pytest.CaptureFixture[str]) -> No
         progress.note("half way")
         assert progress.fraction() == pytest.approx(0.625)
     assert "second: half way" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_notes_are_shown_as_they_are(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first stage too, and with brackets, which mean something to rich."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with Progress({"stage": 1.0}) as progress:
+        progress.note("the gates of runs/[a] learn on")
+        progress.begin("stage", 1)
+        progress.note("failed: no [/such] tag")
+        progress.advance()
+    said = capsys.readouterr().err
+    assert "the gates of runs/[a] learn on" in said
+    assert "None" not in said
+    assert "failed: no [/such]" in said
+
+
+def test_a_full_disk_while_logging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    folder.log("stage", 1, loss=0.5)
+    folder.close()
+    os.symlink("/dev/full", tmp_path / "full")
+    monkeypatch.setattr(folder, "_metrics", tmp_path / "full")
+    with pytest.raises(OutputError, match=r"full: cannot write \(No space.*continue with --resume"):
+        folder.log("stage", 2, loss=0.4)
+    resumed = RunFolder(tmp_path / "run", {"seed": 0}, resume=True)
+    assert [row["step"] for row in resumed.rows()] == [1]

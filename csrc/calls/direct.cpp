@@ -3,8 +3,10 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/DistributionsHelper.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/randint.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
@@ -21,6 +23,7 @@
 
 #include "attention/dual_attention.h"
 #include "beta/beta_policy.h"
+#include "gate/gated_attention.h"
 #include "policy/gate_policy.h"
 
 namespace dvla_fast::direct {
@@ -98,6 +101,35 @@ struct Attention {  // the arguments of dual_attention; a mask may be absent
   const at::Tensor *image_mask, *text_mask;
 };
 
+// Whether a query (T,H,P,D) and `batch` images fit together, and there are kernels for them.
+bool runs(const at::Tensor& query, int64_t batch, bool cuda) {
+  const auto type = query.scalar_type();
+  const bool half = type == at::kHalf || type == at::kBFloat16;
+  const int64_t groups = query.size(0), heads = query.size(1), width = query.size(3);
+  if (groups == 0 || heads == 0 || width == 0 || batch % groups != 0) return false;
+  return query.is_cuda() ? cuda && (half || type == at::kFloat) && width <= 256
+                         : query.is_cpu() && (half || type == at::kFloat || type == at::kDouble);
+}
+
+bool fits_gate(const at::Tensor& alpha, int64_t batch, int64_t heads) {
+  return at::isFloatingType(alpha.scalar_type()) &&
+         (alpha.dim() == 0 || has_shape(alpha, {batch}) || has_shape(alpha, {batch, heads}));
+}
+
+// The gate as the ops take it, (B, H) in the type of sums.
+at::Tensor spread_gate(const at::Tensor& alpha, at::ScalarType type, int64_t batch, int64_t heads) {
+  const auto wide = type == at::kDouble ? at::kDouble : at::kFloat;
+  return (alpha.dim() == 1 ? alpha.unsqueeze(1) : alpha).to(wide).expand({batch, heads});
+}
+
+// The factor of scores in an argument, D^-1/2 without one; none where Python is to look at it.
+std::optional<double> scale_of(py::handle object, int64_t width) {
+  if (object.is_none()) return 1.0 / std::sqrt(static_cast<double>(width));
+  if (!PyFloat_CheckExact(object.ptr())) return std::nullopt;
+  const double scale = PyFloat_AS_DOUBLE(object.ptr());
+  return std::abs(scale) <= kLargest ? std::optional(scale) : std::nullopt;
+}
+
 // Whether the compiled op takes them as they are. Python names what is wrong with others.
 bool fits(const Attention& a, bool cuda) {
   for (const at::Tensor* tensor :
@@ -108,24 +140,88 @@ bool fits(const Attention& a, bool cuda) {
                            a.image_mask, a.text_mask})) {
     return false;
   }
-  const auto type = a.query.scalar_type();
-  const bool half = type == at::kHalf || type == at::kBFloat16;
   const int64_t groups = a.query.size(0), heads = a.query.size(1), width = a.query.size(3);
   const int64_t batch = a.image_key.size(0), keys = a.image_key.size(2);
   const int64_t text_keys = a.text_key.size(2);
-  if (groups == 0 || heads == 0 || width == 0 || batch % groups != 0) return false;
-  const bool runs = a.query.is_cuda()
-                        ? cuda && (half || type == at::kFloat) && width <= 256
-                        : a.query.is_cpu() && (half || type == at::kFloat || type == at::kDouble);
-  if (!runs) return false;
-  return has_shape(a.image_key, {batch, heads, keys, width}) &&
+  return runs(a.query, batch, cuda) && has_shape(a.image_key, {batch, heads, keys, width}) &&
          has_shape(a.image_value, {batch, heads, keys, width}) &&
          has_shape(a.text_key, {groups, heads, text_keys, width}) &&
          has_shape(a.text_value, {groups, heads, text_keys, width}) &&
-         at::isFloatingType(a.alpha.scalar_type()) &&
-         (a.alpha.dim() == 0 || has_shape(a.alpha, {batch}) ||
-          has_shape(a.alpha, {batch, heads})) &&
-         fits_mask(a.image_mask, batch, keys) && fits_mask(a.text_mask, groups, text_keys);
+         fits_gate(a.alpha, batch, heads) && fits_mask(a.image_mask, batch, keys) &&
+         fits_mask(a.text_mask, groups, text_keys);
+}
+
+struct Layer {  // the arguments of gated_attention, cast as autocast asks; a mask may be absent
+  at::Tensor query, kv_weight, text_key, text_value, out_weight;
+  const at::Tensor &image_tokens, &alpha;
+  const at::Tensor *image_mask, *text_mask;
+
+  int64_t groups() const { return query.size(0); }
+  int64_t heads() const { return query.size(1); }
+  int64_t width() const { return query.size(3); }
+  int64_t batch() const { return image_tokens.size(0); }
+};
+
+bool fits(const Layer& l, bool cuda) {
+  const at::Tensor &query = l.query, &tokens = l.image_tokens;
+  if (query.dim() != 4 || tokens.dim() != 3 ||
+      !on_device(query, {&l.kv_weight, &l.text_key, &l.text_value, &l.out_weight, &tokens, &l.alpha,
+                         l.image_mask, l.text_mask})) {
+    return false;
+  }
+  const auto type = query.scalar_type();
+  for (const at::Tensor* tensor : {&l.kv_weight, &l.text_key, &l.text_value, &l.out_weight}) {
+    if (tensor->scalar_type() != type) return false;
+  }
+  const auto passed = tokens.scalar_type();
+  if (passed != type && (type == at::kDouble || passed != at::kFloat)) return false;
+  const int64_t keys = tokens.size(1), channels = tokens.size(2), inner = l.heads() * l.width();
+  return runs(query, l.batch(), cuda) && has_shape(l.kv_weight, {2 * inner, channels}) &&
+         has_shape(l.out_weight, {channels, inner}) && has_shape(l.text_key, query.sizes()) &&
+         has_shape(l.text_value, query.sizes()) && fits_gate(l.alpha, l.batch(), l.heads()) &&
+         fits_mask(l.image_mask, l.batch(), keys) &&
+         fits_mask(l.text_mask, l.groups(), query.size(2));
+}
+
+const auto& dual_attention_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("dvla_fast::dual_attention_forward", "")
+                             .typed<decltype(dvla_fast::dual_attention_forward)>();
+  return op;
+}
+
+using Updated = std::tuple<at::Tensor, at::Tensor>;  // image tokens and H
+
+Updated fused_layer(const Layer& l, const at::Tensor& gate, double scale) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("dvla_fast::gated_attention_forward", "")
+                             .typed<decltype(dvla_fast::gated_attention_forward)>();
+  auto results = op.call(l.query, l.image_tokens, l.kv_weight, l.text_key, l.text_value, gate,
+                         l.out_weight, optional(l.image_mask), optional(l.text_mask), scale, false);
+  return {std::get<0>(results), std::get<1>(results)};
+}
+
+// As _composed of dvla_fast/ops/gated_attention.py and add_to_tokens of dvla_fast/reference.py.
+Updated composed_layer(const Layer& l, const at::Tensor& gate, double scale) {
+  const at::Tensor tokens = l.image_tokens.to(l.query.scalar_type());
+  const auto kv =
+      at::linear(tokens, l.kv_weight).unflatten(-1, {2, l.heads(), l.width()}).unbind(2);
+  const at::Tensor mixed = std::get<0>(dual_attention_op().call(
+      l.query, kv[0].transpose(1, 2), kv[1].transpose(1, 2), l.text_key, l.text_value, gate,
+      optional(l.image_mask), optional(l.text_mask), scale, false));
+  at::Tensor fused = at::linear(mixed.transpose(1, 2).flatten(2), l.out_weight);
+  const auto wide = c10::promoteTypes(fused.scalar_type(), at::kFloat);
+  const int64_t rows = fused.size(1);
+  const auto sum = [&] { return fused.sum(1, true, wide); };
+  if (l.text_mask == nullptr) {
+    const at::Tensor added = sum() / std::max<int64_t>(1, rows);
+    return {l.image_tokens + added.to(l.image_tokens.scalar_type()), fused};
+  }
+  const at::Tensor keep =
+      l.text_mask->unsqueeze(1).expand({l.groups(), l.batch() / l.groups(), rows}).flatten(0, 1);
+  fused = fused.masked_fill(keep.logical_not().unsqueeze(-1), 0);
+  const at::Tensor added = sum() / keep.sum(1).clamp_min(1).view({-1, 1, 1});
+  return {l.image_tokens + added.to(l.image_tokens.scalar_type()), fused};
 }
 
 struct Decision {  // the arguments of gate_policy; a mask may be absent
@@ -203,24 +299,48 @@ py::object dual_attention(py::handle query, py::handle image_key, py::handle ima
   }
   const Attention a{*t[0], *t[1], *t[2], *t[3], *t[4], *t[5], t[6], t[7]};
   if (!undisturbed() || !fits(a, cuda)) return py::none();
-  double scale = 1.0 / std::sqrt(static_cast<double>(a.query.size(3)));
-  if (!scale_object.is_none()) {
-    if (!PyFloat_CheckExact(scale_object.ptr())) return py::none();
-    scale = PyFloat_AS_DOUBLE(scale_object.ptr());
-    if (!(std::abs(scale) <= kLargest)) return py::none();
-  }
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("dvla_fast::dual_attention_forward", "")
-                             .typed<decltype(dvla_fast::dual_attention_forward)>();
+  const auto scale = scale_of(scale_object, a.query.size(3));
+  if (!scale) return py::none();
   at::Tensor out = [&] {
     const py::gil_scoped_release others_may_run;
-    const auto wide = a.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    const at::Tensor gate = (a.alpha.dim() == 1 ? a.alpha.unsqueeze(1) : a.alpha).to(wide);
-    return std::get<0>(op.call(a.query, a.image_key, a.image_value, a.text_key, a.text_value,
-                               gate.expand({a.image_key.size(0), a.query.size(1)}),
-                               optional(a.image_mask), optional(a.text_mask), scale, false));
+    const at::Tensor gate =
+        spread_gate(a.alpha, a.query.scalar_type(), a.image_key.size(0), a.query.size(1));
+    return std::get<0>(dual_attention_op().call(a.query, a.image_key, a.image_value, a.text_key,
+                                                a.text_value, gate, optional(a.image_mask),
+                                                optional(a.text_mask), *scale, false));
   }();
   return py::cast(std::move(out));
+}
+
+py::object gated_attention(py::handle query, py::handle image_tokens, py::handle kv_weight,
+                           py::handle text_key, py::handle text_value, py::handle alpha,
+                           py::handle out_weight, py::handle image_mask, py::handle text_mask,
+                           py::handle scale_object, bool cuda, bool composed) {
+  std::array<const at::Tensor*, 9> t;
+  if (!plain_tensors({query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
+                      image_mask, text_mask},
+                     7, t) ||
+      !undisturbed() || !(t[0]->is_cpu() || t[0]->is_cuda())) {
+    return py::none();
+  }
+  const auto device = t[0]->device().type();
+  std::optional<at::ScalarType> type;
+  if (at::autocast::is_autocast_enabled(device)) type = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const at::Tensor& x) {
+    return type && x.scalar_type() != at::kDouble ? x.to(*type) : x;
+  };
+  const Layer l{cast(*t[0]), cast(*t[2]), cast(*t[3]), cast(*t[4]), cast(*t[6]),
+                *t[1],       *t[5],       t[7],        t[8]};
+  if (!fits(l, cuda)) return py::none();
+  const auto scale = scale_of(scale_object, l.width());
+  if (!scale) return py::none();
+  auto [updated, fused] = [&] {
+    const py::gil_scoped_release others_may_run;
+    const at::Tensor gate = spread_gate(l.alpha, l.query.scalar_type(), l.batch(), l.heads());
+    return composed || l.query.is_cuda() ? composed_layer(l, gate, *scale)
+                                         : fused_layer(l, gate, *scale);
+  }();
+  return py::make_tuple(std::move(updated), std::move(fused));
 }
 
 py::object gate_policy(py::handle image_tokens, py::handle text_tokens, py::handle hidden_weight,

@@ -25,6 +25,14 @@ pybind11::object dual_attention(pybind11::handle query, pybind11::handle image_k
                                 pybind11::handle image_mask, pybind11::handle text_mask,
                                 pybind11::handle scale, bool cuda);
 
+// Casts as autocast asks. composed: as products around dual attention, as always on CUDA.
+pybind11::object gated_attention(pybind11::handle query, pybind11::handle image_tokens,
+                                 pybind11::handle kv_weight, pybind11::handle text_key,
+                                 pybind11::handle text_value, pybind11::handle alpha,
+                                 pybind11::handle out_weight, pybind11::handle image_mask,
+                                 pybind11::handle text_mask, pybind11::handle scale, bool cuda,
+                                 bool composed);
+
 // draw: whether the action is drawn, else it is the policy's mean.
 pybind11::object gate_policy(pybind11::handle image_tokens, pybind11::handle text_tokens,
                              pybind11::handle hidden_weight, pybind11::handle hidden_bias,

@@ -72,6 +72,7 @@ void record(const std::string& op, const py::tuple& arguments,
 PYBIND11_MODULE(_calls, m) {
   m.def("beta_policy", torch::wrap_pybind_function(&dvla_fast::direct::beta_policy));
   m.def("dual_attention", torch::wrap_pybind_function(&dvla_fast::direct::dual_attention));
+  m.def("gated_attention", torch::wrap_pybind_function(&dvla_fast::direct::gated_attention));
   m.def("gate_policy", torch::wrap_pybind_function(&dvla_fast::direct::gate_policy));
   m.def("record", torch::wrap_pybind_function(&record));
   m.def("forget", &replay::forget);

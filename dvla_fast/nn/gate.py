@@ -261,7 +261,7 @@ class RLAGate(nn.Module):
     def _heads(self, stacked: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(X, L, parts·dim) -> parts views (X, H, L, D), no copy."""
         split = stacked.unflatten(-1, (parts, self.num_heads, -1))  # [X, L, parts, H, D]
-        return tuple(part.transpose(1, 2) for part in split.unbind(2))
+        return split.permute(2, 0, 3, 1, 4).unbind()
 
     def _decisions(
         self, image_tokens: Tensor, text_tokens: Tensor, episodes: int | None, supports: int | None

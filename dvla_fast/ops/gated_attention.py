@@ -14,6 +14,8 @@ and under ``torch.func`` it is two matrix products around
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -79,6 +81,14 @@ def gated_attention(
         ValueError: shapes or devices do not fit together, or ``scale`` is NaN or infinite.
         BackendError: the backend asked for cannot run with these inputs.
     """
+    if backend is None and _extension.runs_plainly():
+        # With as little of Python as it takes, as in dual_attention.
+        results = _extension.calls.gated_attention(
+            query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
+            image_mask, text_mask, scale, _extension.triton_available(), False,
+        )  # fmt: skip
+        if results is not None:
+            return cast(tuple[Tensor, Tensor], results)
     query, kv_weight, text_key, text_value, out_weight = _autocast(
         query, kv_weight, text_key, text_value, out_weight
     )

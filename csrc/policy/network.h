@@ -3,12 +3,14 @@
 #pragma once
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 
 #include <cmath>
 
 #include "attention/micro_gemm.h"
 #include "attention/rows.h"
 #include "attention/scratch.h"
+#include "gate/product.h"
 #include "policy/state.h"
 
 namespace dvla_fast::policy {
@@ -28,12 +30,8 @@ constexpr int kRows = 4, kUnits = 3;
 // x (n) normalised to mean 0 and variance 1; the reciprocal of its deviation.
 template <class wide_t>
 double normalise(const wide_t* x, int64_t n, wide_t* out) {
-  double sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += x[i];
-  const double mean = sum / n;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < n; ++i) squares += (x[i] - mean) * (x[i] - mean);
+  const double mean = sum_terms(n, [=](int64_t i) { return static_cast<double>(x[i]); }) / n;
+  const double squares = sum_terms(n, [=](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
   const double factor = 1 / std::sqrt(squares / n + kNormEpsilon);
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<wide_t>((x[i] - mean) * factor);
   return factor;
@@ -42,10 +40,9 @@ double normalise(const wide_t* x, int64_t n, wide_t* out) {
 // grad, of the normalised values y, becomes that of what was normalised.
 template <class wide_t>
 void normalise_backward(const wide_t* y, double factor, int64_t n, wide_t* grad) {
-  double mean = 0, along = 0;
-#pragma omp simd reduction(+ : mean, along)
-  for (int64_t i = 0; i < n; ++i) mean += grad[i], along += static_cast<double>(grad[i]) * y[i];
-  mean /= n, along /= n;
+  const double mean = sum_terms(n, [=](int64_t i) { return static_cast<double>(grad[i]); }) / n;
+  const double along =
+      sum_terms(n, [=](int64_t i) { return static_cast<double>(grad[i]) * y[i]; }) / n;
   for (int64_t i = 0; i < n; ++i) {
     grad[i] = static_cast<wide_t>(factor * (grad[i] - mean - along * y[i]));
   }
@@ -87,6 +84,7 @@ class Network {
   // hidden (A, K) before the activation, and logits (A).
   void forward(const wide_t* state, const wide_t* hidden_bias, wide_t out_bias, wide_t* hidden,
                wide_t* logits) const {
+    if (z_.A >= kManyRows) return forward_many(state, hidden_bias, out_bias, hidden, logits);
     attention::parallel_items(attention::ceil_div(z_.A, kRows), [&](int64_t begin, int64_t end) {
       const auto s = attention::on_arena<Scratch>(kBlockRows * ld_);
       const int64_t last = std::min(z_.A, end * kRows);
@@ -159,6 +157,9 @@ class Network {
   // Decisions whose inputs stay in the first-level cache while all units are taken.
   static constexpr int64_t kBlockRows = 16;
 
+  // Decisions for which packing the weights takes less time than it saves.
+  static constexpr int64_t kManyRows = 64;
+
   struct Scratch {
     Scratch(attention::Arena& arena, int64_t values) : input(arena.take<wide_t>(values)) {}
     wide_t* input;
@@ -170,6 +171,27 @@ class Network {
     const double text = normalise(state + z_.C, z_.C, input + z_.C);
     input[2 * z_.C] = state[2 * z_.C];
     return {image, text};
+  }
+
+  // forward() as one product, which runs at twice the speed of the small ones of few decisions.
+  void forward_many(const wide_t* state, const wide_t* hidden_bias, wide_t out_bias, wide_t* hidden,
+                    wide_t* logits) const {
+    const gate::Factor<wide_t> weight(hidden_weight_.t());
+    const at::Tensor input = at::empty({z_.A, z_.features}, hidden_weight_.options());
+    wide_t* rows = input.template mutable_data_ptr<wide_t>();
+    attention::parallel_items(z_.A, [&](int64_t begin, int64_t end) {
+      for (int64_t a = begin; a < end; ++a) {
+        load_input(state + a * z_.features, rows + a * z_.features);
+      }
+    });
+    weight.multiply(input, at::from_blob(hidden, {z_.A, units_}, hidden_weight_.options()));
+    attention::parallel_items(z_.A, [&](int64_t begin, int64_t end) {
+      for (int64_t a = begin; a < end; ++a) {
+        wide_t* row = hidden + a * units_;
+        for (int64_t unit = 0; unit < units_; ++unit) row[unit] += hidden_bias[unit];
+        logits[a] = logit(row, out_bias);
+      }
+    });
   }
 
   // hidden (rows, K) of units [unit, unit + kUnits), from kRows rows of input.

@@ -84,7 +84,8 @@ void token_means(const at::Tensor& tokens, const OptionalTensor& mask, wide_t* o
           std::vector<Acc<scalar_t>> run(C), row(C);
           std::vector<double> total(C);
           for (int64_t i = begin; i < end; ++i) {
-            std::fill(total.begin(), total.end(), 0.0);
+            const double share = 1.0 / std::max<int64_t>(1, keep.count(i));
+            if (L > kRunTokens) std::fill(total.begin(), total.end(), 0.0);
             for (int64_t first = 0; first < L; first += kRunTokens) {
               std::fill(run.begin(), run.end(), Acc<scalar_t>(0));
               for (int64_t n = first; n < std::min(L, first + kRunTokens); ++n) {
@@ -97,27 +98,41 @@ void token_means(const at::Tensor& tokens, const OptionalTensor& mask, wide_t* o
                   for (int64_t c = 0; c < C; ++c) run[c] += row[c];
                 }
               }
+              if (L <= kRunTokens) break;  // the only run
               for (int64_t c = 0; c < C; ++c) total[c] += run[c];
             }
-            const double share = 1.0 / std::max<int64_t>(1, keep.count(i));
-            for (int64_t c = 0; c < C; ++c) out[i * C + c] = static_cast<wide_t>(total[c] * share);
+            const auto write = [&](const auto& sums) {
+              for (int64_t c = 0; c < C; ++c) out[i * C + c] = static_cast<wide_t>(sums[c] * share);
+            };
+            L > kRunTokens ? write(total) : write(run);
           }
         });
       });
 }
 
+// The sum of term(i) over n indices, in as many sums side by side as keep the adders busy.
+template <class F>
+inline double sum_terms(int64_t n, const F& term) {
+  constexpr int64_t count = 32;
+  double sums[count] = {}, sum = 0;
+  int64_t i = 0;
+  for (; i + count <= n; i += count) {
+    for (int64_t j = 0; j < count; ++j) sums[j] += term(i + j);
+  }
+  for (; i < n; ++i) sums[i % count] += term(i);
+  for (int64_t j = 0; j < count; ++j) sum += sums[j];
+  return sum;
+}
+
 struct Cosine {
   template <class wide_t>
   Cosine(const wide_t* x, const wide_t* y, int64_t n) {
-    double xx = 0, yy = 0, xy = 0;
-#pragma omp simd reduction(+ : xx, yy, xy)
-    for (int64_t i = 0; i < n; ++i) {
-      const double a = x[i], b = y[i];
-      xx += a * a, yy += b * b, xy += a * b;
-    }
-    x_norm = std::max(std::sqrt(xx), kSmallestNorm),
-    y_norm = std::max(std::sqrt(yy), kSmallestNorm);
-    value = xy / (x_norm * y_norm);
+    const auto dot = [n](const wide_t* a, const wide_t* b) {
+      return sum_terms(n, [=](int64_t i) { return static_cast<double>(a[i]) * b[i]; });
+    };
+    x_norm = std::max(std::sqrt(dot(x, x)), kSmallestNorm);
+    y_norm = std::max(std::sqrt(dot(y, y)), kSmallestNorm);
+    value = dot(x, y) / (x_norm * y_norm);
   }
   // grad_x += slope d(cosine)/dx, likewise grad_y.
   template <class wide_t>
@@ -134,6 +149,18 @@ struct Cosine {
   }
   double x_norm, y_norm, value;
 };
+
+// out (n) = the mean of rows row_at(0), …, row_at(count - 1).
+template <class wide_t, class F>
+inline void mean_of(int64_t count, int64_t n, wide_t* out, const F& row_at) {
+  std::copy_n(row_at(0), n, out);
+  if (count == 1) return;
+  for (int64_t i = 1; i < count; ++i) {
+    const wide_t* row = row_at(i);
+    for (int64_t c = 0; c < n; ++c) out[c] += row[c];
+  }
+  for (int64_t c = 0; c < n; ++c) out[c] /= static_cast<wide_t>(count);
+}
 
 // state (A, 2C + 1).
 template <class wide_t>
@@ -157,17 +184,9 @@ void make_state(const Shape& z, const at::Tensor& image_tokens, const at::Tensor
   attention::parallel_items(z.A, [&](int64_t begin, int64_t end) {
     for (int64_t a = begin; a < end; ++a) {
       wide_t *image = state + a * z.features, *text = image + z.C;
-      std::fill_n(image, 2 * z.C, wide_t(0));
-      for (int64_t i = 0; i < z.images; ++i) {
-        const wide_t* from = image_means.get() + row_of(z.image(a, i)) * z.C;
-        for (int64_t c = 0; c < z.C; ++c) image[c] += from[c];
-      }
-      for (int64_t i = 0; i < z.texts; ++i) {
-        const wide_t* from = text_means.get() + z.text(a, i) * z.C;
-        for (int64_t c = 0; c < z.C; ++c) text[c] += from[c];
-      }
-      for (int64_t c = 0; c < z.C; ++c) image[c] /= static_cast<wide_t>(z.images);
-      for (int64_t c = 0; c < z.C; ++c) text[c] /= static_cast<wide_t>(z.texts);
+      mean_of(z.images, z.C, image,
+              [&](int64_t i) { return image_means.get() + row_of(z.image(a, i)) * z.C; });
+      mean_of(z.texts, z.C, text, [&](int64_t i) { return text_means.get() + z.text(a, i) * z.C; });
       text[z.C] = static_cast<wide_t>(Cosine(image, text, z.C).value);
     }
   });
@@ -185,20 +204,26 @@ void state_backward(const Shape& z, const at::Tensor& image_tokens, const at::Te
   const auto share = [](int64_t tokens, int64_t of) {
     return wide_t(1) / static_cast<wide_t>(std::max<int64_t>(1, tokens) * of);
   };
-  for (int64_t a = 0; a < z.A; ++a, state += z.features, grad += z.features) {
-    const wide_t *image = state, *text = state + z.C;
-    Cosine(image, text, z.C).backward(grad[2 * z.C], image, text, z.C, grad, grad + z.C);
+  const auto decision = [&](int64_t a) {
+    const wide_t *image = state + a * z.features, *text = image + z.C;
+    wide_t *of_image = grad + a * z.features, *of_text = of_image + z.C;
+    Cosine(image, text, z.C).backward(of_text[z.C], image, text, z.C, of_image, of_text);
     for (int64_t i = 0; i < z.images; ++i) {
       const int64_t b = z.image(a, i);
       const wide_t factor = share(image_keep.count(b), z.images);
-      for (int64_t c = 0; c < z.C; ++c) image_rows[b * z.C + c] = factor * grad[c];
+      for (int64_t c = 0; c < z.C; ++c) image_rows[b * z.C + c] = factor * of_image[c];
     }
     for (int64_t i = 0; i < z.texts; ++i) {
       const int64_t t = z.text(a, i);
       const wide_t factor = share(text_keep.count(t), z.texts);
-      for (int64_t c = 0; c < z.C; ++c) text_rows[t * z.C + c] += factor * grad[z.C + c];
+      for (int64_t c = 0; c < z.C; ++c) text_rows[t * z.C + c] += factor * of_text[c];
     }
-  }
+  };
+  // Decisions that share a text are one thread's.
+  const int64_t apart = std::min(z.A, z.T), each = z.A / std::max<int64_t>(1, apart);
+  attention::parallel_items(apart, [&](int64_t begin, int64_t end) {
+    for (int64_t a = begin * each; a < end * each; ++a) decision(a);
+  });
 }
 
 }  // namespace dvla_fast::policy

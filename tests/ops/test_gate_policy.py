@@ -50,6 +50,7 @@ class Case(NamedTuple):
 
 
 # Vectors hold 4 to 16 numbers, decisions go 4 and units 4 or 16 at a time, tokens in runs of 32.
+# From 64 decisions on, the hidden layer is one product.
 CASES = [
     Case(1, 1, 1, 1, 1, 1),
     Case(1, 1, 3, 2, 4, 5),
@@ -58,6 +59,9 @@ CASES = [
     Case(12, 4, 70, 5, 16, 128, per_decision=0),
     Case(15, 5, 65, 5, 24, 15, per_decision=5, state_images=2),
     Case(40, 40, 7, 3, 31, 33),
+    Case(64, 64, 1, 1, 17, 128),
+    Case(130, 13, 3, 2, 12, 19, per_decision=0),
+    Case(198, 66, 2, 3, 5, 50, state_images=2),
 ]
 
 

@@ -13,6 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def in_own_precision(x: Tensor) -> torch.autocast:
+    """A context in which products on the device of ``x`` have the dtype of their operands.
+
+    Under autocast they would be rounded to a half type, whatever they were widened to before.
+    """
+    device = "cpu" if x.is_meta else x.device.type  # autocast knows no meta device
+    return torch.autocast(device_type=device, enabled=False)
+
+
 def dual_attention(
     query: Tensor,
     image_key: Tensor,
@@ -67,13 +76,15 @@ def gated_attention(
     """
     compute = torch.promote_types(query.dtype, torch.float32)
     tokens = image_tokens.to(compute)
-    projected = (tokens @ kv_weight.to(compute).T).unflatten(-1, (2, query.shape[1], -1))
-    key, value = (part.transpose(1, 2) for part in projected.unbind(2))  # [B, H, N, D]
-    text = (text_key.to(compute), text_value.to(compute))
-    mixed = dual_attention(
-        query.to(compute), key, value, *text, alpha, image_mask, text_mask, scale
-    )
-    fused = mixed.transpose(1, 2).flatten(2) @ out_weight.to(compute).T
+    with in_own_precision(query):
+        attended = without_masked(tokens, image_mask)
+        projected = (attended @ kv_weight.to(compute).T).unflatten(-1, (2, query.shape[1], -1))
+        key, value = (part.transpose(1, 2) for part in projected.unbind(2))  # [B, H, N, D]
+        text = (text_key.to(compute), text_value.to(compute))
+        mixed = dual_attention(
+            query.to(compute), key, value, *text, alpha, image_mask, text_mask, scale
+        )
+        fused = mixed.transpose(1, 2).flatten(2) @ out_weight.to(compute).T
     updated, fused = add_to_tokens(tokens, fused, text_mask)
     return updated.to(image_tokens.dtype), fused.to(query.dtype)
 
@@ -96,11 +107,20 @@ def add_to_tokens(
     return image_tokens + added.to(image_tokens.dtype), fused
 
 
+def without_masked(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """tokens (…, L, C) with 0 where mask (…, L) is False, whatever is there, NaN included.
+
+    What is not attended has gradient 0, and 0 times NaN would reach the weights.
+    """
+    return tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Softmax attention over (…, H, L, D); rows whose every key is masked give exactly 0."""
     if mask is not None:
-        v = v.masked_fill(~mask[..., None, :, None], 0)  # whatever is there, NaN included
-    return attention_weights(q, k, mask, scale) @ v
+        k, v = (without_masked(x, mask[..., None, :]) for x in (k, v))
+    with in_own_precision(q):
+        return attention_weights(q, k, mask, scale) @ v
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -108,7 +128,8 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -
 
     mask (…, L), True = attend: masked keys get exactly 0, also in rows where all are masked.
     """
-    scores = q @ k.transpose(-2, -1) * scale
+    with in_own_precision(q):
+        scores = q @ k.transpose(-2, -1) * scale
     if mask is None:
         return torch.softmax(scores, dim=-1)
     keep = mask[..., None, None, :]  # [..., 1, 1, L]
@@ -173,8 +194,7 @@ def state_logits(
     stream, often tens of times larger than projected text, and would drown it in a shared norm.
     Weights of a half type are widened: they are small, the logit is not.
     """
-    device = "cpu" if state.is_meta else state.device.type  # autocast knows no meta device
-    with torch.autocast(device_type=device, enabled=False):
+    with in_own_precision(state):
         state = state.to(torch.promote_types(hidden_weight.dtype, torch.float32))
         weights = (hidden_weight, hidden_bias, out_weight, out_bias)
         first, first_bias, last, last_bias = (w.to(state.dtype) for w in weights)

@@ -203,7 +203,10 @@ Updated fused_layer(const Layer& l, const at::Tensor& gate, double scale) {
 
 // As _composed of dvla_fast/ops/gated_attention.py and add_to_tokens of dvla_fast/reference.py.
 Updated composed_layer(const Layer& l, const at::Tensor& gate, double scale) {
-  const at::Tensor tokens = l.image_tokens.to(l.query.scalar_type());
+  at::Tensor tokens = l.image_tokens.to(l.query.scalar_type());
+  if (l.image_mask != nullptr) {
+    tokens = tokens.masked_fill(l.image_mask->logical_not().unsqueeze(-1), 0);
+  }
   const auto kv =
       at::linear(tokens, l.kv_weight).unflatten(-1, {2, l.heads(), l.width()}).unbind(2);
   const at::Tensor mixed = std::get<0>(dual_attention_op().call(

@@ -142,7 +142,7 @@ class Backward {
 
   // A chunk whose keys and values are projected.
   void projected(const Chunk& c, int64_t slot, bool first, const Buffers& b) const {
-    const at::Tensor rows = z.rows_of(c);
+    const at::Tensor rows = z.attended_rows(c);
     const at::Tensor kept = z.chunk_rows(saved.kept, b.kv, z.N, c);
     if (!saved.kept.defined()) projection.multiply(rows, kept);
     const at::Tensor grad_rows = z.filled(b.grad_kept, z.N, c);

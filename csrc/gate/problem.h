@@ -77,6 +77,15 @@ struct Problem {
     return images(tokens, c).reshape({c.images * N, C}).to(query.scalar_type());
   }
 
+  // The same with 0 for what is masked out: its gradient is 0, and 0 times the NaN that may be there
+  // would reach the weights.
+  at::Tensor attended_rows(const Chunk& c) const {
+    const at::Tensor rows = rows_of(c);
+    if (!image_mask) return rows;
+    const at::Tensor keep = image_mask->narrow(0, c.image, c.images);
+    return rows.masked_fill(keep.logical_not().reshape({-1, 1}), 0);
+  }
+
   // A buffer for `rows` rows of an image, of all images of a chunk.
   at::Tensor buffer(int64_t rows, int64_t columns) const {
     return at::empty({plan.most_images() * rows, columns}, query.options());

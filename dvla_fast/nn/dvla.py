@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from dvla_fast import reference
 from dvla_fast.nn.backbones.base import GatedBackbone, GatedTokens, Location
+from dvla_fast.nn.episode_checks import check_episodes, check_text
 from dvla_fast.nn.gate import GateOutput, RLAGate, per_image
-from dvla_fast.nn.layers import weight_of
+from dvla_fast.nn.layers import lookup, weight_of
 from dvla_fast.nn.level_weights import level_scales
 from dvla_fast.nn.prototype import prototype_logits
 
@@ -103,8 +104,6 @@ class DVLA(nn.Module):
         ValueError: options that do not fit the backbone or each other.
     """
 
-    level_scales: Tensor
-
     def __init__(
         self,
         backbone: GatedBackbone,
@@ -146,8 +145,7 @@ class DVLA(nn.Module):
         self.alignments = nn.ModuleList(
             nn.Linear(width, text_dim, bias=False) for width in widths
         )  # U of the similarity reward
-        scales = level_scales(level_weights, self.gated_layers, backbone.deep_from)
-        self.register_buffer("level_scales", scales, persistent=False)
+        self.level_scales = level_scales(level_weights, self.gated_layers, backbone.deep_from)
 
     def features(self, images: Tensor) -> Tensor:
         """Visual features (B, feature_dim) of images (B, C, H, W): the backbone without gates."""
@@ -195,7 +193,9 @@ class DVLA(nn.Module):
         Raises:
             TypeError, ValueError: arguments that do not fit together.
         """
-        self._check(support, support_labels, query, text, way)
+        check_episodes(support, support_labels, query, way)
+        if text is not None:
+            check_text(text, len(support), way, self.text_dim, self.text_scope == "class")
         start = self.gated_layers[0] if from_prefix else None
         counts = (support.shape[1], query.shape[1])
         images = torch.cat((support, query), dim=1).flatten(0, 1)
@@ -263,7 +263,8 @@ class DVLA(nn.Module):
                 f"support_features: text_scope is {self.text_scope!r}, expected 'class'; call"
                 " the model with supports and queries"
             )
-        self._check(support, support_labels, support, text, way)
+        check_episodes(support, support_labels, support, way)
+        check_text(text, len(support), way, self.text_dim, by_class=True)
         options: dict[str, Any] = {"sample": sample, "generator": generator}
         pass_ = _GatePass(self, text, (support.shape[1], 0), options, alpha, None)
         start = self.gated_layers[0] if from_prefix else None
@@ -291,55 +292,6 @@ class DVLA(nn.Module):
         logits = prototype_logits(support, labels, query, way, self.temperature)
         return EpisodeOutput(logits, traces, labels)
 
-    def _check(
-        self, support: Tensor, labels: Tensor, query: Tensor, text: TextTokens | None, way: int
-    ) -> None:
-        for name, images in (("support", support), ("query", query)):
-            if images.dim() != 5:
-                raise ValueError(
-                    f"{name}: shape {tuple(images.shape)}, expected (episodes, images, C, H, W)"
-                )
-        episodes, count = support.shape[:2]
-        if query.shape[0] != episodes or query.shape[2:] != support.shape[2:]:
-            raise ValueError(
-                f"query: shape {tuple(query.shape)} does not fit support {tuple(support.shape)}"
-            )
-        if min(episodes, count, query.shape[1]) < 1:
-            raise ValueError("support, query: an episode needs at least one image of each")
-        if labels.dtype != torch.int64:
-            raise TypeError(f"support_labels: expected int64, got {labels.dtype}")
-        if tuple(labels.shape) != (episodes, count):
-            raise ValueError(
-                f"support_labels: shape {tuple(labels.shape)}, expected {(episodes, count)}"
-            )
-        if way < 1:
-            raise ValueError(f"way: expected a positive number, got {way}")
-        if text is not None:
-            self._check_text(text, episodes, way)
-
-    def _check_text(self, text: TextTokens, episodes: int, way: int) -> None:
-        tokens = text.tokens
-        if tokens.dim() != 3 or tokens.shape[0] != episodes or tokens.shape[2] != self.text_dim:
-            raise ValueError(
-                f"text.tokens: shape {tuple(tokens.shape)}, expected"
-                f" ({episodes}, P, {self.text_dim})"
-            )
-        if tuple(text.levels.shape) != (tokens.shape[1],):
-            raise ValueError(
-                f"text.levels: shape {tuple(text.levels.shape)}, expected ({tokens.shape[1]},)"
-            )
-        expected = (episodes, way, self.text_dim)
-        if tuple(text.class_embedding.shape) != expected:
-            raise ValueError(
-                f"text.class_embedding: shape {tuple(text.class_embedding.shape)},"
-                f" expected {expected}"
-            )
-        if self.text_scope == "class" and tokens.shape[1] % way:
-            raise ValueError(
-                f"text.tokens: {tokens.shape[1]} tokens do not fall into {way} classes evenly,"
-                " as text_scope='class' needs; pad the classes and set text.mask"
-            )
-
 
 class _GatePass:
     """The gates of one forward call: what they are given, and what they leave behind."""
@@ -358,6 +310,11 @@ class _GatePass:
         self.tokens, self.mask, self.levels = text.tokens, text.mask, text.levels
         self.alphas = _per_layer("alpha", alpha, model.gated_layers)
         self.actions = _per_layer("action_logit", action_logit, model.gated_layers)
+        # Before any work: the images that gates see, one after another by episode.
+        seen = self.episodes * (sum(counts) if model.text_scope == "episode" else counts[0])
+        for name, all_given in (("alpha", self.alphas), ("action_logit", self.actions)):
+            for given in all_given:
+                self._decided(name, given, seen)
         self.traces: list[LayerTrace] = []
 
     def select_classes(self, labels: Tensor, way: int) -> None:
@@ -412,8 +369,9 @@ class _GatePass:
         """Gate output; pooled tokens (E, n, d); GAP(H) (E, n, d); U·GAP(H) (E, n, text_dim)."""
         index = self.model.gated_layers.index(location)
         gate: Any = self.model.gates[index]
-        scale = self.model.level_scales[index][self.levels].unsqueeze(-1)  # [P, 1] or [T, P, 1]
-        text = (self.tokens * scale).to(gate._weight().dtype)
+        wide = torch.promote_types(self.tokens.dtype, torch.float32)
+        scale = lookup(self.model.level_scales[index], self.levels, wide)  # [P] or [T, P]
+        text = (self.tokens * scale.unsqueeze(-1)).to(gate._weight().dtype)
         out: GateOutput = gate(
             tokens,
             text,

@@ -100,7 +100,7 @@ class RLAGate(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("text_dim", text_dim), ("num_heads", num_heads)):
-            if not isinstance(value, int):
+            if not isinstance(value, Integral) or isinstance(value, bool):
                 raise TypeError(f"{name}: expected a whole number, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
@@ -108,6 +108,7 @@ class RLAGate(nn.Module):
             raise ValueError(f"dim: {dim} is not a multiple of num_heads = {num_heads}")
         if alpha_scope not in ALPHA_SCOPES:
             raise ValueError(f"alpha_scope: unknown {alpha_scope!r}; expected {ALPHA_SCOPES}")
+        dim, text_dim, num_heads = int(dim), int(text_dim), int(num_heads)
         self.dim, self.text_dim, self.num_heads = dim, text_dim, num_heads
         self.alpha_scope = alpha_scope
         self.text_projection = nn.Linear(text_dim, dim)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -19,6 +21,16 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
         or "forward" in layer.__dict__ or _has_any_global_hook()
     )  # fmt: skip
     return type(layer) is kind and not changed
+
+
+def lookup(numbers: Sequence[float], index: Tensor, dtype: torch.dtype) -> Tensor:
+    """numbers[index] for an index of any shape, in a dtype.
+
+    Without a table: one made here would be copied to the GPU at every call, and one kept as a
+    buffer is rounded with the weights and lost where a model is made on the meta device.
+    """
+    picked = [(index == i).to(dtype) * number for i, number in enumerate(numbers)]
+    return torch.stack(picked).sum(0)
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from dvla_fast.nn.backbones.base import Location
 
 
@@ -19,8 +16,8 @@ def default_level_weights(
 
 def level_scales(
     weights: Sequence[Sequence[float]] | None, layers: tuple[Location, ...], deep_from: Location
-) -> Tensor:
-    """(L, 2) factors for attributes and descriptions, of mean 1 at each layer."""
+) -> tuple[tuple[float, float], ...]:
+    """Factors for attributes and descriptions, of mean 1 at each layer."""
     if weights is None:
         weights = default_level_weights(layers, deep_from)
     if len(weights) != len(layers):
@@ -30,5 +27,4 @@ def level_scales(
             raise ValueError(
                 f"level_weights: expected two finite weights >= 0, not both 0, got {pair}"
             )
-    table = torch.tensor([list(pair) for pair in weights], dtype=torch.float32)
-    return table / table.mean(1, keepdim=True)
+    return tuple((2 * x / (x + y), 2 * y / (x + y)) for x, y in weights)

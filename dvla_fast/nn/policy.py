@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dvla_fast import functional, reference
-from dvla_fast.nn.layers import is_plain, weight_of
+from dvla_fast import _extension, functional, reference
+from dvla_fast.nn.layers import is_plain, lookup, weight_of
 from dvla_fast.ops.first_order import first_order_term
+from dvla_fast.ops.value_checks import require, value_checks
 
 P = TypeVar("P", bound="GatePolicy")
 _with_slope_of_draw = first_order_term("BetaPolicy.pathwise")
@@ -128,9 +129,8 @@ class StateNetwork(nn.Module):
         """(A, 2·dim + 1) -> (A, out_features), float32 or, for float64 weights, float64."""
         if self.is_plain():
             return reference.state_logits(state, *self.weights())
-        device = "cpu" if state.is_meta else state.device.type  # autocast knows no meta device
         dtype = weight_of(self).dtype
-        with torch.autocast(device_type=device, enabled=False):
+        with reference.in_own_precision(state):
             wide = torch.promote_types(dtype, torch.float32)
             hidden = self.hidden(reference.normalised_state(state.to(wide)).to(dtype))
             logits: Tensor = self.out(F.gelu(hidden))
@@ -206,7 +206,7 @@ class BetaPolicy(GatePolicy):
     ) -> tuple[PolicyStep, Tensor]:
         """See :meth:`GatePolicy.decide`: here state, network and policy are one call."""
         drawn = sample and action_logit is None
-        if (drawn and (self.pathwise or self.share[1] > 1)) or not self.network.is_plain():
+        if (drawn and (self.pathwise or self.share[1] > 1)) or not self._is_plain():
             return super().decide(
                 image_tokens, text_tokens, action_logit=action_logit, sample=sample,
                 generator=generator, **pooling,
@@ -222,6 +222,15 @@ class BetaPolicy(GatePolicy):
             **pooling,
         )
         return PolicyStep(*step), state
+
+    def _is_plain(self) -> bool:
+        """Whether the fused call decides as :meth:`forward` would."""
+        return (
+            type(self).forward is BetaPolicy.forward
+            and is_plain(self, type(self))
+            and is_plain(self.network, StateNetwork)
+            and self.network.is_plain()
+        )
 
     def outputs(self, state: Tensor) -> Tensor:
         """See :class:`GatePolicy`."""
@@ -255,13 +264,10 @@ class CategoricalPolicy(GatePolicy):
 
     stochastic = True
     choices = (1.0, 0.0, 0.5)
-    values: Tensor
 
     def __init__(self, dim: int, hidden_dim: int = 128) -> None:
         super().__init__()
         self.network = StateNetwork(dim, hidden_dim, len(self.choices))
-        # A buffer, for a tensor made in forward would be copied to the GPU at every call.
-        self.register_buffer("values", torch.tensor(self.choices), persistent=False)
 
     def forward(
         self,
@@ -275,6 +281,7 @@ class CategoricalPolicy(GatePolicy):
         log_probs = F.log_softmax(self.network(state), dim=-1)  # [A, 3]
         probs = log_probs.exp()
         if action_logit is not None:
+            self._check_choices(action_logit, probs.shape[0])
             index = action_logit.detach().long()
         elif sample:
             # Inverse of the distribution function: one draw a row, and no host synchronisation.
@@ -286,10 +293,22 @@ class CategoricalPolicy(GatePolicy):
             index = below.sum(-1)
         else:
             index = probs.argmax(-1)
-        alpha = self.values.to(probs.dtype)[index]
+        alpha = lookup(self.choices, index, probs.dtype)
         log_prob = log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1)
         entropy = -(probs * log_probs).sum(-1)
         return PolicyStep(alpha, index.to(probs.dtype), log_prob, entropy)
+
+    def _check_choices(self, action_logit: Tensor, decisions: int) -> None:
+        if tuple(action_logit.shape) != (decisions,):
+            raise ValueError(
+                f"action_logit: shape {tuple(action_logit.shape)}, expected ({decisions},)"
+            )
+        if value_checks(action_logit.device) and not _extension.transforming():
+            known = torch.zeros_like(action_logit, dtype=torch.bool)
+            for choice in range(len(self.choices)):
+                known = known | (action_logit == choice)
+            last = len(self.choices) - 1
+            require(known, f"action_logit: expected the indices of choices, 0 to {last}")
 
     def outputs(self, state: Tensor) -> Tensor:
         """See :class:`GatePolicy`."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dvla_fast.reference import in_own_precision
+
 
 def prototypes(features: Tensor, labels: Tensor, way: int) -> Tensor:
     """Class means of support features.
@@ -19,8 +21,11 @@ def prototypes(features: Tensor, labels: Tensor, way: int) -> Tensor:
         (E, way, d) in the features' dtype; 0 for a class without support.
     """
     members = labels.unsqueeze(-1) == torch.arange(way, device=labels.device)  # [E, S, way]
-    weights = members.to(features.dtype)
-    return weights.transpose(1, 2) @ features / weights.sum(1).clamp_min(1).unsqueeze(-1)
+    wide = torch.promote_types(features.dtype, torch.float32)  # a sum may pass float16's range
+    weights = members.to(wide)
+    with in_own_precision(features):
+        sums = weights.transpose(1, 2) @ features.to(wide)
+    return (sums / weights.sum(1).clamp_min(1).unsqueeze(-1)).to(features.dtype)
 
 
 def prototype_logits(
@@ -46,8 +51,9 @@ def prototype_logits(
         TypeError, ValueError: shapes or dtypes do not fit together.
     """
     _check(support_features, support_labels, query_features, way, temperature)
-    wide = torch.promote_types(support_features.dtype, torch.float32)
-    with torch.autocast(device_type=support_features.device.type, enabled=False):
+    wide = torch.promote_types(support_features.dtype, query_features.dtype)
+    wide = torch.promote_types(wide, torch.float32)
+    with in_own_precision(support_features):
         means = F.normalize(prototypes(support_features.to(wide), support_labels, way), dim=-1)
         queries = F.normalize(query_features.to(wide), dim=-1)
         return queries @ means.transpose(1, 2) / temperature

@@ -317,7 +317,7 @@ def _checked_concentration(
 
 def _check_values(logits: Tensor, kappa: Tensor, action_logit: Tensor | None) -> None:
     """What the ops check on their way, for the reference path; a traced graph cannot raise."""
-    if torch.compiler.is_compiling() or not value_checks(logits.device):
+    if _extension.transforming() or not value_checks(logits.device):
         return
     require(~torch.isnan(logits), "logits: NaN found")
     if action_logit is not None:

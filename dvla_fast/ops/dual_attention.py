@@ -245,8 +245,9 @@ def _check(
         "text_key": text_key,
         "text_value": text_value,
     }
+    dtype = getattr(query, "dtype", None)
     for name, tensor in named.items():
-        check_tensor(name, tensor, 4, query.dtype)
+        check_tensor(name, tensor, 4, dtype)
     _, heads, _, width = query.shape
     batch, _, keys, _ = image_key.shape
     check_groups(query, batch, "image_key")
@@ -256,8 +257,10 @@ def _check(
     check_devices(query, named, alpha=alpha, image_mask=image_mask, text_mask=text_mask)
 
 
-def check_tensor(name: str, tensor: Tensor, dims: int, dtype: torch.dtype) -> None:
-    """Rank and dtype of an argument; ``dtype`` is the query's."""
+def check_tensor(name: str, tensor: Tensor, dims: int, dtype: torch.dtype | None) -> None:
+    """Type, rank and dtype of an argument; ``dtype`` is the query's."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dim() != dims:
         raise ValueError(f"{name}: expected {dims} dimensions, got shape {tuple(tensor.shape)}")
     if tensor.dtype != dtype:
@@ -307,6 +310,8 @@ def check_text_and_gate(
     ):
         if mask is None:
             continue
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(mask).__name__}")
         if mask.dtype != torch.bool:
             raise TypeError(f"{name}: expected bool (True = attend), got {mask.dtype}")
         expect_shape(name, mask, shape)

@@ -115,7 +115,7 @@ def gated_attention(
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts as a linear layer does; image tokens keep their dtype, for they pass through."""
-    device = tensors[0].device.type
+    device = getattr(tensors[0], "device", torch.device("meta")).type  # checked later
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -135,7 +135,7 @@ def _composed(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Products of all images around the attention of the device."""
-    tokens = image_tokens.to(query.dtype)
+    tokens = reference.without_masked(image_tokens.to(query.dtype), image_mask)
     projected = F.linear(tokens, kv_weight).unflatten(-1, (2, query.shape[1], -1))
     image_key, image_value = (part.transpose(1, 2) for part in projected.unbind(2))
     mixed = dual_attention(
@@ -226,7 +226,7 @@ def _check(
         "out_weight": out_weight,
     }
     for (name, tensor), dims in zip(named.items(), (4, 2, 4, 4, 2)):
-        check_tensor(name, tensor, dims, query.dtype)
+        check_tensor(name, tensor, dims, getattr(query, "dtype", None))
     passed = image_tokens.dtype == torch.float32 and query.dtype != torch.float64
     check_tensor("image_tokens", image_tokens, 3, torch.float32 if passed else query.dtype)
     _, heads, _, width = query.shape

@@ -194,8 +194,8 @@ def test_level_weights_scale_the_texts(make_model: MakeModel) -> None:
     support, labels, query, _ = make_episodes(1, 2, 1, 1)
     text = make_text(1, 2)
     model = make_model(level_weights=((0.5, 0.5), (2.0, 2.0)))
-    assert model.level_scales.tolist() == [[1.0, 1.0], [1.0, 1.0]]
-    torch.testing.assert_close(make_model().level_scales, torch.tensor([[1.4, 0.6], [0.6, 1.4]]))
+    assert model.level_scales == ((1.0, 1.0), (1.0, 1.0))
+    assert make_model().level_scales == ((1.4, 0.6), (0.6, 1.4))
     only_attributes = make_model(level_weights=((1.0, 0.0), (1.0, 0.0))).eval()
     without = TextTokens(
         text.tokens * (text.levels == 0).float().unsqueeze(-1), text.levels, text.class_embedding
@@ -247,10 +247,7 @@ def test_gates_before_convolutions_act_through_the_image_tokens_alone() -> None:
     torch.manual_seed(0)
     backbone = ResNet12(16, 1, widths=(8, 8, 16, 16))
     model = DVLA(backbone, text_dim=TEXT_DIM, num_heads=2, hidden_dim=8).eval()
-    assert model.level_scales.tolist() == [
-        pytest.approx([1.4, 0.6]),
-        pytest.approx([0.6, 1.4]),
-    ]
+    assert model.level_scales == ((1.4, 0.6), (0.6, 1.4))
     support, labels, query, _ = make_episodes(2, 3, 1, 2, side=16)
     text = make_text(2, 3, masked=True)
     output = model(support, labels, query, text, way=3)
@@ -465,3 +462,67 @@ def test_hooks_of_all_modules_run_in_every_layer(make_model: MakeModel, policy: 
     assert at_once == one_by_one
     assert model.gates[0].image_kv in at_once
     torch.testing.assert_close(hooked.logits, expected.logits)
+
+
+@pytest.mark.parametrize("policy", ["beta", "categorical"])
+def test_weights_are_all_there_is(make_model: MakeModel, policy: str) -> None:
+    """A model made on the meta device is whole with the weights of another."""
+    support, labels, query, _ = make_episodes(1, 2, 1, 1)
+    text = make_text(1, 2)
+    model = make_model(policy=policy).eval()
+    want = model(support, labels, query, text, way=2).logits
+    loaded = make_model(policy=policy).eval().to("meta").to_empty(device="cpu")
+    loaded.load_state_dict(model.state_dict())
+    assigned = make_model(policy=policy).eval().to("meta")
+    assigned.load_state_dict(model.state_dict(), assign=True)
+    for other in (loaded, assigned):
+        assert torch.equal(other(support, labels, query, text, way=2).logits, want)
+
+
+def test_made_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = DVLA(SmallConvAttention(), text_dim=TEXT_DIM, num_heads=2)
+    backbone = model.backbone
+    support, query = torch.randn(2, 1, 2, backbone.in_channels, *[backbone.image_size] * 2)
+    labels = torch.zeros(1, 2, dtype=torch.int64)
+    text = make_text(1, 2)
+    on_meta = [x.to("meta") for x in (support, labels, query)]
+    given = TextTokens(*(x.to("meta") for x in text if x is not None))
+    assert model(*on_meta, given, way=2).logits.shape == (1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"levels": lambda x: x + 2}, ValueError, r"levels: expected 0 \(attribute\) or 1"),
+        ({"levels": lambda x: x - 1}, ValueError, r"levels: expected 0 \(attribute\) or 1"),
+        ({"levels": lambda x: x.float()}, TypeError, "levels: expected int64"),
+        ({"levels": lambda x: x.bool()}, TypeError, "levels: expected int64"),
+        ({"mask": lambda x: x[:, :-1]}, ValueError, "mask: shape"),
+        ({"mask": lambda x: x.float()}, TypeError, "mask: expected bool"),
+    ],
+)
+@pytest.mark.parametrize("text_scope", ["episode", "class"])
+def test_texts_that_do_not_fit(
+    make_model: MakeModel, text_scope: str, change: dict, error: type[Exception], message: str
+) -> None:
+    model = make_model(text_scope=text_scope)
+    support, labels, query, _ = make_episodes(2, 3, 1, 1)
+    text = make_text(2, 3, masked=True)
+    ((name, function),) = change.items()
+    model.backbone = None  # nothing is computed before
+    given = text._replace(**{name: function(getattr(text, name))})
+    with pytest.raises(error, match=message):
+        model(support, labels, query, given, way=3)
+
+
+@pytest.mark.parametrize("name", ["alpha", "action_logit"])
+@pytest.mark.parametrize("text_scope", ["episode", "class"])
+def test_gates_of_wrong_shape_are_found_first(
+    make_model: MakeModel, text_scope: str, name: str
+) -> None:
+    model = make_model(text_scope=text_scope)
+    support, labels, query, _ = make_episodes(2, 3, 1, 1)
+    model.backbone.forward = None
+    with pytest.raises(ValueError, match=rf"{name}: shape \(5,\)"):
+        model(support, labels, query, make_text(2, 3), way=3, **{name: {(3, 0): torch.ones(5)}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dvla_fast.nn.policy import (
     BetaPolicy,
     CategoricalPolicy,
     FixedPolicy,
+    PolicyStep,
     StateNetwork,
     build_policy,
     frozen_policy,
@@ -113,3 +115,42 @@ def test_scores_of_far_logits_are_finite() -> None:
     assert bool(score.isfinite().all())
     # κp ψ(κp) is −1 where p vanishes; the logit of the action counts for nothing there.
     torch.testing.assert_close(score.abs(), torch.ones_like(score), rtol=1e-6, atol=1e-6)
+
+
+class _Blind(BetaPolicy):
+    def forward(self, state: torch.Tensor, **options: Any) -> PolicyStep:
+        return super().forward(state.detach() * 0, **options)
+
+
+class _OtherNetwork(StateNetwork):
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return super().forward(state * 0)
+
+
+@pytest.mark.parametrize("kind", ["policy", "network", "module", "hook"])
+def test_the_gate_decides_as_the_policy_does(kind: str) -> None:
+    """Also where a user has changed it."""
+    policy = (_Blind if kind == "policy" else BetaPolicy)(4, hidden_dim=5)
+    if kind == "network":
+        policy.network = _OtherNetwork(4, 5)
+    torch.nn.init.normal_(policy.network.out.weight)
+    if kind == "module":
+        policy.network = torch.nn.Sequential(torch.nn.Linear(9, 1))
+    images, texts = torch.randn(3, 2, 4), torch.randn(3, 5, 4)
+    seen: list[torch.Tensor] = []
+    if kind == "hook":
+        policy.register_forward_hook(lambda _m, args, _out: seen.append(args[0]))
+    step, state = policy.decide(images, texts, sample=False)
+    assert len(seen) == (kind == "hook")
+    torch.testing.assert_close(step.alpha, policy(state, sample=False).alpha)
+    again = policy(state, action_logit=step.action_logit)
+    torch.testing.assert_close(step.log_prob, again.log_prob)
+
+
+@pytest.mark.parametrize("choice", [1.7, 3.0, -1.0, math.nan])
+def test_choices_that_there_are_not(choice: float) -> None:
+    policy = CategoricalPolicy(3, hidden_dim=4)
+    with pytest.raises(ValueError, match="action_logit: expected the indices of choices, 0 to 2"):
+        policy(torch.randn(2, 7), action_logit=torch.tensor([0.0, choice]))
+    with pytest.raises(ValueError, match=r"action_logit: shape \(2,\), expected \(4,\)"):
+        policy(torch.randn(4, 7), action_logit=torch.zeros(2))

@@ -81,3 +81,19 @@ def test_wrong_arguments(error: type[Exception], match: str, changed: dict) -> N
     }
     with pytest.raises(error, match=match):
         prototype_logits(**arguments)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_means_of_large_half_features(autocast: bool) -> None:
+    features = torch.full((1, 5, 4), 30_000.0).half()
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        means = prototypes(features, torch.zeros(1, 5, dtype=torch.int64), 1)
+        wide = prototypes(features.float() * 3, torch.zeros(1, 5, dtype=torch.int64), 1)
+    assert torch.equal(means, torch.full((1, 1, 4), 30_000.0).half())
+    assert torch.equal(wide, torch.full((1, 1, 4), 90_000.0))
+
+
+def test_float64_queries_keep_their_precision() -> None:
+    labels = torch.zeros(1, 2, dtype=torch.int64)
+    logits = prototype_logits(torch.randn(1, 2, 3), labels, torch.randn(1, 2, 3).double(), 1)
+    assert logits.dtype == torch.float64

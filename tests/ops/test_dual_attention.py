@@ -458,3 +458,33 @@ def test_other_instruction_sets(capability: str) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_rounds_nothing_on_the_way(backend: str) -> None:
+    """Scores beyond float16's range, and float32 tensors that stay float32."""
+    shape = Shape(1, 2, 2, 3, 50, 3, 24)
+    tensors = [x.float() for x in make(shape, torch.float64)]
+    halves = [(200 * x if i < 2 else x).half() for i, x in enumerate(tensors)]
+    halves[3] = 200 * halves[3]
+    plain = [dual_attention(*x, backend=backend) for x in (halves, tensors)]
+    with torch.autocast("cpu", torch.float16):
+        under = [dual_attention(*x, backend=backend) for x in (halves, tensors)]
+    for got, want in zip(under, plain):
+        assert bool(got.isfinite().all())
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_past_nan_under_the_masks(backend: str) -> None:
+    shape = Shape(2, 3, 2, 5, 7, 4, 8)
+    masks = dict(zip(("image_mask", "text_mask"), make_masks(shape)))
+    tensors = list(make(shape, torch.float32))
+    for place, mask in ((1, "image_mask"), (2, "image_mask"), (3, "text_mask"), (4, "text_mask")):
+        hidden = ~masks[mask][:, None, :, None]
+        tensors[place] = tensors[place].masked_fill(hidden, float("nan"))
+    leaves = [x.requires_grad_() for x in tensors]
+    dual_attention(*leaves, **masks, backend=backend).sum().backward()
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert bool(leaf.grad.isfinite().all())

@@ -459,3 +459,23 @@ def test_other_instruction_sets(capability: str) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "composed"])
+@pytest.mark.parametrize("shape", [PROJECTED[2], ABSORBED[1]], ids=str)
+def test_weights_gradients_past_nan_under_the_image_mask(shape: Shape, backend: str) -> None:
+    from dvla_fast.ops.gated_attention import _composed
+
+    def call(*tensors: Tensor, image_mask: Tensor) -> tuple[Tensor, Tensor]:
+        if backend == "composed":
+            return _composed(*tensors, image_mask, None, shape.width**-0.5)
+        return gated_attention(*tensors, image_mask=image_mask, backend=backend)
+
+    tensors, mask = make(shape), make_masks(shape)["image_mask"]
+    grads = [torch.zeros(tensors[1].shape, dtype=torch.float64), make_grads(shape)[1]]
+    clean = with_grads(call, tensors, grads, image_mask=mask)
+    tensors[1] = tensors[1].masked_fill(~mask.unsqueeze(-1), math.nan)
+    got = with_grads(call, tensors, grads, image_mask=mask)
+    for name in got:
+        if name != "updated":
+            torch.testing.assert_close(got[name], clean[name])

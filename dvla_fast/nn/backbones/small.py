@@ -73,7 +73,7 @@ class SmallConvAttention(GatedBackbone):
         self.widths = {(s, b): dims[s - 1] for s, b in self.blocks}
         default = ((2, depths[1] - 1), (3, 0))
         self.locations = self.check_locations(default if locations is None else locations)
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         self.stem, side = _stem(in_channels, dims[0], image_size)
         self.stage1 = nn.ModuleList(_ConvBlock(dims[0], rates.pop(0)) for _ in range(depths[0]))
         self.down2 = nn.Conv2d(dims[0], dims[1], 2, stride=2)

@@ -1,0 +1,72 @@
+"""What DVLA is given, looked at before any work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dvla_fast import _extension
+from dvla_fast.ops.value_checks import require, value_checks
+
+if TYPE_CHECKING:
+    from dvla_fast.nn.dvla import TextTokens
+
+
+def check_episodes(support: Tensor, labels: Tensor, query: Tensor, way: int) -> None:
+    """Raises TypeError or ValueError unless images and labels are those of episodes."""
+    for name, images in (("support", support), ("query", query)):
+        if images.dim() != 5:
+            raise ValueError(
+                f"{name}: shape {tuple(images.shape)}, expected (episodes, images, C, H, W)"
+            )
+    episodes, count = support.shape[:2]
+    if query.shape[0] != episodes or query.shape[2:] != support.shape[2:]:
+        raise ValueError(
+            f"query: shape {tuple(query.shape)} does not fit support {tuple(support.shape)}"
+        )
+    if min(episodes, count, query.shape[1]) < 1:
+        raise ValueError("support, query: an episode needs at least one image of each")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"support_labels: expected int64, got {labels.dtype}")
+    if tuple(labels.shape) != (episodes, count):
+        raise ValueError(
+            f"support_labels: shape {tuple(labels.shape)}, expected {(episodes, count)}"
+        )
+    if way < 1:
+        raise ValueError(f"way: expected a positive number, got {way}")
+
+
+def check_text(text: TextTokens, episodes: int, way: int, text_dim: int, by_class: bool) -> None:
+    """Likewise for their texts; ``by_class``: whether those of a class are taken apart."""
+    tokens = text.tokens
+    if tokens.dim() != 3 or tokens.shape[0] != episodes or tokens.shape[2] != text_dim:
+        raise ValueError(
+            f"text.tokens: shape {tuple(tokens.shape)}, expected ({episodes}, P, {text_dim})"
+        )
+    if text.levels.dtype != torch.int64:
+        raise TypeError(f"text.levels: expected int64, got {text.levels.dtype}")
+    if tuple(text.levels.shape) != (tokens.shape[1],):
+        raise ValueError(
+            f"text.levels: shape {tuple(text.levels.shape)}, expected ({tokens.shape[1]},)"
+        )
+    if value_checks(text.levels.device) and not _extension.transforming():
+        known = (text.levels == 0) | (text.levels == 1)
+        require(known, "text.levels: expected 0 (attribute) or 1 (description)")
+    if text.mask is not None and text.mask.dtype != torch.bool:
+        raise TypeError(f"text.mask: expected bool (True = a token), got {text.mask.dtype}")
+    if text.mask is not None and text.mask.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"text.mask: shape {tuple(text.mask.shape)}, expected {tuple(tokens.shape[:2])}"
+        )
+    expected = (episodes, way, text_dim)
+    if tuple(text.class_embedding.shape) != expected:
+        raise ValueError(
+            f"text.class_embedding: shape {tuple(text.class_embedding.shape)}, expected {expected}"
+        )
+    if by_class and tokens.shape[1] % way:
+        raise ValueError(
+            f"text.tokens: {tokens.shape[1]} tokens do not fall into {way} classes evenly,"
+            " as text_scope='class' needs; pad the classes and set text.mask"
+        )

@@ -4,7 +4,7 @@ from dvla_fast.data.cache import is_cache, open_cache, prepare_cache
 from dvla_fast.data.check import check_data
 from dvla_fast.data.digits import DIGIT_SPLIT, load_digits
 from dvla_fast.data.episodes import EpisodeBatch, EpisodeSampler
-from dvla_fast.data.images import FewShotData, ImageSet, hold_out
+from dvla_fast.data.images import FewShotData, ImageSet, hold_out, unit_range
 from dvla_fast.data.layouts import list_data
 from dvla_fast.data.load import load_images
 from dvla_fast.data.splits import load_split_list, split_list_names
@@ -26,6 +26,7 @@ __all__ = [
     "open_cache",
     "prepare_cache",
     "split_list_names",
+    "unit_range",
 ]
 
 

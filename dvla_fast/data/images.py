@@ -36,6 +36,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        shape, kind = tuple(self.images.shape), str(self.images.dtype).removeprefix("torch.")
+        return f"ImageSet({self.name!r}, {shape} {kind}, {len(self.class_names)} classes)"
+
     def to(self, device: torch.device | str) -> ImageSet:
         """Return a copy on another device; mapped images stay on disk."""
         images = self.images if self.mapped else self.images.to(device)
@@ -47,7 +51,7 @@ class ImageSet:
         return self.labels.device
 
     def gather(self, index: Tensor) -> Tensor:
-        """Return the images at ``index`` (n,) int64 as (n, C, H, W) on ``device``.
+        """Return the images at ``index`` (…) int64 as (…, C, H, W) on ``device``.
 
         An index on the CPU never makes the host wait for a GPU.
         """

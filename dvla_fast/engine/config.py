@@ -384,6 +384,9 @@ class RunConfig:
         "ablate": AblateConfig,
     }
 
+    # Those whose work is done: what they named need not be there any more.
+    past_sections: ClassVar[tuple[str, ...]] = ()
+
     output: str = option("", "run folder, new or empty; default: runs/<command>-<date>-<time>")
     resume: bool = option(False, "continue the run in --output after an interruption")
     seed: int = option(0, "seed of weights, batches, episodes and gates", 0, LARGEST_SEED)
@@ -421,6 +424,8 @@ class MetatuneRun(RunConfig):
 @dataclass
 class EvaluateRun(RunConfig):
     """Everything `dvla-fast evaluate` does."""
+
+    past_sections: ClassVar[tuple[str, ...]] = ("pretrain", "metatune")
 
     checkpoint: str = option(
         "", "checkpoint to evaluate, or the backbone of an authors' visformer-*.pth file (required)"

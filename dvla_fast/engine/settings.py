@@ -128,7 +128,9 @@ def read_settings(path: str, cls: type[T], default: T, option: str = "--config")
         if key in known or key not in others:
             mine[key] = value
         else:  # another command's section: its typing errors are errors here, too
-            from_mapping(others[key], {} if value is None else value, path, section=f"{key}.")
+            given = {} if value is None else value
+            past = key in getattr(cls, "past_sections", ())
+            from_mapping(others[key], given, path, section=f"{key}.", look_up=not past)
     return from_mapping(cls, mine, path, default)
 
 
@@ -138,6 +140,7 @@ def from_mapping(
     where: str = "configuration",
     default: T | None = None,
     section: str = "",
+    look_up: bool = True,
 ) -> T:
     """Build a configuration dataclass from nested mappings; missing keys keep their defaults.
 
@@ -147,6 +150,7 @@ def from_mapping(
         where: what the values were read from, for messages.
         default: what missing keys keep; None: ``cls()``.
         section: dotted place of the values in the whole configuration, with a dot at its end.
+        look_up: whether fields' own checks run, which look for what a name stands for.
 
     Raises:
         UsageError: an unknown key, a value of another type, or one out of its field's range.
@@ -167,11 +171,12 @@ def from_mapping(
         if is_dataclass(kind):
             given = {} if value is None else value  # "data:" with nothing under it
             arguments[item.name] = from_mapping(
-                hints[item.name], given, where, getattr(base, item.name), f"{name}."
+                hints[item.name], given, where, getattr(base, item.name), f"{name}.", look_up
             )
         else:
             arguments[item.name] = _typed(kind, value, f"{where}: {name}")
-            _check_value(item.metadata, arguments[item.name], f"{where}: {name}")
+            metadata = item.metadata if look_up else {**item.metadata, "check": None}
+            _check_value(metadata, arguments[item.name], f"{where}: {name}")
     result: T = dataclasses.replace(base, **arguments)
     return result
 

@@ -66,3 +66,10 @@ def test_impossible_settings_are_refused(arguments: dict[str, float]) -> None:
 def test_unknown_split_is_refused() -> None:
     with pytest.raises(DataError, match="base, monitor, novel"):
         load_digits().split("test")
+
+
+def test_an_image_set_says_what_it_is_in_a_line() -> None:
+    images = load_digits().base
+    assert repr(images) == f"ImageSet('digits/base', ({len(images)}, 1, 16, 16) float32, 5 classes)"
+    episode = torch.tensor([[3, 1], [0, 2]])
+    assert torch.equal(images.gather(episode), images.images[episode])

@@ -153,6 +153,12 @@ def test_one_file_for_several_commands(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(UsageError, match=words):
             read_settings(str(path), PretrainRun, PretrainRun())
+    # What was trained with is past: the reward may be one that a script of the user's registered.
+    path.write_text("metatune: {rewards: {own: 1}}\nevaluate: {episodes: 9}\n")
+    assert read_settings(str(path), EvaluateRun, EvaluateRun()).evaluate.episodes == 9
+    path.write_text("metatune: {rewards: {own: x}}")
+    with pytest.raises(UsageError, match=r"metatune\.rewards\.own"):
+        read_settings(str(path), EvaluateRun, EvaluateRun())
     path.write_text("evaluate:\nsemantics:\n")
     assert read_settings(str(path), PretrainRun, PretrainRun()) == PretrainRun()
     path.write_text("")

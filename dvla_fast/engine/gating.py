@@ -7,6 +7,7 @@ collects figures without a host synchronisation.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from dvla_fast.rl import (
     PolicyLoss,
     Reference,
     RewardInputs,
+    ValueBaseline,
     build_baseline,
     build_objective,
     check_reward_weights,
@@ -156,6 +158,30 @@ class GateTraining:
         check_reward_weights(self.reward_weights)
         self._build_baseline()
         self._check_policies()
+        self._warn_of_idle_settings()
+
+    def _warn_of_idle_settings(self) -> None:
+        """Warn of changed settings that nothing in this recipe reads."""
+        config, usual = self.config, MetatuneConfig()
+        named = bool(config.rewards)
+        fixed = self.needs_reference and config.reference == "fixed"
+        reads = {
+            "clip": (config.objective in ("ppo", "grpo"), "objective ppo or grpo"),
+            "preference_beta": (config.objective == "dpo", "objective dpo"),
+            "reference": (self.needs_reference, "objective counterfactual or dpo, or kl_weight"),
+            "reference_alpha": (fixed, "a fixed reference gate"),
+            "value_weight": (isinstance(self.baseline, ValueBaseline), "baseline value"),
+            "baseline_momentum": (self._averages, "baseline ema"),
+            "lambda_sim": (not named, "the paper's rewards, without metatune.rewards"),
+            "lambda_imp": (not named, "the paper's rewards, without metatune.rewards"),
+        }
+        for name, (used, reader) in reads.items():
+            if not used and getattr(config, name) != getattr(usual, name):
+                warnings.warn(
+                    f"metatune.{name} has no effect here: it belongs to {reader}",
+                    UserWarning,
+                    stacklevel=2,
+                )
 
     def _build_baseline(self) -> None:
         config, objective = self.config, self.loss.objective

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.nn import DVLA
+from dvla_fast.ops import value_checks
 from dvla_fast.rl import BASELINES, OBJECTIVES, reward_names
 
 SILENT = Progress({}, enabled=False)
@@ -246,6 +248,7 @@ def test_a_step_reads_nothing_from_the_device(
         with monkeypatch.context() as patch:
             for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
                 patch.setattr(Tensor, name, refuse)
+            patch.setattr(value_checks, "_enabled", False)  # as on a GPU
             rollout = gates.play(episodes, 5)
             gates.again(rollout) if gates.loss.objective.repeatable else None
             gates.extra_loss(rollout)
@@ -269,6 +272,41 @@ def test_collapse_is_warned_of_once_a_layer(
         tune(folder, few_digits, tiny)
     assert len([w for w in caught if "collapsed" in str(w.message)]) == 1
     assert [row["collapsed"] for row in folder.rows("metatune")] == [[1], [1]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"clip": 0.5}, "clip"),
+        ({"reference": "epoch"}, "reference"),
+        ({"reference": "epoch", "kl_weight": 0.1, "reference_alpha": 0.3}, "reference_alpha"),
+        ({"value_weight": 3.0}, "value_weight"),
+        ({"baseline": "none", "baseline_momentum": 0.5}, "baseline_momentum"),
+        ({"rewards": {"accuracy": 1.0}, "lambda_sim": 0.9}, "lambda_sim"),
+    ],
+)
+def test_settings_without_effect_are_told(
+    tiny: DemoRun, settings: dict[str, Any], name: str
+) -> None:
+    model, _ = make_model(tiny)
+    with pytest.warns(UserWarning, match=f"metatune.{name} has no effect here"):
+        GateTraining(dataclasses.replace(tiny.metatune, **settings), model)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"objective": "ppo", "clip": 0.5, "baseline_momentum": 0.5, "lambda_imp": 0.2},
+        {"kl_weight": 0.1, "reference_alpha": 0.3},
+        {"baseline": "value", "value_weight": 3.0, "rewards": {"accuracy": 1.0}},
+    ],
+)
+def test_settings_with_effect_are_not(tiny: DemoRun, settings: dict[str, Any]) -> None:
+    model, _ = make_model(tiny)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GateTraining(dataclasses.replace(tiny.metatune, **settings), model)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,8 @@ class MeanConcentrationBeta(Distribution):
     ) -> None:
         if mean is not None and logits is None:
             given, self.concentration = broadcast_all(mean, concentration)
-            if validate_args is not False and not bool(((given > 0) & (given < 1)).all()):
+            checked = self._validate_args if validate_args is None else validate_args
+            if checked and not bool(((given > 0) & (given < 1)).all()):
                 raise ValueError("mean: expected values strictly between 0 and 1")
             self.logits = torch.logit(given)
         elif logits is not None and mean is None:

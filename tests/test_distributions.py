@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
-from torch.distributions import Beta, Independent, kl_divergence
+from torch.distributions import Beta, Distribution, Independent, kl_divergence
 
 import dvla_fast
 from dvla_fast.distributions import MeanConcentrationBeta
@@ -66,6 +66,16 @@ def test_gradients_flow_to_mean_and_concentration() -> None:
     MeanConcentrationBeta(logits=logits, concentration=kappa).entropy().sum().backward()
     assert logits.grad is not None
     assert kappa.grad is not None
+
+
+def test_the_global_setting_decides_what_is_validated() -> None:
+    Distribution.set_default_validate_args(False)
+    try:
+        assert MeanConcentrationBeta(mean=0.0).logits == -torch.inf
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            MeanConcentrationBeta(mean=0.0, validate_args=True)
+    finally:
+        Distribution.set_default_validate_args(__debug__)
 
 
 def test_wrong_arguments_raise() -> None:

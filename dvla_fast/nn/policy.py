@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from dvla_fast import _extension, functional, reference
 from dvla_fast.nn.layers import is_plain, lookup, weight_of
 from dvla_fast.ops.first_order import first_order_term
+from dvla_fast.ops.gate_policy import check_fixed_concentration
 from dvla_fast.ops.value_checks import require, value_checks
 
 P = TypeVar("P", bound="GatePolicy")
@@ -158,6 +159,7 @@ class BetaPolicy(GatePolicy):
 
     def __init__(self, dim: int, hidden_dim: int = 128, concentration: float = 10.0) -> None:
         super().__init__()
+        check_fixed_concentration(concentration)
         if not 0.0 < concentration < float("inf"):
             raise ValueError(
                 f"concentration: expected a positive finite number, got {concentration}"

@@ -180,7 +180,8 @@ def beta_kl(
 
     With D(x, y) = log Γ(y) − log Γ(x) − (y − x)ψ(x) ≥ 0 the divergence is
     D(a, a') + D(b, b') − D(κ, κ'). Each D is a sum of non-negative terms here: neighbours of
-    large κ keep their digits, where the closed form is a small difference of large numbers.
+    large κ keep their digits, where the closed form is a small difference of large numbers. Logits
+    beyond ±300 count as ±300, as in the policy's own ops.
 
     Args:
         logits, concentration: the first policy, which the expectation is over.
@@ -189,7 +190,7 @@ def beta_kl(
     Returns:
         Tensor of the broadcast shape in ``logits``' dtype (at least float32), differentiable.
     """
-    eta, other = logits.double(), other_logits.double()
+    eta, other = (x.double().clamp(-300, 300) for x in (logits, other_logits))  # as the kernels
     kappa, other_kappa = (_double(x, eta.device) for x in (concentration, other_concentration))
     a, b = kappa * torch.sigmoid(eta), kappa * torch.sigmoid(-eta)
     c, d = other_kappa * torch.sigmoid(other), other_kappa * torch.sigmoid(-other)

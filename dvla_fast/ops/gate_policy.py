@@ -114,7 +114,8 @@ def gate_policy(
         hidden_bias: (K,).
         out_weight: (1, K).
         out_bias: (1,).
-        concentration: κ > 0.
+        concentration: κ > 0, a number. For a learned one compose :func:`gate_state`, a network and
+            :func:`dvla_fast.functional.beta_policy`, which differentiates by it.
         action_logit: (A,), evaluate these stored actions instead of drawing.
         deterministic: take the policy's mean instead of drawing.
         generator: see :func:`dvla_fast.functional.beta_policy`.
@@ -141,6 +142,7 @@ def gate_policy(
             return GatePolicyOutput(*out)
     _check(image_tokens, text_tokens, groups_per_decision, state_images, image_mask, text_mask)
     _check_weights(image_tokens, hidden_weight, hidden_bias, out_weight, out_bias)
+    check_fixed_concentration(concentration)
     decisions = _decisions(image_tokens, text_tokens, groups_per_decision)
     _check_action(action_logit, deterministic, decisions, image_tokens.device)
     pooling = (image_mask, text_mask, groups_per_decision, state_images or 0)
@@ -321,6 +323,15 @@ def _check_weights(
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating tensor, got {tensor.dtype}")
         _check_device(name, tensor, image_tokens)
+
+
+def check_fixed_concentration(concentration: float) -> None:
+    """Refuse a tensor, which would be read as a number and lose its gradient."""
+    if isinstance(concentration, Tensor):
+        raise TypeError(
+            f"concentration: expected a number, got a tensor of shape {tuple(concentration.shape)};"
+            " compose functional.gate_state and functional.beta_policy for a learned one"
+        )
 
 
 def _check_action(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -61,6 +62,13 @@ def test_categorical_policy_draws_its_probabilities() -> None:
 def test_every_policy_starts_at_one_half(name: str) -> None:
     step = build_policy(name, 3)(torch.randn(4, 7), sample=False)
     assert step.alpha.tolist() == [0.5] * 4
+
+
+def test_a_tensor_concentration_is_refused() -> None:
+    kappa = torch.nn.Parameter(torch.tensor(10.0))
+    for make in (BetaPolicy, functools.partial(build_policy, "beta")):
+        with pytest.raises(TypeError, match="concentration: expected a number, got a tensor"):
+            make(3, concentration=kappa)
 
 
 def test_deterministic_policies_have_no_density() -> None:

@@ -139,6 +139,18 @@ def test_kl_differentiates_at_itself() -> None:
     assert logits.grad[1] < 0
 
 
+def test_kl_of_logits_beyond_300_is_that_of_300() -> None:
+    far = torch.tensor([-1e4, -740.0, 740.0, 1e4], dtype=torch.float64, requires_grad=True)
+    got = beta_kl(far, 10.0, wide(0.0), 10.0)
+    torch.testing.assert_close(got, beta_kl(far.sign() * 300, 10.0, wide(0.0), 10.0))
+    back = beta_kl(wide(0.0), 10.0, far, 10.0)
+    torch.testing.assert_close(back, beta_kl(wide(0.0), 10.0, far.sign() * 300, 10.0))
+    torch.testing.assert_close(beta_kl(far, 10.0, far, 10.0), torch.zeros(4).double())
+    (got + back).sum().backward()
+    assert far.grad is not None
+    assert far.grad.isfinite().all()
+
+
 def test_extreme_draws_stay_finite() -> None:
     logits = torch.tensor([-40.0, 0.0, 40.0, 3.0])
     actions = torch.tensor([-3e4, 200.0, -50.0, 1e6])

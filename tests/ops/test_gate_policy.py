@@ -366,6 +366,14 @@ def test_wrong_inputs(name, spoil, error, message) -> None:
         gate_policy(**arguments)
 
 
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_a_tensor_concentration_would_lose_its_gradient(shape: tuple, backend: str | None) -> None:
+    tensors, kappa = make(CASES[2], torch.float32), torch.full(shape, 10.0, requires_grad=True)
+    with pytest.raises(TypeError, match="concentration: expected a number, got a tensor"):
+        gate_policy(*tensors, kappa, backend=backend)
+
+
 def test_what_excludes_what() -> None:
     tensors = make(CASES[2], torch.float32)
     with pytest.raises(ValueError, match="exclude each other"):

@@ -152,8 +152,10 @@ class GateTraining:
             kl_weight=config.kl_weight,
             value_weight=config.value_weight,
         )
-        if config.normalise_advantage and config.episodes_per_step * self.samples < 2:
-            raise ValueError("normalise_advantage: needs two or more episodes a step")
+        share = config.episodes_per_step // self.processes.count
+        if config.normalise_advantage and share * self.samples < 2:
+            of_each = " for each process" if self.processes.count > 1 else ""
+            raise ValueError(f"normalise_advantage: needs two or more episodes a step{of_each}")
         self.reward_weights = reward_weights(config)
         check_reward_weights(self.reward_weights)
         self._build_baseline()

@@ -8,6 +8,7 @@ are read once per epoch.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -171,7 +172,11 @@ class Epoch:
 
 
 class _Totals:
-    """Sums named device tensors over an epoch without a synchronisation."""
+    """Sums named device tensors over an epoch without a synchronisation.
+
+    The accuracy of preferences is one of untied pairs, of which a step may have none: it counts by
+    their share.
+    """
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
@@ -182,6 +187,9 @@ class _Totals:
     def add(self, values: dict[str, Tensor], alphas: Tensor) -> None:
         for name, value in values.items():
             value = value.detach().double()
+            if name == "preference_accuracy":
+                untied = 1 - values["preference_ties"].double()
+                value = torch.where(untied > 0, untied * value, 0.0)
             self.values[name] = self.values[name] + value if name in self.values else value
         self.losses.append(values["loss"])
         self.alphas.append(alphas.detach())
@@ -189,10 +197,13 @@ class _Totals:
 
     def row(self, processes: Processes) -> dict[str, Any]:
         """Read everything: means of the figures, and mean and spread of alpha by layer."""
-        row = {
+        row: dict[str, Any] = {
             name: (processes.mean(value) / self.count).tolist()
             for name, value in self.values.items()
         }
+        if "preference_accuracy" in row:
+            untied = 1 - row["preference_ties"]
+            row["preference_accuracy"] = row["preference_accuracy"] / untied if untied else math.nan
         alphas = processes.gather(torch.cat(self.alphas, 1), dim=1)  # (L, episodes)
         row["alpha_mean"] = alphas.mean(1).tolist()
         row["alpha_std"] = alphas.std(1, unbiased=False).tolist()

@@ -1,4 +1,4 @@
-"""Whether the policy's ops look for NaN and for concentrations that are not positive and finite."""
+"""Whether values are looked at: NaN and concentrations of the policy's ops, labels, rewards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _CPU = torch.device("cpu")
 
 
 def set_value_checks(enabled: bool | None) -> None:
-    """Checks of tensors' values in ``beta_policy`` and ``gate_policy``, for the whole process.
+    """Checks of tensors' values in ``beta_policy`` and ``gate_policy``, of the labels that rewards
+    read and of the rewards that ``EMABaseline`` takes in, for the whole process.
 
     ``True``: on every device. A CPU raises ``ValueError``. On a GPU the kernel itself stops with a
     device-side assertion, which costs no synchronisation and shows as a RuntimeError of some later

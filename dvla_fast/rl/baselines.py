@@ -12,13 +12,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dvla_fast import _extension
 from dvla_fast.nn.policy import StateNetwork
+from dvla_fast.ops.value_checks import require, value_checks
 
 
 class EMABaseline(nn.Module):
     """Exponential moving average of each gated layer's reward (method §3, the default).
 
     Its first call has seen no reward: it returns 0, and the average starts at that call's mean.
+    Every call in training takes a step in. For several updates from the same draws call it once,
+    before them, and give what it returned to the policy loss::
+
+        level = baseline(loss_fn.signal(rewards))
+        for _ in range(epochs):
+            loss, _ = loss_fn(log_prob, entropy, rewards, level, old_log_prob=old)
+
+    NaN or infinite rewards are refused where values are checked
+    (:func:`dvla_fast.functional.set_value_checks`); elsewhere a step that holds one is not taken
+    in.
 
     Args:
         num_layers: gated layers L.
@@ -43,17 +55,25 @@ class EMABaseline(nn.Module):
 
     @torch.no_grad()
     def forward(self, rewards: Tensor) -> Tensor:
-        """Rewards (L, E) -> baseline (L, 1) from earlier steps; takes these in when training."""
+        """Rewards (L, E) -> baseline (L, 1) from earlier steps; takes these in when training.
+
+        Raises:
+            ValueError: rewards of another shape; NaN or infinite ones to take in.
+        """
         if rewards.dim() != 2 or rewards.shape[0] != self.value.shape[0]:
             raise ValueError(
                 f"rewards: shape {tuple(rewards.shape)}, expected ({self.value.shape[0]}, E)"
             )
         current = self.value.clone().unsqueeze(1)
         if self.training:
+            if value_checks(rewards.device) and not _extension.transforming():
+                require(rewards.isfinite(), "rewards: NaN or infinity found")
             mean = rewards.mean(1).to(self.value.dtype)
             kept = torch.where(self.steps == 0, mean, self.value)
-            self.value.copy_(torch.lerp(mean, kept, self.momentum))
-            self.steps.add_(1)
+            finite = mean.isfinite().all()
+            moved = torch.lerp(mean, kept, self.momentum)
+            self.value.copy_(torch.where(finite, moved, self.value))
+            self.steps.add_(finite)
         return current.to(rewards.dtype)
 
     def extra_repr(self) -> str:

@@ -16,10 +16,18 @@ from torch.nn import functional as F
 from dvla_fast.nn.dvla import EpisodeOutput, TextTokens
 from dvla_fast.rl.baselines import normalise_advantage
 from dvla_fast.rl.diagnostics import advantage_figures, alpha_figures, gradient_figures
-from dvla_fast.rl.objectives import LARGEST_LOG_RATIO, Decisions, Objective, Pathwise, Reinforce
+from dvla_fast.rl.objectives import (
+    LARGEST_LOG_RATIO,
+    Decisions,
+    Objective,
+    Pathwise,
+    Reinforce,
+    probability_ratio,
+)
 from dvla_fast.rl.rewards import (
     RewardInputs,
     alignment_cosine,
+    check_labels,
     discounted_returns,
     episode_accuracy,
     weighted_rewards,
@@ -30,7 +38,11 @@ Baseline = Callable[..., Tensor]
 
 
 class Reference(NamedTuple):
-    """What a frozen reference gate says about the same episodes; both without gradient."""
+    """What a frozen reference gate says about the same episodes.
+
+    Both are constants of the loss: a graph that they carry, say through the states that they were
+    computed from, is not followed.
+    """
 
     rewards: Tensor | None = None
     """(L, E): its rewards."""
@@ -47,9 +59,10 @@ class PolicyLoss(nn.Module):
         weight: λ, the loss's weight beside the supervised one.
         normalise: make the advantages of each layer have mean 0 and standard deviation 1.
         discount: see :func:`dvla_fast.rl.discounted_returns`; 0: each layer its own reward.
-        kl_weight: w_KL. The divergence is estimated at the actions taken by r − 1 − log r ≥ 0,
-            r = π_ref/π, as GRPO does, its gradient by E[(log π − log π_ref) ∇ log π]:
-            r − 1 − log r has that of KL(π_ref‖π) instead, which fades far from the reference.
+        kl_weight: w_KL. The divergence is estimated at the actions taken by
+            ρ(r − 1 − log r) ≥ 0, r = π_ref/π and ρ = π/π_old, as GRPO does where ρ = 1, its
+            gradient by E[ρ(log π − log π_ref) ∇ log π]: r − 1 − log r has that of KL(π_ref‖π)
+            instead, which fades far from the reference.
         value_weight: of the squared error of a baseline whose values carry a gradient.
 
     Raises:
@@ -96,7 +109,7 @@ class PolicyLoss(nn.Module):
 
     def signal(self, rewards: Tensor, reference: Reference | None = None) -> Tensor:
         """Rewards (L, E) as the baseline sees them: discounted, minus the reference's."""
-        theirs = None if reference is None else reference.rewards
+        theirs = None if reference is None else _constant(reference.rewards)
         if self.discount:
             rewards = discounted_returns(rewards, self.discount)
             theirs = None if theirs is None else discounted_returns(theirs, self.discount)
@@ -123,7 +136,11 @@ class PolicyLoss(nn.Module):
             rewards: (L, E); no gradient flows to them, but for a differentiable objective.
             baseline: a module such as :class:`EMABaseline`, called once with ``signal(rewards)``
                 (and ``states``, if it ``needs_states``), which learns if its values carry a
-                gradient; a tensor that broadcasts to ``rewards``, taken as it is; None: 0.
+                gradient; a tensor that broadcasts to ``rewards``, taken as it is; None: 0. Where
+                several updates use the same draws, give a tensor, ``baseline(signal(rewards))``
+                made before the first: a module takes the rewards in at every call, and has then
+                seen the very actions that it is subtracted from. A value network's tensor learns
+                by :meth:`value_loss`.
             states: what the gates decided from, one tensor a layer, for the baseline.
             old_log_prob: like ``log_prob``, under the policy that drew the actions; None: it is
                 the same one.
@@ -152,7 +169,7 @@ class PolicyLoss(nn.Module):
         if self.normalise:
             advantage = normalise_advantage(advantage)
         old = log_prob.detach() if old_log_prob is None else old_log_prob.detach()
-        theirs = None if reference is None else reference.log_prob
+        theirs = None if reference is None else _constant(reference.log_prob)
         decisions = Decisions(log_prob, old, advantage, theirs)
         surrogate, figures = self.objective(decisions)
         score = surrogate + self.entropy_weight * entropy
@@ -255,11 +272,15 @@ def _like(signal: Tensor, baseline: Tensor) -> Tensor:
         ) from None
 
 
+def _constant(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
 def _divergence(log_prob: Tensor, reference: Tensor, old: Tensor) -> Tensor:
-    """KL(π‖π_ref) at actions drawn from π: never negative, with the score-function gradient."""
+    """KL(π‖π_ref) at actions drawn from π_old: never negative, with the score-function gradient."""
     change = (reference - log_prob).detach()
-    value = change.clamp(max=LARGEST_LOG_RATIO).exp() - 1 - change
-    ratio = (log_prob - old).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()  # 1 on policy
+    ratio = probability_ratio(log_prob, old)  # 1 on policy
+    value = ratio.detach() * (change.clamp(max=LARGEST_LOG_RATIO).exp() - 1 - change)
     slope = -change * ratio
     return value + (slope - slope.detach())
 
@@ -314,13 +335,7 @@ def total_loss(
     Raises:
         TypeError, ValueError: labels that do not fit the logits; see :class:`PolicyLoss`.
     """
-    if query_labels.dtype != torch.int64:
-        raise TypeError(f"query_labels: expected int64, got {query_labels.dtype}")
-    if query_labels.shape != output.logits.shape[:2]:
-        raise ValueError(
-            f"query_labels: shape {tuple(query_labels.shape)}, expected"
-            f" {tuple(output.logits.shape[:2])}"
-        )
+    check_labels("query_labels", query_labels, output.logits.shape[:2], output.logits.shape[2])
     supervised = F.cross_entropy(output.logits.flatten(0, 1), query_labels.flatten())
     figures = {
         "supervised": supervised.detach(),

@@ -77,7 +77,9 @@ class ClippedSurrogate(Objective):
     """min(ρA, clip(ρ, 1 − ε, 1 + ε)A), ρ = π/π_old (PPO; Schulman et al., 2017, equation 7).
 
     At the first update ρ = 1, and the gradient is REINFORCE's. Evaluate later ones from the stored
-    action *logits*: log α of a saturated float32 α would make ρ wrong.
+    action *logits*: log α of a saturated float32 α would make ρ wrong. ρ is held to e^±20, and its
+    gradient is that ρ times ∇ log π there too: a bad action that became e^20 times likelier is
+    still pushed back.
 
     Args:
         clip: ε.
@@ -96,8 +98,7 @@ class ClippedSurrogate(Objective):
         self.clip = float(clip)
 
     def forward(self, decisions: Decisions) -> tuple[Tensor, dict[str, Tensor]]:
-        change = decisions.log_prob - decisions.old_log_prob
-        ratio = change.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
+        ratio = probability_ratio(decisions.log_prob, decisions.old_log_prob)
         clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
         advantage = _spread(decisions)
         surrogate = torch.minimum(ratio * advantage, clipped * advantage)
@@ -167,7 +168,8 @@ class PreferencePairs(Objective):
     gate's state is the same for both (with one gate this is two draws of one state). Ties teach
     nothing. The optimum is π_ref·exp(R/β)/Z only for preferences drawn by the Bradley–Terry model;
     with these noiseless ones the gap grows until the draws say otherwise, so β and the entropy
-    weight decide how far.
+    weight decide how far. "preference_accuracy" is the share of untied pairs whose better draw Δ
+    prefers, NaN where every pair ties, and "preference_ties" the share of ties.
 
     Args:
         beta: β.
@@ -204,7 +206,7 @@ class PreferencePairs(Objective):
         shared = value.repeat_interleave(2).view(1, -1, 1).expand(shape) / log_prob.shape[0]
         right = ((sign * gap.detach() > 0) & (sign != 0)).float().sum()
         figures = {
-            "preference_accuracy": right / (sign != 0).float().sum().clamp_min(1),
+            "preference_accuracy": right / (sign != 0).float().sum(),
             "preference_ties": (sign == 0).float().mean(),
         }
         return shared.reshape(log_prob.shape), figures
@@ -238,6 +240,13 @@ class Pathwise(Objective):
         if not decisions.advantage.requires_grad:
             raise ValueError("rewards: the pathwise objective needs rewards with a gradient")
         return _spread(decisions).expand_as(decisions.log_prob), {}
+
+
+def probability_ratio(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
+    """ρ = π/π_old held to e^±20, with the gradient ρ∇ log π of that ρ, beyond the limits too."""
+    change = log_prob - old_log_prob
+    held = change.detach().clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    return (held + (change - change.detach())).exp()
 
 
 def _groups(x: Tensor, samples: int) -> Tensor:

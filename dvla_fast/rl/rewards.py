@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dvla_fast import _extension
 from dvla_fast.nn.dvla import EpisodeOutput, TextTokens
 from dvla_fast.nn.prototype import prototype_logits
+from dvla_fast.ops.value_checks import require, value_checks
 
 
 class RewardInputs(NamedTuple):
@@ -79,7 +81,8 @@ def weighted_rewards(
     """Σ weight · reward over the named rewards, (L, E), and the unweighted parts by name.
 
     Raises:
-        ValueError: see :func:`check_reward_weights`; no gated layer; a reward of wrong shape.
+        TypeError, ValueError: see :func:`check_reward_weights`; no gated layer; a reward of wrong
+            shape; labels or ``previous_accuracy`` that do not fit the output.
     """
     check_reward_weights(weights)
     if not inputs.output.layers:
@@ -108,8 +111,27 @@ def discounted_returns(rewards: Tensor, discount: float) -> Tensor:
     return torch.stack(result[::-1])
 
 
+def check_labels(name: str, labels: Tensor, shape: torch.Size, way: int) -> None:
+    """Labels are int64, of that shape and, where values are checked, in [0, way).
+
+    Raises:
+        TypeError, ValueError: they are not; ``name`` is what the message calls them.
+    """
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{name}: expected int64, got {labels.dtype}")
+    if labels.shape != shape:
+        raise ValueError(f"{name}: shape {tuple(labels.shape)}, expected {tuple(shape)}")
+    if value_checks(labels.device) and not _extension.transforming():
+        require((labels >= 0) & (labels < way), f"{name}: expected values in [0, {way})")
+
+
 def episode_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of right queries in each episode: logits (E, Q, way), labels (E, Q) -> (E,)."""
+    """Share of right queries in each episode: logits (E, Q, way), labels (E, Q) -> (E,).
+
+    Raises:
+        TypeError, ValueError: labels that do not fit the logits.
+    """
+    check_labels("labels", labels, logits.shape[:-1], logits.shape[-1])
     return (logits.argmax(-1) == labels).to(torch.float32).mean(-1)
 
 
@@ -124,12 +146,16 @@ def similarity_reward(aligned: Tensor, class_embedding: Tensor, labels: Tensor) 
 
     Returns:
         (E,) in [-1, 1].
+
+    Raises:
+        TypeError, ValueError: labels that do not fit.
     """
     return alignment_cosine(aligned, class_embedding, labels).mean(-1)
 
 
 def alignment_cosine(aligned: Tensor, class_embedding: Tensor, labels: Tensor) -> Tensor:
     """cos(U·GAP(H), t*) of every image, (E, M), differentiable; shapes as in similarity_reward."""
+    check_labels("labels", labels, aligned.shape[:-1], class_embedding.shape[1])
     index = labels.unsqueeze(-1).expand(-1, -1, class_embedding.shape[-1])
     target = class_embedding.gather(1, index)  # [E, M, text_dim]
     return F.cosine_similarity(aligned.float(), target.float(), dim=-1)
@@ -148,9 +174,14 @@ def accuracy_reward(
     """Prototype accuracy of pooled features after a gate minus before it: (E,) in [-1, 1].
 
     Features (E, S, d) and (E, Q, d), labels (E, S) and (E, Q).
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or labels do not fit together.
     """
     after = prototype_logits(support_after, support_labels, query_after, way)
     before = prototype_logits(support_before, support_labels, query_before, way)
+    check_labels("support_labels", support_labels, support_after.shape[:-1], way)
+    check_labels("query_labels", query_labels, query_after.shape[:-1], way)
     return episode_accuracy(after, query_labels) - episode_accuracy(before, query_labels)
 
 
@@ -189,6 +220,11 @@ def _episode_improvement(inputs: RewardInputs) -> Tensor:
     """Acc_t − Acc_{t−1} with t consecutive episodes; 0 where there were none before."""
     accuracy = _accuracy(inputs)
     previous = inputs.previous_accuracy
+    if previous is not None and previous.shape not in ((), accuracy.shape[1:]):
+        raise ValueError(
+            f"previous_accuracy: shape {tuple(previous.shape)}, expected () or"
+            f" {tuple(accuracy.shape[1:])}"
+        )
     return torch.zeros_like(accuracy) if previous is None else accuracy - previous
 
 
@@ -203,6 +239,7 @@ def _accuracy(inputs: RewardInputs) -> Tensor:
 def _log_likelihood(inputs: RewardInputs) -> Tensor:
     """Mean log-probability of the queries' true classes: accuracy without its steps."""
     logits, labels = inputs.output.logits.float(), inputs.query_labels
+    check_labels("query_labels", labels, logits.shape[:-1], logits.shape[-1])
     chosen = torch.log_softmax(logits, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     return chosen.mean(-1).expand(len(inputs.output.layers), -1)
 
@@ -241,7 +278,8 @@ def layer_rewards(
             the improvement being this episode's final accuracy minus this one (method §4).
 
     Raises:
-        ValueError: the output has no gated layer.
+        TypeError, ValueError: the output has no gated layer; labels or ``previous_accuracy`` that
+            do not fit it.
     """
     if not output.layers:
         raise ValueError("output: no gated layers to reward; was DVLA called without text?")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,8 @@ def test_pathwise_gradient_reaches_the_policy_through_the_classifier(
 def test_a_step_reads_nothing_from_the_device(
     few_digits: FewShotData, tiny: DemoRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What would wait for a GPU raises, whatever the recipe."""
+    """What would wait for a GPU raises, whatever the recipe; a GPU's values are not checked."""
+    monkeypatch.setattr(value_checks, "_enabled", False)
     for recipe in RECIPES.values():
         gates, _ = rollout_of(few_digits, with_gating(tiny, **recipe))
         episodes = episodes_of(few_digits, tiny)
@@ -337,6 +339,32 @@ def test_settings_that_do_not_fit_are_refused(
     model, _ = make_model(tiny)
     with pytest.raises(UsageError, match=match):
         GateTraining(with_gating(tiny, **settings).metatune, model)
+
+
+def test_advantages_are_normalised_within_a_process(tiny: DemoRun) -> None:
+    model, _ = make_model(tiny)
+    processes = Processes("cpu")
+    processes.count = 2
+    settings = {"normalise_advantage": True, "episodes_per_step": 2}
+    with pytest.raises(UsageError, match="two or more episodes a step for each process"):
+        GateTraining(with_gating(tiny, **settings).metatune, model, processes)
+    GateTraining(with_gating(tiny, samples=2, **settings).metatune, model, processes)
+
+
+def test_accuracy_of_preferences_counts_untied_pairs() -> None:
+    """Steps of 1, 0 and 3 untied pairs of 4: three of the four are right."""
+
+    def row_of(*steps: tuple[float, float]) -> dict[str, Any]:
+        totals = metatune_steps._Totals()
+        for accuracy, ties in steps:
+            figures = {"preference_accuracy": accuracy, "preference_ties": ties, "loss": 0.0}
+            totals.add({k: torch.tensor(v) for k, v in figures.items()}, torch.zeros(1, 4))
+        return totals.row(Processes("cpu"))
+
+    row = row_of((0.0, 0.75), (math.nan, 1.0), (1.0, 0.25))
+    assert row["preference_accuracy"] == pytest.approx(0.75)
+    assert row["preference_ties"] == pytest.approx(2 / 3)
+    assert math.isnan(row_of((math.nan, 1.0))["preference_accuracy"])
 
 
 @pytest.mark.parametrize(

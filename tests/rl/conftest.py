@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from dvla_fast.functional import set_value_checks
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -15,3 +17,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Values are not looked at, as on a GPU."""
+    set_value_checks(False)
+    yield
+    set_value_checks(None)

@@ -46,6 +46,22 @@ def test_ema_resumes_from_its_state_dict() -> None:
         assert torch.equal(other(rewards), baseline(rewards))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_ema_refuses_rewards_that_are_no_numbers(value: float) -> None:
+    with pytest.raises(ValueError, match="rewards: NaN or infinity found"):
+        EMABaseline(2)(torch.tensor([[1.0, 1.0], [1.0, value]]))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_ema_does_not_take_in_what_is_no_number(value: float) -> None:
+    baseline, bad = EMABaseline(2), torch.tensor([[1.0, 1.0], [1.0, value]])
+    for rewards in (bad, torch.ones(2, 2), bad):
+        baseline(rewards)
+    assert baseline.value.tolist() == [1.0, 1.0]
+    assert baseline.steps.item() == 1
+
+
 def test_leave_one_out_is_the_mean_of_the_others() -> None:
     rewards = torch.tensor([[1.0, 2.0, 6.0, 0.0, 0.0, 3.0]])
     got = LeaveOneOutBaseline(3)(rewards)

@@ -193,3 +193,5 @@ def test_total_loss_names_wrong_labels() -> None:
         total_loss(output, labels[:, :5], text, ReinforceLoss())
     with pytest.raises(TypeError, match="int64"):
         total_loss(output, labels.float(), text, ReinforceLoss())
+    with pytest.raises(ValueError, match=r"query_labels: expected values in \[0, 3\)"):
+        total_loss(output, labels + 1, text, ReinforceLoss())

@@ -54,6 +54,8 @@ def test_every_name_builds_and_an_unknown_one_is_refused() -> None:
         (1.5, -2.0, 1.5 * -2.0, 1.5 * -2.0),
         (0.5, -2.0, 0.8 * -2.0, 0.0),
         (1e30, 1.0, 1.2, 0.0),
+        (1e30, -1.0, -math.exp(20), -math.exp(20)),  # ran away: held, and still pushed back
+        (1e-30, 1.0, math.exp(-20), math.exp(-20)),
     ],
 )
 def test_clipped_surrogate(ratio: float, advantage: float, value: float, slope: float) -> None:
@@ -111,6 +113,31 @@ def test_preference_loss_sums_over_the_gates_of_an_episode() -> None:
     assert gradient[:, 4:].abs().max() == 0
 
 
+def test_accuracy_of_preferences_among_ties_alone_is_unknown() -> None:
+    log_prob = torch.randn(2, 4)
+    decisions = Decisions(log_prob, log_prob, torch.ones(2, 4), torch.randn(2, 4))
+    _, figures = PreferencePairs()(decisions)
+    assert figures["preference_accuracy"].isnan()
+    assert figures["preference_ties"].item() == 1
+
+
+@pytest.mark.parametrize("kind", ["dpo", "counterfactual", "kl"])
+def test_the_reference_is_a_constant(kind: str) -> None:
+    """Where it hangs on what learns, as through a gate's state, no gradient flows through it."""
+    objective = Reinforce() if kind == "kl" else build_objective(kind)
+    loss_fn = PolicyLoss(objective, kl_weight=0.3 if kind == "kl" else 0.0)
+    shared = torch.randn((), requires_grad=True)
+    ours, theirs, rewards = torch.randn(3, 2, 4)
+    carries = Reference(rewards * shared, theirs * shared)
+    constant = Reference(*(x.detach() for x in carries))
+    losses = [
+        loss_fn(ours * shared, torch.zeros(2, 4), rewards.roll(1), reference=reference)[0]
+        for reference in (carries, constant)
+    ]
+    got, want = (torch.autograd.grad(loss, shared)[0] for loss in losses)
+    torch.testing.assert_close(got, want)
+
+
 def test_preferences_of_several_decisions_an_episode() -> None:
     log_prob, reference = torch.randn(1, 4, 3), torch.randn(1, 4, 3)
     decisions = Decisions(log_prob, log_prob, row(1.0, 0.0, 0.0, 1.0), reference)
@@ -158,7 +185,8 @@ def test_kl_penalty_is_the_estimate_of_grpo() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mean", "old_mean"), [(0.7, None), (0.9, None), (0.97, None), (0.99, None), (0.7, 0.6)]
+    ("mean", "old_mean"),
+    [(0.7, None), (0.9, None), (0.97, None), (0.99, None), (0.7, 0.6), (0.4, 0.6)],
 )
 def test_kl_penalty_has_the_gradient_of_the_divergence(mean: float, old_mean: float | None) -> None:
     """Near the reference and far from it; also at actions that an older policy drew."""
@@ -179,8 +207,20 @@ def test_kl_penalty_has_the_gradient_of_the_divergence(mean: float, old_mean: fl
     distance = beta_kl(logit, 10.0, torch.zeros(()).double(), 10.0)
     (want,) = torch.autograd.grad(distance, logit)
     assert slope.item() == pytest.approx(want.item(), rel=0.02)
-    if old_mean is None:
-        assert figures["kl_reference"].item() == pytest.approx(distance.item(), rel=0.02)
+    assert figures["kl_reference"].item() == pytest.approx(distance.item(), rel=0.02)
+    assert loss.item() == pytest.approx(distance.item(), rel=0.02)
+
+
+def test_a_baseline_called_before_the_updates_takes_the_draws_in_once() -> None:
+    baseline, loss_fn = EMABaseline(1), PolicyLoss(ClippedSurrogate())
+    baseline(row(1.0, 1.0))
+    old, rewards = torch.randn(1, 4), torch.randn(1, 4)
+    level = baseline(loss_fn.signal(rewards))
+    for _ in range(3):
+        log_prob = (old + 0.1).requires_grad_()
+        _, figures = loss_fn(log_prob, torch.zeros(1, 4), rewards, level, old_log_prob=old)
+        assert figures["baseline"].tolist() == [1.0]
+    assert baseline.steps.item() == 2
 
 
 def test_baselines_of_a_wrong_shape() -> None:

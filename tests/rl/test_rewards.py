@@ -99,6 +99,41 @@ def test_improvement_over_the_previous_episode(output: EpisodeOutput) -> None:
     torch.testing.assert_close(rewards, expected.expand(2, 2))
 
 
+@pytest.mark.parametrize("shape", [(2, 1), (3,), (1,)])
+def test_previous_accuracies_of_a_wrong_shape(output: EpisodeOutput, shape: tuple) -> None:
+    """Two layers and two episodes: of (2, 1), each layer would lose another accuracy."""
+    text, previous = one_hot_text(2, 2), torch.zeros(shape)
+    with pytest.raises(ValueError, match=r"previous_accuracy: shape .* expected \(\) or \(2,\)"):
+        layer_rewards(output, QUERY_LABELS, text, previous_accuracy=previous)
+
+
+@pytest.mark.parametrize("name", ["similarity", "improvement", "accuracy", "log_likelihood"])
+def test_labels_that_do_not_fit(output: EpisodeOutput, name: str) -> None:
+    def reward(labels: Tensor) -> Tensor:
+        inputs = RewardInputs(output, labels, one_hot_text(2, 2))
+        return weighted_rewards({name: 1.0}, inputs)[0]
+
+    for wrong in (QUERY_LABELS + 1, QUERY_LABELS - 1):
+        with pytest.raises(ValueError, match=r"labels: expected values in \[0, 2\)"):
+            reward(wrong)
+    for wrong in (QUERY_LABELS[:, :3], QUERY_LABELS[:1], QUERY_LABELS[0]):
+        with pytest.raises(ValueError, match=r"labels: shape .* expected \(2, 4\)"):
+            reward(wrong)
+    with pytest.raises(TypeError, match=r"labels: expected int64, got torch.float32"):
+        reward(QUERY_LABELS.float())
+
+
+def test_support_labels_that_do_not_fit() -> None:
+    features, labels = torch.randn(1, 2, 3), torch.tensor([[0, 1]])
+    with pytest.raises(ValueError, match=r"support_labels: expected values in \[0, 2\)"):
+        accuracy_reward(*[features] * 4, labels + 1, labels, 2)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_values_of_labels_are_read_where_values_are_checked(output: EpisodeOutput) -> None:
+    assert episode_accuracy(output.logits, QUERY_LABELS + 2).tolist() == [0.0, 0.0]
+
+
 def test_supports_stand_for_their_own_class_in_class_scope(output: EpisodeOutput) -> None:
     text = one_hot_text(2, 2)
     supports = output._replace(aligned_labels=1 - QUERY_LABELS)

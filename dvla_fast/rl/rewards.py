@@ -82,7 +82,8 @@ def weighted_rewards(
 
     Raises:
         TypeError, ValueError: see :func:`check_reward_weights`; no gated layer; a reward of wrong
-            shape; labels or ``previous_accuracy`` that do not fit the output.
+            shape or, where values are checked, one that is NaN or infinite; labels or
+            ``previous_accuracy`` that do not fit the output.
     """
     check_reward_weights(weights)
     if not inputs.output.layers:
@@ -95,6 +96,8 @@ def weighted_rewards(
                 f"reward {name!r}: shape {tuple(part.shape)}, expected (layers, episodes) ="
                 f" {expected}"
             )
+        if value_checks(part.device) and not _extension.transforming():
+            require(part.isfinite(), f"reward {name!r}: NaN or infinity found")
     terms = [weight * parts[name] for name, weight in weights.items()]
     return sum(terms[1:], start=terms[0]), parts
 

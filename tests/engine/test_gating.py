@@ -250,7 +250,6 @@ def test_a_step_reads_nothing_from_the_device(
         with monkeypatch.context() as patch:
             for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
                 patch.setattr(Tensor, name, refuse)
-            patch.setattr(value_checks, "_enabled", False)  # as on a GPU
             rollout = gates.play(episodes, 5)
             gates.again(rollout) if gates.loss.objective.repeatable else None
             gates.extra_loss(rollout)

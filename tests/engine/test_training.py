@@ -36,6 +36,7 @@ from dvla_fast.engine.monitor import (
 from dvla_fast.engine.pretrain import learning_rate, pretrain, turn_classes
 from dvla_fast.engine.state import TrainingState
 from dvla_fast.errors import CheckpointError, DataError, TrainingError
+from dvla_fast.rl import rewards
 
 SILENT = Progress({}, enabled=False)
 
@@ -242,6 +243,18 @@ def test_nan_loss_keeps_the_last_good_checkpoint(
         run_metatune(folder, few_digits, tiny, start)
     _, info = load_checkpoint(folder.checkpoints / "metatune-last.safetensors")
     assert info["epoch"] == 1
+
+
+def test_nan_of_an_own_reward_is_told_with_its_name(
+    tmp_path: Path, few_digits: FewShotData, tiny: DemoRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    start = run_pretrain(folder, few_digits, tiny)
+    nothing = {"own": lambda inputs: torch.full((2, inputs.output.logits.shape[0]), torch.nan)}
+    monkeypatch.setattr(rewards, "_REWARDS", {**rewards._REWARDS, **nothing})
+    tiny.metatune.rewards = {"accuracy": 1.0, "own": 0.1}
+    with pytest.raises(TrainingError, match=r"epoch 1, step 1: reward 'own': NaN .* its formula"):
+        run_metatune(folder, few_digits, tiny, start)
 
 
 @pytest.mark.parametrize(("rate", "broken"), [(1e38, "the optimiser's step overflowed"),

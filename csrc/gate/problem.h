@@ -77,8 +77,8 @@ struct Problem {
     return images(tokens, c).reshape({c.images * N, C}).to(query.scalar_type());
   }
 
-  // The same with 0 for what is masked out: its gradient is 0, and 0 times the NaN that may be there
-  // would reach the weights.
+  // The same with 0 for what is masked out: its gradient is 0, and 0 times the NaN that may be
+  // there would reach the weights.
   at::Tensor attended_rows(const Chunk& c) const {
     const at::Tensor rows = rows_of(c);
     if (!image_mask) return rows;

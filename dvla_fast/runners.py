@@ -154,7 +154,7 @@ def _metatune(config: Any, files: Sequence[str]) -> int:
     from dvla_fast.engine.next_steps import evaluate_command
 
     summary = run_metatune(config)
-    following = evaluate_command(summary["checkpoint"], files)
+    following = evaluate_command(summary["checkpoint"], files, config.seed)
     return _trained(summary, "monitor_accuracy", config.output, following)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dvla_fast.cli import main
 from dvla_fast.engine.checkpoint import save_checkpoint
-from dvla_fast.engine.logging import read_metrics
+from dvla_fast.engine.logging import read_config, read_metrics
 from tests.data import trees
 
 COMMANDS = ["demo", "pretrain", "metatune", "evaluate", "predict", "doctor"]
@@ -403,13 +403,17 @@ def test_printed_next_commands_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Pre-training, meta-tuning and evaluation of one's own images, each as the last one said."""
+    """Pre-training, meta-tuning and evaluation of one's own images, each as the last one said.
+
+    Trained with another seed than 0, the model is evaluated on the episodes of seed 0 all the same.
+    """
     monkeypatch.chdir(tmp_path)
     small = ["--metatune.epochs=1", "--metatune.steps_per_epoch=1", "--metatune.query=2",
              "--metatune.validation_episodes=2"]  # fmt: skip
     few = ["--evaluate.episodes=2", "--evaluate.query=2", "--evaluate.shots=1"]
     Path("photos").symlink_to(photos)
-    arguments = ["pretrain", "--data.dataset=photos", "--data.image_size=24", *TINY_PRETRAIN]
+    arguments = ["pretrain", "--data.dataset=photos", "--data.image_size=24", "--seed=1"]
+    arguments += TINY_PRETRAIN
     for more, words in (([*small], "metatune"), ([*few], "evaluate"), ([], "")):
         assert main(arguments) == 0
         said = capsys.readouterr().out
@@ -420,6 +424,14 @@ def test_printed_next_commands_work(
         assert (program, arguments[0]) == ("dvla-fast", words)
         arguments = [x.replace("BANK.json", "photos/bank.json") for x in arguments] + more
     assert "learned gate" in said
+    seeds = {
+        path.parent.name.split("-")[0]: read_config(path.parent)["seed"]
+        for path in Path("runs").glob("*/config.yaml")
+    }
+    assert seeds == {"pretrain": 1, "metatune": 1, "evaluate": 0}
+    seeds = {path.parent.name.split("-")[0]: read_config(path.parent)["seed"]
+             for path in Path("runs").glob("*/config.yaml")}  # fmt: skip
+    assert seeds == {"pretrain": 1, "metatune": 1, "evaluate": 0}
 
 
 def test_resuming_from_another_folder(

@@ -70,6 +70,10 @@ ELSEWHERE = {
     " runs/other/checkpoints/metatune-best.safetensors --compare runs/result": (
         "tests/engine/test_evaluate.py::--compare"
     ),
+    "dvla-fast evaluate --config runs/seed-1/config.yaml --seed 0 --output a/seed-1 --checkpoint"
+    " runs/seed-1/checkpoints/metatune-best.safetensors": (
+        "tests/test_cli.py::test_printed_next_commands_work"
+    ),
     "dvla-fast predict photos/ --checkpoint runs/tuned/checkpoints/metatune-best.safetensors"
     " --supports birds/ --bank birds.json": (
         "tests/engine/test_predict_images.py::test_folder_with_and_without_labels"

@@ -46,11 +46,12 @@ def difference_in_episodes(first: dict[str, Any], second: dict[str, Any]) -> str
             return f"{key} was not recorded"
         if first[key] != second[key]:
             shown = [_short(result[key]) for result in (first, second)]
-            seeds = [result.get("seed") for result in (first, second)]
-            if key == "episodes_sha256" and seeds[0] != seeds[1]:
+            seeds = [result["seed"] for result in (first, second) if "seed" in result]
+            if key == "episodes_sha256" and len(set(seeds)) == 2:
                 return (
                     f"different episode lists, because of different seeds ({seeds[0]} and"
-                    f" {seeds[1]})"
+                    f" {seeds[1]}: evaluate that of seed {max(seeds)} again with --seed"
+                    f" {min(seeds)})"
                 )
             return f"{words} ({shown[0]} and {shown[1]})"
     return None

@@ -34,14 +34,17 @@ def metatune_command(config: Any, checkpoint: str, files: Sequence[str] = ()) ->
     )
 
 
-def evaluate_command(checkpoint: str, files: Sequence[str] = ()) -> str:
+def evaluate_command(checkpoint: str, files: Sequence[str] = (), seed: int = 0) -> str:
     """Return the line that evaluates a meta-tuned model, with the run's data and texts.
 
     Args:
         checkpoint: the run's best checkpoint.
         files: the settings files that it was given, which may hold more sections.
+        seed: of the training. Episodes are those of seed 0 all the same, so that trainings of
+            several seeds can be compared.
     """
-    return shlex.join(_words("evaluate", checkpoint, files))
+    words = _words("evaluate", checkpoint, files)
+    return shlex.join([*words, *(["--seed", "0"] if seed else [])])
 
 
 def _words(command: str, checkpoint: str, files: Sequence[str]) -> list[str]:

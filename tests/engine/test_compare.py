@@ -144,7 +144,10 @@ def test_holm_is_the_step_down_procedure() -> None:
     ("changes", "reason"),
     [
         ({"dataset": "plants"}, "different data sets (animals and plants)"),
-        ({"episodes_sha256": "x", "seed": 3}, "because of different seeds (0 and 3)"),
+        (
+            {"episodes_sha256": "x", "seed": 3},
+            "seeds (0 and 3: evaluate that of seed 3 again with --seed 0)",
+        ),
         ({"episodes_sha256": "x"}, "different episode lists"),
         ({"query": 15}, "different numbers of queries (6 and 15)"),
         ({"images_sha256": "x"}, "different images (renamed, added or taken away) (i and x)"),

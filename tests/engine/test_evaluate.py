@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -268,6 +269,15 @@ def test_authors_list_is_the_legacy_stream(few_digits: FewShotData) -> None:
         build_sampler("authors", images, 3, 2, 4, 2**32)
     with pytest.raises(UsageError, match="episode_list: 'other' is unknown"):
         build_sampler("other", images, 3, 2, 4, 0)
+
+
+def test_authors_list_of_another_seed_is_said(backbone: str, tmp_path: Path) -> None:
+    authors = ["--evaluate.episode_list=authors", "--evaluate.episodes=2"]
+    with pytest.warns(UserWarning, match="--seed 1: the authors' published list .* of seed 0"):
+        assert main(evaluate_arguments(backbone, tmp_path / "one", *authors, "--seed=1")) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(evaluate_arguments(backbone, tmp_path / "zero", *authors)) == 0
 
 
 def test_checkpoint_brings_its_normalisation(few_digits: FewShotData) -> None:

@@ -124,6 +124,8 @@ def test_next_commands(photos: Path, tmp_path: Path) -> None:
     assert evaluate_command("r/checkpoints/b.safetensors") == (
         "dvla-fast evaluate --config r/config.yaml --checkpoint r/checkpoints/b.safetensors"
     )
+    # the episodes' seed is not the training's
+    assert evaluate_command("b", seed=1) == f"{evaluate_command('b')} --seed 0"
 
 
 @pytest.mark.parametrize("name", ["mps", "meta", "cpu:7", "cuda:x", "gpu:0", ""])

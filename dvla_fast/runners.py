@@ -141,19 +141,21 @@ def _ablate(config: Any) -> int:
 
 
 def _pretrain(config: Any, files: Sequence[str]) -> int:
-    from dvla_fast.engine.next_steps import metatune_command
+    from dvla_fast.engine.next_steps import metatune_command, settings_files
     from dvla_fast.engine.pretrain import run_pretrain
 
-    summary = run_pretrain(config)
+    summary = run_pretrain(config, files=files)
+    files = settings_files(config.output, files, config.resume)
     following = metatune_command(config, summary["checkpoint"], files)
     return _trained(summary, "monitor_episode_accuracy", config.output, following)
 
 
 def _metatune(config: Any, files: Sequence[str]) -> int:
     from dvla_fast.engine.metatune import run_metatune
-    from dvla_fast.engine.next_steps import evaluate_command
+    from dvla_fast.engine.next_steps import evaluate_command, settings_files
 
-    summary = run_metatune(config)
+    summary = run_metatune(config, files=files)
+    files = settings_files(config.output, files, config.resume)
     following = evaluate_command(summary["checkpoint"], files, config.seed)
     return _trained(summary, "monitor_accuracy", config.output, following)
 

@@ -455,6 +455,43 @@ def test_resuming_from_another_folder(
     assert f"continue it with dvla-fast metatune --resume --output {tmp_path / 'run'}" in message
 
 
+def test_a_resumed_run_remembers_its_settings_files(
+    photos: Path,
+    pretrained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They hold the sections of the commands that follow, which the run's own record lacks."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exp.yaml").write_text("evaluate: {episodes: 2, query: 2, shots: [1]}\n")
+
+    def following(*arguments: str) -> str:
+        assert main([*arguments]) == 0
+        return capsys.readouterr().out.split("next        ")[1].strip()
+
+    again = ["metatune", "--resume", "--output=run"]
+    first = following(*metatune(photos, pretrained, "--output=run", "--config=exp.yaml"))
+    assert "--config exp.yaml --config run/config.yaml" in first
+    assert following(*again) == first.replace("exp.yaml", f"{tmp_path}/exp.yaml")
+    (tmp_path / "more.yaml").write_text("evaluate: {episodes: 3}\n")
+    both = following(*again, "--config=exp.yaml", "--config=more.yaml")
+    assert following(*again) == both
+    assert main([*shlex.split(both)[1:], "--output=result"]) == 0
+    assert read_config("result")["evaluate"]["episodes"] == 3
+    assert read_config("result")["evaluate"]["query"] == 2
+    (tmp_path / "exp.yaml").unlink()
+    assert "exp.yaml" not in following(*again)
+    (tmp_path / "run" / "config-files.json").unlink()  # a run of an earlier version
+    assert following(*again).startswith("dvla-fast evaluate --config run/config.yaml")
+    capsys.readouterr()
+    # pre-training names the bank no more once a file names it
+    (tmp_path / "exp.yaml").write_text("semantics: {bank: digits}\n")
+    arguments = [f"--data.dataset={photos}", "--data.image_size=16", *TINY_PRETRAIN]
+    for more in (["--config=exp.yaml", *arguments], ["--resume"]):
+        assert "BANK.json" not in following("pretrain", "--output=pre", *more)
+
+
 def test_going_on_for_longer(
     photos: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

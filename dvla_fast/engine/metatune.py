@@ -6,6 +6,7 @@ the summary. Nothing here sees a novel class.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from dvla_fast.engine.monitor import (
     scored,
     validation_facts,
 )
+from dvla_fast.engine.next_steps import keep_settings_files
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor
 from dvla_fast.engine.prefixes import PrefixMaps, check_constant_prefix
 from dvla_fast.engine.settings import to_dict
@@ -215,8 +217,14 @@ def _describe(row: dict[str, Any], epoch: int, epochs: int, numbers: dict[str, A
     return text
 
 
-def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
-    """Do what ``dvla-fast metatune`` does; returns the summary that it writes."""
+def run_metatune(
+    config: MetatuneRun, *, quiet: bool = False, files: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Do what ``dvla-fast metatune`` does; returns the summary that it writes.
+
+    Args:
+        files: the settings files that it was given, for the command that follows.
+    """
     check_seen_images(config.semantics.seen_images)  # its evaluation takes these settings
     processes = Processes(config.device)
     execution = Execution(config.execution, processes)
@@ -243,6 +251,7 @@ def run_metatune(config: MetatuneRun, *, quiet: bool = False) -> dict[str, Any]:
     folder = open_folder(
         config.output, to_dict(config), processes, config.resume, config.wandb, ("metatune.epochs",)
     )
+    keep_settings_files(folder, files)
     facts = {"semantics": semantics, "started_from": started, "gates": gates}
     noted = {**facts, "start": start.facts, "training": start.stages}
     with Progress({"meta-tune": 1.0}, enabled=not quiet and processes.main) as progress:

@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dvla_fast.engine.settings import read_settings
+from dvla_fast.engine.logging import RunFolder
+from dvla_fast.engine.settings import UsageError, read_settings
 from dvla_fast.engine.settle import MADE_SIZES
+from dvla_fast.files import json_text
+
+_FILES = "config-files.json"
+
+
+def keep_settings_files(folder: RunFolder, files: Sequence[str]) -> None:
+    """Note in a run's folder which settings files it was given, also when it is resumed.
+
+    The run's own record has its own settings alone: those of the commands that follow are there.
+    """
+    known = _kept(folder.path)
+    new = [path for path in map(os.path.abspath, files) if path not in known]
+    if new:
+        folder.write_text(_FILES, json_text([*known, *new]) + "\n")
+
+
+def settings_files(folder: str | Path, files: Sequence[str], resume: bool) -> list[str]:
+    """Return the settings files that a run's next command repeats.
+
+    Args:
+        folder: of the run.
+        files: given to this command.
+        resume: whether it went on with a run: then also those of before that are still there.
+    """
+    return [path for path in _kept(folder) if os.path.isfile(path)] if resume else list(files)
+
+
+def _kept(folder: str | Path) -> list[str]:
+    """The absolute paths that the folder of a run notes; none in those of earlier versions."""
+    try:
+        return [str(path) for path in json.loads(Path(folder, _FILES).read_text("utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def metatune_command(config: Any, checkpoint: str, files: Sequence[str] = ()) -> str:
@@ -61,4 +98,6 @@ def _named_bank(files: Sequence[str]) -> bool:
 
     unnamed = MetatuneRun()
     unnamed.semantics.bank = ""
-    return any(read_settings(file, MetatuneRun, unnamed).semantics.bank for file in files)
+    with contextlib.suppress(UsageError):  # a file was changed since the run began
+        return any(read_settings(file, MetatuneRun, unnamed).semantics.bank for file in files)
+    return False

@@ -9,6 +9,7 @@ of the base classes), never the novel classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from dvla_fast.engine.monitor import (
     scored,
     validation_facts,
 )
+from dvla_fast.engine.next_steps import keep_settings_files
 from dvla_fast.engine.predict import image_features, predict_visual
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.starting import load_published, normalise_for
@@ -299,8 +301,14 @@ def _describe(row: dict[str, float], epoch: int, epochs: int, numbers: dict[str,
     return text
 
 
-def run_pretrain(config: PretrainRun, *, quiet: bool = False) -> dict[str, Any]:
-    """Do what ``dvla-fast pretrain`` does; returns the summary that it writes."""
+def run_pretrain(
+    config: PretrainRun, *, quiet: bool = False, files: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Do what ``dvla-fast pretrain`` does; returns the summary that it writes.
+
+    Args:
+        files: the settings files that it was given, for the command that follows.
+    """
     processes = Processes(config.device)
     execution = Execution(config.execution, processes)
     data = build_data(config.data, processes.device, training=True)
@@ -312,6 +320,7 @@ def run_pretrain(config: PretrainRun, *, quiet: bool = False) -> dict[str, Any]:
     if config.model.pretrained:
         load_published(build_pretrain_model(spec, 1)["backbone"], config.model.pretrained)
     folder = open_folder(config.output, to_dict(config), processes, config.resume, config.wandb)
+    keep_settings_files(folder, files)
     rng = seed_everything(config.seed)
     with Progress({"pre-train": 1.0}, enabled=not quiet and processes.main) as progress:
         best = pretrain(

@@ -26,6 +26,7 @@ from dvla_fast.engine.statistics import (
     paired_difference,
     points,
     require_scipy,
+    shared_note,
     unpaired_difference,
 )
 from dvla_fast.engine.tool_config import CompareRun
@@ -74,9 +75,9 @@ def compare_groups(
     Returns:
         ``{"a", "b", "interval", "results": [...]}``; a result has ``shot``, ``methods``,
         ``accuracies``, ``difference`` (a minus b), ``ci95``, ``p_value``, ``checkpoints`` (of each
-        group), ``over_checkpoints`` (None with one checkpoint in a group), ``classes`` (each with
-        ``name``, ``episodes``, ``accuracies``, ``difference``, ``ci95``, ``p_value`` and
-        ``p_holm``, corrected for the number of classes), and ``verdict``.
+        group), ``over_checkpoints`` (None with one checkpoint in a group), ``notes`` on it,
+        ``classes`` (each with ``name``, ``episodes``, ``accuracies``, ``difference``, ``ci95``,
+        ``p_value`` and ``p_holm``, corrected for the number of classes), and ``verdict``.
 
     Raises:
         NotComparableError: no shot in common, other episodes, or a method that was not recorded.
@@ -167,6 +168,8 @@ def _compare_shot(
     means = [side.accuracies(name) for side, name in zip(sides, names)]
     trained = [_checkpoint_accuracies(side, name) for side, name in zip(sides, names)]
     several = min(map(len, trained)) > 1
+    told = [f"{side} ({name})" for side, name in zip("AB", names)]
+    notes = [note for note in map(shared_note, told, trained) if note and several]
     row: dict[str, Any] = {
         "shot": shot,
         "way": groups[0][0][1][shot]["way"],
@@ -176,6 +179,7 @@ def _compare_shot(
         **paired_difference(means[0], means[1]),
         "checkpoints": [len(found) for found in trained],
         "over_checkpoints": unpaired_difference(*trained) if several else None,
+        "notes": notes,
         "classes": _compare_classes(sides, names, _class_names(groups[0][0][0], shot)),
     }
     row["verdict"] = verdict(row)
@@ -282,6 +286,7 @@ def comparison_text(compared: dict[str, Any], classes: int = 10) -> str:
             f"A {first} ({row['methods'][0]}), B {second} ({row['methods'][1]})",
             f"  {row['verdict']}",
             f"  {_reach(row)}",
+            *(f"  {note}" for note in row["notes"]),
             *_class_lines(row["classes"], classes),
         ]
     return "\n".join([*lines, "", compared["interval"]])

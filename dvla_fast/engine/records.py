@@ -25,6 +25,7 @@ from dvla_fast.engine.statistics import (
     confusion,
     paired_difference,
     points,
+    shared_note,
 )
 from dvla_fast.errors import MissingDependencyError, OutputError
 from dvla_fast.files import json_text
@@ -222,7 +223,7 @@ def checkpoints_table(results: Sequence[dict[str, Any]]) -> str:
     results = [result for result in results if result.get("over_checkpoints")]
     if not results:
         return ""
-    rows = []
+    rows, notes = [], []
     for result in results:
         for name, found in result["over_checkpoints"].items():
             values = ", ".join(f"{100 * value:.2f}" for value in found["accuracies"])
@@ -230,9 +231,10 @@ def checkpoints_table(results: Sequence[dict[str, Any]]) -> str:
                 f"  {result['shot']}-shot  {100 * found['accuracy']:.2f} ± {points(found['ci95'])}"
                 f"  s = {points(found['std'])}  {name}: {values}"
             )
+            notes.append(shared_note(f"{result['shot']}-shot {name}", found["accuracies"]))
     count = len(next(iter(results[0]["over_checkpoints"].values()))["accuracies"])
     head = f"over the {count} checkpoints, which speaks of training again (percent)"
-    return "\n".join([head, *rows, CHECKPOINT_INTERVAL])
+    return "\n".join([head, *rows, *filter(None, notes), CHECKPOINT_INTERVAL])
 
 
 def keep_record(

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dvla_fast.engine.statistics import class_accuracies, confusion, mean_interval, points
+from dvla_fast.engine.statistics import (
+    class_accuracies,
+    confusion,
+    mean_interval,
+    points,
+    shared_note,
+)
 from dvla_fast.report.collect import Run
 from dvla_fast.report.published import published_for
 from dvla_fast.report.svg import (
@@ -127,9 +133,11 @@ def _over_checkpoints(run: Run, result: dict[str, Any]) -> str:
     if not found or len(found.get("accuracies", ())) < 2:
         return ""
     values = ", ".join(f"{100 * value:.1f}" for value in found["accuracies"])
+    note = shared_note(str(result["method"]), found["accuracies"])
+    note = note or "this t interval speaks of training again"
     return (
         f"{run.name}, over {len(found['accuracies'])} checkpoints: {100 * found['accuracy']:.2f} ± "
-        f"{points(found['ci95'])} % ({values}); this t interval speaks of training again."
+        f"{points(found['ci95'])} % ({values}); {note}."
     )
 
 

@@ -13,9 +13,9 @@ import torch
 from scipy import stats
 
 from dvla_fast.cli import main
-from dvla_fast.engine.compare import NotComparableError, compare_groups, verdict
-from dvla_fast.engine.records import EpisodeRecord, compare_runs
-from dvla_fast.engine.statistics import holm, unpaired_difference
+from dvla_fast.engine.compare import NotComparableError, compare_groups, comparison_text, verdict
+from dvla_fast.engine.records import EpisodeRecord, checkpoints_table, compare_runs
+from dvla_fast.engine.statistics import checkpoint_interval, holm, unpaired_difference
 from dvla_fast.errors import OutputError
 from tests.engine.runs import CLASSES, write_evaluation
 
@@ -90,6 +90,23 @@ def test_several_seeds_a_side(tmp_path: Path) -> None:
     expected = stats.ttest_ind(*means, equal_var=False)
     assert row["over_checkpoints"]["p_value"] == pytest.approx(expected.pvalue, rel=1e-6)
     assert row["accuracies"] == pytest.approx([sum(m) / len(m) for m in means])
+
+
+def test_trainings_that_share_what_is_compared(tmp_path: Path) -> None:
+    """Visual prototypes of trainings from one backbone: no spread, and no warning of SciPy's."""
+    first = [str(write_evaluation(tmp_path / f"a{i}", 0.7 + 0.01 * i)) for i in range(2)]
+    second = [str(write_evaluation(tmp_path / f"b{i}", 0.6)) for i in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compared = compare_groups(first, second)
+    said = "B (learned gate): all 3 trainings have the same accuracy; they seem to share what"
+    assert [note[: len(said)] for note in compared["results"][0]["notes"]] == [said]
+    assert f"\n  {said}" in comparison_text(compared)
+    assert compare_groups(first, second[:1])["results"][0]["notes"] == []
+    over = {"x": checkpoint_interval([0.5, 0.5]), "y": checkpoint_interval([0.5, 0.501])}
+    table = checkpoints_table([{"shot": 1, "over_checkpoints": over}])
+    assert "\n1-shot x: all 2 trainings have the same accuracy" in table
+    assert "1-shot y" not in table
 
 
 def test_each_checkpoint_counts_once_whatever_run_it_is_in(tmp_path: Path) -> None:

@@ -155,8 +155,10 @@ class FewShotClassifier:
         if not self.class_names:
             raise ValueError("classify: learn(...) some classes first")
         _check_list(images, "classify: images")
-        if batch < 1 or not len(images):
-            raise ValueError(f"classify: {len(images)} images in batches of {batch}")
+        if not len(images):
+            raise ValueError("classify: no images were given")
+        if batch < 1:
+            raise ValueError(f"classify: batch: expected 1 or more images, got {batch}")
         parts = []
         for first in range(0, len(images), batch):
             query = self.model.prefix(self._read(images[first : first + batch])).unsqueeze(0)

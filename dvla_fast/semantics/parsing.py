@@ -115,7 +115,9 @@ def parse_attributes(answer: Answer, class_name: str, minimum: int = 2) -> Attri
     text = _plain(answer)
     items, cut = _items(text)
     if items is None:
-        raise LanguageModelError(f"the answer holds no list of attributes but {_quote(text)}")
+        raise LanguageModelError(
+            f"the answer holds no list of attributes but {_quote(text)}{_stopped(answer)}"
+        )
     kept: dict[str, str] = {}
     dropped: list[tuple[str, str]] = []
     for item in items:
@@ -135,9 +137,13 @@ def parse_attributes(answer: Answer, class_name: str, minimum: int = 2) -> Attri
         raise LanguageModelError(f"the answer is not in English: {_quote(text)}")
     if len(kept) < minimum:
         why = "; ".join(f"{_quote(item, 40)} is {problem}" for item, problem in dropped[:4])
+        ended = _stopped(answer) or ("; it is cut off" if cut else "")
+        if not items and not ended:
+            why = "its list is empty"
         raise LanguageModelError(
             f"{len(kept)} usable attribute(s) in the answer, at least {minimum} needed"
-            + (f" ({why})" if why else " (its list is empty)")
+            + (f" ({why})" if why else "")
+            + ended
         )
     return Attributes(tuple(kept.values()), tuple(dropped), cut or answer.finish == "length")
 
@@ -164,10 +170,9 @@ def parse_description(answer: Answer, *, trim: bool = False) -> str:
     if words > DESCRIPTION_WORDS or (cut and not re.search(r"[.!?]$", found)):
         shorter = _whole_sentences(found)
         if not trim or not shorter:
-            what = f"is {words} words long" if words > DESCRIPTION_WORDS else "is cut off"
-            raise LanguageModelError(
-                f"the description {what}, at most {DESCRIPTION_WORDS} can be used: {_quote(text)}"
-            )
+            long = f"is {words} words long, at most {DESCRIPTION_WORDS} can be used"
+            what = long if words > DESCRIPTION_WORDS else "is cut off"
+            raise LanguageModelError(f"the description {what}: {_quote(text)}{_stopped(answer)}")
         found = shorter
     if len(found.split()) < _FEWEST_DESCRIPTION_WORDS:
         raise LanguageModelError(f"the answer is no description: {_quote(text)}")
@@ -202,6 +207,11 @@ def _plain(answer: Answer) -> str:
     if refusal and "[" not in text:
         raise LanguageModelError(f"the model refused: {_quote(text)}")
     return text
+
+
+def _stopped(answer: Answer) -> str:
+    """What ends a message about an answer that the model did not finish; else ""."""
+    return "; the model stopped at its length limit" if answer.finish == "length" else ""
 
 
 def _items(text: str) -> tuple[list[str] | None, bool]:

@@ -245,8 +245,10 @@ def test_wrong_inputs(make_checkpoint: Callable, tmp_path: Path) -> None:
     with pytest.raises(BankError, match="owl"):
         classifier.learn({"owl": pictures(1, 0), "jay": pictures(1, 1)}, BANK)
     classifier.learn(SUPPORTS, BANK)
-    with pytest.raises(ValueError, match="0 images"):
+    with pytest.raises(ValueError, match="no images were given"):
         classifier.classify([])
+    with pytest.raises(ValueError, match="batch: expected 1 or more images, got 0"):
+        classifier.classify(pictures(1, 0), batch=0)
     with pytest.raises(DataError, match="uint8"):
         classifier.classify([np.zeros((16, 16, 3))])
     with pytest.raises(DataError, match="no such file"):

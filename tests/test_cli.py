@@ -233,6 +233,30 @@ def test_bank_that_lacks_a_class(
     assert not (tmp_path / "run").exists()
 
 
+def test_bank_that_lacks_a_novel_class(
+    photos: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training does not read its texts: it is told there, and refused where it is evaluated."""
+    content = json.loads((photos / "bank.json").read_text())
+    bank, run = tmp_path / "partial.json", tmp_path / "run"
+
+    def tune(lacking: str) -> list[str]:
+        kept = {name: text for name, text in content["classes"].items() if name not in lacking}
+        bank.write_text(json.dumps({"classes": kept}))
+        return metatune(photos, pretrained, f"--output={run}", f"--semantics.bank={bank}")
+
+    assert "lacks 2 class(es) of the data set: 'a', 'j'" in fails(tune("aj"), capsys)
+    with pytest.warns(UserWarning, match="lacks 2 class.* and evaluating will: 'h', 'j'"):
+        assert main(tune("hj")) == 0
+    command = ["evaluate", f"--config={run / 'config.yaml'}", f"--output={tmp_path / 'result'}"]
+    command += [f"--checkpoint={run}/checkpoints/metatune-best.safetensors"]
+    command += ["--evaluate.query=2", "--evaluate.shots=1", "--evaluate.episodes=2"]
+    capsys.readouterr()
+    assert "lacks 2 class(es) of the data set: 'h', 'j'" in fails(command, capsys)
+    tune("")  # the texts of the base classes are the same
+    assert main(command) == 0
+
+
 def test_text_longer_than_the_encoder_reads(
     photos: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

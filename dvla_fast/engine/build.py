@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -160,13 +161,13 @@ def build_texts(
     config: SemanticsConfig,
     data: FewShotData,
     device: torch.device,
-    split: str = "",
+    splits: Sequence[str] = (),
     encoder: TextEncoder | None = None,
 ) -> tuple[EncodedTexts, dict[str, Any]]:
     """Encode the bank's texts for all classes of the data set.
 
     Args:
-        split: only the classes of this split must be in the bank; others may lack texts.
+        splits: only the classes of these must be in the bank, others may lack texts; none: all.
         encoder: of ``config`` (``bank_encoder``), where several calls share one.
 
     Returns:
@@ -177,8 +178,8 @@ def build_texts(
     """
     bank = build_bank(config.bank)
     names = list(data.class_names)
-    lacking = set(bank.missing(names)) if split else set()
-    if lacking and lacking.isdisjoint(data.split(split).class_names):
+    lacking = set(bank.missing(names)) if splits else set()
+    if lacking.isdisjoint(name for split in splits for name in data.split(split).class_names):
         names = [name for name in names if name not in lacking]
     texts, described = encode_texts(config, bank, names, device, encoder)
     if len(names) < len(data.class_names):

@@ -417,7 +417,7 @@ def _find_texts(
         described = written.described()
         found = _Texts(written=written, described=described, seen=seen)
     else:
-        encoded, described = build_texts(config.semantics, data, device, split)
+        encoded, described = build_texts(config.semantics, data, device, [split])
         seen = find_seen_images(config.semantics, data, split)
         found = _Texts(encoded, described=described, seen=seen)
     for path, info in infos.items():

@@ -6,6 +6,7 @@ the summary. Nothing here sees a novel class.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,8 @@ def run_metatune(
     processes = Processes(config.device)
     execution = Execution(config.execution, processes)
     data = build_data(config.data, processes.device, training=True)
-    texts, semantics = build_texts(config.semantics, data, processes.device)
+    texts, semantics = build_texts(config.semantics, data, processes.device, ["base", "monitor"])
+    _warn_of_lacking_texts(texts, data)
     spec = model_spec(
         config.model,
         backbone_spec(config.model, data.channels, data.image_size),
@@ -272,6 +274,19 @@ def run_metatune(
     folder.write_summary(summary)
     folder.close()
     return summary
+
+
+def _warn_of_lacking_texts(texts: EncodedTexts, data: FewShotData) -> None:
+    """Warn of classes that training does not need, and evaluation will."""
+    known = dict(zip(texts.class_names, texts.mask.any(1).tolist()))
+    lacking = [name for name in data.novel.class_names if not known[name]]
+    if lacking:
+        shown = ", ".join(map(repr, lacking[:5])) + (", ..." if len(lacking) > 5 else "")
+        warnings.warn(
+            f"the bank lacks {len(lacking)} class(es) of the test split, which training does not "
+            f"read and evaluating will: {shown}",
+            stacklevel=3,
+        )
 
 
 def _check_recipe(

@@ -24,13 +24,15 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
 
 
 def lookup(numbers: Sequence[float], index: Tensor, dtype: torch.dtype) -> Tensor:
-    """numbers[index] for an index of any shape, in a dtype.
+    """numbers[index] for an index of any shape, in a dtype; past the end, the last number.
 
     Without a table: one made here would be copied to the GPU at every call, and one kept as a
     buffer is rounded with the weights and lost where a model is made on the meta device.
     """
-    picked = [(index == i).to(dtype) * number for i, number in enumerate(numbers)]
-    return torch.stack(picked).sum(0)
+    picked = torch.full((), numbers[-1], dtype=dtype, device=index.device)
+    for i, number in enumerate(numbers[:-1]):
+        picked = torch.where(index == i, number, picked)
+    return picked.expand(index.shape)
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dvla_fast.nn.layers import lookup
 from dvla_fast.nn.policy import (
     POLICIES,
     BetaPolicy,
@@ -162,3 +163,14 @@ def test_choices_that_there_are_not(choice: float) -> None:
         policy(torch.randn(2, 7), action_logit=torch.tensor([0.0, choice]))
     with pytest.raises(ValueError, match=r"action_logit: shape \(2,\), expected \(4,\)"):
         policy(torch.randn(4, 7), action_logit=torch.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_lookup(dtype: torch.dtype) -> None:
+    index = torch.tensor([[2, 0], [1, 2]])
+    for numbers in ((1.4, 0.6, 0.1), (1.4, 0.0, -3.0)):
+        want = torch.tensor(numbers, dtype=dtype)[index]
+        got = lookup(numbers, index, dtype)
+        assert got.dtype == dtype
+        assert torch.equal(got, want)
+    assert torch.equal(lookup((0.5,), index, dtype), torch.full((2, 2), 0.5, dtype=dtype))

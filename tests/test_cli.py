@@ -212,18 +212,6 @@ def test_config_file_and_overrides(
     assert (summary["seed"], summary["epochs"]) == (5, 1)
 
 
-def test_bad_data_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "run"
-    arguments = ["pretrain", f"--data.dataset={tmp_path / 'none'}", f"--output={output}"]
-    assert "none: no such folder" in fails(arguments, capsys)
-    (tmp_path / "empty").mkdir()
-    arguments = ["pretrain", f"--data.dataset={tmp_path / 'empty'}", f"--output={output}"]
-    assert "data.image_size: " in fails(arguments, capsys, 2)
-    arguments.append("--data.image_size=16")
-    assert "no data set here" in fails(arguments, capsys)
-    assert not output.exists()
-
-
 def test_bank_that_lacks_a_class(
     photos: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,49 +273,12 @@ def test_truncated_and_foreign_checkpoints(
     assert not (tmp_path / "run").exists()
 
 
-def test_unwritable_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").write_text("mine")
-    message = fails(["pretrain", f"--output={tmp_path / 'file' / 'run'}"], capsys)
-    assert "cannot write the run here" in message
-    assert (tmp_path / "file").read_text() == "mine"
-
-
 def test_too_few_images_for_the_episodes(
     photos: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = metatune(photos, pretrained, "--metatune.query=9", f"--output={tmp_path / 'run'}")
     assert "fewer than the 1 support + 9 query" in fails(arguments, capsys)
     assert not (tmp_path / "run").exists()
-
-
-def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="no such folder"):
-        main(["pretrain", "--debug", f"--data.dataset={tmp_path / 'none'}"])
-
-
-def test_data_check_and_prepare_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "--help"]) == 0
-    text = capsys.readouterr().out
-    assert "cub_100_50_50" in text
-    for name in ("check", "prepare"):
-        assert f"data {name}" in text
-        assert main(["data", name, "--help"]) == 0
-        text_of_one = capsys.readouterr().out
-        assert f"  dvla-fast data {name}" in text_of_one
-        for option in ("PATH", "--config", "--splits", "--debug"):
-            assert option in text_of_one
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [["data"], ["data", "chekc"], ["data", "check"], ["data", "prepare", "photos"]],
-)
-def test_wrong_data_usage_is_status_2(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert "error" in captured.err or "usage" in captured.out
 
 
 def test_data_check(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

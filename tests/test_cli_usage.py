@@ -209,3 +209,52 @@ def test_a_full_disk_wherever_it_is_met(
     message = fails(["compare", "a", "b"], capsys)
     assert "the disk is full" in message
     assert "free space and run the same command again, a run that has begun with --res" in message
+
+
+def test_bad_data_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "run"
+    arguments = ["pretrain", f"--data.dataset={tmp_path / 'none'}", f"--output={output}"]
+    assert "none: no such folder" in fails(arguments, capsys)
+    (tmp_path / "empty").mkdir()
+    arguments = ["pretrain", f"--data.dataset={tmp_path / 'empty'}", f"--output={output}"]
+    assert "data.image_size: " in fails(arguments, capsys, 2)
+    arguments.append("--data.image_size=16")
+    assert "no data set here" in fails(arguments, capsys)
+    assert not output.exists()
+
+
+def test_unwritable_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    message = fails(["pretrain", f"--output={tmp_path / 'file' / 'run'}"], capsys)
+    assert "cannot write the run here" in message
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="no such folder"):
+        main(["pretrain", "--debug", f"--data.dataset={tmp_path / 'none'}"])
+
+
+def test_data_check_and_prepare_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "cub_100_50_50" in text
+    for name in ("check", "prepare"):
+        assert f"data {name}" in text
+        assert main(["data", name, "--help"]) == 0
+        text_of_one = capsys.readouterr().out
+        assert f"  dvla-fast data {name}" in text_of_one
+        for option in ("PATH", "--config", "--splits", "--debug"):
+            assert option in text_of_one
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["data"], ["data", "chekc"], ["data", "check"], ["data", "prepare", "photos"]],
+)
+def test_wrong_data_usage_is_status_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert "error" in captured.err or "usage" in captured.out

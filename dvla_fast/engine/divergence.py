@@ -95,8 +95,7 @@ def _trouble(error: Exception) -> str:
     if isinstance(error, TrainingError):
         return "features or weights became NaN or infinite"
     if isinstance(error, ValueError) and "NaN" in str(error):  # the policy's check of its inputs
-        named = str(error).startswith("reward ")
-        if named:
+        if str(error).startswith("reward "):
             return f"{error} (by its formula, or because features became so)"
         return "features became NaN or infinite"
     if type(error) is RuntimeError and "overflow" in str(error):  # the optimiser's own arithmetic

@@ -432,6 +432,7 @@ def test_gates_of_images_are_refused_for_episodes(
     make_model: MakeModel, text_scope: str, name: str
 ) -> None:
     model = make_model(text_scope=text_scope)
+    model.backbone.forward = None  # nothing is computed before
     support, labels, query, _ = make_episodes(2, 3, 1, 2)
     images = 9 if text_scope == "episode" else 3
     match = rf"{name}: shape \(2, {images}\), alpha_scope='episode' takes \(2,\)"
@@ -489,40 +490,3 @@ def test_made_on_the_meta_device() -> None:
     on_meta = [x.to("meta") for x in (support, labels, query)]
     given = TextTokens(*(x.to("meta") for x in text if x is not None))
     assert model(*on_meta, given, way=2).logits.shape == (1, 2, 2)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"levels": lambda x: x + 2}, ValueError, r"levels: expected 0 \(attribute\) or 1"),
-        ({"levels": lambda x: x - 1}, ValueError, r"levels: expected 0 \(attribute\) or 1"),
-        ({"levels": lambda x: x.float()}, TypeError, "levels: expected int64"),
-        ({"levels": lambda x: x.bool()}, TypeError, "levels: expected int64"),
-        ({"mask": lambda x: x[:, :-1]}, ValueError, "mask: shape"),
-        ({"mask": lambda x: x.float()}, TypeError, "mask: expected bool"),
-    ],
-)
-@pytest.mark.parametrize("text_scope", ["episode", "class"])
-def test_texts_that_do_not_fit(
-    make_model: MakeModel, text_scope: str, change: dict, error: type[Exception], message: str
-) -> None:
-    model = make_model(text_scope=text_scope)
-    support, labels, query, _ = make_episodes(2, 3, 1, 1)
-    text = make_text(2, 3, masked=True)
-    ((name, function),) = change.items()
-    model.backbone = None  # nothing is computed before
-    given = text._replace(**{name: function(getattr(text, name))})
-    with pytest.raises(error, match=message):
-        model(support, labels, query, given, way=3)
-
-
-@pytest.mark.parametrize("name", ["alpha", "action_logit"])
-@pytest.mark.parametrize("text_scope", ["episode", "class"])
-def test_gates_of_wrong_shape_are_found_first(
-    make_model: MakeModel, text_scope: str, name: str
-) -> None:
-    model = make_model(text_scope=text_scope)
-    support, labels, query, _ = make_episodes(2, 3, 1, 1)
-    model.backbone.forward = None
-    with pytest.raises(ValueError, match=rf"{name}: shape \(5,\)"):
-        model(support, labels, query, make_text(2, 3), way=3, **{name: {(3, 0): torch.ones(5)}})

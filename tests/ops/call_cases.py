@@ -12,6 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dvla_fast import _extension
 
+# Factors of scores that Python is to look at.
+ODD_SCALES = [1, float("nan"), float("inf"), 1e39, torch.tensor(1.0)]
+
 
 class Recorder:
     """Stands in for the module and notes of each call whether it was taken."""

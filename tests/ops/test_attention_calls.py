@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import LAYOUTS, Shape, grad_for, make, make_masks
-from call_cases import Dispatches, Functions, Named, Recorder, Wrapped
+from call_cases import ODD_SCALES, Dispatches, Functions, Named, Recorder, Wrapped
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -117,7 +117,7 @@ def test_masks_that_do_not_fit_are_left_to_python(masks: tuple[Any, Any]) -> Non
     assert direct(*tensors, masks=make_masks(SHAPE)) is not None
 
 
-@pytest.mark.parametrize("scale", [1, float("nan"), float("inf"), 1e39, torch.tensor(1.0)])
+@pytest.mark.parametrize("scale", ODD_SCALES)
 def test_odd_scales_are_left_to_python(scale: Any) -> None:
     assert direct(*make(SHAPE, torch.float32), scale=scale) is None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from call_cases import Dispatches, Named, Recorder, Wrapped
+from call_cases import ODD_SCALES, Dispatches, Named, Recorder, Wrapped
 from test_gated_attention import NAMES, Shape, make, make_grads, make_masks
 from torch import Tensor
 
@@ -166,7 +166,7 @@ def test_masks_that_do_not_fit_are_left_to_python(masks: tuple[Any, Any]) -> Non
     assert direct(*tensors, masks=MASKS) is not None
 
 
-@pytest.mark.parametrize("scale", [1, float("nan"), float("inf"), 1e39, torch.tensor(1.0)])
+@pytest.mark.parametrize("scale", ODD_SCALES)
 def test_odd_scales_are_left_to_python(scale: Any) -> None:
     assert direct(*make(SHAPE, torch.float32), scale=scale) is None
 

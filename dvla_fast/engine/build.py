@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -306,8 +307,14 @@ def model_spec(config: ModelConfig, spec: dict[str, Any], text_dim: int) -> dict
     gate = asdict(config)
     for key in _BACKBONE_FIELDS:
         gate.pop(key)
-    if config.policy != "fixed":  # means nothing there
+    if config.policy != "fixed":
         gate.pop("fixed_alpha")
+        if config.fixed_alpha != ModelConfig.fixed_alpha:
+            warnings.warn(
+                "model.fixed_alpha has no effect here: it belongs to policy fixed",
+                UserWarning,
+                stacklevel=2,
+            )
     if not config.level_weights:
         gate.pop("level_weights")
     return {"backbone": spec, "text_dim": text_dim, **gate}

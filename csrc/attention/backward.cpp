@@ -5,7 +5,6 @@
 // The text path is linear in go, so the images of a group first add up (1 - alpha) go and the text
 // runs backward once; the gate's gradient is the difference of the paths' deltas, summed.
 #include <ATen/Dispatch.h>
-#include <ATen/ops/empty.h>
 
 #include "attention/dual_attention.h"
 #include "attention/engine.h"
@@ -91,7 +90,7 @@ class Backward {
     if (z.P == 0) grad_alpha.zero_();
     if (whole_heads) return;
     const auto sums = [&](const Cut& cut, int64_t width) {
-      return at::empty({z.T * cut.runs * cut.slots, width}, alpha.options());
+      return new_empty({z.T * cut.runs * cut.slots, width}, alpha.options());
     };
     image_query_sums = sums(image_cut, grad_q_size);
     text_query_sums = sums(text_cut, grad_q_size);
@@ -372,7 +371,7 @@ dual_attention_backward(const at::Tensor& grad_out, const at::Tensor& query,
   const at::Tensor grad_query = result(z.T, z.P);
   const at::Tensor grad_image_key = result(z.B, z.N), grad_image_value = result(z.B, z.N);
   const at::Tensor grad_text_key = result(z.T, z.S), grad_text_value = result(z.T, z.S);
-  const at::Tensor grad_alpha = at::empty({z.B, z.H}, alpha.options());
+  const at::Tensor grad_alpha = new_empty({z.B, z.H}, alpha.options());
   dual_attention_backward_into(grad_out, query, image_key, image_value, text_key, text_value, alpha,
                                image_mask, text_mask, image_out, text_out, image_lse, text_lse,
                                scale, grad_query, grad_image_key, grad_image_value, grad_text_key,

@@ -1,7 +1,6 @@
 // Forward of dual attention: which head is computed when, and where its result goes. What happens
 // inside a head is the engine's. The text path runs once per group.
 #include <ATen/Dispatch.h>
-#include <ATen/ops/empty.h>
 
 #include "attention/dual_attention.h"
 #include "attention/engine.h"
@@ -42,8 +41,8 @@ class Forward {
     if (z.G == 1) return;
     const int64_t tokens = z.T * z.H * panels.lanes;
     const bool widened = std::is_same_v<operand_t, acc_t>;
-    shared_q = at::empty({tokens * E::depth(z.D)}, (widened ? alpha : query).options());
-    shared_text = at::empty({tokens * E::out_rows(z.D)}, alpha.options());
+    shared_q = new_empty({tokens * E::depth(z.D)}, (widened ? alpha : query).options());
+    shared_text = new_empty({tokens * E::out_rows(z.D)}, alpha.options());
   }
 
   void run() const {
@@ -198,14 +197,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dual_atte
     if (attention::needs_text_out(z)) {
       text_out = attention::empty_by_token(z.T, z.H, z.P, z.D, query);
     }
-    image_lse = at::empty({z.B, z.H, z.P}, alpha.options());
-    text_lse = at::empty({z.T, z.H, z.P}, alpha.options());
+    image_lse = new_empty({z.B, z.H, z.P}, alpha.options());
+    text_lse = new_empty({z.T, z.H, z.P}, alpha.options());
   }
   dual_attention_forward_into(query, image_key, image_value, text_key, text_value, alpha,
                               image_mask, text_mask, scale, out, image_out, text_out, image_lse,
                               text_lse);
   const auto or_empty = [](const at::Tensor& x, const at::Tensor& like) {
-    return x.defined() ? x : at::empty({0}, like.options());
+    return x.defined() ? x : new_empty({0}, like.options());
   };
   return {out, or_empty(image_out, query), or_empty(text_out, query), or_empty(image_lse, alpha),
           or_empty(text_lse, alpha)};

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attention/rows.h"
+#include "tensors.h"
 
 namespace dvla_fast::attention {
 
@@ -64,7 +65,8 @@ class Gate {
 // that joining the heads afterwards copies nothing.
 inline at::Tensor empty_by_token(int64_t outer, int64_t heads, int64_t tokens, int64_t width,
                                  const at::Tensor& like) {
-  return at::empty({outer, tokens, heads, width}, like.options()).transpose(1, 2);
+  const at::Tensor x = new_empty({outer, tokens, heads, width}, like.options());
+  return strided(x, {outer, heads, tokens, width}, {x.stride(0), width, heads * width, 1}, 0);
 }
 
 // A result (outer, heads, tokens, width) of unit column stride, written by (outer, head).

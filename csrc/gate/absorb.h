@@ -7,8 +7,6 @@
 // rows of a head are a matrix.
 #pragma once
 
-#include <ATen/ops/ones.h>
-
 #include "gate/problem.h"
 #include "gate/product.h"
 
@@ -25,20 +23,23 @@ inline void each_head(const Problem& z, const F& f) {
 
 // The columns of a head in a matrix (rows, H * columns).
 inline at::Tensor of_head(const at::Tensor& x, int64_t h, int64_t columns) {
-  return x.narrow(1, h * columns, columns);
+  return narrow(x, 1, h * columns, columns);
 }
 
 // Weight (D, C) of a head's keys and of its values.
 inline at::Tensor key_weight(const Problem& z, int64_t h) {
-  return z.kv_weight.narrow(0, h * z.D, z.D);
+  return narrow(z.kv_weight, 0, h * z.D, z.D);
 }
 inline at::Tensor value_weight(const Problem& z, int64_t h) {
-  return z.kv_weight.narrow(0, z.width + h * z.D, z.D);
+  return narrow(z.kv_weight, 0, z.width + h * z.D, z.D);
 }
 
 // The query of a head as a matrix (T * P, D).
 inline at::Tensor query_rows(const Problem& z, int64_t h) {
-  return z.query.select(1, h).reshape({z.T * z.P, z.D});
+  const at::Tensor& q = z.query;
+  if (z.T > 1 && q.stride(0) != z.P * q.stride(2)) return q.select(1, h).flatten(0, 1);
+  return strided(q, {z.T * z.P, z.D}, {q.stride(2), q.stride(3)},
+                 q.storage_offset() + h * q.stride(1));
 }
 
 // Rows (outer * P, H * C) as the queries of one head (outer, 1, P * H, C).
@@ -49,7 +50,7 @@ inline at::Tensor one_head(const Problem& z, const at::Tensor& rows) {
 // q Wk of every head, (T * P, H * C).
 template <class scalar_t>
 at::Tensor absorbed_query(const Problem& z) {
-  const at::Tensor all = at::empty({z.T * z.P, z.H * z.C}, z.query.options());
+  const at::Tensor all = new_empty({z.T * z.P, z.H * z.C}, z.query.options());
   each_head(z, [&](int64_t h) {
     const Factor<scalar_t> weight(key_weight(z, h));
     weight.multiply(query_rows(z, h), of_head(all, h, z.C));
@@ -61,10 +62,10 @@ at::Tensor absorbed_query(const Problem& z) {
 // values both, no text, and a gate that lets the image through.
 struct AbsorbedChunk {
   AbsorbedChunk(const Problem& z, const at::Tensor& query, const Chunk& c)
-      : query(one_head(z, query.narrow(0, c.group * z.P, c.groups * z.P))),
+      : query(one_head(z, narrow(query, 0, c.group * z.P, c.groups * z.P))),
         tokens(z.rows_of(c).view({c.images, 1, z.N, z.C})),
-        no_text(at::empty({c.groups, 1, 0, z.C}, query.options())),
-        open(at::ones({c.images, 1}, z.alpha.options())) {}
+        no_text(new_empty({c.groups, 1, 0, z.C}, query.options())),
+        open(new_filled({c.images, 1}, 1, z.alpha.options())) {}
   at::Tensor query, tokens, no_text, open;
 };
 

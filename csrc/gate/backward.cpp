@@ -5,7 +5,7 @@
 // and of the keys' weight follow at the end.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/add.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 
 #include <numeric>
 #include <vector>
@@ -82,21 +82,22 @@ class Backward {
         saved(saved),
         grads(grads),
         slots(z.plan, z.T, std::clamp<int64_t>(z.B * z.N / (2 * z.width), 1, kMostSlots)),
-        chunk_weight(z.absorbed ? grads.kv_weight.narrow(0, z.width, z.width) : grads.kv_weight),
+        chunk_weight(z.absorbed ? narrow(grads.kv_weight, 0, z.width, z.width) : grads.kv_weight),
         kv_sums(sums_of(chunk_weight)),
         out_sums(sums_of(grads.out_weight)),
         wants_tokens(grads.tokens.dim() == 3),
         out(z.out_weight) {
     if (z.absorbed) {
-      for (int64_t h = 0; h < z.H; ++h) values.emplace_back(value_weight(z, h));
+      values.resize(z.H);
+      each_head(z, [&](int64_t h) { values[h] = Factor<scalar_t>(value_weight(z, h)); });
     } else {
       if (wants_tokens) kv = Factor<scalar_t>(z.kv_weight);
-      if (!saved.kept.defined()) projection = Factor<scalar_t>(z.kv_weight.t());
+      if (!saved.kept.defined()) projection = Factor<scalar_t>(transposed(z.kv_weight));
     }
     if (!z.apart) return;
     const int64_t rows = z.T * slots.per_group();
-    query_sums = at::zeros({rows, z.P * (z.absorbed ? z.H * z.C : z.width)}, z.alpha.options());
-    text_sums = at::zeros({rows, z.P * z.width}, z.alpha.options());
+    query_sums = new_filled({rows, z.P * (z.absorbed ? z.H * z.C : z.width)}, 0, z.alpha.options());
+    text_sums = new_filled({rows, z.P * z.width}, 0, z.alpha.options());
     if (z.absorbed) query = absorbed_query<scalar_t>(z);
   }
 
@@ -130,7 +131,7 @@ class Backward {
   // (slots, …) of a weight's gradient; a single one is the gradient itself where the dtype allows.
   at::Tensor sums_of(const at::Tensor& weight) const {
     if (kSame && slots.count() == 1) return weight.unsqueeze(0);
-    return at::empty({slots.count(), weight.size(0), weight.size(1)}, z.alpha.options());
+    return new_empty({slots.count(), weight.size(0), weight.size(1)}, z.alpha.options());
   }
 
   void add_weight_slots(const at::Tensor& sums, const at::Tensor& weight) const {
@@ -147,9 +148,9 @@ class Backward {
     if (!saved.kept.defined()) projection.multiply(rows, kept);
     const at::Tensor grad_rows = z.filled(b.grad_kept, z.N, c);
     attention_backward(c, slot, kept, grad_rows, b);
-    const at::Tensor grad_kv = grad_rows.narrow(1, 0, 2 * z.width);
+    const at::Tensor grad_kv = narrow(grad_rows, 1, 0, 2 * z.width);
     if (wants_tokens) grad_tokens(c, grad_kv);
-    add_weight(grad_kv.t(), rows, first, kv_sums[slot]);
+    add_weight(transposed(grad_kv), rows, first, kv_sums[slot]);
   }
 
   // A chunk with absorbed weights.
@@ -162,18 +163,20 @@ class Backward {
       const at::Tensor grad = of_head(grad_image, h, z.D);
       values[h].multiply(grad, of_head(grad_weighted, h, z.C));
       const Factor<scalar_t> right(of_head(weighted, h, z.C));
-      right.accumulate(grad.t(), sums.narrow(0, h * z.D, z.D), !first);
+      right.accumulate(transposed(grad), narrow(sums, 0, h * z.D, z.D), !first);
     });
     const AbsorbedChunk a(z, query, c);
-    const at::Tensor grad_query = at::empty_like(a.query), no_text = part(b.no_text, 0, c.groups);
+    const at::Tensor grad_query = new_empty(a.query.sizes(), z.query.options()),
+                     no_text = part(b.no_text, 0, c.groups);
     const auto filled = [&](const at::Tensor& buffer) {
       return z.filled(buffer, z.N, c).view({c.images, 1, z.N, z.C});
     };
-    dual_attention_backward_into(
-        one_head(z, grad_weighted), a.query, a.tokens, a.tokens, a.no_text, a.no_text, a.open,
-        part(z.image_mask, c.image, c.images), std::nullopt, one_head(z, weighted), no_text,
-        z.images(saved.image_lse, c), z.texts(saved.text_lse, c), z.scale, grad_query,
-        filled(b.grad_keys), filled(b.grad_values), a.no_text, a.no_text, at::empty_like(a.open));
+    dual_attention_backward_into(one_head(z, grad_weighted), a.query, a.tokens, a.tokens, a.no_text,
+                                 a.no_text, a.open, part(z.image_mask, c.image, c.images),
+                                 std::nullopt, one_head(z, weighted), no_text,
+                                 z.images(saved.image_lse, c), z.texts(saved.text_lse, c), z.scale,
+                                 grad_query, filled(b.grad_keys), filled(b.grad_values), a.no_text,
+                                 a.no_text, new_empty({c.images, 1}, z.alpha.options()));
     add_query(c, slot, grad_query.const_data_ptr<scalar_t>());
     if (!wants_tokens) return;
     at::Tensor to = z.images(grads.tokens, c).view({c.images * z.N, z.C});
@@ -192,7 +195,7 @@ class Backward {
     mix(z, c, saved.text_out.const_data_ptr<scalar_t>(),
         saved.image_out.const_data_ptr<scalar_t>() + c.image * z.P * z.width, false,
         b.mixed.mutable_data_ptr<scalar_t>());
-    add_weight(grad.t(), z.filled(b.mixed, z.P, c), first, out_sums[slot]);
+    add_weight(transposed(grad), z.filled(b.mixed, z.P, c), first, out_sums[slot]);
   }
 
   // What flows into `fused` of a chunk (images, P, C), by itself and by the updated tokens; rows a
@@ -202,7 +205,7 @@ class Backward {
         grad_fused ? z.images(*grad_fused, c)
                    : at::zeros({1, 1, 1}, z.query.options()).expand({c.images, z.P, z.C});
     const at::Tensor grad =
-        at::empty({c.images, z.P, z.C + kSkew}, z.query.options()).narrow(2, 0, z.C);
+        narrow(new_empty({c.images, z.P, z.C + kSkew}, z.query.options()), 2, 0, z.C);
     if (grad_updated) {
       const at::Tensor added =
           shared_sum(z, c, z.images(*grad_updated, c)).to(z.query.scalar_type());
@@ -298,7 +301,7 @@ class Backward {
       kv.multiply(grad_kv, to, grad_updated.has_value());
       return;
     }
-    const at::Tensor product = at::empty({to.size(0), z.C}, grad_kv.options());
+    const at::Tensor product = new_empty({to.size(0), z.C}, grad_kv.options());
     kv.multiply(grad_kv, product);
     to.copy_(product);
     if (grad_updated) z.images(grads.tokens, c).add_(z.images(*grad_updated, c));
@@ -316,7 +319,7 @@ class Backward {
       const PlainTensors plain;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t from = rows * i / parts, count = rows * (i + 1) / parts - from;
-        right.accumulate(a.narrow(0, from, count), sum.narrow(0, from, count), !first);
+        right.accumulate(narrow(a, 0, from, count), narrow(sum, 0, from, count), !first);
       }
     });
   }
@@ -342,7 +345,7 @@ class Backward {
   // The sums over slots of the gradient of the (absorbed) query, (T * P, HD or HC).
   at::Tensor shared_gradient() const {
     const int64_t n = query_sums.size(1), per_group = slots.per_group();
-    const at::Tensor sums = at::empty({z.T * z.P, n / z.P}, z.alpha.options());
+    const at::Tensor sums = new_empty({z.T * z.P, n / z.P}, z.alpha.options());
     for (int64_t t = 0; t < z.T; ++t) {
       add_slots(query_sums, t * per_group, per_group, n, sums.mutable_data_ptr<acc_t>() + t * n);
     }
@@ -353,15 +356,15 @@ class Backward {
   // place.
   at::Tensor absorbed_gradient() const {
     const at::Tensor wide = shared_gradient();
-    const at::Tensor query_grad = at::empty({z.T * z.P, z.width}, z.alpha.options());
+    const at::Tensor query_grad = new_empty({z.T * z.P, z.width}, z.alpha.options());
     const auto type = z.alpha.scalar_type();
     each_head(z, [&](int64_t h) {
       const at::Tensor grad = of_head(wide, h, z.C);
-      const Factor<acc_t> weight(key_weight(z, h).to(type).t()), right(grad);
+      const Factor<acc_t> weight(transposed(key_weight(z, h).to(type))), right(grad);
       weight.multiply(grad, of_head(query_grad, h, z.D));
-      const at::Tensor product = at::empty({z.D, z.C}, z.alpha.options());
-      right.multiply(query_rows(z, h).to(type).t(), product);
-      grads.kv_weight.narrow(0, h * z.D, z.D).copy_(product);
+      const at::Tensor product = new_empty({z.D, z.C}, z.alpha.options());
+      right.multiply(transposed(query_rows(z, h).to(type)), product);
+      narrow(grads.kv_weight, 0, h * z.D, z.D).copy_(product);
     });
     return query_grad;
   }
@@ -405,13 +408,13 @@ gated_attention_backward(const std::optional<at::Tensor>& grad_updated,
                           image_lse.contiguous(), text_lse.contiguous(),
                           z.kept() ? kept.contiguous() : at::Tensor()};
   const gate::Grads grads{z.by_token(z.T, z.P),
-                          tokens ? at::empty({z.B, z.N, z.C}, image_tokens.options())
-                                 : at::empty({0}, image_tokens.options()),
-                          at::empty({2 * z.width, z.C}, query.options()),
+                          tokens ? new_empty({z.B, z.N, z.C}, image_tokens.options())
+                                 : new_empty({0}, image_tokens.options()),
+                          new_empty({2 * z.width, z.C}, query.options()),
                           z.by_token(z.T, z.P),
                           z.by_token(z.T, z.P),
-                          at::empty({z.B, z.H}, alpha.options()),
-                          at::empty({z.C, z.width}, query.options())};
+                          new_empty({z.B, z.H}, alpha.options()),
+                          new_empty({z.C, z.width}, query.options())};
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, query.scalar_type(), "gated_attention_backward",
       [&] { gate::Backward<scalar_t>(z, grad_updated, grad_fused, saved, grads).run(); });

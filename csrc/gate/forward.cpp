@@ -33,11 +33,13 @@ void text_path(const Problem& z, const Results& r) {
 // The weights that every chunk is multiplied by.
 template <class scalar_t>
 struct Weights {
-  explicit Weights(const Problem& z) : out(z.out_weight.t()) {
+  explicit Weights(const Problem& z) : out(transposed(z.out_weight)) {
     if (!z.absorbed) {
-      kv = Factor<scalar_t>(z.kv_weight.t());
+      kv = Factor<scalar_t>(transposed(z.kv_weight));
     } else {
-      for (int64_t h = 0; h < z.H; ++h) values.emplace_back(value_weight(z, h).t());
+      values.resize(z.H);
+      each_head(z,
+                [&](int64_t h) { values[h] = Factor<scalar_t>(transposed(value_weight(z, h))); });
     }
   }
   Factor<scalar_t> kv, out;
@@ -136,20 +138,20 @@ gated_attention_forward(const at::Tensor& query, const at::Tensor& image_tokens,
   const gate::Problem z(query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
                         image_mask, text_mask, scale);
   gate::Results r;
-  r.updated = at::empty({z.B, z.N, z.C}, image_tokens.options());
-  r.fused = at::empty({z.B, z.P, z.C}, query.options());
+  r.updated = new_empty({z.B, z.N, z.C}, image_tokens.options());
+  r.fused = new_empty({z.B, z.P, z.C}, query.options());
   if (save || z.apart) r.text_out = z.by_token(z.T, z.P);
   if (save) {
     r.image_out = z.by_token(z.B, z.P);
-    r.image_lse = at::empty({z.B, z.H, z.P}, alpha.options());
-    r.text_lse = at::empty({z.T, z.H, z.P}, alpha.options());
+    r.image_lse = new_empty({z.B, z.H, z.P}, alpha.options());
+    r.text_lse = new_empty({z.T, z.H, z.P}, alpha.options());
     if (z.kept()) r.kept = z.kept_rows(z.B);
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(),
                                   "gated_attention_forward",
                                   [&] { gate::forward<scalar_t>(z, r); });
   const auto or_empty = [](const at::Tensor& x, const at::Tensor& like) {
-    return x.defined() ? x : at::empty({0}, like.options());
+    return x.defined() ? x : new_empty({0}, like.options());
   };
   if (!save) r.text_out = at::Tensor();
   return {r.updated,

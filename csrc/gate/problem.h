@@ -4,9 +4,6 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <optional>
@@ -15,6 +12,7 @@
 #include "attention/dual_attention.h"
 #include "attention/problem.h"
 #include "gate/plan.h"
+#include "tensors.h"
 
 namespace dvla_fast::gate {
 
@@ -30,11 +28,11 @@ struct PlainTensors {
 
 // Rows [first, first + count) of what may be absent.
 inline at::Tensor part(const at::Tensor& x, int64_t first, int64_t count) {
-  return x.defined() ? x.narrow(0, first, count) : x;
+  return x.defined() ? narrow(x, 0, first, count) : x;
 }
 
 inline OptionalTensor part(const OptionalTensor& x, int64_t first, int64_t count) {
-  return x ? OptionalTensor(x->narrow(0, first, count)) : std::nullopt;
+  return x ? OptionalTensor(narrow(*x, 0, first, count)) : std::nullopt;
 }
 
 struct Problem {
@@ -82,53 +80,53 @@ struct Problem {
   at::Tensor attended_rows(const Chunk& c) const {
     const at::Tensor rows = rows_of(c);
     if (!image_mask) return rows;
-    const at::Tensor keep = image_mask->narrow(0, c.image, c.images);
+    const at::Tensor keep = narrow(*image_mask, 0, c.image, c.images);
     return rows.masked_fill(keep.logical_not().reshape({-1, 1}), 0);
   }
 
   // A buffer for `rows` rows of an image, of all images of a chunk.
   at::Tensor buffer(int64_t rows, int64_t columns) const {
-    return at::empty({plan.most_images() * rows, columns}, query.options());
+    return new_empty({plan.most_images() * rows, columns}, query.options());
   }
   // What the backward pass gets of every image, and a buffer for a chunk's where it gets none: keys
   // and values (images * N, 2HD), or with absorbed weights the weighted tokens (images * P, HC).
   at::Tensor kept_rows(int64_t images) const {
-    return absorbed ? at::empty({images * P, H * C}, query.options())
-                    : at::empty({images * N, 2 * width}, query.options());
+    return absorbed ? new_empty({images * P, H * C}, query.options())
+                    : new_empty({images * N, 2 * width}, query.options());
   }
   at::Tensor kept_buffer() const { return kept_rows(plan.most_images()); }
   bool kept() const { return absorbed || plan.kept(); }
 
   // The rows of a buffer that a chunk fills.
   at::Tensor filled(const at::Tensor& buffer, int64_t rows, const Chunk& c) const {
-    return buffer.narrow(0, 0, c.images * rows);
+    return narrow(buffer, 0, 0, c.images * rows);
   }
   // The rows of what is kept of all images, or of a buffer, that belong to a chunk.
   at::Tensor chunk_rows(const at::Tensor& kept, const at::Tensor& buffer, int64_t rows,
                         const Chunk& c) const {
-    return kept.defined() ? kept.narrow(0, c.image * rows, c.images * rows)
+    return kept.defined() ? narrow(kept, 0, c.image * rows, c.images * rows)
                           : filled(buffer, rows, c);
   }
   // Keys (which = 0) or values (1) of rows (images * N, 2HD or longer) as (images, H, N, D).
   at::Tensor keys(const at::Tensor& rows, int64_t which, const Chunk& c) const {
     const int64_t row = rows.stride(0);
-    return rows.as_strided({c.images, H, N, D}, {N * row, D, row, 1},
-                           rows.storage_offset() + which * width);
+    return strided(rows, {c.images, H, N, D}, {N * row, D, row, 1},
+                   rows.storage_offset() + which * width);
   }
   // A buffer (images * P, HD) as (images, H, P, D).
   at::Tensor heads(const at::Tensor& buffer, const Chunk& c) const {
-    return buffer.as_strided({c.images, H, P, D}, {P * width, D, width, 1});
+    return strided(buffer, {c.images, H, P, D}, {P * width, D, width, 1}, buffer.storage_offset());
   }
 
   // (outer, H, P, D), stored by token, as (outer * P, HD).
   at::Tensor token_rows(const at::Tensor& x) const {
-    return x.transpose(1, 2).view({x.size(0) * P, width});
+    return strided(x, {x.size(0) * P, width}, {width, 1}, x.storage_offset());
   }
 
   // An attention without keys: the text of a chunk whose text path runs apart, or the images of
   // that text path, with its gate shut.
-  at::Tensor no_keys(int64_t outer) const { return at::empty({outer, H, 0, D}, query.options()); }
-  at::Tensor shut_gate() const { return at::zeros({T, H}, alpha.options()); }
+  at::Tensor no_keys(int64_t outer) const { return new_empty({outer, H, 0, D}, query.options()); }
+  at::Tensor shut_gate() const { return new_filled({T, H}, 0, alpha.options()); }
   at::Tensor by_token(int64_t outer, int64_t count) const {
     return attention::empty_by_token(outer, H, count, D, query);
   }
@@ -151,7 +149,7 @@ struct Problem {
 
  private:
   at::Tensor shares() const {
-    if (!text_mask) return at::full({B, 1}, 1.0 / std::max<int64_t>(1, P), alpha.options());
+    if (!text_mask) return new_filled({B, 1}, 1.0 / std::max<int64_t>(1, P), alpha.options());
     const at::Tensor kept = text_mask->sum(1, true).clamp_min(1).to(alpha.scalar_type());
     return kept.reciprocal().expand({T, B / T}).reshape({B, 1}).contiguous();
   }
@@ -165,21 +163,24 @@ void mix(const Problem& z, const Chunk& c, const scalar_t* text, const scalar_t*
   using acc_t = Acc<scalar_t>;
   const attention::Gate<acc_t> alpha(z.alpha);
   const int64_t group = z.B / z.T;
-  std::vector<acc_t> image_share(z.width), text_share(z.width), a(z.width), b(z.width);
-  for (int64_t i = 0; i < c.images; ++i) {
-    for (int64_t j = 0; j < z.width; ++j) {
-      const acc_t share = alpha(c.image + i, j / z.D);
-      image_share[j] = weighted ? acc_t(1) : share;
-      text_share[j] = acc_t(1) - share;
+  const int64_t n = z.P * z.width;  // values of an image
+  attention::parallel_items(c.images, [&](int64_t begin, int64_t end) {
+    std::vector<acc_t> image_share(z.width), text_share(z.width), a(z.width), b(z.width);
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t j = 0; j < z.width; ++j) {
+        const acc_t share = alpha(c.image + i, j / z.D);
+        image_share[j] = weighted ? acc_t(1) : share;
+        text_share[j] = acc_t(1) - share;
+      }
+      const scalar_t* from = text + (c.image + i) / group * n;
+      for (int64_t p = 0; p < n; p += z.width) {
+        attention::load_row(image + i * n + p, 1, z.width, acc_t(1), a.data());
+        attention::load_row(from + p, 1, z.width, acc_t(1), b.data());
+        for (int64_t j = 0; j < z.width; ++j) a[j] = image_share[j] * a[j] + text_share[j] * b[j];
+        attention::store_row<scalar_t>(a.data(), z.width, to + i * n + p);
+      }
     }
-    const scalar_t* from = text + (c.image + i) / group * z.P * z.width;
-    for (int64_t p = 0; p < z.P; ++p, image += z.width, from += z.width, to += z.width) {
-      attention::load_row(image, 1, z.width, acc_t(1), a.data());
-      attention::load_row(from, 1, z.width, acc_t(1), b.data());
-      for (int64_t j = 0; j < z.width; ++j) a[j] = image_share[j] * a[j] + text_share[j] * b[j];
-      attention::store_row<scalar_t>(a.data(), z.width, to);
-    }
-  }
+  });
 }
 
 }  // namespace dvla_fast::gate

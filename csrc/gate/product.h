@@ -7,7 +7,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
@@ -15,6 +14,7 @@
 #include "attention/micro_gemm.h"
 #include "attention/problem.h"
 #include "attention/scratch.h"
+#include "tensors.h"
 
 namespace dvla_fast::gate {
 
@@ -81,7 +81,7 @@ class Factor {
     if constexpr (kPacked) return packed<acc_t>(a, to, add);
     for (int64_t from = 0; from == 0 || from < depth_; from += kHalfRun, add = true) {
       const int64_t count = std::min(kHalfRun, depth_ - from);
-      const at::Tensor part = at::mm(a.narrow(1, from, count), data_.narrow(0, from, count));
+      const at::Tensor part = at::mm(narrow(a, 1, from, count), narrow(data_, 0, from, count));
       add ? to.add_(part) : to.copy_(part);
     }
   }
@@ -132,7 +132,7 @@ class Factor {
 
   void pack(const at::Tensor& given) {
     const at::Tensor b = readable(given);
-    data_ = at::empty({vecs() * kLanes * depth_},
+    data_ = new_empty({vecs() * kLanes * depth_},
                       b.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
     const bool by_row = dense(b, 1);
     const int64_t ld = b.stride(by_row ? 0 : 1);

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 
@@ -34,7 +33,7 @@ void sum_rows(const scalar_t* from, int64_t row_stride, int64_t column_stride, i
 // (images, 1, C) in the gate's type: the sum over rows of x (images, L, C), of any strides, over
 // the number of each image's text tokens.
 inline at::Tensor shared_sum(const Problem& z, const Chunk& c, const at::Tensor& x) {
-  const at::Tensor out = at::empty({c.images, 1, z.C}, z.alpha.options());
+  const at::Tensor out = new_empty({c.images, 1, z.C}, z.alpha.options());
   const at::Tensor shares = z.images(z.mean_share, c);  // [images, 1]
   const int64_t pieces = attention::ceil_div(z.C, kSumColumns), rows = x.size(1);
   AT_DISPATCH_FLOATING_TYPES_AND2(

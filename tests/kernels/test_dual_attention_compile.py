@@ -103,8 +103,7 @@ def test_within_budget(variant: Variant) -> None:
     slack = SHARED_SLACK if same else OTHER_RELEASE_SLACK
     assert used["shared"] <= budget["shared"] * slack, (used, budget)
     assert used["registers"] * options["num_warps"] * 32 <= REGISTERS_PER_PROCESSOR, used
-    if same:
-        assert used["shared"] <= row["shared"], "the table promises less shared memory"
+    assert used["shared"] <= row["shared"], "a launch would fail where the table says it fits"
     long_side = row["rows"] if row["kernel"] == "forward" else row["keys"]
     if variant.arch == 90 and row["element_size"] == 2 and long_side >= 64:
         assert "wgmma.mma_async" in compiled.asm["ptx"], "sm_90 runs without its tensor-core unit"

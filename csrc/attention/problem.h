@@ -2,13 +2,14 @@
 // how keys are cut into blocks.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
 #include "attention/rows.h"
+#include "parallel.h"
 #include "tensors.h"
 
 namespace dvla_fast::attention {
@@ -174,11 +175,5 @@ struct GradPath : Path<scalar_t> {
   scalar_t *grad_key, *grad_value;
   int64_t grad_row;
 };
-
-// Runs f(i) for i in [0, n), split over threads; what f computes must not depend on the split.
-template <class F>
-inline void parallel_items(int64_t n, const F& f) {
-  at::parallel_for(0, n, 1, f);
-}
 
 }  // namespace dvla_fast::attention

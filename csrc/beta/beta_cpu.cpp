@@ -2,7 +2,6 @@
 //
 // A block goes through: mean and shapes (double) -> draw of the action (dtype of the logits; the
 // few refused proposals are gathered and proposed again) -> densities and derivatives (double).
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
@@ -12,6 +11,7 @@
 #include "beta/beta_math.h"
 #include "beta/beta_policy.h"
 #include "beta/philox_lanes.h"
+#include "parallel.h"
 
 namespace dvla_fast {
 namespace {
@@ -291,7 +291,7 @@ int run(const BetaBuffers<T>& io, const Stream* stream, bool check) {
                           : (save ? evaluate<exact, false, true> : evaluate<exact, false, false>);
   const Whole whole = whole_remainders(io.kappa_value, log_(io.kappa_value));
   std::atomic<int> invalid{kValid};
-  at::parallel_for(0, (io.n + kBlock - 1) / kBlock, kGrain / kBlock, [&](auto begin, auto end) {
+  const auto blocks = [&](std::int64_t begin, std::int64_t end) {
     Block block;
     alignas(64) double out[7][kBlock];
     for (auto index = begin; index < end; ++index) {
@@ -306,7 +306,8 @@ int run(const BetaBuffers<T>& io, const Stream* stream, bool check) {
       store(block, io, out, rows);
       if (found != kValid) poison(block, io, rows);
     }
-  });
+  };
+  parallel_items((io.n + kBlock - 1) / kBlock, blocks, kGrain / kBlock);
   return invalid.load();
 }
 
@@ -326,11 +327,12 @@ void backward(const BetaBackwardCall& call) {
   const auto log_prob = call.by_log_prob<T>(), entropy = call.by_entropy<T>();
   const T* derivatives = call.derivatives<T>();
   const auto chain = [&](const T* slopes, T* out) {
-    at::parallel_for(0, n, 16 * kGrain, [&](std::int64_t begin, std::int64_t end) {
+    const auto part = [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) {
         out[i] = fma_(slopes[i], log_prob.at(i), slopes[n + i] * entropy.at(i));
       }
-    });
+    };
+    parallel_items(n, part, 16 * kGrain);
   };
   chain(derivatives, call.grad_logits<T>());
   if (T* grad_kappa = call.grad_kappa<T>()) chain(derivatives + 2 * n, grad_kappa);

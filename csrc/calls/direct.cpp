@@ -43,6 +43,15 @@ bool undisturbed() {
   return (included - c10::default_included_set).empty() && !at::impl::torch_function_mode_enabled();
 }
 
+// Reads a generator or None; false where it is neither.
+bool read_generator(py::handle from, OptionalGenerator& to) {
+  if (from.is_none()) return true;
+  py::detail::make_caster<at::Generator> caster;
+  if (!caster.load(from, false)) return false;
+  to = py::detail::cast_op<at::Generator&>(caster);
+  return true;
+}
+
 // The key of draw_key in dvla_fast/ops/beta_policy.py: what torch.randint draws, on a CPU without
 // asking it.
 at::Tensor draw_key(at::Device device, const OptionalGenerator& generator) {
@@ -267,9 +276,11 @@ bool fits(const Decision& d, bool cuda) {
 }  // namespace
 
 py::object beta_policy(py::handle logits_object, py::handle concentration_object,
-                       const OptionalGenerator& generator, std::optional<bool> check, bool cuda) {
+                       py::handle generator_object, std::optional<bool> check, bool cuda) {
   const at::Tensor* found = plain_tensor(logits_object);
-  if (found == nullptr || !PyFloat_CheckExact(concentration_object.ptr()) || !undisturbed()) {
+  OptionalGenerator generator;
+  if (found == nullptr || !PyFloat_CheckExact(concentration_object.ptr()) ||
+      !read_generator(generator_object, generator) || !undisturbed()) {
     return py::none();
   }
   const at::Tensor& logits = *found;
@@ -350,13 +361,15 @@ py::object gate_policy(py::handle image_tokens, py::handle text_tokens, py::hand
                        py::handle hidden_bias, py::handle out_weight, py::handle out_bias,
                        py::handle concentration_object, py::handle groups_per_decision,
                        py::handle state_images, py::handle image_mask, py::handle text_mask,
-                       bool draw, const OptionalGenerator& generator, std::optional<bool> check,
+                       bool draw, py::handle generator_object, std::optional<bool> check,
                        bool cuda) {
   std::array<const at::Tensor*, 8> t;
+  OptionalGenerator generator;
   if (!plain_tensors({image_tokens, text_tokens, hidden_weight, hidden_bias, out_weight, out_bias,
                       image_mask, text_mask},
                      6, t) ||
       !PyFloat_CheckExact(concentration_object.ptr()) ||
+      !read_generator(generator_object, generator) ||
       !PyLong_CheckExact(groups_per_decision.ptr()) ||
       !(state_images.is_none() || PyLong_CheckExact(state_images.ptr()))) {
     return py::none();

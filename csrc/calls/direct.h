@@ -8,7 +8,6 @@
 // check: whether values are checked; by default on CPUs.
 #pragma once
 
-#include <ATen/core/Generator.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
@@ -16,8 +15,7 @@
 namespace dvla_fast::direct {
 
 pybind11::object beta_policy(pybind11::handle logits, pybind11::handle concentration,
-                             const std::optional<at::Generator>& generator,
-                             std::optional<bool> check, bool cuda);
+                             pybind11::handle generator, std::optional<bool> check, bool cuda);
 
 pybind11::object dual_attention(pybind11::handle query, pybind11::handle image_key,
                                 pybind11::handle image_value, pybind11::handle text_key,
@@ -39,8 +37,7 @@ pybind11::object gate_policy(pybind11::handle image_tokens, pybind11::handle tex
                              pybind11::handle out_weight, pybind11::handle out_bias,
                              pybind11::handle concentration, pybind11::handle groups_per_decision,
                              pybind11::handle state_images, pybind11::handle image_mask,
-                             pybind11::handle text_mask, bool draw,
-                             const std::optional<at::Generator>& generator,
+                             pybind11::handle text_mask, bool draw, pybind11::handle generator,
                              std::optional<bool> check, bool cuda);
 
 }  // namespace dvla_fast::direct

@@ -15,7 +15,7 @@ namespace dvla_fast::gate {
 // f(h) for every head, split over threads where the caller's are not at work already.
 template <class F>
 inline void each_head(const Problem& z, const F& f) {
-  attention::parallel_items(z.H, [&](int64_t begin, int64_t end) {
+  parallel_items(z.H, [&](int64_t begin, int64_t end) {
     const PlainTensors plain;
     for (int64_t h = begin; h < end; ++h) f(h);
   });

@@ -32,13 +32,14 @@ constexpr int64_t kSkew = 16;
 template <class acc_t>
 void add_slots(const at::Tensor& slots, int64_t first, int64_t count, int64_t n, acc_t* out) {
   const acc_t* from = slots.const_data_ptr<acc_t>() + first * n;
-  at::parallel_for(0, n, 4096, [&](int64_t begin, int64_t end) {
+  const auto part = [&](int64_t begin, int64_t end) {
     if (out != from) std::copy(from + begin, from + end, out + begin);
     for (int64_t i = 1; i < count; ++i) {
       const acc_t* row = from + i * n;
       for (int64_t j = begin; j < end; ++j) out[j] += row[j];
     }
-  });
+  };
+  parallel_items(n, part, 4096);
 }
 
 struct Saved {
@@ -115,7 +116,7 @@ class Backward {
       }
     };
     if (z.plan.parallel()) {
-      attention::parallel_items(slots.count(), runs);
+      parallel_items(slots.count(), runs);
     } else {
       runs(0, 1);
     }
@@ -315,7 +316,7 @@ class Backward {
     // The library's products are cut up here.
     const bool shared = !Factor<scalar_t>::kPacked && !kSame && !z.plan.parallel();
     const int64_t parts = shared ? std::clamp<int64_t>(rows / kPartRows, 1, 64) : 1;
-    attention::parallel_items(parts, [&](int64_t begin, int64_t end) {
+    parallel_items(parts, [&](int64_t begin, int64_t end) {
       const PlainTensors plain;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t from = rows * i / parts, count = rows * (i + 1) / parts - from;

@@ -119,7 +119,7 @@ void forward(const Problem& z, const Results& r) {
     }
   };
   if (z.plan.parallel()) {
-    attention::parallel_items(z.plan.count(), chunks);
+    parallel_items(z.plan.count(), chunks);
   } else {
     chunks(0, z.plan.count());
   }

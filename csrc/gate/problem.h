@@ -164,7 +164,7 @@ void mix(const Problem& z, const Chunk& c, const scalar_t* text, const scalar_t*
   const attention::Gate<acc_t> alpha(z.alpha);
   const int64_t group = z.B / z.T;
   const int64_t n = z.P * z.width;  // values of an image
-  attention::parallel_items(c.images, [&](int64_t begin, int64_t end) {
+  parallel_items(c.images, [&](int64_t begin, int64_t end) {
     std::vector<acc_t> image_share(z.width), text_share(z.width), a(z.width), b(z.width);
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t j = 0; j < z.width; ++j) {

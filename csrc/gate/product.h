@@ -139,7 +139,7 @@ class Factor {
     const scalar_t* from = b.const_data_ptr<scalar_t>();
     acc_t* all = data_.mutable_data_ptr<acc_t>();
     const int64_t values = kSame || by_row ? 0 : attention::kMaxVecs * kLanes * depth_;
-    attention::parallel_items(strips(), [&](int64_t begin, int64_t end) {
+    parallel_items(strips(), [&](int64_t begin, int64_t end) {
       const auto s = attention::on_arena<Scratch>(values, int64_t{0});
       for (int64_t i = begin; i < end; ++i) {
         const int64_t column = first(i), wide = first(i + 1) - column;
@@ -174,7 +174,7 @@ class Factor {
     const int64_t sums = std::is_same_v<out_t, acc_t>
                              ? 0
                              : attention::ceil_div(strips(), cuts) * attention::kMaxVecs * kLanes;
-    attention::parallel_items(blocks * cuts, [&](int64_t begin, int64_t end) {
+    parallel_items(blocks * cuts, [&](int64_t begin, int64_t end) {
       const auto s = attention::on_arena<Scratch>(kSame ? 0 : kRows * kDepth, kRows * sums);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t row = i / cuts * kRows, cut = i % cuts;

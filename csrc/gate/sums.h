@@ -42,7 +42,7 @@ inline at::Tensor shared_sum(const Problem& z, const Chunk& c, const at::Tensor&
         const scalar_t* from = x.const_data_ptr<scalar_t>();
         const acc_t* share = shares.const_data_ptr<acc_t>();
         acc_t* to = out.mutable_data_ptr<acc_t>();
-        attention::parallel_items(c.images * pieces, [&](int64_t begin, int64_t end) {
+        parallel_items(c.images * pieces, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
             const int64_t image = i / pieces, column = i % pieces * kSumColumns;
             sum_rows(from + image * x.stride(0) + column * x.stride(2), x.stride(1), x.stride(2),

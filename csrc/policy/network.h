@@ -85,7 +85,7 @@ class Network {
   void forward(const wide_t* state, const wide_t* hidden_bias, wide_t out_bias, wide_t* hidden,
                wide_t* logits) const {
     if (z_.A >= kManyRows) return forward_many(state, hidden_bias, out_bias, hidden, logits);
-    attention::parallel_items(attention::ceil_div(z_.A, kRows), [&](int64_t begin, int64_t end) {
+    parallel_items(attention::ceil_div(z_.A, kRows), [&](int64_t begin, int64_t end) {
       const auto s = attention::on_arena<Scratch>(kBlockRows * ld_);
       const int64_t last = std::min(z_.A, end * kRows);
       for (int64_t a = begin * kRows; a < last; a += kBlockRows) {
@@ -117,7 +117,7 @@ class Network {
                 wide_t* grad_out_bias, wide_t* grad_state) const {
     std::vector<wide_t> input(z_.A * ld_, wide_t(0)), grad_hidden(z_.A * units_);
     std::vector<double> factors(2 * z_.A);
-    attention::parallel_items(z_.A, [&](int64_t begin, int64_t end) {
+    parallel_items(z_.A, [&](int64_t begin, int64_t end) {
       for (int64_t a = begin; a < end; ++a) {
         const auto [image, text] = load_input(state + a * z_.features, input.data() + a * ld_);
         factors[2 * a] = image, factors[2 * a + 1] = text;
@@ -125,31 +125,29 @@ class Network {
     });
     out_layer(hidden, grad_logits, grad_hidden.data(), grad_hidden_bias, grad_out_weight,
               grad_out_bias);
-    attention::parallel_items(
-        attention::ceil_div(units_, kBlockUnits), [&](int64_t begin, int64_t end) {
-          const int64_t first = begin * kBlockUnits, last = std::min(units_, end * kBlockUnits);
-          attention::gemm<true>(last - first, z_.features, z_.A, grad_hidden.data() + first, units_,
-                                input.data(), ld_, grad_hidden_weight + first * z_.features,
-                                z_.features, false);
-        });
-    attention::parallel_items(
-        attention::ceil_div(z_.A, kBlockUnits), [&](int64_t begin, int64_t end) {
-          std::vector<wide_t> grads(kBlockUnits * z_.features);
-          for (int64_t first = begin * kBlockUnits; first < std::min(z_.A, end * kBlockUnits);
-               first += kBlockUnits) {
-            const int64_t rows = std::min(kBlockUnits, z_.A - first);
-            input_gradients(grad_hidden.data() + first * units_, rows, grads.data());
-            for (int64_t r = 0; r < rows; ++r) {
-              const int64_t a = first + r;
-              const wide_t* x = input.data() + a * ld_;
-              wide_t* grad = grads.data() + r * z_.features;
-              normalise_backward(x, factors[2 * a], z_.C, grad);
-              normalise_backward(x + z_.C, factors[2 * a + 1], z_.C, grad + z_.C);
-              wide_t* to = grad_state + a * z_.features;
-              for (int64_t c = 0; c < z_.features; ++c) to[c] += grad[c];
-            }
-          }
-        });
+    parallel_items(attention::ceil_div(units_, kBlockUnits), [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kBlockUnits, last = std::min(units_, end * kBlockUnits);
+      attention::gemm<true>(last - first, z_.features, z_.A, grad_hidden.data() + first, units_,
+                            input.data(), ld_, grad_hidden_weight + first * z_.features,
+                            z_.features, false);
+    });
+    parallel_items(attention::ceil_div(z_.A, kBlockUnits), [&](int64_t begin, int64_t end) {
+      std::vector<wide_t> grads(kBlockUnits * z_.features);
+      for (int64_t first = begin * kBlockUnits; first < std::min(z_.A, end * kBlockUnits);
+           first += kBlockUnits) {
+        const int64_t rows = std::min(kBlockUnits, z_.A - first);
+        input_gradients(grad_hidden.data() + first * units_, rows, grads.data());
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t a = first + r;
+          const wide_t* x = input.data() + a * ld_;
+          wide_t* grad = grads.data() + r * z_.features;
+          normalise_backward(x, factors[2 * a], z_.C, grad);
+          normalise_backward(x + z_.C, factors[2 * a + 1], z_.C, grad + z_.C);
+          wide_t* to = grad_state + a * z_.features;
+          for (int64_t c = 0; c < z_.features; ++c) to[c] += grad[c];
+        }
+      }
+    });
   }
 
  private:
@@ -179,13 +177,13 @@ class Network {
     const gate::Factor<wide_t> weight(hidden_weight_.t());
     const at::Tensor input = at::empty({z_.A, z_.features}, hidden_weight_.options());
     wide_t* rows = input.template mutable_data_ptr<wide_t>();
-    attention::parallel_items(z_.A, [&](int64_t begin, int64_t end) {
+    parallel_items(z_.A, [&](int64_t begin, int64_t end) {
       for (int64_t a = begin; a < end; ++a) {
         load_input(state + a * z_.features, rows + a * z_.features);
       }
     });
     weight.multiply(input, at::from_blob(hidden, {z_.A, units_}, hidden_weight_.options()));
-    attention::parallel_items(z_.A, [&](int64_t begin, int64_t end) {
+    parallel_items(z_.A, [&](int64_t begin, int64_t end) {
       for (int64_t a = begin; a < end; ++a) {
         wide_t* row = hidden + a * units_;
         for (int64_t unit = 0; unit < units_; ++unit) row[unit] += hidden_bias[unit];
@@ -254,7 +252,7 @@ class Network {
     for (int64_t a = 0; a < z_.A; ++a) bias += grad_logits[a];
     *grad_out_bias = static_cast<wide_t>(bias);
     const int64_t vectors = attention::ceil_div(units_, kLanes<wide_t>);
-    attention::parallel_items(vectors, [&](int64_t begin, int64_t end) {
+    parallel_items(vectors, [&](int64_t begin, int64_t end) {
       for (int64_t v = begin; v < end; ++v) {
         const int64_t i = v * kLanes<wide_t>, count = std::min(kLanes<wide_t>, units_ - i);
         const auto out = Vec<wide_t>::loadu(out_ + i, count);

@@ -80,7 +80,7 @@ void token_means(const at::Tensor& tokens, const OptionalTensor& mask, wide_t* o
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, x.scalar_type(), "gate_policy_means", [&] {
         const scalar_t* data = x.const_data_ptr<scalar_t>();
-        attention::parallel_items(x.size(0), [&](int64_t begin, int64_t end) {
+        parallel_items(x.size(0), [&](int64_t begin, int64_t end) {
           std::vector<Acc<scalar_t>> run(C), row(C);
           std::vector<double> total(C);
           for (int64_t i = begin; i < end; ++i) {
@@ -181,7 +181,7 @@ void make_state(const Shape& z, const at::Tensor& image_tokens, const at::Tensor
   token_means(text_tokens, text_mask, text_means.get());
   // The i-th used image of all, without those between groups that are not used.
   const auto row_of = [&](int64_t image) { return image / z.G * z.used + image % z.G; };
-  attention::parallel_items(z.A, [&](int64_t begin, int64_t end) {
+  parallel_items(z.A, [&](int64_t begin, int64_t end) {
     for (int64_t a = begin; a < end; ++a) {
       wide_t *image = state + a * z.features, *text = image + z.C;
       mean_of(z.images, z.C, image,
@@ -221,7 +221,7 @@ void state_backward(const Shape& z, const at::Tensor& image_tokens, const at::Te
   };
   // Decisions that share a text are one thread's.
   const int64_t apart = std::min(z.A, z.T), each = z.A / std::max<int64_t>(1, apart);
-  attention::parallel_items(apart, [&](int64_t begin, int64_t end) {
+  parallel_items(apart, [&](int64_t begin, int64_t end) {
     for (int64_t a = begin * each; a < end * each; ++a) decision(a);
   });
 }

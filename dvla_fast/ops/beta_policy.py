@@ -63,7 +63,8 @@ def beta_policy(
         ``concentration``, once.
 
     Raises:
-        TypeError: ``logits`` or ``action_logit`` is no tensor, or logits not a floating one.
+        TypeError: ``logits`` or ``action_logit`` is no tensor, logits not a floating one, or
+            ``generator`` no generator.
         ValueError: shapes or devices do not fit; where values are checked (by default on the CPU,
             :func:`dvla_fast.functional.set_value_checks`), κ is not positive and finite or logits
             or actions hold NaN. Unchecked, the results of such elements are NaN.
@@ -135,6 +136,8 @@ def draw_key(device: torch.device, generator: torch.Generator | None = None) -> 
     Drawn from PyTorch's global generator, it is replayed by activation checkpointing and drawn
     afresh by each replay of a CUDA graph, with no hidden state in the op that reads it.
     """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
     return torch.randint(_LARGEST_INT64, (2,), device=device, generator=generator)
 
 

@@ -418,7 +418,7 @@ def test_help_names_every_choice() -> None:
 
 def test_a_fixed_gate_without_its_policy_is_told(tiny: DemoRun) -> None:
     model = dataclasses.replace(tiny.model, fixed_alpha=0.3)
-    with pytest.warns(UserWarning, match="model.fixed_alpha has no effect here"):
+    with pytest.warns(UserWarning, match=r"model\.fixed_alpha has no effect here"):
         model_spec(model, backbone_spec(model, 1, 16), 512)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

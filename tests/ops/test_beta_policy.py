@@ -254,7 +254,7 @@ def test_the_short_way_of_the_usual_call(generator: torch.Generator | None) -> N
     for bad in (0.0, -1.0, math.inf, math.nan, 1e39):
         with pytest.raises(ValueError, match="concentration: expected a positive finite number"):
             beta_policy(torch.zeros(3), bad)
-    with pytest.raises(TypeError, match="generator: expected a torch.Generator, got int"):
+    with pytest.raises(TypeError, match=r"generator: expected a torch\.Generator, got int"):
         beta_policy(torch.zeros(3), 2.5, generator=3)  # type: ignore[arg-type]
 
 

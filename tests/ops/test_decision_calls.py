@@ -89,7 +89,7 @@ def test_a_generator_of_ones_own() -> None:
         generator = torch.Generator().manual_seed(5)
         results.append(gate_policy(*make(), 10.0, generator=generator, backend=backend))
     assert torch.equal(results[0].alpha, results[1].alpha)
-    with pytest.raises(TypeError, match="generator: expected a torch.Generator, got str"):
+    with pytest.raises(TypeError, match=r"generator: expected a torch\.Generator, got str"):
         gate_policy(*make(), 10.0, generator="seed")  # type: ignore[arg-type]
 
 

@@ -1,5 +1,5 @@
-"""Runs the fuzz and float64 tests of the C++ kernels under the address and undefined-behaviour
-sanitizers.
+"""Runs the fuzz and float64 tests of the C++ kernels, and those of the direct and repeated calls,
+under the address and undefined-behaviour sanitizers.
 
 A copy of the package with sanitized libraries is made in ``build/sanitize``; the package in use is
 left alone. Exit status 0: nothing found.
@@ -52,9 +52,10 @@ def main() -> int:
         print("sanitize: skipped, the compiler has no libasan (GCC brings it)", file=sys.stderr)
         return 0
     capability = variant()
-    targets = (f"dvla_fast_{capability}", "dvla_fast_autograd")
-    # What holds no kernels goes along as it is; a copy over what is built here would hide it.
-    ignored = shutil.ignore_patterns("__pycache__", *(f"lib{name}.so" for name in targets))
+    targets = (f"dvla_fast_{capability}", "dvla_fast_autograd", "_calls")
+    # What is not built goes along as it is; a copy over what is built here would hide it.
+    built = ("_calls.*", *(f"lib{name}.so" for name in targets))
+    ignored = shutil.ignore_patterns("__pycache__", *built)
     shutil.copytree(native.ROOT / "dvla_fast", PACKAGE, ignore=ignored, dirs_exist_ok=True)
     options = {"DVLA_SANITIZE": "address,undefined", "DVLA_CUDA": "OFF"}
     native.build(FOLDER, PACKAGE, targets, **options)
@@ -75,8 +76,15 @@ def main() -> int:
         print(f"sanitize: {where} was imported instead of {PACKAGE}", file=sys.stderr)
         return 1
     pytest = Path(sys.executable).with_name("pytest")
-    tests = [f"tests/ops/test_{name}.py" for name in ("fuzz", "gated_attention", "gate_policy")]
-    chosen = "fuzz or ((values_and_gradients_float64 or narrow_tokens or partly_masked) and cpp)"
+    names = (
+        "fuzz", "gated_attention", "gate_policy",
+        "attention_calls", "decision_calls", "layer_calls", "replay",
+    )  # fmt: skip
+    tests = [f"tests/ops/test_{name}.py" for name in names]
+    chosen = (
+        "fuzz or calls or replay"
+        " or ((values_and_gradients_float64 or narrow_tokens or partly_masked) and cpp)"
+    )
     command = [
         pytest,
         "-q",

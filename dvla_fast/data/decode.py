@@ -56,10 +56,9 @@ def open_rgb(path: Path) -> tuple[Any, str, int]:
     try:
         with Image.open(path) as image:
             mode, rgb = image.mode, as_rgb(image, str(path))
-    except DataError:
+    except (DataError, MemoryError):  # the latter may be no fault of the file
         raise
-    # Pillow's plugins raise nearly anything on damaged files
-    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError, IndexError) as error:
+    except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
         reason: object = error
         if isinstance(error, FileNotFoundError):
             reason, remedy = "no such file", "restore the file"

@@ -83,6 +83,16 @@ def test_no_damage_escapes(tmp_path: Path) -> None:
                 open_rgb(path)
 
 
+def test_a_damaged_file_of_another_format_than_its_ending(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    Image.fromarray(trees.picture(1)).save(path, format="DDS")
+    damaged = bytearray(path.read_bytes())
+    damaged[80:84] = bytes(4)  # the flags of its pixels' format
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"x\.jpg: cannot read this image \(.*flags.*replace"):
+        open_rgb(path)
+
+
 def turned(path: Path, orientation: int) -> np.ndarray:
     """Write an image with an EXIF orientation; returns its pixels as they lie in the file."""
     pixels = np.zeros((40, 24, 3), np.uint8)

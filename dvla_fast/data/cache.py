@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 FORMAT = "dvla-fast-cache/2"  # raised with the layout, and with the pixels that images decode to
 _IMAGES, _INDEX, _JOURNAL = "images.bin", "index.json", "journal.jsonl"
+_ANY_NAME = "surrogateescape"  # names of files may hold bytes that are no UTF-8
 # Images of a chunk: the unit of decoding in parallel, of checksums, and of what a kill can cost.
 CHUNK = 128
 
@@ -86,6 +87,9 @@ def prepare_cache(
     """
     pillow()
     output = Path(output)
+    if is_cache(root):
+        made_from = read_index(root)["root"]
+        raise DataError(f"{root}: is a cache; give the folder that it was made from, {made_from}")
     listing = list_data(Path(root).resolve(), splits)
     warn_if_enlarged(listing, image_size)
     builder = _Builder(listing, output, image_size, splits)
@@ -113,7 +117,7 @@ class _Builder:
     def __init__(self, listing: Listing, output: Path, image_size: int, splits: str = "") -> None:
         self.listing, self.output, self.image_size = listing, output, image_size
         self.option = str(Path(splits).resolve()) if splits.endswith(".json") else splits
-        self.partial = output.with_name(f"{output.name}.partial")
+        self.partial = output.parent / f"{output.name}.partial"  # "." has no name
         self.rows = [(split, i) for split in listing.splits.values() for i in range(len(split))]
         self.base_rows = len(listing.splits["train"]) if "train" in listing.splits else 0
         self.stride = 3 * image_size**2
@@ -132,7 +136,8 @@ class _Builder:
             source = split.source(index)
             if isinstance(source, Path):
                 name = self.listing.image_id(split, index)
-                digest.update(f"{name}\0{state_of(source)}\n".encode())
+                line = f"{name}\0{state_of(source)}\n"
+                digest.update(line.encode(errors=_ANY_NAME))
             else:
                 digest.update(np.ascontiguousarray(source).tobytes())
         return digest.hexdigest()
@@ -264,7 +269,8 @@ class _Builder:
         bad = {int(row): text for entry in self.done.values() for row, text in entry["bad"].items()}
         if bad:
             report = self.partial / "unreadable.txt"
-            report.write_text("".join(f"{bad[row]}\n" for row in sorted(bad)), encoding="utf-8")
+            lines = "".join(f"{bad[row]}\n" for row in sorted(bad))
+            report.write_text(lines, encoding="utf-8", errors=_ANY_NAME)
         if bad and not skip_unreadable:
             raise DataError(
                 f"{bad[min(bad)]} ({len(bad)} of {len(self.rows)} images cannot be read, all named "

@@ -96,6 +96,8 @@ def _check_cache(root: str | Path, needed: int, compare: bool, report: Report) -
         for name, entry in index["splits"].items()
     ]
     report.add(report.notes, [f"left out: {line}" for line in index["skipped"]])
+    if not Path(index["root"]).is_dir():
+        report.notes.append(f"{index['root']} is not here: not compared with the original files")
     for name, entry in index["splits"].items():
         where = f"{root} ({name})"
         report.add(report.problems, _small(where, entry["keys"], entry["counts"], needed))

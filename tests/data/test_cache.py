@@ -203,6 +203,20 @@ def test_same_command_again_does_nothing(tree: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "cache") == before
 
 
+def test_in_the_folder_of_a_cache(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_cache(tree, tmp_path / "cache", 16)
+    monkeypatch.chdir(tmp_path / "cache")
+    assert cache.verify_cache(".") == []
+    assert prepare_cache(tree, ".", 16).reused == 48
+    with pytest.raises(DataError, match=r"is a cache; give the folder .*photos"):
+        prepare_cache(".", tmp_path / "smaller", 8)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="exists and is no cache"):
+        prepare_cache(tree, ".", 16)
+
+
 def test_cache_of_other_files_in_the_way(tree: Path, tmp_path: Path) -> None:
     prepare_cache(tree, tmp_path / "cache", 16)
     before = files(tmp_path / "cache")
@@ -251,6 +265,18 @@ def test_unreadable_images(tree: Path, tmp_path: Path) -> None:
     assert torch.equal(
         load_data(str(tmp_path / "copy"), 16).base.images, load_data(str(tree), 16).base.images
     )
+
+
+def test_names_that_are_no_utf8(tree: Path, tmp_path: Path) -> None:
+    (tree / "train" / "a").rename(tree / "train" / os.fsdecode(b"caf\xe9"))
+    (tree / "test" / "h" / os.fsdecode(b"\xe9.jpg")).write_bytes(b"")
+    with pytest.raises(DataError, match="the file is empty"):
+        prepare_cache(tree, tmp_path / "cache", 16)
+    assert b"/h/\xe9.jpg: " in (tmp_path / "cache.partial" / "unreadable.txt").read_bytes()
+    assert prepare_cache(tree, tmp_path / "cache", 16, skip_unreadable=True).images == 48
+    assert cache.verify_cache(tmp_path / "cache") == []
+    assert prepare_cache(tree, tmp_path / "cache", 16).reused == 48
+    assert os.fsdecode(b"caf\xe9") in load_data(str(tmp_path / "cache"), 16).base.class_names
 
 
 def test_links_that_lead_nowhere_are_left_out(tree: Path, tmp_path: Path) -> None:

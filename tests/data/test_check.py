@@ -136,6 +136,9 @@ def test_cache(tree: Path, tmp_path: Path) -> None:
     with open(tmp_path / "cache" / "images.bin", "rb+") as stream:
         stream.write(b"x")
     assert "differ from their checksum" in check(tmp_path / "cache").text()
+    assert check(tmp_path / "cache").notes == []
+    tree.rename(tmp_path / "elsewhere")
+    assert "photos is not here: not compared" in check(tmp_path / "cache").notes[0]
 
 
 def test_same_image_in_a_cache(tree: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,8 +90,9 @@ def _open(store: Store, config: AblateRun, inputs: dict[str, str]) -> None:
     path = store.path
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path}: is a file; give --output a new folder")
-    # "claims" alone: another launch is making the folder at this moment
+    # "claims" alone: another launch is making the folder at this moment, or was killed then
     strangers = {item.name for item in path.iterdir()} - _OWN if path.exists() else set()
+    strangers -= {name for name in strangers if name.startswith(".") and name.endswith(".tmp")}
     if strangers and not (path / "config.yaml").exists():
         raise OutputError(f"{path}: not empty and no ablation; give --output a new or empty folder")
     store.prepare()
@@ -116,8 +118,17 @@ def _open(store: Store, config: AblateRun, inputs: dict[str, str]) -> None:
             "--output a new folder"
         )
     if (path / "inputs.json").exists():  # ablations of older versions have none
-        began = json.loads((path / "inputs.json").read_text())
-        check_inputs(path, began, inputs, "give --output a new folder")
+        check_inputs(path, _read(path / "inputs.json"), inputs, "give --output a new folder")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise OutputError(
+            f"{path}: damaged ({error}); remove it and run the ablation again"
+        ) from error
+    return content
 
 
 def _check_lists(store: Store, cells: Sequence[Cell], lists: dict[str, str]) -> None:
@@ -203,6 +214,7 @@ def _work_in_processes(
 
 def _worker(settings: dict[str, Any], names: list[tuple[str | None, int]]) -> None:
     """A worker process: its own workshop, one thread on a CPU."""
+    _end_with_parent()
     config = from_mapping(AblateRun, settings)
     device = _device(config.device)
     if device.type == "cpu":
@@ -214,6 +226,19 @@ def _worker(settings: dict[str, Any], names: list[tuple[str | None, int]]) -> No
         work(workshop, cells)
     except KeyboardInterrupt:
         sys.exit(130)  # Ctrl-C reaches every process; the first one says so
+
+
+def _end_with_parent() -> None:
+    """End this worker when its launch is killed: it would write into whatever comes after."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def summarise(
@@ -236,7 +261,7 @@ def summarise(
     for seed in seeds:
         path = store.result(Cell(None, seed))
         if path.exists():
-            backbones[str(seed)] = json.loads(path.read_text())
+            backbones[str(seed)] = _read(path)
     settings = config.evaluate
     return {
         "command": "ablate",

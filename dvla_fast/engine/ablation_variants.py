@@ -201,10 +201,12 @@ def _objectives(config: AblateRun) -> list[Variant]:
 
 
 def _sweep(group: str, label: str, key: str, values: Iterable[Any], base: Any) -> list[Variant]:
+    texts = {value: f"{value:g}" for value in values if value != base}
+    # a name is also a file's: two values must not share the six digits
+    texts = {value: text if float(text) == value else repr(value) for value, text in texts.items()}
     return [
-        Variant(f"{label}={value:g}", group, f"{label} = {value:g}", {key: value})
-        for value in dict.fromkeys(values)
-        if value != base
+        Variant(f"{label}={text}", group, f"{label} = {text}", {key: value})
+        for value, text in texts.items()
     ]
 
 

@@ -44,7 +44,7 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
         lines += [f"## {title}", "", _line(head), _line(["---"] * len(head))]
         lines += [_line(_cells(row, len(summary["seeds"]))) for row in rows]
         lines.append("")
-    lines += _claims(summary["claims"])
+    lines += _claims(summary["claims"], seeds)
     lines += _pull(summary["pull"])
     lines += [
         "## How",
@@ -91,10 +91,20 @@ def _cells(row: Mapping[str, Any], seeds: int) -> list[str]:
         cells += [f"**{text}**" if bold else text, _p(difference["p_holm"])]
     alpha = row["results"][0].get("alpha")
     cells.append(" ".join(f"{value:.2f}" for value in alpha) if alpha else "")
-    words = row["title"]
-    if 0 < len(row["seeds"]) < seeds:
-        words += f" ({len(row['seeds'])} of {seeds} seeds)"
-    return [*cells, words]
+    return [*cells, row["title"] + _lacking(row, seeds)]
+
+
+def _lacking(row: Mapping[str, Any], seeds: int) -> str:
+    """Say which seeds a row lacks: its own, or those of the reference in its differences."""
+    own = len(row["seeds"])
+    apart = [x["difference"]["seeds"] for x in row["results"] if x["difference"] is not None]
+    paired = min(apart, default=own)
+    words = f" ({own} of {seeds} seeds)" if 0 < own < seeds else ""
+    if paired < own:
+        words += f" (Δ: {paired} of {seeds} seeds)"
+    if apart and paired == 1 < seeds:
+        words += " (Δ of one seed: its interval is over episodes alone)"
+    return words
 
 
 def _interval(value: Mapping[str, Any], scale: float = 100) -> str:
@@ -107,7 +117,7 @@ def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _claims(claims: Sequence[Mapping[str, Any]]) -> list[str]:
+def _claims(claims: Sequence[Mapping[str, Any]], seeds: int) -> list[str]:
     lines = ["## The paper's claims", ""]
     lines += ["| claim | here | tests (95 %, not corrected) |", "|---|---|---|"]
     for claim in claims:
@@ -115,7 +125,8 @@ def _claims(claims: Sequence[Mapping[str, Any]]) -> list[str]:
         for test in claim["tests"]:
             scale, unit = (1, "") if test["test"].startswith("α") else (100, " points")
             estimate = f"{scale * test['estimate']:+.2f}"
-            tests.append(f"{test['test']}: {estimate} {_interval(test, scale)}{unit}")
+            few = f" ({test['seeds']} of {seeds} seeds)" if test["seeds"] < seeds else ""
+            tests.append(f"{test['test']}: {estimate} {_interval(test, scale)}{unit}{few}")
         lines.append(_line([claim["claim"], claim["verdict"], "; ".join(tests)]))
     lines.append("")
     for claim in claims:
@@ -160,7 +171,8 @@ def csv_table(summary: Mapping[str, Any]) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(
         ["group", "variant", "title", "shot", "seeds", "accuracy", "accuracy_low", "accuracy_high",
-         "difference", "difference_low", "difference_high", "p_value", "p_holm", "alpha"]
+         "difference", "difference_low", "difference_high", "p_value", "p_holm", "alpha",
+         "difference_seeds"]
     )  # fmt: skip
     for row in summary["rows"]:
         for result in row["results"]:
@@ -170,6 +182,7 @@ def csv_table(summary: Mapping[str, Any]) -> str:
                 + [accuracy.get(key) for key in ("estimate", "low", "high")]
                 + [difference.get(key) for key in ("estimate", "low", "high", "p_value", "p_holm")]
                 + [" ".join(f"{value:.4f}" for value in result.get("alpha", []))]
+                + [difference.get("seeds")]
             )
     return stream.getvalue()
 
@@ -204,10 +217,11 @@ def plot_ablation(summary: Mapping[str, Any], output: str | Path) -> None:
             )  # fmt: skip
         note = f"; {summary['note']}" if summary["note"] else ""
         seeds = len(summary["seeds"])
+        over = " over seeds and episodes" if seeds > 1 else ""  # else the note says over what
         figure.text(
             0.01, 0.008,
             f"{summary['dataset']}, {summary['way']}-way, {summary['episodes']} paired episodes, "
-            f"{seeds} seed{'s' if seeds > 1 else ''}; 95 % intervals over seeds and episodes; "
+            f"{seeds} seed{'s' if seeds > 1 else ''}; 95 % intervals{over}; "
             f"filled: p < {_LEVEL} after Holm{note}",
             fontsize=7.5, color=_MUTED,
         )  # fmt: skip
@@ -216,9 +230,10 @@ def plot_ablation(summary: Mapping[str, Any], output: str | Path) -> None:
 
 
 def _places(summary: Mapping[str, Any]) -> tuple[dict[str, int], dict[int, str], dict[int, str]]:
-    """Where rows stand: variant -> place, place -> group's title, place -> variant."""
+    """Where rows stand: variant -> place, place -> group's title, place -> label."""
     places: dict[str, int] = {}
     heads: dict[int, str] = {}
+    labels: dict[int, str] = {}
     place = 0
     for title, rows in _by_group(summary):
         drawn = [row for row in rows if row["variant"] != summary["reference"]]
@@ -227,8 +242,16 @@ def _places(summary: Mapping[str, Any]) -> tuple[dict[str, int], dict[int, str],
         heads[place] = title
         for offset, row in enumerate(drawn, 1):
             places[row["variant"]] = place + offset
+            labels[place + offset] = row["variant"] + _paired(row, len(summary["seeds"]))
         place += len(drawn) + 1
-    return places, heads, {value: key for key, value in places.items()}
+    return places, heads, labels
+
+
+def _paired(row: Mapping[str, Any], seeds: int) -> str:
+    counts = [x["difference"]["seeds"] for x in row["results"] if x["difference"] is not None]
+    if not counts:
+        return " (not computed)"
+    return f" ({min(counts)} of {seeds} seeds)" if min(counts) < seeds else ""
 
 
 def _forest(axis: Any, summary: Mapping[str, Any], column: int, places: Mapping[str, int]) -> None:
@@ -236,9 +259,10 @@ def _forest(axis: Any, summary: Mapping[str, Any], column: int, places: Mapping[
     axis.axvline(0, color=_MUTED, linewidth=1)
     for row in summary["rows"]:
         result = row["results"][column]
-        if row["variant"] == summary["reference"] and result["accuracy"]:
-            level = 100 * result["accuracy"]["estimate"]
-            axis.set_title(f"{shot}-shot: minus {row['variant']} ({level:.1f} %)", fontsize=10)
+        if row["variant"] == summary["reference"]:
+            known = result["accuracy"]
+            level = f"{100 * known['estimate']:.1f} %" if known else "not computed"
+            axis.set_title(f"{shot}-shot: minus {row['variant']} ({level})", fontsize=10)
         difference = result["difference"]
         if difference is None:
             continue

@@ -6,6 +6,9 @@ import csv
 import functools
 import io
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from dvla_fast.engine.config import AblateConfig, AblateRun, AugmentConfig, Demo
 from dvla_fast.engine.logging import RunFolder, read_config, read_metrics
 from dvla_fast.engine.settings import UsageError, read_settings, to_dict
 from dvla_fast.errors import OutputError
+from dvla_fast.report.ablation import _places
 from dvla_fast.semantics.transformers_encoder import TransformersEncoder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -218,6 +222,77 @@ def test_failed_cell_is_reported_and_the_rest_finished(
     assert "(1 of 2 seeds)" in page
     monkeypatch.undo()
     assert run_ablate(config, quiet=True)["failures"] == {}  # tried again
+
+
+def test_a_reference_that_lacks_a_seed(config: AblateRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Differences are then of fewer seeds than the accuracy beside them: table and plot say so."""
+    whole = Workshop._variant
+
+    def broken(self: Workshop, cell: Cell, variant: Any) -> None:
+        if cell.key == "full-seed1":
+            raise RuntimeError("no luck")
+        whole(self, cell, variant)
+
+    monkeypatch.setattr(Workshop, "_variant", broken)
+    config.ablate.variants = ["visual"]
+    summary = run_ablate(config, quiet=True)
+    page = Path(config.output, "ablation.md").read_text()
+    assert "(1 of 2 seeds)" in next(x for x in page.splitlines() if x.startswith("| `full`"))
+    row = next(x for x in page.splitlines() if x.startswith("| `visual`"))
+    assert "(Δ: 1 of 2 seeds) (Δ of one seed: its interval is over episodes alone)" in row
+    assert "points (1 of 2 seeds)" in page
+    table = list(csv.DictReader(io.StringIO(Path(config.output, "ablation.csv").read_text())))
+    assert [(x["seeds"], x["difference_seeds"]) for x in table[2:]] == [("2", "1")] * 2
+    assert list(_places(summary)[2].values()) == ["visual (1 of 2 seeds)"]
+
+
+def test_a_killed_launch_ends_its_workers(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import multiprocessing, os, signal, threading
+from dvla_fast.engine.ablate import _end_with_parent
+
+def worker(ready):
+    _end_with_parent()
+    ready.send(None)
+    threading.Event().wait(30)  # ended before, or else says so
+    print("left alone", flush=True)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=worker, args=(there,), daemon=True).start()
+    here.recv()
+    print("working", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    )
+    # the output ends with the last process that could write to it
+    ran = subprocess.run([sys.executable, program], stdout=subprocess.PIPE, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (-signal.SIGKILL, "working\n")
+
+
+def test_what_a_kill_at_the_start_leaves(config: AblateRun) -> None:
+    config.ablate = AblateConfig(seeds=1, processes=1, variants=["visual"], draws=200)
+    config.ablate.reference = "visual"
+    folder = Path(config.output)
+    (folder / "claims").mkdir(parents=True)
+    for name in (".inputs.json.x1.tmp", ".config.yaml.x2.tmp"):
+        (folder / name).write_text("half")
+    assert run_ablate(config, quiet=True)["failures"] == {}
+    for name in ("backbones/seed0/summary.json", "inputs.json"):
+        kept = (folder / name).read_text()
+        (folder / name).write_text("{")
+        with pytest.raises(OutputError, match=r"json: damaged .*; remove it and run"):
+            run_ablate(config, quiet=True)
+        (folder / name).write_text(kept)
+
+
+def test_near_values_are_variants_of_their_own(config: AblateRun) -> None:
+    config.ablate = AblateConfig(groups=["kappa"], kappa=[1e-3, 1234567.0, 1234568.0])
+    names = [row.name for row in chosen_variants(config, 1)]
+    assert names == ["full", "kappa=0.001", "kappa=1234567.0", "kappa=1234568.0"]
 
 
 def test_failed_backbone_leaves_its_cells(

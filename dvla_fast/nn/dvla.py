@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from dvla_fast import reference
 from dvla_fast.nn.backbones.base import GatedBackbone, GatedTokens, Location
@@ -76,6 +77,12 @@ class EpisodeOutput(NamedTuple):
     """(E, S), as given."""
     aligned_labels: Tensor | None = None
     """(E, M): classes of the images behind ``fused``; None: they are the queries."""
+
+
+for _kind in (TextTokens, LayerTrace, EpisodeOutput):  # as GateOutput, for torch.export.save
+    _pytree._register_namedtuple(_kind, serialized_type_name=f"dvla_fast.{_kind.__name__}")
+# An exported program keeps its example inputs, and is loaded as data alone.
+torch.serialization.add_safe_globals([TextTokens])
 
 
 class DVLA(nn.Module):

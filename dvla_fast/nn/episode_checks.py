@@ -21,6 +21,13 @@ def check_episodes(support: Tensor, labels: Tensor, query: Tensor, way: int) -> 
             raise ValueError(
                 f"{name}: shape {tuple(images.shape)}, expected (episodes, images, C, H, W)"
             )
+        if not images.is_floating_point():
+            raise TypeError(
+                f"{name}: dtype {images.dtype}, expected floating values, as"
+                " dvla_fast.data.unit_range makes of uint8"
+            )
+    if query.dtype != support.dtype:
+        raise TypeError(f"query: dtype {query.dtype}, support has {support.dtype}")
     episodes, count = support.shape[:2]
     if query.shape[0] != episodes or query.shape[2:] != support.shape[2:]:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from dvla_fast.nn import DVLA
 
@@ -36,3 +37,14 @@ def test_texts_that_do_not_fit(
     given = text._replace(**{name: function(getattr(text, name))})
     with pytest.raises(error, match=message):
         model(support, labels, query, given, way=3)
+
+
+def test_images_that_are_no_numbers_of_the_model(make_model: MakeModel) -> None:
+    model = make_model()
+    support, labels, query, _ = make_episodes(2, 3, 1, 1)
+    text = make_text(2, 3)
+    model.backbone = None  # nothing is computed before
+    with pytest.raises(TypeError, match=r"support: dtype torch.uint8, expected floating.*unit_"):
+        model(support.to(torch.uint8), labels, query, text, way=3)
+    with pytest.raises(TypeError, match=r"query: dtype torch.float64, support has torch.float32"):
+        model(support, labels, query.double(), text, way=3)

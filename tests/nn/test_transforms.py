@@ -218,6 +218,21 @@ def test_export_in_evaluation(make_gate: MakeGate, inputs: tuple) -> None:
     same(tuple(torch.export.load(file).module()(*inputs)), gate(*inputs))
 
 
+@pytest.mark.parametrize("text_scope", ["episode", "class"])
+def test_a_model_exported_and_saved(make_model: MakeModel, text_scope: str) -> None:
+    model = make_model(text_scope=text_scope).eval()
+    support, labels, query, _ = make_episodes(2, 3, 1, 1)
+    given = (support, labels, query, make_text(2, 3, masked=True))
+    program = torch.export.export(model, given, {"way": 3})
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    found = torch.export.load(file).module()(*given, way=3)
+    expected = model(*given, way=3)
+    same((found.logits,), (expected.logits,))
+    same(found.layers[0][1:], expected.layers[0][1:])
+
+
 @pytest.mark.parametrize("scope", ["image", "episode"])
 def test_export_with_a_free_batch(make_gate: MakeGate, scope: str) -> None:
     """A text for every image, or one for all."""

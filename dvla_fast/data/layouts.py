@@ -207,7 +207,7 @@ def _json_lists(root: Path) -> Found | None:
 
 def _json_rows(path: Path) -> list[tuple[str, str]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         labels, numbers = content["label_names"], content["image_labels"]
         images = content["image_names"]
         if not all(isinstance(items, list) for items in (labels, numbers, images)):

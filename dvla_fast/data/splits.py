@@ -138,7 +138,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def _read(path: Path) -> SplitList:
     form = 'expected {"splits": {"train": [class, ...], "val": [...], "test": [...]}}'
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot read this split list ({error}); {form}") from error
     splits = content.get("splits") if isinstance(content, dict) else None

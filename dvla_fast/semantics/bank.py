@@ -310,7 +310,8 @@ def read_bank_json(path: Path) -> Any:
             that is NaN or infinite.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        # utf-8-sig: editors on Windows begin a file with a mark
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BankError(
             f"{path}: cannot read the semantic bank ({_reason(error)}); give the path of a bank "

@@ -107,6 +107,15 @@ def test_wrong_fields_are_named(tmp_path: Path, field: str, value: Any) -> None:
         load_split_list(str(tmp_path / "own.json"))
 
 
+def test_lists_saved_on_windows(tmp_path: Path) -> None:
+    """Its editors begin a file with a mark."""
+    trees.class_folders(tmp_path / "photos", "abc", 3)
+    mine = tmp_path / "mine.json"
+    splits = {"splits": {"train": ["a", "b"], "test": ["c"]}}
+    mine.write_text(json.dumps(splits), encoding="utf-8-sig")
+    assert list_data(tmp_path / "photos", str(mine)).splits["test"].keys == ("c",)
+
+
 @pytest.mark.parametrize("key", ["../x", "/etc", "a/../../x", " "])
 def test_class_names_are_no_paths(tmp_path: Path, key: str) -> None:
     (tmp_path / "own.json").write_text(json.dumps({"splits": {"train": ["a", key], "test": ["c"]}}))

@@ -44,6 +44,16 @@ def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
     assert answer.text == row["answer"]
 
 
+def test_files_saved_on_windows(tmp_path: Path) -> None:
+    """Editors there begin a file with a mark."""
+    line = {"stage": "candidates", "class": "fox", "answer": "- red"}
+    for name, content in (("a.json", {"candidates": {"fox": "- red"}}), ("a.jsonl", line)):
+        text = json.dumps(content) + "\r\n"
+        (tmp_path / name).write_text(text, encoding="utf-8-sig", newline="")
+        (answer,) = answer_all(AnswerFile(tmp_path / name), [request("candidates", "fox")])
+        assert answer.text == "- red"
+
+
 def test_class_without_an_answer_fails_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('{"candidates": {"Crow": "x"}}')

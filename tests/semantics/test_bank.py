@@ -108,6 +108,14 @@ def test_damaged_file_is_refused(tmp_path: Path, text: str, message: str) -> Non
         load_bank(path)
 
 
+def test_a_bank_saved_on_windows(tmp_path: Path) -> None:
+    """Its editors begin a file with a mark and end lines in two characters."""
+    path = tmp_path / "bank.json"
+    text = load_bank("digits").to_json()
+    path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert load_bank(path).to_json() == text
+
+
 def test_missing_file_names_the_path_and_the_bundled_banks(tmp_path: Path) -> None:
     with pytest.raises(BankError, match=r"none\.json.*digits"):
         load_bank(tmp_path / "none.json")

@@ -38,7 +38,7 @@ class AnswerFile:
             )
         try:
             content = self.path.read_bytes()
-            text = content.decode()
+            text = content.decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise LanguageModelError(

@@ -3,8 +3,10 @@
 // neither autograd nor another device to ask.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/DimVector.h>
 
 #include <algorithm>
@@ -12,6 +14,10 @@
 namespace dvla_fast {
 
 inline at::Tensor new_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const at::Context& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
+    return at::empty(sizes, options);  // which fills it
+  }
   return at::Tensor(at::detail::empty_cpu(sizes, options));
 }
 

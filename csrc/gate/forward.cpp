@@ -4,7 +4,6 @@
 // longer than a chunk, its text path runs apart, once. Where weights are absorbed (absorb.h) there
 // are no keys and values, and the text path runs apart always.
 #include <ATen/Dispatch.h>
-#include <ATen/ops/add.h>
 
 #include <vector>
 
@@ -94,9 +93,7 @@ void finish(const Problem& z, const Results& r, const Weights<scalar_t>& weights
   const at::Tensor fused = z.images(r.fused, c);  // [images, P, C]
   weights.out.multiply(z.filled(mixed, z.P, c), fused.view({c.images * z.P, z.C}));
   z.drop_masked(fused, c);
-  const at::Tensor added = shared_sum(z, c, fused).to(z.tokens.scalar_type());
-  at::Tensor updated = z.images(r.updated, c);
-  at::add_out(updated, z.images(z.tokens, c), added);
+  add_to_tokens(z, c, shared_sum(z, c, fused), r.updated);
 }
 
 template <class scalar_t>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/Dispatch.h>
+#include <ATen/ops/add.h>
 
 #include <algorithm>
 
@@ -52,6 +53,55 @@ inline at::Tensor shared_sum(const Problem& z, const Chunk& c, const at::Tensor&
         });
       });
   return out;
+}
+
+// Updated tokens of more bytes than this are written past the caches. Otherwise each line would be
+// read from memory before it is overwritten, which takes longer than the sum, and the next layer
+// reads them from memory either way.
+constexpr int64_t kStreamedBytes = 4 * 1024 * 1024;
+
+// to (n) = a + b; `streamed`: past the caches, n whole vectors and `to` aligned to them.
+template <bool streamed>
+inline void add_rows(const float* a, const float* b, int64_t n, float* to) {
+  int64_t i = 0;
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (streamed) {
+    for (; i < n; i += 16) {
+      _mm512_stream_ps(to + i, _mm512_add_ps(_mm512_loadu_ps(a + i), _mm512_loadu_ps(b + i)));
+    }
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (streamed) {
+    for (; i < n; i += 8) {
+      _mm256_stream_ps(to + i, _mm256_add_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i)));
+    }
+  }
+#endif
+  for (; i < n; ++i) to[i] = a[i] + b[i];
+}
+
+// updated = tokens + added (images, 1, C) for the images of a chunk.
+inline void add_to_tokens(const Problem& z, const Chunk& c, const at::Tensor& added,
+                          const at::Tensor& updated) {
+  const at::Tensor tokens = z.images(z.tokens, c);
+  at::Tensor to = z.images(updated, c);
+  if (tokens.scalar_type() != at::kFloat || !tokens.is_contiguous()) {
+    at::add_out(to, tokens, added.to(tokens.scalar_type()));
+    return;
+  }
+  const auto *from = tokens.const_data_ptr<float>(), *sums = added.const_data_ptr<float>();
+  auto* out = to.mutable_data_ptr<float>();
+  const bool streamed = updated.numel() * 4 > kStreamedBytes && z.C % attention::kLanes<float> == 0;
+  const auto row = streamed ? add_rows<true> : add_rows<false>;
+  const auto part = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      row(from + i * z.C, sums + i / z.N * z.C, z.C, out + i * z.C);
+    }
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+    if (streamed) _mm_sfence();  // to be seen by other threads in order
+#endif
+  };
+  parallel_items(c.images * z.N, part, kSumRows);
 }
 
 }  // namespace dvla_fast::gate

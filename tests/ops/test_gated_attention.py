@@ -479,3 +479,14 @@ def test_weights_gradients_past_nan_under_the_image_mask(shape: Shape, backend: 
     for name in got:
         if name != "updated":
             torch.testing.assert_close(got[name], clean[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("model", [208, 201])
+def test_results_larger_than_a_cache_against_float64(model: int, backend: str) -> None:
+    """They are written past the caches where rows are whole vectors, in float32 alone."""
+    shape = Shape(2, 3, 1, 2, 1000, 2, model)
+    tensors = make(shape, torch.float32)
+    want = layer(*(x.double() for x in tensors))[0]
+    got = gated_attention(*tensors, backend=backend)[0]
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)

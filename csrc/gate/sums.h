@@ -91,7 +91,9 @@ inline void add_to_tokens(const Problem& z, const Chunk& c, const at::Tensor& ad
   }
   const auto *from = tokens.const_data_ptr<float>(), *sums = added.const_data_ptr<float>();
   auto* out = to.mutable_data_ptr<float>();
-  const bool streamed = updated.numel() * 4 > kStreamedBytes && z.C % attention::kLanes<float> == 0;
+  constexpr int64_t lanes = attention::kLanes<float>;
+  const bool streamed = updated.numel() * 4 > kStreamedBytes && z.C % lanes == 0 &&
+                        reinterpret_cast<uintptr_t>(out) % (lanes * sizeof(float)) == 0;
   const auto row = streamed ? add_rows<true> : add_rows<false>;
   const auto part = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

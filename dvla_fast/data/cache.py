@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dvla_fast.data.cache_journal import JOURNAL, SETTINGS, keep_settings, read_entries
 from dvla_fast.data.decode import decode, pillow
 from dvla_fast.data.images import FewShotData, ImageSet
 from dvla_fast.data.layouts import list_data
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT = "dvla-fast-cache/2"  # raised with the layout, and with the pixels that images decode to
-_IMAGES, _INDEX, _JOURNAL = "images.bin", "index.json", "journal.jsonl"
+_IMAGES, _INDEX = "images.bin", "index.json"
 _ANY_NAME = "surrogateescape"  # names of files may hold bytes that are no UTF-8
 # Images of a chunk: the unit of decoding in parallel, of checksums, and of what a kill can cost.
 CHUNK = 128
@@ -56,8 +57,11 @@ class Prepared:
 
 
 def is_cache(path: str | Path) -> bool:
-    """Tell whether a folder is a finished cache."""
-    return (Path(path) / _INDEX).is_file() and (Path(path) / _IMAGES).is_file()
+    """Tell whether a folder is a finished cache, be it one that lost its images since."""
+    index = Path(path) / _INDEX
+    if not index.is_file() or (Path(path) / _IMAGES).is_file():
+        return index.is_file()
+    return b'"dvla-fast-cache/' in index.read_bytes()[:100]  # an index.json may be another's
 
 
 def prepare_cache(
@@ -179,6 +183,9 @@ class _Builder:
                 raise OutputError(
                     f"{self.partial}: another process is building this cache; wait for it"
                 ) from error
+            entries = read_entries(self.partial)
+            settings = (str(self.listing.root), self.image_size, self.option)
+            keep_settings(self.partial, settings, lambda: all(map(self._fits, entries)))
             self.fd = os.open(self.partial / _IMAGES, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 # All the space now, not a full disk after hours.
@@ -188,25 +195,18 @@ class _Builder:
                 except OSError:
                     os.ftruncate(self.fd, before)
                     raise
-                self._read_journal()
+                self._reuse(entries)
                 yield
             finally:
                 os.close(self.fd)
 
-    def _read_journal(self) -> None:
-        path = self.partial / _JOURNAL
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        entries = {}
-        for line in text.splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:  # a kill may tear the last line
-                continue
-            entries[entry["start"]] = entry
-        for start in self.chunks:
-            entry = entries.get(start)
-            if entry is None or entry["bad"] or entry["fingerprint"] != self.fingerprint(start):
-                continue
+    def _fits(self, entry: dict[str, Any]) -> bool:
+        start = entry["start"]
+        return start in self.chunks and entry["fingerprint"] == self.fingerprint(start)
+
+    def _reuse(self, entries: list[dict[str, Any]]) -> None:
+        for entry in filter(self._fits, entries):
+            start = entry["start"]
             count = min(CHUNK, len(self.rows) - start)
             stored = os.pread(self.fd, count * self.stride, start * self.stride)
             if hashlib.sha256(stored).hexdigest() == entry["sha256"]:
@@ -218,7 +218,7 @@ class _Builder:
         done = self.reused
         with (
             ThreadPoolExecutor(workers) as pool,  # Pillow releases the GIL while it decodes
-            open(self.partial / _JOURNAL, "a", encoding="utf-8") as journal,
+            open(self.partial / JOURNAL, "a", encoding="utf-8") as journal,
         ):
             if self.done:
                 journal.write("\n")  # ends a line that a kill tore
@@ -250,9 +250,8 @@ class _Builder:
         fingerprint = self.fingerprint(start)
         for _ in pool.map(fill, range(len(rows))):
             pass
-        good = [
-            i for i in range(len(rows)) if start + i < self.base_rows and str(start + i) not in bad
-        ]
+        base = range(max(0, min(len(rows), self.base_rows - start)))
+        good = [i for i in base if str(start + i) not in bad]
         pixels = images[good].reshape(len(good), 3, self.image_size**2).astype(np.int64)
         _write(self.fd, images, start * self.stride)
         return {
@@ -286,7 +285,7 @@ class _Builder:
             stream.flush()
             os.fsync(stream.fileno())
         os.rename(self.partial, self.output)
-        for name in (_JOURNAL, "lock", "unreadable.txt"):
+        for name in (JOURNAL, SETTINGS, "lock", "unreadable.txt"):
             (self.output / name).unlink(missing_ok=True)
         decoded = len(keep) - self.reused
         return Prepared(self.output, len(keep), decoded, self.reused, tuple(index["skipped"]))
@@ -389,7 +388,8 @@ def read_index(path: str | Path) -> dict[str, Any]:
         expected = index["images"] * 3 * index["image_size"] ** 2
         actual = (path / _IMAGES).stat().st_size
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: cannot read this cache ({error!r}); {remedy}") from error
+        reason = str(error) if isinstance(error, OSError) else repr(error)
+        raise DataError(f"{path}: cannot read this cache ({reason}); {remedy}") from error
     if not sound:
         raise DataError(f"{path / _INDEX}: changed since it was written; {remedy}")
     if actual != expected:

@@ -160,6 +160,47 @@ def stopped_build(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         prepare_cache(tree, tmp_path / "cache", 16, advance=stop)
 
 
+@pytest.mark.parametrize("change", ["size", "images", "split"])
+def test_a_stopped_build_of_other_settings_stays(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    stopped_build(tree, tmp_path, monkeypatch)
+    before = files(tmp_path / "cache.partial")
+    root, size, splits = tree, 16, ""
+    if change == "size":
+        size = 24
+    elif change == "images":
+        root = trees.split_folders(tmp_path / "others", {"train": "abc", "test": "de"})
+    else:
+        splits = str(tmp_path / "mine.json")
+        mine = {"train": ["b", "a", "c", "d"], "val": ["e", "f"], "test": ["g", "h"]}
+        Path(splits).write_text(json.dumps({"splits": mine}))
+        root = tmp_path / "classes"
+        trees.class_folders(root, "abcdefgh", 6)
+    with pytest.raises(OutputError, match=r"cache\.partial: an unfinished .*photos, 16 pixels.*or"):
+        prepare_cache(root, tmp_path / "cache", size, splits)
+    assert files(tmp_path / "cache.partial") == before
+    assert prepare_cache(tree, tmp_path / "cache", 16).reused == 14
+    assert set(files(tmp_path / "cache")) == {"images.bin", "index.json"}
+
+
+def test_a_stopped_build_of_images_that_moved_goes_on(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_build(tree, tmp_path, monkeypatch)
+    tree.rename(tmp_path / "moved")
+    assert prepare_cache(tmp_path / "moved", tmp_path / "cache", 16).reused == 14
+
+
+def test_a_cache_that_lost_its_images_is_named(tree: Path, tmp_path: Path) -> None:
+    prepare_cache(tree, tmp_path / "cache", 16)
+    (tmp_path / "cache" / "images.bin").unlink()
+    with pytest.raises(DataError, match=r"cannot read this cache .*images\.bin.*prepare' again"):
+        load_data(str(tmp_path / "cache"), 16)
+    (tree / "index.json").write_text("[]")  # of somebody else
+    assert not cache.is_cache(tree)
+
+
 def test_changed_file_is_decoded_again(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

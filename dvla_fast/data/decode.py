@@ -86,6 +86,8 @@ def as_rgb(image: Any, name: str) -> Any:
         # convert("RGB") would clip everything above 255 to white
         deep = np.asarray(image).astype(np.int64).clip(0, 65535)
         rgb = pillow().fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
+    elif isinstance(image.info.get("transparency"), bytes):  # Pillow warns of the direct way
+        rgb = image.convert("RGBA").convert("RGB")
     else:
         rgb = image.convert("RGB")
     turn = _turn(image)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,18 @@ def test_modes(tmp_path: Path, mode: str) -> None:
     assert (pixels.shape, pixels.dtype) == ((3, 32, 32), np.uint8)
     if mode not in ("1", "P"):
         assert np.abs(pixels.astype(int) - GREY).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_transparency_is_dropped_without_a_warning(tmp_path: Path, mode: str) -> None:
+    image = Image.fromarray(GREY).convert("RGB").quantize(16) if mode == "P" else None
+    image = image or Image.fromarray(GREY).convert(mode)
+    expected = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    clear = {"P": bytes(range(0, 256, 16)), "L": 8, "RGB": (8, 8, 8)}[mode]
+    image.save(tmp_path / "x.png", transparency=clear)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (decode(tmp_path / "x.png", 32) == expected).all()
 
 
 def test_cmyk_jpeg(tmp_path: Path) -> None:

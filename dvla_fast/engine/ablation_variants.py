@@ -111,8 +111,9 @@ def chosen_variants(config: AblateRun, channels: int) -> list[Variant]:
     names = [row.name for row in rows]
     wanted = config.ablate
     _check_known("groups", wanted.groups, GROUPS)
-    _check_known("variants", wanted.variants, names)
-    _check_known("reference", [wanted.reference], names)
+    base = _base_names(config)
+    _check_known("variants", wanted.variants, names, base)
+    _check_known("reference", [wanted.reference], names, base)
     if not wanted.groups and not wanted.variants:
         return rows
     return [
@@ -122,11 +123,33 @@ def chosen_variants(config: AblateRun, channels: int) -> list[Variant]:
     ]
 
 
-def _check_known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+def _base_names(config: AblateRun) -> set[str]:
+    """What rows of sweeps would be called that are none, since the base has their value."""
+    tuning = config.metatune
+    values = {
+        "k": config.semantics.top_k,
+        "kappa": config.model.concentration,
+        "lambda_sim": tuning.lambda_sim,
+        "lambda_imp": tuning.lambda_imp,
+        "entropy": tuning.entropy_weight,
+        "temperature": config.model.temperature,
+    }
+    swept = {f"{label}={value:g}" for label, value in values.items()}
+    return swept | {tuning.objective, f"scope={config.model.text_scope}"}
+
+
+def _check_known(
+    option: str, given: Iterable[str], known: Iterable[str], base: Iterable[str] = ()
+) -> None:
     names = list(known)
     for name in given:
         if name in names:
             continue
+        if name in base:
+            raise UsageError(
+                f"ablate.{option}: {name!r} is what the base configuration has already: the row "
+                f"{FULL!r}"
+            )
         near = difflib.get_close_matches(name, names, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UsageError(
@@ -235,17 +258,19 @@ def _levels(config: AblateRun, backbone: Any) -> list[Variant]:
 def _layers(config: AblateRun, backbone: Any) -> list[Variant]:
     default = [list(pair) for pair in backbone.locations]
     base = config.model.gated_layers or default
-    sets = config.ablate.layers
+    sets = [layers or default for layers in config.ablate.layers]  # [] as in model.gated_layers
     if not sets:
         blocks = [[s, b] for s, b in backbone.blocks if s > 1]
         sets = [[pair] for pair in base] + [blocks]
+    # by name: what is given twice is one row
+    named = {"+".join(f"{stage}.{block}" for stage, block in layers): layers for layers in sets}
     return [
         Variant(
-            "layers=" + "+".join(f"{stage}.{block}" for stage, block in layers),
+            f"layers={name}",
             "layers",
             "gates before " + ", ".join(f"({stage}, {block})" for stage, block in layers),
             {"model.gated_layers": layers},
         )
-        for layers in sets
+        for name, layers in named.items()
         if layers != base
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -86,7 +87,7 @@ def _cells(row: Mapping[str, Any], seeds: int) -> list[str]:
         if difference is None:
             cells += ["", ""]
             continue
-        text = f"{100 * difference['estimate']:+.2f} {_interval(difference)}"
+        text = _estimate(difference)
         bold = difference["p_holm"] < _LEVEL
         cells += [f"**{text}**" if bold else text, _p(difference["p_holm"])]
     alpha = row["results"][0].get("alpha")
@@ -107,10 +108,14 @@ def _lacking(row: Mapping[str, Any], seeds: int) -> str:
     return words
 
 
-def _interval(value: Mapping[str, Any], scale: float = 100) -> str:
-    if value["low"] is None:
-        return "[unknown]"
-    return f"[{scale * value['low']:+.2f}, {scale * value['high']:+.2f}]"
+def _estimate(value: Mapping[str, Any], scale: float = 100) -> str:
+    """A difference with its interval."""
+    ends = [] if value["low"] is None else [scale * value["low"], scale * value["high"]]
+    digits = 2
+    if ends and ends[0] * ends[1] > 0:  # as many as show that the interval leaves zero out
+        digits = min(max(2, -math.floor(math.log10(min(map(abs, ends))))), 6)
+    interval = ", ".join(f"{end:+.{digits}f}" for end in ends) or "unknown"
+    return f"{scale * value['estimate']:+.{digits}f} [{interval}]"
 
 
 def _p(value: float) -> str:
@@ -124,9 +129,8 @@ def _claims(claims: Sequence[Mapping[str, Any]], seeds: int) -> list[str]:
         tests = []
         for test in claim["tests"]:
             scale, unit = (1, "") if test["test"].startswith("α") else (100, " points")
-            estimate = f"{scale * test['estimate']:+.2f}"
             few = f" ({test['seeds']} of {seeds} seeds)" if test["seeds"] < seeds else ""
-            tests.append(f"{test['test']}: {estimate} {_interval(test, scale)}{unit}{few}")
+            tests.append(f"{test['test']}: {_estimate(test, scale)}{unit}{few}")
         lines.append(_line([claim["claim"], claim["verdict"], "; ".join(tests)]))
     lines.append("")
     for claim in claims:

@@ -26,7 +26,7 @@ from dvla_fast.engine.config import AblateConfig, AblateRun, AugmentConfig, Demo
 from dvla_fast.engine.logging import RunFolder, read_config, read_metrics
 from dvla_fast.engine.settings import UsageError, read_settings, to_dict
 from dvla_fast.errors import OutputError
-from dvla_fast.report.ablation import _places
+from dvla_fast.report.ablation import _estimate, _places
 from dvla_fast.semantics.transformers_encoder import TransformersEncoder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -82,10 +82,37 @@ def test_groups_and_variants(config: AblateRun) -> None:
         ({"groups": ["semantic"]}, "did you mean 'semantics'"),
         ({"variants": ["alpha=0.3"]}, "alpha=0.3"),
         ({"reference": "best"}, "reference"),
+        ({"variants": ["kappa=10"]}, "'kappa=10' is what the base .* already: the row 'full'$"),
+        ({"reference": "scope=episode"}, "'scope=episode' is what the base"),
     ):
         config.ablate = AblateConfig(**bad)
         with pytest.raises(UsageError, match=words):
             chosen_variants(config, 1)
+
+
+def test_no_layers_are_those_of_the_backbone(config: AblateRun) -> None:
+    config.ablate.layers = [[], [[3, 0]], [[2, 1], [3, 0]]]
+    names = [row.name for row in all_variants(config, 1)]
+    assert [name for name in names if name.startswith("layers=")] == ["layers=3.0"]
+    config.model.gated_layers = [[3, 0]]
+    names = [row.name for row in all_variants(config, 1)]
+    assert [name for name in names if name.startswith("layers=")] == ["layers=2.1+3.0"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [
+        (0.00004, 0.0061, "+0.00200 [+0.00004, +0.00610]"),
+        (-0.0061, -0.0041, "+0.002 [-0.006, -0.004]"),
+        (-0.004, 0.004, "+0.00 [-0.00, +0.00]"),
+        (0.1, 0.2, "+0.00 [+0.10, +0.20]"),
+        (None, None, "+0.00 [unknown]"),
+    ],
+)
+def test_an_interval_without_zero_shows_it(
+    low: float | None, high: float | None, shown: str
+) -> None:
+    assert _estimate({"estimate": 0.002, "low": low, "high": high}, 1) == shown
 
 
 def test_whole_ablation(config: AblateRun, capsys: pytest.CaptureFixture[str]) -> None:

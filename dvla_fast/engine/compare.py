@@ -212,7 +212,7 @@ def _class_names(path: str, shot: int) -> list[str] | None:
     try:
         content = json.loads((Path(path) / f"confusion-{shot}shot.json").read_text("utf-8"))
         return [str(name) for name in content["classes"]]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None  # numbers will do
 
 

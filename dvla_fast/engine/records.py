@@ -99,11 +99,27 @@ class EpisodeRecord:
                 }
                 classes, labels = (torch.from_numpy(file[k]).long() for k in ("classes", "labels"))
                 alphas = torch.from_numpy(file["alphas"]) if "alphas" in file.files else None
+            record = cls(classes, labels, predictions, alphas)
+            record._check()
         except Exception as error:  # numpy raises nearly anything on damaged files
             raise OutputError(
                 f"{path}: no readable predictions ({error}); run that evaluation again"
             ) from error
-        return cls(classes, labels, predictions, alphas)
+        return record
+
+    def _check(self) -> None:
+        """Raise ValueError unless shapes and values are those of one list of episodes."""
+        (n, way), queries = self.classes.shape, self.labels.shape[1]
+        tables = {"labels": self.labels[None], **self.predictions}
+        for name, table in tables.items():
+            if not len(table) or table.shape[1:] != (n, queries):
+                raise ValueError(f"{name}: shape {tuple(table.shape)}")
+            if table.min() < 0 or table.max() >= way:
+                raise ValueError(f"{name}: not in [0, {way})")
+        if self.classes.min() < 0 or not self.predictions:
+            raise ValueError("no predictions, or no classes")
+        if self.alphas is not None and (self.alphas.dim() != 3 or self.alphas.shape[1] != n):
+            raise ValueError(f"alphas: shape {tuple(self.alphas.shape)}")
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,22 +225,37 @@ def _metrics(run: Run) -> dict[str, list[dict[str, Any]]]:
         run.notes.append("metrics.jsonl cannot be read: no curves.")
         return {}
     stages: dict[str, list[dict[str, Any]]] = {}
+    left_out: dict[str, None] = {}  # in order
     for row in rows:
         if isinstance(row, dict) and "stage" in row and isinstance(row.get("step"), int):
-            stages.setdefault(str(row["stage"]), []).append(row)
+            known = {key: row[key] for key in row if key == "stage" or _is_numbers(row[key])}
+            left_out |= dict.fromkeys(key for key in row if key not in known)
+            stages.setdefault(str(row["stage"]), []).append(known)
+    if left_out:
+        run.notes.append(
+            f"metrics.jsonl holds values of {_first(list(left_out))} that are no finite numbers: "
+            "curves leave them out."
+        )
     for rows_of_stage in stages.values():
         rows_of_stage.sort(key=lambda row: row["step"])
     return stages
 
 
+def _is_numbers(value: Any) -> bool:
+    """Whether a chart can draw a value: a finite number, or a list of them."""
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(item, int | float) and math.isfinite(item) for item in values)
+
+
 def _check_finished(run: Run) -> None:
     for stage, words in STAGES.items():
         rows = run.metrics.get(stage, [])
-        planned = run.config.get(stage, {}).get("epochs")
+        section = run.config.get(stage)
+        planned = section.get("epochs") if isinstance(section, dict) else None
         mine = run.kind in (stage, "demo")
         if mine and not rows:
             run.notes.append(f"no epoch of {words} was logged: its curves are missing.")
-        elif mine and planned and rows[-1]["step"] < planned:
+        elif mine and isinstance(planned, int) and rows[-1]["step"] < planned:
             run.notes.append(
                 f"cut off half-way, or still going: {words} logged {rows[-1]['step']} of {planned}"
                 " epochs; figures show what there is."
@@ -255,13 +271,17 @@ def _read_record(run: Run, result: dict[str, Any]) -> None:
     if not isinstance(shot, int):
         return
     try:
-        run.records[shot] = EpisodeRecord.read(run.path / f"episodes-{shot}shot.npz")
+        record = EpisodeRecord.read(run.path / f"episodes-{shot}shot.npz")
+        if result.get("method", next(iter(record.predictions))) not in record.predictions:
+            raise OutputError("of another evaluation")
+        run.records[shot] = record
     except OutputError:
         run.notes.append(
             f"{shot}-shot: episodes-{shot}shot.npz is missing or damaged, so there are no paired "
             "comparison, classes, confusion or single episodes for it."
         )
         return
+    count = int(run.records[shot].classes.max()) + 1
     if run.records[shot].alphas is None and "alpha" in result and result["alpha"]:
         run.notes.append(
             f"{shot}-shot: gates of single episodes were not recorded (an earlier version wrote "
@@ -270,8 +290,9 @@ def _read_record(run: Run, result: dict[str, Any]) -> None:
     try:
         content = json.loads((run.path / f"confusion-{shot}shot.json").read_text("utf-8"))
         run.class_names[shot] = [str(name) for name in content["classes"]]
+        if len(run.class_names[shot]) < count:
+            raise ValueError("of another record")
     except (OSError, ValueError, KeyError, TypeError):
-        count = int(run.records[shot].classes.max()) + 1
         run.class_names[shot] = [f"class {index}" for index in range(count)]
         run.notes.append(f"{shot}-shot: class names were not found; numbers stand for them.")
 

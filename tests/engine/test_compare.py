@@ -234,6 +234,14 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["5", '{"classes": null}'])
+def test_damaged_class_names_become_numbers(tmp_path: Path, content: str) -> None:
+    runs = [str(write_evaluation(tmp_path / name, 0.5)) for name in "ab"]
+    Path(runs[0], "confusion-1shot.json").write_text(content)
+    compared = compare_groups(runs[:1], runs[1:])
+    assert compared["results"][0]["classes"][0]["name"].startswith("class ")
+
+
 def test_infinite_intervals_are_null_in_json(tmp_path: Path) -> None:
     """JSON has no infinity, and readers other than Python's refuse it."""
     one = write_evaluation(tmp_path / "one", 0.6)

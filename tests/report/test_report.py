@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -143,6 +144,31 @@ def test_damaged_runs(
 ) -> None:
     damage(copied)
     assert words in page(copied)
+
+
+def test_values_that_are_no_numbers_are_left_out_of_curves(copied: Path, page: Write) -> None:
+    """A diverged run logs null; other programs write NaN."""
+    rows = [json.loads(line) for line in (copied / "metrics.jsonl").read_text().splitlines()]
+    rows[0]["loss"], rows[-2]["alpha_mean"] = None, [float("nan"), 0.5]
+    (copied / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    html = page(copied, options=("--text_only",))
+    assert "values of loss, alpha_mean that are no finite numbers" in html
+
+
+@pytest.mark.parametrize("what", ["labels", "methods", "names"])
+def test_records_of_another_evaluation(copied: Path, page: Write, what: str) -> None:
+    path = copied / "episodes-1shot.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    if what == "names":
+        (copied / "confusion-1shot.json").write_text('{"classes": ["a"]}')
+    else:
+        arrays[what] = arrays[what][:, :-1] if what == "labels" else np.array(["x"] * 4)
+        np.savez(path, **arrays)
+    said = "class names were not found" if what == "names" else "is missing or damaged"
+    assert f"1-shot: {'' if what == 'names' else path.name + ' '}{said}" in page(
+        copied, options=("--text_only",)
+    )
 
 
 def test_missing_images(copied: Path, page: Write) -> None:

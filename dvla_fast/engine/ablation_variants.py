@@ -210,7 +210,11 @@ def _alphas(config: AblateRun) -> list[Variant]:
     rows.append(
         Variant("categorical", "alpha", "RL gate, categorical", {"model.policy": "categorical"})
     )
-    return [row for row in rows if row.overrides["model.policy"] != config.model.policy]
+    model = config.model
+    base = {"model.policy": model.policy}
+    if model.policy == "fixed":
+        base["model.fixed_alpha"] = model.fixed_alpha
+    return [row for row in rows if not base.items() <= row.overrides.items()]
 
 
 def _objectives(config: AblateRun) -> list[Variant]:

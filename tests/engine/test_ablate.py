@@ -1,4 +1,4 @@
-"""Ablations: rows, cells that are kept, shared folders, failures, tables, bad input."""
+"""Ablations: cells that are kept, shared folders, failures, tables, bad input."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ from dvla_fast.engine import ablation_cells
 from dvla_fast.engine.ablate import _worker, run_ablate
 from dvla_fast.engine.ablation_cells import Cell, Store, Workshop, start_alike
 from dvla_fast.engine.ablation_claims import hallucinated_shares
-from dvla_fast.engine.ablation_variants import GROUPS, all_variants, chosen_variants
+from dvla_fast.engine.ablation_variants import all_variants, chosen_variants
 from dvla_fast.engine.build import build_model, build_texts
 from dvla_fast.engine.config import AblateConfig, AblateRun, AugmentConfig, DemoRun, SemanticsConfig
 from dvla_fast.engine.logging import RunFolder, read_config, read_metrics
-from dvla_fast.engine.settings import UsageError, read_settings, to_dict
+from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.errors import OutputError
-from dvla_fast.report.ablation import _estimate, _places
+from dvla_fast.report.ablation import _places
 from dvla_fast.semantics.transformers_encoder import TransformersEncoder
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture
@@ -53,66 +51,6 @@ def config(tiny: DemoRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ab
 
 def rows(summary: dict[str, Any]) -> dict[str, Any]:
     return {row["variant"]: row for row in summary["rows"]}
-
-
-def test_every_row_of_the_method_is_there(config: AblateRun) -> None:
-    config.semantics.bank = "shapes"
-    variants = {row.name: row for row in all_variants(config, 1)}
-    assert {row.group for row in variants.values()} == set(GROUPS)
-    assert set(variants) >= {
-        "full", "visual", "name", "attributes", "description", "no-top-k", "true",
-        "alpha=0", "alpha=0.25", "alpha=0.5", "alpha=0.75", "alpha=1", "static", "mlp",
-        "ppo", "grpo", "counterfactual", "dpo", "pathwise", "scope=class",
-        "entropy=0", "temperature=0.1", "levels=equal", "levels=swapped",
-    }  # fmt: skip
-    assert not {"k=3", "reinforce"} & set(variants)  # those are the base itself
-    for row in variants.values():
-        changed = row.apply(config)
-        assert (changed != config) == bool(row.overrides), row.name
-    assert variants["alpha=0.25"].apply(config).model.fixed_alpha == 0.25
-    assert variants["levels=swapped"].apply(config).model.level_weights == [[0.3, 0.7], [0.7, 0.3]]
-    assert "levels=shallow-first" not in variants  # the base, too
-
-
-def test_groups_and_variants(config: AblateRun) -> None:
-    assert [row.name for row in chosen_variants(config, 1)] == ["full", "visual", "alpha=0.5"]
-    config.ablate = AblateConfig(groups=["scope"])
-    assert [row.name for row in chosen_variants(config, 1)] == ["full", "scope=class"]
-    for bad, words in (
-        ({"groups": ["semantic"]}, "did you mean 'semantics'"),
-        ({"variants": ["alpha=0.3"]}, "alpha=0.3"),
-        ({"reference": "best"}, "reference"),
-        ({"variants": ["kappa=10"]}, "'kappa=10' is what the base .* already: the row 'full'$"),
-        ({"reference": "scope=episode"}, "'scope=episode' is what the base"),
-    ):
-        config.ablate = AblateConfig(**bad)
-        with pytest.raises(UsageError, match=words):
-            chosen_variants(config, 1)
-
-
-def test_no_layers_are_those_of_the_backbone(config: AblateRun) -> None:
-    config.ablate.layers = [[], [[3, 0]], [[2, 1], [3, 0]]]
-    names = [row.name for row in all_variants(config, 1)]
-    assert [name for name in names if name.startswith("layers=")] == ["layers=3.0"]
-    config.model.gated_layers = [[3, 0]]
-    names = [row.name for row in all_variants(config, 1)]
-    assert [name for name in names if name.startswith("layers=")] == ["layers=2.1+3.0"]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "shown"),
-    [
-        (0.00004, 0.0061, "+0.00200 [+0.00004, +0.00610]"),
-        (-0.0061, -0.0041, "+0.002 [-0.006, -0.004]"),
-        (-0.004, 0.004, "+0.00 [-0.00, +0.00]"),
-        (0.1, 0.2, "+0.00 [+0.10, +0.20]"),
-        (None, None, "+0.00 [unknown]"),
-    ],
-)
-def test_an_interval_without_zero_shows_it(
-    low: float | None, high: float | None, shown: str
-) -> None:
-    assert _estimate({"estimate": 0.002, "low": low, "high": high}, 1) == shown
 
 
 def test_whole_ablation(config: AblateRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,12 +254,6 @@ def test_what_a_kill_at_the_start_leaves(config: AblateRun) -> None:
         (folder / name).write_text(kept)
 
 
-def test_near_values_are_variants_of_their_own(config: AblateRun) -> None:
-    config.ablate = AblateConfig(groups=["kappa"], kappa=[1e-3, 1234567.0, 1234568.0])
-    names = [row.name for row in chosen_variants(config, 1)]
-    assert names == ["full", "kappa=0.001", "kappa=1234567.0", "kappa=1234568.0"]
-
-
 def test_failed_backbone_leaves_its_cells(
     config: AblateRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,23 +372,6 @@ def test_selection_on_shapes_cannot_see_hallucinations(
     assert shares["proposed"] == pytest.approx(false)
     assert set(shares["chosen"]) == {"1", "2", "3", "4", "5", "6", "8"}
     assert all(0 <= share <= 1 for share in shares["chosen"].values())
-
-
-@pytest.mark.parametrize(
-    ("name", "groups"),
-    [
-        ("ablation_shapes", set(GROUPS)),
-        ("ablation_digits", set(GROUPS)),
-        ("ablation_shapes_varied", {"semantics", "alpha", "levels", "scope"}),
-    ],
-)
-def test_shipped_configurations(name: str, groups: set[str]) -> None:
-    shipped = read_settings(str(CONFIGS / f"{name}.yaml"), AblateRun, AblateRun())
-    assert shipped.ablate.seeds >= 5
-    assert shipped.semantics.top_k > 0
-    assert shipped.metatune.backbone_lr == 0
-    variants = chosen_variants(shipped, 1 if shipped.data.dataset == "digits" else 3)
-    assert {row.group for row in variants} == groups
 
 
 def test_command_line(

@@ -211,7 +211,7 @@ def _alphas(config: AblateRun) -> list[Variant]:
         Variant("categorical", "alpha", "RL gate, categorical", {"model.policy": "categorical"})
     )
     model = config.model
-    base = {"model.policy": model.policy}
+    base: dict[str, Any] = {"model.policy": model.policy}
     if model.policy == "fixed":
         base["model.fixed_alpha"] = model.fixed_alpha
     return [row for row in rows if not base.items() <= row.overrides.items()]

@@ -123,13 +123,13 @@ ELSEWHERE = {
         "tests/engine/test_compare.py::test_several_seeds_a_side"
     ),
     "dvla-fast ablate configs/ablation_digits.yaml --output runs/ablation-digits": (
-        "tests/engine/test_ablate.py::ablation_digits"
+        "tests/engine/test_ablation_variants.py::ablation_digits"
     ),
     "dvla-fast ablate configs/ablation_shapes.yaml --output runs/ablation-shapes": (
-        "tests/engine/test_ablate.py::ablation_shapes"
+        "tests/engine/test_ablation_variants.py::ablation_shapes"
     ),
     "dvla-fast ablate configs/ablation_shapes_varied.yaml --output runs/ablation-shapes-varied": (
-        "tests/engine/test_ablate.py::ablation_shapes_varied"
+        "tests/engine/test_ablation_variants.py::ablation_shapes_varied"
     ),
     "dvla-fast metatune --resume --output runs/tuned": "tests/engine/test_resume.py::resume",
 }

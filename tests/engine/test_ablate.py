@@ -167,17 +167,22 @@ def test_other_settings_are_refused(config: AblateRun) -> None:
     assert [item.name for item in occupied.iterdir()] == ["notes.txt"]
 
 
-def test_failed_cell_is_reported_and_the_rest_finished(
-    config: AblateRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def fail_in(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on one cell fails."""
     whole = Workshop._variant
 
     def broken(self: Workshop, cell: Cell, variant: Any) -> None:
-        if cell.key == "alpha=0.5-seed1":
+        if cell.key == key:
             raise RuntimeError("no luck")
         whole(self, cell, variant)
 
     monkeypatch.setattr(Workshop, "_variant", broken)
+
+
+def test_failed_cell_is_reported_and_the_rest_finished(
+    config: AblateRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_in("alpha=0.5-seed1", monkeypatch)
     summary = run_ablate(config, quiet=True)
     assert summary["failures"] == {"alpha=0.5-seed1": "RuntimeError: no luck"}
     assert summary["cells"]["finished"] == 7
@@ -191,14 +196,7 @@ def test_failed_cell_is_reported_and_the_rest_finished(
 
 def test_a_reference_that_lacks_a_seed(config: AblateRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Differences are then of fewer seeds than the accuracy beside them: table and plot say so."""
-    whole = Workshop._variant
-
-    def broken(self: Workshop, cell: Cell, variant: Any) -> None:
-        if cell.key == "full-seed1":
-            raise RuntimeError("no luck")
-        whole(self, cell, variant)
-
-    monkeypatch.setattr(Workshop, "_variant", broken)
+    fail_in("full-seed1", monkeypatch)
     config.ablate.variants = ["visual"]
     summary = run_ablate(config, quiet=True)
     page = Path(config.output, "ablation.md").read_text()

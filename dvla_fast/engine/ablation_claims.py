@@ -43,6 +43,7 @@ def weigh_claims(
     return [
         _claim("text and meta-tuning together beat visual prototypes", cells.over(FULL, VISUAL)),
         _claim("attributes and description help beyond the class name", cells.over(FULL, "name")),
+        _claim("what the texts say matters, not that there are any", cells.over(FULL, "shuffled")),
         _claim("the gain over visual prototypes is largest at one shot", gain),
         _claim(
             "both levels matter",

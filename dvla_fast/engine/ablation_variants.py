@@ -15,6 +15,7 @@ from dvla_fast.engine.settle import sized
 from dvla_fast.nn import build_backbone
 from dvla_fast.nn.level_weights import default_level_weights
 from dvla_fast.rl import OBJECTIVES
+from dvla_fast.semantics import ClassEntry
 
 FULL, VISUAL = "full", "visual"
 GROUPS = {
@@ -173,13 +174,15 @@ def _semantics(config: AblateRun) -> list[Variant]:
         overrides = {f"semantics.{key}": value for key, value in changes.items()}
         return Variant(name, "semantics", title, overrides)
 
-    rows = [
-        Variant(VISUAL, "semantics", "visual prototypes, no text, no gate", trains=False),
-        row("name", "class name alone (A photo of a NAME)", parts="name"),
-        row("attributes", f"attributes alone, {_chosen(config)}", parts="attributes"),
-        row("description", "description alone", parts="description"),
-    ]
     bank = build_bank(config.semantics.bank)
+    rows = [Variant(VISUAL, "semantics", "visual prototypes, no text, no gate", trains=False)]
+    if bank.vectors is None:
+        rows.append(row("name", "class name alone (A photo of a NAME)", parts="name"))
+    if any(_has_both(entry) for entry in bank.classes.values()):
+        rows.append(row("attributes", f"attributes alone, {_chosen(config)}", parts="attributes"))
+        rows.append(row("description", "description alone", parts="description"))
+    title = "each class with the texts of another: a control"
+    rows.append(row("shuffled", title, parts="shuffled"))
     most = max((len(entry.proposals) for entry in bank.classes.values()), default=0)
     if bank.vectors is None and config.semantics.top_k and config.semantics.top_k < most:
         title = f"attributes and description without top-k: all {most} proposed"
@@ -190,6 +193,13 @@ def _semantics(config: AblateRun) -> list[Variant]:
         title = "attributes and description, hallucinations taken out by hand"
         rows.append(row("true", title, bank=f"{config.semantics.bank}-true", top_k=0))
     return rows
+
+
+def _has_both(entry: ClassEntry) -> bool:
+    """Whether a class has both levels of texts."""
+    if entry.stored is not None:
+        return min(entry.stored) > 0
+    return bool(entry.proposals and entry.description)
 
 
 def _alphas(config: AblateRun) -> list[Variant]:

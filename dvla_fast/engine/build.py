@@ -35,7 +35,7 @@ from dvla_fast.semantics import (
     load_bank,
 )
 from dvla_fast.semantics.encoders import check_dim, encoder_identity
-from dvla_fast.semantics.tokens import PARTS, encode_names, stored_tokens
+from dvla_fast.semantics.tokens import PARTS, encode_names, shuffled_sources, stored_tokens
 from dvla_fast.semantics.topk import TEMPLATES
 from dvla_fast.semantics.vectors import CachedEncoder, vectors_path
 
@@ -182,10 +182,22 @@ def build_texts(
     lacking = set(bank.missing(names)) if splits else set()
     if lacking.isdisjoint(name for split in splits for name in data.split(split).class_names):
         names = [name for name in names if name not in lacking]
-    texts, described = encode_texts(config, bank, names, device, encoder)
+    sources = text_sources(config, data, names)
+    texts, described = encode_texts(config, bank, sources, device, encoder)
+    texts = replace(texts, class_names=tuple(names))
     if len(names) < len(data.class_names):
         texts = texts.among(data.class_names)
     return texts, described
+
+
+def text_sources(config: SemanticsConfig, data: FewShotData, names: Sequence[str]) -> list[str]:
+    """Return the class whose texts each named class gets: itself, but with parts ``shuffled``."""
+    if config.parts != "shuffled":
+        return list(names)
+    kept = set(names)
+    splits = (data.base, data.monitor, data.novel)
+    sources = shuffled_sources([n for n in split.class_names if n in kept] for split in splits)
+    return [sources[name] for name in names]
 
 
 def encode_texts(

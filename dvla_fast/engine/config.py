@@ -91,7 +91,8 @@ class TextOptions:
     parts: str = option(
         "all",
         "texts of a class that the gates read: all (attributes and description), attributes, "
-        "description, or name ('A photo of a NAME' alone)",
+        "description, name ('A photo of a NAME' alone), or shuffled (all, of another class of its "
+        "split: a control)",
     )
     truncate: bool = option(False, "cut texts longer than the encoder reads instead of failing")
 

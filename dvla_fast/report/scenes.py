@@ -22,6 +22,7 @@ from dvla_fast.engine.build import (
     build_texts,
     pick_device,
     split_classes,
+    text_sources,
 )
 from dvla_fast.engine.config import DataConfig, EvaluateConfig, MetatuneConfig, SemanticsConfig
 from dvla_fast.engine.episode_lists import build_sampler
@@ -173,7 +174,8 @@ class _Studio:
         self.split, self.sampler, self.shot = self._episodes(config.shot)
         self.images: ImageSet = self.data.split(self.split)
         self.positions = split_classes(self.data, self.split)
-        self.phrases = class_texts(self.semantics, self.texts)
+        sources = text_sources(self.semantics, data, self.texts.class_names)
+        self.phrases = class_texts(self.semantics, self.texts, sources)
 
     def _episodes(self, shot: int) -> tuple[str, EpisodeSampler, int]:
         run = self.run

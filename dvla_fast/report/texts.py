@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -70,17 +70,24 @@ class Phrases:
     provenance: str
 
 
-def class_texts(config: SemanticsConfig, texts: EncodedTexts) -> Phrases:
+def class_texts(
+    config: SemanticsConfig, texts: EncodedTexts, sources: Sequence[str] = ()
+) -> Phrases:
     """Find the phrases behind encoded texts, and the candidates that they were chosen from.
+
+    Args:
+        sources: the class whose texts each class has (``build.text_sources``); none: its own.
 
     Raises:
         BankError: as ``build_texts``.
     """
     bank = build_bank(config.bank)
-    names = texts.class_names
-    entries = bank.select(names)
+    names, sources = texts.class_names, sources or texts.class_names
+    entries = bank.select(sources)
+    if shuffled := tuple(sources) != names:  # those images are of other classes
+        entries = [replace(entry, images=()) for entry in entries]
     tokens, cards = {}, {}
-    selections = _selections(config, bank, names, entries)
+    selections = _selections(config, bank, sources, entries)
     for row, (name, entry, (chosen, scores)) in enumerate(zip(names, entries, selections)):
         mask = texts.mask[row].tolist()
         wanted = sum(mask[:-1])
@@ -90,7 +97,10 @@ def class_texts(config: SemanticsConfig, texts: EncodedTexts) -> Phrases:
         last = (entry.description or "description") if mask[-1] else ""
         tokens[name] = [*phrases, *[""] * (len(mask) - 1 - wanted), last]
         cards[name] = _card(name, entry, phrases, scores)
-    return Phrases(tokens, cards, _provenance(bank))
+    provenance = _provenance(bank)
+    if shuffled:
+        provenance += "; each class has the texts of another (semantics.parts: shuffled)"
+    return Phrases(tokens, cards, provenance)
 
 
 def _selections(

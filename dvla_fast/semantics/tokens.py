@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from dvla_fast.nn import TextTokens
 
 
-PARTS = ("all", "attributes", "description", "name")
+PARTS = ("all", "attributes", "description", "name", "shuffled")
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,24 @@ class EncodedTexts:
     @cached_property
     def _full(self) -> bool:
         return bool(self.mask.all())  # waits for a GPU: once, not in every step
+
+
+def shuffled_sources(groups: Iterable[Sequence[str]]) -> dict[str, str]:
+    """Give each class another class of its group, a control: its texts are wrong, though as good.
+
+    Depends on nothing but the names of a group.
+
+    Args:
+        groups: class names, a group a split. A class alone in its group stays itself.
+
+    Returns:
+        class -> the class whose texts it gets, a different one for each class of a group.
+    """
+    sources: dict[str, str] = {}
+    for group in groups:
+        names = sorted(set(group), key=lambda name: hashlib.sha256(name.encode()).digest())
+        sources.update(zip(names, names[1:] + names[:1]))
+    return sources
 
 
 def choose_attributes(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from dvla_fast.engine.ablation_variants import GROUPS, all_variants, chosen_variants
 from dvla_fast.engine.config import AblateConfig, AblateRun, DemoRun, SemanticsConfig
 from dvla_fast.engine.settings import UsageError, read_settings
 from dvla_fast.report.ablation import _estimate
+from dvla_fast.semantics.importing import read_published, save_published
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -29,7 +31,7 @@ def test_every_row_of_the_method_is_there(config: AblateRun) -> None:
     variants = {row.name: row for row in all_variants(config, 1)}
     assert {row.group for row in variants.values()} == set(GROUPS)
     assert set(variants) >= {
-        "full", "visual", "name", "attributes", "description", "no-top-k", "true",
+        "full", "visual", "name", "attributes", "description", "shuffled", "no-top-k", "true",
         "alpha=0", "alpha=0.25", "alpha=0.5", "alpha=0.75", "alpha=1", "static", "mlp",
         "ppo", "grpo", "counterfactual", "dpo", "pathwise", "scope=class",
         "entropy=0", "temperature=0.1", "levels=equal", "levels=swapped",
@@ -41,6 +43,20 @@ def test_every_row_of_the_method_is_there(config: AblateRun) -> None:
     assert variants["alpha=0.25"].apply(config).model.fixed_alpha == 0.25
     assert variants["levels=swapped"].apply(config).model.level_weights == [[0.3, 0.7], [0.7, 0.3]]
     assert "levels=shallow-first" not in variants  # the base, too
+
+
+def test_rows_need_the_texts_that_they_are_about(config: AblateRun, tmp_path: Path) -> None:
+    config.ablate = AblateConfig(groups=["semantics"])
+    torch.save({"semantic_feature": {"jay": torch.ones(6)}}, tmp_path / "d.pth")
+    torch.save({"attribute_features": {"jay": torch.ones(2, 6)}}, tmp_path / "a.pth")
+    both = read_published([tmp_path / "d.pth", tmp_path / "a.pth"])
+    save_published(both, tmp_path / "both.json")
+    config.semantics = SemanticsConfig(bank=str(tmp_path / "both.json"))
+    rows = ["full", "visual", "attributes", "description", "shuffled"]  # no name without words
+    assert [row.name for row in chosen_variants(config, 1)] == rows
+    save_published(read_published([tmp_path / "d.pth"]), tmp_path / "one.json")
+    config.semantics = SemanticsConfig(bank=str(tmp_path / "one.json"))
+    assert [row.name for row in chosen_variants(config, 1)] == ["full", "visual", "shuffled"]
 
 
 def test_groups_and_variants(config: AblateRun) -> None:

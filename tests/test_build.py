@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,32 @@ def test_installs_without_a_compiler(reason: str, tmp_path: Path) -> None:
     done = run(sys.executable, "-S", "-c", code, PYTHONPATH=paths)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("the C++ extension is not built") == 1
+
+
+ARM_COMPILER = "aarch64-linux-gnu-g++"
+
+
+@pytest.mark.skipif(
+    not shutil.which(ARM_COMPILER), reason=f"no {ARM_COMPILER} (Debian: g++-aarch64-linux-gnu)"
+)
+def test_the_cpu_kernels_compile_for_arm(tmp_path: Path) -> None:
+    """Checked, not translated: torch's headers are the same on every machine."""
+    from torch.utils.cpp_extension import include_paths
+
+    source = tmp_path / "all.cpp"
+    paths = [ROOT / "csrc/register.cpp", ROOT / "csrc/beta/beta_cpu.cpp"]
+    paths += [
+        path
+        for part in ("attention", "gate", "policy")
+        for path in (ROOT / "csrc" / part).glob("*.cpp")
+    ]
+    source.write_text("".join(f'#include "{path}"\n' for path in paths))
+    flags = ["-std=c++20", "-fsyntax-only", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
+    flags += ["-Wno-unknown-pragmas", "-Wno-psabi"]
+    flags += ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT", f"-I{ROOT / 'csrc'}"]
+    includes = [flag for folder in include_paths() for flag in ("-isystem", folder)]
+    done = run(ARM_COMPILER, *flags, *includes, source)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_the_cpu_kernels_compile_for_arm(tmp_path: Path) -> None:
         for path in (ROOT / "csrc" / part).glob("*.cpp")
     ]
     source.write_text("".join(f'#include "{path}"\n' for path in paths))
-    flags = ["-std=c++20", "-fsyntax-only", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
+    flags = ["-std=c++20", "-fsyntax-only", "-fopenmp-simd", "-Wall", "-Wextra", "-Werror"]
     flags += ["-Wno-unknown-pragmas", "-Wno-psabi"]
     flags += ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT", f"-I{ROOT / 'csrc'}"]
     includes = [flag for folder in include_paths() for flag in ("-isystem", folder)]

@@ -24,7 +24,11 @@ from dvla_fast.ops import schemas
 
 _LIBRARIES = Path(__file__).parent / "lib"
 # Looked up here: torch.compile traces past caches, and torch 2.11 gives up at find_spec.
-_TRITON = importlib.util.find_spec("triton") is not None
+_TRITON_PROBLEM = None
+if importlib.util.find_spec("triton") is None:
+    _TRITON_PROBLEM = "Triton is not installed"
+elif torch.version.hip is not None:  # its devices are called cuda, too
+    _TRITON_PROBLEM = "the Triton kernels are for NVIDIA's GPUs, and this torch is for AMD's (ROCm)"
 
 problem: str | None = None
 capability: str | None = None
@@ -132,8 +136,8 @@ def functorch_active() -> bool:
 
 
 def triton_available() -> bool:
-    """Whether Triton is installed; importing it is left to the first kernel."""
-    return _TRITON
+    """Whether Triton is installed, for NVIDIA; importing it is left to the first kernel."""
+    return _TRITON_PROBLEM is None
 
 
 def beta_problem(device: torch.device) -> str | None:
@@ -149,7 +153,7 @@ def beta_triton_problem(device: torch.device) -> str | None:
     """Why the Triton kernels of ``beta_policy`` cannot run on a device, or ``None``."""
     if device.type != "cuda":
         return "the inputs are not on a CUDA device"
-    return None if triton_available() else "Triton is not installed"
+    return _TRITON_PROBLEM
 
 
 def gate_triton_problem(device: torch.device, width: int) -> str | None:
@@ -169,7 +173,7 @@ def triton_problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
         return "the Triton kernels have no float64"
     if head_dim > 256:
         return f"head dimension {head_dim}: the Triton kernels go to 256"
-    return None if triton_available() else "Triton is not installed"
+    return _TRITON_PROBLEM
 
 
 def build_info() -> dict[str, Any]:

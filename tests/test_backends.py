@@ -119,6 +119,20 @@ def test_triton_is_looked_for_at_import_alone() -> None:
     assert run_python(code).stdout.strip() in ("True", "False")
 
 
+def test_gpus_of_amd_run_plain_pytorch() -> None:
+    code = (
+        "import torch; torch.version.hip = '7.0'\n"
+        "from dvla_fast import _extension\n"
+        "print(_extension.triton_available())\n"
+        "print(_extension.triton_problem(torch.device('cuda'), torch.float32, 24))\n"
+        "print(_extension.beta_triton_problem(torch.device('cuda')))"
+    )
+    there, *problems = run_python(code).stdout.splitlines()
+    assert there == "False"
+    for problem in problems:
+        assert "ROCm" in problem or "not installed" in problem
+
+
 def test_a_missing_extension_warns_once_and_works() -> None:
     code = (
         "import importlib.util as u; real = u.find_spec\n"

@@ -373,7 +373,7 @@ def test_which_kernels_serve_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module._choose(cuda, None) == "triton"
     with pytest.raises(BackendError, match="built without CUDA"):
         module._choose(cuda, "cpp")
-    monkeypatch.setattr(_extension, "triton_available", lambda: False)
+    monkeypatch.setattr(_extension, "_TRITON_PROBLEM", "Triton is not installed")
     assert module._choose(cuda, None) == "reference"
 
 

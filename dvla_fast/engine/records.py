@@ -276,7 +276,7 @@ def finished_result(folder: RunFolder, described: Mapping[str, Any]) -> dict[str
 
     Returns:
         None where the folder lacks it, or has that of other weights, images, texts or versions,
-        which is then removed: its files are about to be replaced.
+        which is then removed: its files are about to be replaced. So is the summary of all lists.
     """
     path = folder.path / _result_name(described)
     try:
@@ -288,6 +288,7 @@ def finished_result(folder: RunFolder, described: Mapping[str, Any]) -> dict[str
     except (OSError, ValueError, AttributeError, OutputError):
         pass
     path.unlink(missing_ok=True)
+    (folder.path / "summary.json").unlink(missing_ok=True)  # written again when all lists are done
     return None
 
 

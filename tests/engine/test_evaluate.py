@@ -365,6 +365,11 @@ def test_an_interrupted_evaluation_goes_on(
     assert files("stopped") == files("whole")
     weights, info = load_checkpoint(tuned)
     save_checkpoint(tuned, {key: value * 1.01 for key, value in weights.items()}, info)
+    with monkeypatch.context() as stopping:
+        interrupt(stopping, 1)
+        assert main(resumed) == 130
+    # predictions of other weights than those of a summary would be shown beside it
+    assert not (tmp_path / "stopped/summary.json").exists()
     assert main(resumed) == 0
     assert seen == [3, 1, 3, 1, 2]
 

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 
 from dvla_fast.engine.recipes import recipe_differences, training_of
-from dvla_fast.engine.records import SAME_EPISODES, EpisodeRecord, other_pixels, read_summary
+from dvla_fast.engine.records import (
+    SAME_EPISODES,
+    EpisodeRecord,
+    check_paired,
+    other_pixels,
+    read_summary,
+)
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.statistics import (
     PAIRED_INTERVAL,
@@ -81,7 +87,7 @@ def compare_groups(
 
     Raises:
         NotComparableError: no shot in common, other episodes, or a method that was not recorded.
-        OutputError: a folder holds no finished evaluation.
+        OutputError: a folder holds no finished evaluation, or predictions on other episodes.
         UsageError: a group has a training twice, or trainings of several recipes.
 
     Warns:
@@ -161,10 +167,15 @@ def _compare_shot(
     shot: int, groups: Sequence[Sequence[tuple[str, Any]]], methods: Sequence[str]
 ) -> dict[str, Any]:
     names, sides = [], []
+    first: tuple[str, EpisodeRecord] | None = None
     for group, wanted in zip(groups, methods):
         name = wanted or group[0][1][shot]["method"]
         names.append(name)
-        sides.append(_together([_record(path, shot, name) for path, _ in group], name))
+        found = [(path, _record(path, shot, name)) for path, _ in group]
+        first = first or found[0]
+        for path, record in found:
+            check_paired(first[1], record, [_record_path(p, shot) for p in (first[0], path)])
+        sides.append(_together([record for _, record in found], name))
     means = [side.accuracies(name) for side, name in zip(sides, names)]
     trained = [_checkpoint_accuracies(side, name) for side, name in zip(sides, names)]
     several = min(map(len, trained)) > 1
@@ -186,8 +197,12 @@ def _compare_shot(
     return row
 
 
+def _record_path(path: str, shot: int) -> Path:
+    return Path(path) / f"episodes-{shot}shot.npz"
+
+
 def _record(path: str, shot: int, method: str) -> EpisodeRecord:
-    record = EpisodeRecord.read(Path(path) / f"episodes-{shot}shot.npz")
+    record = EpisodeRecord.read(_record_path(path, shot))
     if method not in record.predictions:
         raise NotComparableError(
             f"not comparable: {path} holds no predictions of {method!r}; it has "

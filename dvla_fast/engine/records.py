@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dvla_fast.engine.logging import RunFolder
+from dvla_fast.engine.result_check import result_fault
 from dvla_fast.engine.statistics import (
     CHECKPOINT_INTERVAL,
     PAIRED_INTERVAL,
@@ -126,7 +127,7 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     """Read the summary of an evaluation run.
 
     Raises:
-        OutputError: the folder holds no finished evaluation.
+        OutputError: the folder holds no finished evaluation, or one with a result that cannot be.
     """
     path = Path(folder) / "summary.json"
     try:
@@ -138,7 +139,27 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(summary, dict) or summary.get("command") not in _COMMANDS:
         raise OutputError(f"{folder}: not a `dvla-fast evaluate` run; give the folder of one")
+    results = summary.get("results")
+    if not isinstance(results, list) or not results:
+        raise OutputError(f"{path}: damaged (no list of results); run that evaluation again")
+    for result in results:
+        if fault := result_fault(result):
+            raise OutputError(f"{path}: damaged ({fault}); run that evaluation again")
     return summary
+
+
+def check_paired(first: EpisodeRecord, second: EpisodeRecord, paths: Sequence[Any]) -> None:
+    """Check that two records hold the same classes and queries, whatever their summaries say.
+
+    Raises:
+        OutputError: they do not: a record is not that of its run.
+    """
+    for mine, theirs in ((first.classes, second.classes), (first.labels, second.labels)):
+        if not torch.equal(mine, theirs):
+            raise OutputError(
+                f"{paths[0]} and {paths[1]}: predictions on other episodes than their summaries "
+                "say; a file of one is another run's: run that evaluation again"
+            )
 
 
 def other_pixels(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
@@ -203,7 +224,9 @@ def compare_runs(folder: str | Path, other: str | Path) -> dict[str, Any]:
         if differs:
             warnings.warn(f"{folder} and {other}: {differs}", UserWarning, stacklevel=2)
         methods = [first["method"], second["method"]]
-        records = [EpisodeRecord.read(Path(path) / file) for path in (folder, other)]
+        paths = [Path(path) / file for path in (folder, other)]
+        records = [EpisodeRecord.read(path) for path in paths]
+        check_paired(records[0], records[1], paths)
         values = [record.accuracies(name) for record, name in zip(records, methods)]
         results.append(
             {
@@ -283,7 +306,8 @@ def finished_result(folder: RunFolder, described: Mapping[str, Any]) -> dict[str
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         EpisodeRecord.read(folder.path / f"episodes-{described['shot']}shot.npz")
         wanted = json.loads(json_text(described))
-        if all(result.get(key) == value for key, value in wanted.items()):
+        same = all(result.get(key) == value for key, value in wanted.items())
+        if same and result_fault(result) is None:
             return result
     except (OSError, ValueError, AttributeError, OutputError):
         pass

@@ -12,9 +12,11 @@ from typing import Any
 from dvla_fast.engine.compare import difference_in_episodes
 from dvla_fast.engine.logging import read_metrics
 from dvla_fast.engine.records import EpisodeRecord, other_pixels
+from dvla_fast.engine.result_check import GATED_LAYERS, result_fault
 from dvla_fast.engine.settings import load_yaml
 from dvla_fast.errors import OutputError
 
+_SECTIONS = ("data", "model", "semantics", "pretrain", "metatune", "evaluate")
 STAGES = {"pretrain": "pre-training", "metatune": "meta-tuning"}
 
 
@@ -61,12 +63,10 @@ class Run:
     @property
     def layers(self) -> list[str]:
         """Names of the gated layers, from wherever they are known."""
-        for source in (self.summary, *self.results):
-            if source.get("gated_layers"):
-                return [f"stage {stage}, block {block}" for stage, block in source["gated_layers"]]
-        pairs = self.config.get("model", {}).get("gated_layers") or []
-        if pairs:
-            return [f"stage {stage}, block {block}" for stage, block in pairs]
+        for source in (self.summary, *self.results, self.config.get("model", {})):
+            pairs = source.get("gated_layers")
+            if pairs and GATED_LAYERS(pairs):
+                return [f"stage {stage}, block {block}" for stage, block in pairs]
         rows = [row for row in self.metrics.get("metatune", []) if "alpha_mean" in row]
         return (
             [f"gated layer {index + 1}" for index in range(len(rows[0]["alpha_mean"]))]
@@ -129,8 +129,7 @@ def _read_run(path: Path, name: str) -> Run | None:
     run.summary = _summary(run)
     run.kind = _kind(run)
     run.metrics = _metrics(run)
-    found = run.summary.get("results")
-    run.results = [r for r in found if isinstance(r, dict)] if isinstance(found, list) else []
+    run.results = _results(run)
     _check_finished(run)
     for result in run.results:
         _read_record(run, result)
@@ -189,10 +188,14 @@ def _config(run: Run) -> dict[str, Any]:
         content = load_yaml((run.path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         content = None
-    if isinstance(content, dict):
-        return content
-    run.notes.append("config.yaml is missing or damaged: its settings are not known.")
-    return {}
+    if not isinstance(content, dict):
+        run.notes.append("config.yaml is missing or damaged: its settings are not known.")
+        return {}
+    sections = {key: content[key] or {} for key in _SECTIONS if key in content}
+    wrong = [key for key, value in sections.items() if not isinstance(value, dict)]
+    if wrong:
+        run.notes.append(f"config.yaml is damaged: no settings under {', '.join(wrong)}.")
+    return {**content, **sections, **{key: {} for key in wrong}}
 
 
 def _summary(run: Run) -> dict[str, Any]:
@@ -207,6 +210,18 @@ def _summary(run: Run) -> dict[str, Any]:
         return content
     run.notes.append("summary.json is damaged: results are not shown.")
     return {}
+
+
+def _results(run: Run) -> list[dict[str, Any]]:
+    found = run.summary.get("results", [])
+    if not isinstance(found, list):
+        run.notes.append("summary.json is damaged (no list of results): results are not shown.")
+        return []
+    faults = [result_fault(result) for result in found]
+    run.notes += [
+        f"summary.json is damaged ({fault}): that result is not shown." for fault in faults if fault
+    ]
+    return [result for result, fault in zip(found, faults) if not fault]
 
 
 def _kind(run: Run) -> str:

@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -232,6 +233,65 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ):
         assert main(["compare", *arguments]) == status
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("results", None, "no list of results"),
+        ("results", [], "no list of results"),
+        ("results", [5], "a result is 5, no mapping"),
+        ("shot", [1], "a result has shot [1], which cannot be"),
+        ("shot", -1, "a result has shot -1"),
+        ("episodes", "200", "the 1-shot result has episodes '200'"),
+        ("accuracy", float("nan"), "the 1-shot result has accuracy nan"),
+        ("accuracy", 12, "the 1-shot result has accuracy 12"),
+        ("ci95", float("inf"), "the 1-shot result has ci95 inf"),
+        ("method", ["learned gate"], "the 1-shot result has method ['learned gate']"),
+        ("methods", {"learned gate": {"ci95": 0.01}}, "the 1-shot result has methods {"),
+        ("paired", {"a - b": {"difference": 0, "ci95": None, "p_value": -1}}, "has paired {"),
+        ("checkpoints", [None], "the 1-shot result has checkpoints [None]"),
+        ("fixed_alpha", "half", "the 1-shot result has fixed_alpha 'half'"),
+    ],
+)
+def test_results_that_cannot_be_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: Any, words: str
+) -> None:
+    good, bad = (write_evaluation(tmp_path / name, 0.6) for name in ("good", "bad"))
+    summary = json.loads((bad / "summary.json").read_text())
+    (summary if key == "results" else summary["results"][0])[key] = value
+    (bad / "summary.json").write_text(json.dumps(summary))
+    for sides in ((good, bad), (bad, good)):
+        assert main(["compare", *map(str, sides)]) == 1
+        said = capsys.readouterr().err
+        assert f"{bad / 'summary.json'}: damaged (" in said
+        assert words in said
+        with pytest.raises(OutputError, match=r"summary\.json: damaged"):
+            compare_runs(*sides)
+
+
+def test_a_result_that_lacks_something_is_told(tmp_path: Path) -> None:
+    good, bad = (write_evaluation(tmp_path / name, 0.6) for name in ("good", "bad"))
+    summary = json.loads((bad / "summary.json").read_text())
+    for key in ("shot", "method"):
+        del summary["results"][0][key]
+    (bad / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(OutputError, match=r"damaged \(a result lacks shot, method\)"):
+        compare_groups([str(good)], [str(bad)])
+
+
+def test_predictions_on_other_episodes_are_not_paired(tmp_path: Path) -> None:
+    """A summary may lie beside the predictions of another run, copied or left there."""
+    one, two = (write_evaluation(tmp_path / name, 0.6) for name in ("one", "two"))
+    other = write_evaluation(tmp_path / "other", 0.6, seed=4)
+    shutil.copy(other / "episodes-1shot.npz", two)
+    for sides in ((one, two), (two, one)):
+        with pytest.raises(OutputError, match="predictions on other episodes than their summ"):
+            compare_groups([str(sides[0])], [str(sides[1])])
+        with pytest.raises(OutputError, match="predictions on other episodes than their summ"):
+            compare_runs(*sides)
+    with pytest.raises(OutputError, match="predictions on other episodes than their summaries"):
+        compare_groups([str(one), str(two)], [str(one)])
 
 
 @pytest.mark.parametrize("content", ["5", '{"classes": null}'])

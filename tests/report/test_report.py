@@ -135,6 +135,23 @@ def test_run_cut_off_half_way(copied: Path, page: Write) -> None:
         (lambda run: (run / "confusion-1shot.json").unlink(), "class names were not found"),
         (lambda run: (run / "summary.json").write_text("{"), "summary.json is damaged"),
         (lambda run: (run / "config.yaml").write_text("a: ["), "config.yaml is missing or damaged"),
+        (
+            lambda run: (run / "config.yaml").write_text("data: 5\nmodel: []\n"),
+            "config.yaml is damaged: no settings under data.",
+        ),
+        (
+            lambda run: edit(run / "summary.json", lambda s: s["results"][0].update(accuracy=12)),
+            "summary.json is damaged (the 1-shot result has accuracy 12, which cannot be): that",
+        ),
+        (
+            lambda run: edit(run / "summary.json", lambda s: s["results"][1].update(leaks=[5])),
+            "summary.json is damaged (the 5-shot result has leaks [5]",
+        ),
+        (
+            lambda run: edit(run / "summary.json", lambda s: s.update(results=5)),
+            "summary.json is damaged (no list of results): results are not shown",
+        ),
+        (lambda run: edit(run / "summary.json", lambda s: s.update(gated_layers=[5])), "stage 2,"),
         (lambda run: (run / "metrics.jsonl").unlink(), "no epoch of meta-tuning was logged"),
         (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\xfe"), "metrics.jsonl cannot be"),
     ],

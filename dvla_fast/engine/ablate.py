@@ -31,7 +31,7 @@ from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.config import AblateRun
 from dvla_fast.engine.inputs import check_inputs
 from dvla_fast.engine.logging import Progress, read_config, to_yaml
-from dvla_fast.engine.settings import UsageError, differences, from_mapping, to_dict
+from dvla_fast.engine.settings import UsageError, differences, from_mapping, to_dict, unrecorded
 from dvla_fast.engine.settle import absolute_paths
 from dvla_fast.engine.statistics import holm, require_scipy
 from dvla_fast.errors import OutputError
@@ -113,7 +113,8 @@ def _open(store: Store, config: AblateRun, inputs: dict[str, str]) -> None:
     ]
     if changed:
         raise OutputError(
-            f"{path}: holds an ablation of other settings ({'; '.join(changed[:4])}); only "
+            f"{path}: holds an ablation of other settings ({'; '.join(changed[:4])}); "
+            f"{unrecorded(changed)}only "
             "--ablate settings and --device may change there: leave the others out, or give "
             "--output a new folder"
         )

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from dvla_fast.engine.distributed import Processes
-from dvla_fast.engine.settings import differences, load_yaml
+from dvla_fast.engine.settings import differences, load_yaml, unrecorded
 from dvla_fast.engine.settle import absolute_paths
 from dvla_fast.errors import MissingDependencyError, OutputError
 from dvla_fast.files import (
@@ -133,6 +133,7 @@ class RunFolder:
         if changed:
             names = {change.partition(":")[0] for change in changed}
             remarks = [text for name, text in _REMARKS.items() if name in names]
+            remarks.append(unrecorded(changed))
             raise OutputError(
                 f"{self.path}: cannot resume with other settings than the run began with "
                 f"({'; '.join(changed[:4])}); {''.join(remarks)}leave them out, or start a new run"

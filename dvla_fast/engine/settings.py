@@ -318,13 +318,32 @@ def positionals(cls: Any) -> str:
     return " ".join(shown[kind].format(name) for name, kind in kinds if kind)
 
 
+_UNRECORDED = "not recorded"
+
+
 def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Name the keys whose values differ, as ``key: first -> second``."""
+    """Name the keys whose values differ, as ``key: first -> second``; see :func:`unrecorded`."""
     found = []
     for key in sorted({*first, *second}):
         a, b = first.get(key), second.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key}: {a!r} -> {b!r}")
+            shown = repr(a) if key in first else _UNRECORDED
+            found.append(f"{prefix}{key}: {shown} -> {b!r}")
     return found
+
+
+def unrecorded(changes: Iterable[str]) -> str:
+    """Say what to do about settings that a run's record lacks; "" where it lacks none.
+
+    Args:
+        changes: what :func:`differences` found between the record and the settings of now.
+    """
+    names = [line.partition(":")[0] for line in changes if f": {_UNRECORDED} -> " in line]
+    if not names:
+        return ""
+    return (
+        f"another version began it, which did not record {', '.join(names)}: continue with that "
+        "version, or, if it did what is set now, add that to config.yaml; "
+    )

@@ -155,6 +155,12 @@ def test_other_settings_are_refused(config: AblateRun) -> None:
     config.ablate.variants = ["visual"]
     config.ablate.seeds = 1
     run_ablate(config, quiet=True)
+    record = Path(config.output) / "config.yaml"
+    whole = record.read_text()
+    record.write_text(whole.replace("  discount: 0.0\n", ""))
+    with pytest.raises(OutputError, match=r"another version .* did not record metatune\.discount:"):
+        run_ablate(config, quiet=True)
+    record.write_text(whole)
     config.metatune.lr = 0.1
     with pytest.raises(OutputError, match=r"other settings.*metatune\.lr"):
         run_ablate(config, quiet=True)

@@ -129,6 +129,20 @@ def test_numbers_that_may_grow(tmp_path: Path) -> None:
         resume(6)
 
 
+def test_settings_that_the_record_lacks(tmp_path: Path) -> None:
+    """Those of a run that an earlier version began: they cannot be left out of the command."""
+    RunFolder(tmp_path / "run", {**CONFIG, "metatune": {"lr": 0.1, "discount": 0.0}})
+    record = tmp_path / "run" / "config.yaml"
+    record.write_text(record.read_text().replace("  discount: 0.0\n", ""))
+    with pytest.raises(OutputError) as caught:
+        RunFolder(
+            tmp_path / "run", {**CONFIG, "metatune": {"lr": 0.1, "discount": 0.0}}, resume=True
+        )
+    said = str(caught.value)
+    assert "(metatune.discount: not recorded -> 0.0)" in said
+    assert "another version began it, which did not record metatune.discount: continue" in said
+
+
 def test_metrics_are_cut_to_the_checkpoint(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run", CONFIG)
     for step in (1, 2, 3):

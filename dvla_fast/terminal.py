@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import sys
@@ -25,7 +26,11 @@ def speaking() -> Iterator[None]:
     """Show warnings as one line each, without the place in the code.
 
     All but the first of several processes show neither warnings nor results: they are the same.
+    Letters that the terminal's encoding lacks, such as ± and α, become question marks: the work is
+    done by then.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     usual, line = warnings.formatwarning, "warning: {}\n" if first_process() else ""
     warnings.formatwarning = lambda message, *more, **options: line.format(message)
     try:

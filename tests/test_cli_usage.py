@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from dvla_fast.cli import _parse, main
 from dvla_fast.runners import RUNNERS
+from dvla_fast.terminal import speaking
 from tests.test_cli import TINY_PRETRAIN, fails
 
 
@@ -258,3 +260,12 @@ def test_wrong_data_usage_is_status_2(
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert "error" in captured.err or "usage" in captured.out
+
+
+def test_letters_that_a_terminal_lacks_end_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The results of an hour are printed last."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    with speaking():
+        print("α 0.5 ± 0.1", flush=True)
+    assert written.getvalue() == b"? 0.5 \xb1 0.1\n"

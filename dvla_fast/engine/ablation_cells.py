@@ -52,7 +52,7 @@ from dvla_fast.engine.reward_curves import reward_curves
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.starting import begin_metatuning, normalise_for
 from dvla_fast.errors import OutputError
-from dvla_fast.files import write_atomic, write_text_atomic
+from dvla_fast.files import unwritable, write_atomic, write_text_atomic
 from dvla_fast.nn import DVLA
 from dvla_fast.semantics import EncodedTexts, HashedNGramEncoder, TextEncoder
 
@@ -116,10 +116,18 @@ class Store:
         """Try to take a piece of work; False: somebody else, here or elsewhere, has it.
 
         The lock is the operating system's, on a file in ``claims/``: it ends with the process.
+
+        Raises:
+            OutputError: the folder cannot be written.
         """
         import fcntl  # POSIX alone has it
 
-        with open(self.path / "claims" / name, "a") as stream:
+        path = self.path / "claims" / name
+        try:
+            claimed = open(path, "a")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise unwritable(path, error, "give --output a folder that you may write to") from error
+        with claimed as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -37,7 +37,7 @@ from dvla_fast.engine.statistics import (
 )
 from dvla_fast.engine.tool_config import CompareRun
 from dvla_fast.errors import OutputError
-from dvla_fast.files import check_new, json_text, write_text_atomic
+from dvla_fast.files import check_new, check_writable, json_text, write_text_atomic
 
 LEVEL = 0.05
 
@@ -343,6 +343,7 @@ def run_compare(config: CompareRun) -> dict[str, Any]:
     require_scipy()
     if config.output:
         check_new(Path(config.output), config.overwrite)
+        check_writable(Path(config.output))
     compared = compare_groups(sides[0], sides[1], methods=(config.method_a, config.method_b))
     if config.output:
         write_text_atomic(Path(config.output), json_text(compared, 2) + "\n")

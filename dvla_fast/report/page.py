@@ -16,7 +16,7 @@ from dvla_fast.engine.compare import compare_groups, verdict
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.tool_config import ReportRun
 from dvla_fast.errors import DVLAError, MissingDependencyError, OutputError
-from dvla_fast.files import check_new, write_text_atomic
+from dvla_fast.files import check_new, check_writable, write_text_atomic
 from dvla_fast.report.collect import Run, read_runs
 from dvla_fast.report.figures import (
     Part,
@@ -73,6 +73,7 @@ def run_report(config: ReportRun, *, quiet: bool = False) -> Written:
     if output.is_dir() or not output.parent.is_dir():
         raise OutputError(f"{output}: give --output an HTML file in a folder that exists")
     check_new(output, config.overwrite)
+    check_writable(output)
     environment = _environment()
     with Progress({"report": 1.0}, enabled=not quiet) as progress:
         progress.begin("report", 4)

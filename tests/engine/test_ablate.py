@@ -151,6 +151,17 @@ def test_a_backbone_cut_off_goes_on_with_other_cells(
     assert steps == [1, 2]
 
 
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    store = Store(tmp_path / "run")
+    store.prepare()
+    (tmp_path / "run/claims/config").mkdir()  # no file can be opened there, whoever asks
+    with (
+        pytest.raises(OutputError, match=r"claims/config: cannot write .* may write to"),
+        store.claim("config"),
+    ):
+        pass
+
+
 def test_other_settings_are_refused(config: AblateRun) -> None:
     config.ablate.variants = ["visual"]
     config.ablate.seeds = 1

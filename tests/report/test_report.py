@@ -249,6 +249,17 @@ def test_a_page_is_not_replaced_unasked(
     assert "an earlier page" not in (tmp_path / "report.html").read_text()
 
 
+def test_a_page_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dvla_fast.report.page.read_runs", None)
+    monkeypatch.setattr("dvla_fast.engine.compare.compare_groups", None)
+    long = tmp_path / f"{'n' * 245}.html"  # no room for the name of a temporary file
+    for arguments in (["report", str(tmp_path)], ["compare", "a", "b"]):
+        assert main([*arguments, f"--output={long}"]) == 1
+        assert "cannot write (File name too long)" in capsys.readouterr().err
+
+
 def test_nothing_to_show_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = write_evaluation(tmp_path / "one", 0.7)
     (tmp_path / "ablation" / "cells").mkdir(parents=True)

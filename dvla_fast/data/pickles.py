@@ -35,20 +35,25 @@ class _FromBuffer:
     __slots__ = ()
 
     def __call__(self, *arguments: Any) -> Any:
-        return np._core.numeric._frombuffer(*arguments)  # type: ignore[attr-defined]
+        return _core().numeric._frombuffer(*arguments)
+
+
+def _core() -> Any:
+    """What numpy 2 calls ``numpy._core`` and numpy 1 ``numpy.core``."""
+    return np.core if np.__version__.startswith("1.") else np._core  # type: ignore[attr-defined]
 
 
 def _allowed() -> dict[tuple[str, str], Any]:
-    modern = np._core  # type: ignore[attr-defined]
+    core = _core()
     table: dict[tuple[str, str], Any] = {
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
         ("_codecs", "encode"): _Encode(),
         ("collections", "OrderedDict"): dict,
     }
-    for name in ("core", "_core"):  # numpy 1 and numpy 2
-        table[f"numpy.{name}.multiarray", "_reconstruct"] = modern.multiarray._reconstruct
-        table[f"numpy.{name}.multiarray", "scalar"] = modern.multiarray.scalar
+    for name in ("core", "_core"):  # as numpy 1 and numpy 2 write it
+        table[f"numpy.{name}.multiarray", "_reconstruct"] = core.multiarray._reconstruct
+        table[f"numpy.{name}.multiarray", "scalar"] = core.multiarray.scalar
         table[f"numpy.{name}.numeric", "_frombuffer"] = _FromBuffer()
     for kind in (dict, list, set, frozenset, tuple, bytearray):
         for module in ("builtins", "__builtin__"):

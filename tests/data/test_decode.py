@@ -18,15 +18,22 @@ from tests.data import trees
 GREY = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))  # (32, 32)
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "1", "LA", "RGBA", "CMYK", "RGB", "YCbCr"])
+@pytest.mark.parametrize("mode", ["L", "P", "1", "LA", "RGBA", "CMYK", "RGB"])
 def test_modes(tmp_path: Path, mode: str) -> None:
     image = Image.fromarray(GREY).convert("RGB").convert(mode)
-    path = tmp_path / ("x.tif" if mode in ("CMYK", "YCbCr") else "x.png")
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     image.save(path)
     pixels = decode(path, 32)
     assert (pixels.shape, pixels.dtype) == ((3, 32, 32), np.uint8)
     if mode not in ("1", "P"):
         assert np.abs(pixels.astype(int) - GREY).max() <= 2
+
+
+def test_ycbcr() -> None:
+    """In memory: Pillow before 13 cannot read the TIFFs that it writes of this mode."""
+    image = Image.fromarray(GREY).convert("RGB").convert("YCbCr")
+    pixels = np.asarray(as_rgb(image, "image")).transpose(2, 0, 1)
+    assert np.abs(pixels.astype(int) - GREY).max() <= 2
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGB"])

@@ -306,12 +306,10 @@ def test_key_that_a_server_echoes_is_not_shown(
     status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-SECRET123")
-    # at the place where a long message is cut: no part of the key may remain
-    for text in (
-        "wrong: Bearer sk-SECRET123",
-        "x" * 135 + "sk-SECRET123",
-        "Basic bWU6aHVudGVyMg==",
-    ):
+    # Where a long message is cut, at another place for each release of openai: no part of the key
+    # may remain.
+    cut = ["x" * length + "sk-SECRET123" for length in range(105, 150, 5)]
+    for text in ("wrong: Bearer sk-SECRET123", "Basic bWU6aHVudGVyMg==", *cut):
         reply = Reply(status=status, error={"message": text})
         with serve(lambda *_, reply=reply: reply) as server:
             url = server.url.replace("://", "://me:hunter2@")
@@ -320,7 +318,7 @@ def test_key_that_a_server_echoes_is_not_shown(
                 message = str(next(asked)[1])
             except LanguageModelError as error:
                 message = str(error)
-        assert "***" in message
+        assert "***" in message or text in cut
         assert not [part for part in ("SECR", "hunter2", "bWU6") if part in message], message
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,19 @@ def test_the_backend_asks_for_torch_only_where_there_is_none(
     monkeypatch.setattr(backend, "site_packages", lambda: [str(folder)])
     wanted = backend._torch()
     assert any(requirement.startswith("torch") for requirement in wanted) != has_torch
+
+
+def test_one_floor_for_python_and_for_torch() -> None:
+    """What pyproject.toml asks for is what the build installs and the documentation says."""
+    stated = (ROOT / "pyproject.toml").read_text()
+    torch, python = (
+        re.search(rf'{name} ?(?:= ")?>=([\d.]+)"', stated)[1] for name in ("torch", "python")
+    )
+    for path in ("build_tools/backend.py", "Makefile"):
+        assert re.findall(r"torch>=([\d.]+)", (ROOT / path).read_text()) == [torch]
+    assert f"needs Python ≥ {python} and torch ≥ {torch}." in (ROOT / "docs/install.md").read_text()
+    assert f"They need Python ≥ {python}," in (ROOT / "README.md").read_text()
+    assert f"Python >= {python} " in (ROOT / "Makefile").read_text()
 
 
 @pytest.mark.slow
@@ -100,8 +114,6 @@ def test_the_cpu_kernels_compile_for_arm(tmp_path: Path) -> None:
 )
 def test_the_series_on_disk_are_what_their_script_writes(language: str, path: str) -> None:
     """Numbers only: the files on disk have been through a formatter."""
-    import re
-
     written = run(sys.executable, ROOT / "build_tools" / "series.py", language).stdout
     number = re.compile(r"-?0x[0-9a-f.]+p[-+]\d+f?|-?\d\.\d+(?:e[-+]\d+)?")
     assert number.findall(written) == number.findall((ROOT / path).read_text()) != []

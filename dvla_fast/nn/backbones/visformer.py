@@ -44,10 +44,10 @@ class Visformer(GatedBackbone):
     def __init__(self, net: Any, locations: Sequence[Sequence[int]] | None = None) -> None:
         super().__init__()
         self.net = net
-        self.depths = (len(net.stage1), len(net.stage2), len(net.stage3))
+        stages = (net.stage1, net.stage2, net.stage3)
+        self.depths = tuple(len(stage) for stage in stages)
         self.feature_dim = net.num_features
-        dims = tuple(info["num_chs"] for info in net.feature_info)
-        self.widths = {(s, b): dims[s - 1] for s, b in self.blocks}
+        self.widths = {(s, b): len(stages[s - 1][b].norm2.weight) for s, b in self.blocks}
         default = ((2, self.depths[1] - 1), (3, 0))
         self.locations = self.check_locations(default if locations is None else locations)
 
@@ -57,7 +57,7 @@ class Visformer(GatedBackbone):
         if stage == 1:
             size = net.patch_embed1.img_size
             stride = net.stem[0].stride
-            expected = (net.in_chans, size[0] * stride[0], size[1] * stride[1])
+            expected = (net.stem[0].in_channels, size[0] * stride[0], size[1] * stride[1])
             if tuple(x.shape[1:]) != expected:
                 raise ValueError(f"images: shape {tuple(x.shape)}, expected (B, *{expected})")
             x = net.stem(x)

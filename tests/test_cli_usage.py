@@ -132,7 +132,7 @@ def test_options_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None
 def test_mistyped_options_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
     for argument, words in (
         ("--pretrain.epoch=3", "did you mean --pretrain.epochs?"),
-        ("--zzz=3", "unrecognized arguments: --zzz=3\n"),
+        ("--zzz=3", "nrecognized arguments: --zzz=3\n"),
     ):
         assert main(["pretrain", argument]) == 2
         assert words in capsys.readouterr().err

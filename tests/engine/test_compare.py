@@ -224,7 +224,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["compare", str(good), str(good), "--method_b=visual prototypes"]) == 0
     assert "visual prototypes" in capsys.readouterr().out
     for arguments, status, words in (
-        ([str(good)], 2, "required: run_b"),
+        ([str(good)], 2, "run_b"),
         ([str(good), ","], 2, "two run folders"),
         ([str(good), f"{bad},{bad}"], 2, "twice"),
         ([str(good), str(tmp_path / "none")], 1, "no finished evaluation"),

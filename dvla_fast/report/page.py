@@ -143,7 +143,9 @@ def _headline(runs: Sequence[Run]) -> list[dict[str, str]]:
             shown.append(
                 {
                     "value": f"{100 * result['accuracy']:.1f}",
-                    "half": f"{100 * result['ci95']:.1f}" if result.get("ci95") else "?",
+                    "half": f"{100 * result['ci95']:.1f}"
+                    if result.get("ci95") is not None
+                    else "?",
                     "what": (f"{run.dataset}, " if several else "")
                     + f"{result.get('way')}-way {result.get('shot')}-shot"
                     + ("" if _split(result) == "novel" else f", split {_split(result)}"),

@@ -366,6 +366,11 @@ def test_texts_that_the_gates_did_not_learn_with(tmp_path: Path, page: Write) ->
     assert "The gates learned with other texts" not in html
 
 
+def test_an_interval_of_zero_is_one(tmp_path: Path, page: Write) -> None:
+    assert "<small> ± 0.0 %" in page(write_evaluation(tmp_path / "zero", 0.7, ci95=0.0))
+    assert "<small> ± ? %" in page(write_evaluation(tmp_path / "one", 0.7, ci95=None))
+
+
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("report", "compare"):
         assert main([name, "--help"]) == 0

@@ -257,6 +257,8 @@ def beta_policy(
 def _log_gamma_draw(a: Tensor, generator: torch.Generator | None) -> Tensor:
     """log G with G ~ Gamma(a, 1); for a < 1 by log G(a) = log G(a + 1) + log(U)/a, no underflow."""
     a = a.detach()
+    if a.is_meta:  # torch 2.11 knows no shape of its sampler's result
+        return torch.empty_like(a)
     a = a.where(a > 0, 1.0)  # PyTorch's sampler never returns from NaN
     small = a < 1
     gamma = torch._standard_gamma(torch.where(small, a + 1, a), generator=generator)

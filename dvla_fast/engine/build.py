@@ -207,7 +207,10 @@ def encode_texts(
     device: torch.device,
     encoder: TextEncoder | None = None,
 ) -> tuple[EncodedTexts, dict[str, Any]]:
-    """Encode a bank's texts for the named classes, in that order; see :func:`build_texts`."""
+    """Encode a bank's texts for the named classes, in that order; see :func:`build_texts`.
+
+    For parts ``shuffled`` the caller exchanges the names (:func:`text_sources`).
+    """
     if config.template not in TEMPLATES:
         raise UsageError(
             f"semantics.template: {config.template!r} is unknown; choose one of "

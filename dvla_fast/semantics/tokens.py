@@ -123,9 +123,13 @@ def shuffled_sources(groups: Iterable[Sequence[str]]) -> dict[str, str]:
     Returns:
         class -> the class whose texts it gets, a different one for each class of a group.
     """
+
+    def place(name: str) -> bytes:
+        return hashlib.sha256(name.encode(errors="surrogatepass")).digest()
+
     sources: dict[str, str] = {}
     for group in groups:
-        names = sorted(set(group), key=lambda name: hashlib.sha256(name.encode()).digest())
+        names = sorted(set(group), key=place)
         sources.update(zip(names, names[1:] + names[:1]))
     return sources
 

@@ -14,7 +14,8 @@ CPU = torch.device("cpu")
 
 
 def test_no_class_keeps_its_texts_and_none_gets_those_of_another_split() -> None:
-    groups = [[f"bird {i}" for i in range(50)], ["cat", "dog"], ["alone"]]
+    odd = "d\udcf6g"  # a folder's name that is no UTF-8
+    groups = [[f"bird {i}" for i in range(50)], ["cat", odd], ["alone"]]
     sources = shuffled_sources(groups)
     for group in groups:
         assert sorted(sources[name] for name in group) == sorted(group)

@@ -13,31 +13,47 @@ namespace dvla_fast {
 namespace attention {
 namespace {
 
-// Work items that a phase is cut into, at most and (where it has as many units) at least, and how
-// many images an item takes where there are plenty: each item carries sums for every head it meets.
+// Work items that a phase is cut into, at most and at least, and how many images an item takes
+// where there are plenty: each item carries sums for every head it meets.
 constexpr int64_t kMostItems = 64, kFewestItems = 16, kImagesPerItem = 4;
 
 // The units (images x heads x blocks of keys) of one group, cut into runs; a run adds up its part
-// of what belongs to the group in slots of its own, one a head. All from the shape alone, so that
+// of what belongs to the group in slots of its own, one a head. With many images a run takes them
+// image by image, so that what is read and written of an image is near in time; with few, head by
+// head and of one head alone, which needs the fewest slots. All from the shape alone, so that
 // results do not depend on the threads.
 struct Cut {
   Cut(int64_t groups, int64_t images, int64_t heads, int64_t key_blocks)
-      : heads(heads), blocks(std::max<int64_t>(1, key_blocks)), units(images * heads * blocks) {
+      : images(images), heads(heads), blocks(std::max<int64_t>(1, key_blocks)) {
     const int64_t most = ceil_div(kMostItems, groups), fewest = ceil_div(kFewestItems, groups);
     const int64_t by_image = images / kImagesPerItem;
-    runs = std::max<int64_t>(1, std::min(most, by_image >= fewest ? by_image : units));
-    slots =
-        std::max<int64_t>(1, std::min(heads, (ceil_div(units, runs) + 2 * (blocks - 1)) / blocks));
+    by_head = by_image < fewest;
+    if (by_head) {
+      const int64_t units_of_head = std::max<int64_t>(1, images * blocks);
+      runs = heads * std::clamp<int64_t>(most / std::max<int64_t>(1, heads), 1, units_of_head);
+      return;
+    }
+    runs = std::min(most, by_image);
+    slots = std::min(heads, (ceil_div(units(), runs) + 2 * (blocks - 1)) / blocks);
   }
-  int64_t begin(int64_t run) const { return units * run / runs; }
+  int64_t units() const { return images * heads * blocks; }
+  int64_t begin(int64_t run) const { return units() * run / runs; }
+  int64_t image(int64_t unit) const {
+    return by_head ? unit / blocks % images : unit / blocks / heads;
+  }
+  int64_t head(int64_t unit) const {
+    return by_head ? unit / blocks / images : unit / blocks % heads;
+  }
   // Slot of a head in a run, -1 where the run does not meet it.
-  int64_t slot(int64_t run, int64_t head) const {
+  int64_t slot(int64_t run, int64_t of_head) const {
     if (begin(run) == begin(run + 1)) return -1;
+    if (by_head) return head(begin(run)) == of_head ? 0 : -1;
     const int64_t first = begin(run) / blocks, last = (begin(run + 1) - 1) / blocks;
-    const int64_t offset = (head - first % heads + heads) % heads;
+    const int64_t offset = (of_head - first % heads + heads) % heads;
     return offset <= last - first ? offset : -1;
   }
-  int64_t heads, blocks, units, runs, slots;
+  int64_t images, heads, blocks, runs = 1, slots = 1;
+  bool by_head = false;
 };
 
 template <class scalar_t>
@@ -93,6 +109,7 @@ class Backward {
       return new_empty({z.T * cut.runs * cut.slots, width}, alpha.options());
     };
     image_query_sums = sums(image_cut, grad_q_size);
+    if (z.S == 0) return;
     text_query_sums = sums(text_cut, grad_q_size);
     text_sums = sums(image_cut, z.P * padded<acc_t>(z.D));
   }
@@ -107,10 +124,12 @@ class Backward {
     each(z.T * image_cut.runs, [&](int64_t item, const Scratch& s) {
       image_item(item / image_cut.runs, item % image_cut.runs, s);
     });
-    each(z.T * text_cut.runs, [&](int64_t item, const Scratch& s) {
-      text_item(item / text_cut.runs, item % text_cut.runs, s);
-    });
-    if (text_cut.blocks == 1) return;  // the text's items have done the rest
+    if (z.S > 0) {
+      each(z.T * text_cut.runs, [&](int64_t item, const Scratch& s) {
+        text_item(item / text_cut.runs, item % text_cut.runs, s);
+      });
+      if (text_cut.blocks == 1) return;  // the text's items have done the rest
+    }
     each(z.T * z.H, [&](int64_t item, const Scratch& s) { query_item(item / z.H, item % z.H, s); });
   }
 
@@ -160,19 +179,20 @@ class Backward {
     return sum_delta(s);
   }
 
-  // A run of the images' units of a group: image by image, head by head, block by block, so that
-  // what is read and written of an image is near in time.
+  // A run of the images' units of a group.
   void image_item(int64_t t, int64_t run, const Scratch& s) const {
     int64_t loaded = -1;
     const int64_t first = image_cut.begin(run), blocks = image_cut.blocks;
     for (int64_t unit = first; unit < image_cut.begin(run + 1); ++unit) {
       const int64_t pair = unit / blocks, part = unit % blocks;
-      const int64_t b = t * z.G + pair / z.H, h = pair % z.H, slot = image_cut.slot(run, h);
+      const int64_t b = t * z.G + image_cut.image(unit), h = image_cut.head(unit);
+      const int64_t slot = image_cut.slot(run, h);
       acc_t* grad_q = sum(image_query_sums, image_cut, t, run, slot);
-      acc_t* grad_text = sum(text_sums, image_cut, t, run, slot);
-      if (pair - first / blocks < z.H && (unit == first || part == 0)) {  // the head's first unit
+      acc_t* grad_text = z.S > 0 ? sum(text_sums, image_cut, t, run, slot) : nullptr;
+      const int64_t heads = image_cut.by_head ? 1 : z.H;                    // that the run meets
+      if (pair - first / blocks < heads && (unit == first || part == 0)) {  // the head's first unit
         std::fill_n(grad_q, grad_q_size, acc_t(0));
-        std::fill_n(grad_text, z.P * s.ld, acc_t(0));
+        if (grad_text) std::fill_n(grad_text, z.P * s.ld, acc_t(0));
       }
       const GradPath<scalar_t> path = image_path(b, h);
       const bool one_block = path.count <= image_blocks.size;
@@ -188,8 +208,9 @@ class Backward {
       const int64_t count = std::min(image_blocks.size, path.count - begin);
       if (count > 0) E::block(path, begin, count, share, panels, z.D, scale, s, grad_q);
       if (part > 0) continue;
-      double image_part = path.count > 0 ? sum_delta(s) : 0.0;
-      grad_alpha[b * z.H + h] = acc_t(image_part - share_with_text(t, h, share, grad_text, s));
+      const double image_part = path.count > 0 ? sum_delta(s) : 0.0;
+      const double text_part = grad_text ? share_with_text(t, h, share, grad_text, s) : 0.0;
+      grad_alpha[b * z.H + h] = acc_t(image_part - text_part);
     }
   }
 
@@ -216,7 +237,7 @@ class Backward {
   void text_item(int64_t t, int64_t run, const Scratch& s) const {
     int64_t loaded = -1;
     for (int64_t unit = text_cut.begin(run); unit < text_cut.begin(run + 1); ++unit) {
-      const int64_t h = unit / text_cut.blocks, part = unit % text_cut.blocks;
+      const int64_t h = text_cut.head(unit), part = unit % text_cut.blocks;
       acc_t* grad_q = sum(text_query_sums, text_cut, t, run, text_cut.slot(run, h));
       const GradPath<scalar_t> path = text_path(t, h);
       if (loaded != h) {
@@ -246,7 +267,7 @@ class Backward {
     std::fill_n(s.grad_q, grad_q_size, acc_t(0));
     for (const auto& [sums, cut] :
          {std::pair(&image_query_sums, &image_cut), std::pair(&text_query_sums, &text_cut)}) {
-      for (int64_t run = 0; run < cut->runs; ++run) {
+      for (int64_t run = 0; sums->defined() && run < cut->runs; ++run) {
         const int64_t slot = cut->slot(run, h);
         if (slot < 0) continue;
         add_scaled(s.grad_q, sum(*sums, *cut, t, run, slot), acc_t(1), grad_q_size);
@@ -328,7 +349,7 @@ class Backward {
   const Writer<scalar_t> grad_text_value;
   acc_t* const grad_alpha;  // (B, H) contiguous
   // One row a (group, run, slot): parts of grad_query in panels of D rows, by the images and by the
-  // text, and of the text's gradient, (1 - alpha) grad_out, (P, D padded).
+  // text, and of the text's gradient, (1 - alpha) grad_out, (P, D padded). Without text no text's.
   at::Tensor image_query_sums, text_query_sums, text_sums;
 };
 

@@ -319,10 +319,14 @@ struct Bf16Engine {
     }
     const __m512 factor = _mm512_set1_ps(static_cast<float>(scale));
     for (int64_t i = 0; i < count * columns; i += kTile) {
-      _mm512_storeu_ps(s.grad_key + i, _mm512_mul_ps(factor, _mm512_loadu_ps(s.grad_key + i)));
+      const __m512 scaled = _mm512_mul_ps(factor, _mm512_loadu_ps(s.grad_key + i));
+      const __m512 added = path.same() ? _mm512_loadu_ps(s.grad_value + i) : _mm512_setzero_ps();
+      _mm512_storeu_ps(s.grad_key + i, _mm512_add_ps(scaled, added));
     }
-    store_rows(s.grad_value, columns, path.index, begin, count, width, path.grad_value,
-               path.grad_row);
+    if (!path.same()) {
+      store_rows(s.grad_value, columns, path.index, begin, count, width, path.grad_value,
+                 path.grad_row);
+    }
     store_rows(s.grad_key, columns, path.index, begin, count, width, path.grad_key, path.grad_row);
   }
 

@@ -43,7 +43,8 @@ dual_attention_backward(const at::Tensor& grad_out, const at::Tensor& query,
                         const at::Tensor& text_lse, double scale);
 
 // The same, written into given tensors of unit column stride and otherwise any strides (grad_alpha
-// contiguous).
+// contiguous). Where grad_image_key and grad_image_value are one tensor, it gets their sum; without
+// text tokens, what the forward saved of the text is not read.
 void dual_attention_backward_into(
     const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& image_key,
     const at::Tensor& image_value, const at::Tensor& text_key, const at::Tensor& text_value,

@@ -141,6 +141,7 @@ struct FloatEngine {
         ld = path.grad_row;
       }
     }
+    if (path.same()) grad_value = grad_key;
     for (int64_t first = 0; first < panels.count; first += kStripPanels) {
       const int64_t last = std::min(panels.count, first + kStripPanels);
       const int64_t token = panels[first].first;
@@ -163,10 +164,12 @@ struct FloatEngine {
       gemm<false>(count, width, end - token, s.weights, s.strip, s.go + token * s.ld, s.ld,
                   grad_value, ld, first > 0);
       gemm<false>(count, width, end - token, s.slopes, s.strip, s.q + token * s.ld, s.ld, grad_key,
-                  ld, first > 0);
+                  ld, first > 0 || path.same());
     }
     if (!direct) {
-      store_rows(grad_value, ld, path.index, begin, count, width, path.grad_value, path.grad_row);
+      if (!path.same()) {
+        store_rows(grad_value, ld, path.index, begin, count, width, path.grad_value, path.grad_row);
+      }
       store_rows(grad_key, ld, path.index, begin, count, width, path.grad_key, path.grad_row);
     }
   }

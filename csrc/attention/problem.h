@@ -174,6 +174,8 @@ template <class scalar_t>
 struct GradPath : Path<scalar_t> {
   scalar_t *grad_key, *grad_value;
   int64_t grad_row;
+  // Keys and values are the same tokens, whose gradient is the sum of both.
+  bool same() const { return grad_key == grad_value; }
 };
 
 }  // namespace dvla_fast::attention

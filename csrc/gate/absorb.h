@@ -8,7 +8,6 @@
 #pragma once
 
 #include "gate/problem.h"
-#include "gate/product.h"
 
 namespace dvla_fast::gate {
 
@@ -52,7 +51,7 @@ template <class scalar_t>
 at::Tensor absorbed_query(const Problem& z) {
   const at::Tensor all = new_empty({z.T * z.P, z.H * z.C}, z.query.options());
   each_head(z, [&](int64_t h) {
-    const Factor<scalar_t> weight(key_weight(z, h));
+    const Factor<scalar_t> weight(key_weight(z, h), z.packing);
     weight.multiply(query_rows(z, h), of_head(all, h, z.C));
   });
   return all;

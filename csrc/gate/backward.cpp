@@ -53,21 +53,14 @@ struct Grads {
 
 // What a thread reuses from chunk to chunk.
 struct Buffers {
-  explicit Buffers(const Problem& z, bool kept)
-      : mixed(z.buffer(z.P, z.width)), grad_mixed(z.buffer(z.P, z.width)) {
+  Buffers(const Problem& z, bool kept, bool direct) : grad_mixed(z.buffer(z.P, z.width)) {
     if (!kept) kv = z.kept_buffer();
     grad_kept = z.absorbed ? z.kept_buffer() : z.buffer(z.N, 2 * z.width + kSkew);
-    if (z.absorbed) {
-      grad_keys = z.buffer(z.N, z.C), grad_values = z.buffer(z.N, z.C);
-      no_text = at::zeros({z.plan.most_groups(), 1, z.P * z.H, z.C}, z.query.options());
-    } else if (z.apart) {
-      no_text = z.by_token(1, z.P).zero_();
-    }
+    if (z.absorbed && !direct) grad_tokens = z.buffer(z.N, z.C);
   }
-  at::Tensor kv, grad_kept;           // see Problem::kept_rows; the rows of keys are longer
-  at::Tensor mixed, grad_mixed;       // (images * P, HD)
-  at::Tensor grad_keys, grad_values;  // absorbed: (images * N, C)
-  at::Tensor no_text;  // zeros: output of a text path that runs apart, in the form of the image's
+  at::Tensor kv, grad_kept;  // see Problem::kept_rows; the rows of keys are longer
+  at::Tensor grad_mixed;     // (images * P, HD)
+  at::Tensor grad_tokens;    // absorbed and not `direct`: (images * N, C)
 };
 
 template <class scalar_t>
@@ -87,13 +80,16 @@ class Backward {
         kv_sums(sums_of(chunk_weight)),
         out_sums(sums_of(grads.out_weight)),
         wants_tokens(grads.tokens.dim() == 3),
-        out(z.out_weight) {
+        direct(wants_tokens && grads.tokens.scalar_type() == z.query.scalar_type()),
+        out(z.out_weight, z.packing) {
     if (z.absorbed) {
       values.resize(z.H);
-      each_head(z, [&](int64_t h) { values[h] = Factor<scalar_t>(value_weight(z, h)); });
+      each_head(z, [&](int64_t h) { values[h] = Factor<scalar_t>(value_weight(z, h), z.packing); });
     } else {
-      if (wants_tokens) kv = Factor<scalar_t>(z.kv_weight);
-      if (!saved.kept.defined()) projection = Factor<scalar_t>(transposed(z.kv_weight));
+      if (wants_tokens) kv = Factor<scalar_t>(z.kv_weight, z.packing);
+      if (!saved.kept.defined()) {
+        projection = Factor<scalar_t>(transposed(z.kv_weight), z.packing);
+      }
     }
     if (!z.apart) return;
     const int64_t rows = z.T * slots.per_group();
@@ -105,7 +101,7 @@ class Backward {
   void run() const {
     const auto runs = [&](int64_t begin, int64_t end) {
       const PlainTensors plain;
-      const Buffers buffers(z, saved.kept.defined());
+      const Buffers buffers(z, saved.kept.defined(), direct);
       for (int64_t slot = begin; slot < end; ++slot) {
         for (int64_t i = slots.first(slot); i < slots.first(slot + 1); ++i) {
           const Chunk c = z.plan[i];
@@ -129,9 +125,11 @@ class Backward {
   // Whether sums have the dtype of the tensors.
   static constexpr bool kSame = std::is_same_v<scalar_t, acc_t>;
 
-  // (slots, …) of a weight's gradient; a single one is the gradient itself where the dtype allows.
+  // (slots, …) of a weight's gradient; a single one is the gradient itself where the dtype allows,
+  // or where no second chunk is added to it.
   at::Tensor sums_of(const at::Tensor& weight) const {
-    if (kSame && slots.count() == 1) return weight.unsqueeze(0);
+    const bool rounded_once = z.plan.count() == 1 && z.B * std::max(z.N, z.P) <= kRun;
+    if (slots.count() == 1 && (kSame || rounded_once)) return weight.unsqueeze(0);
     return new_empty({slots.count(), weight.size(0), weight.size(1)}, z.alpha.options());
   }
 
@@ -157,46 +155,40 @@ class Backward {
   // A chunk with absorbed weights.
   void absorbed(const Chunk& c, int64_t slot, bool first, const Buffers& b) const {
     add_text(c, slot, b, true);
-    const at::Tensor grad_image = z.filled(b.mixed, z.P, c);
+    const at::Tensor grad_image = z.filled(b.grad_mixed, z.P, c);
     const at::Tensor weighted = z.chunk_rows(saved.kept, b.kv, z.P, c);
     const at::Tensor grad_weighted = z.filled(b.grad_kept, z.P, c), sums = kv_sums[slot];
     each_head(z, [&](int64_t h) {
       const at::Tensor grad = of_head(grad_image, h, z.D);
       values[h].multiply(grad, of_head(grad_weighted, h, z.C));
-      const Factor<scalar_t> right(of_head(weighted, h, z.C));
-      right.accumulate(transposed(grad), narrow(sums, 0, h * z.D, z.D), !first);
+      add_product<scalar_t>(transposed(grad), of_head(weighted, h, z.C),
+                            narrow(sums, 0, h * z.D, z.D), !first, Packing::kStrips);
     });
     const AbsorbedChunk a(z, query, c);
-    const at::Tensor grad_query = new_empty(a.query.sizes(), z.query.options()),
-                     no_text = part(b.no_text, 0, c.groups);
-    const auto filled = [&](const at::Tensor& buffer) {
-      return z.filled(buffer, z.N, c).view({c.images, 1, z.N, z.C});
-    };
-    dual_attention_backward_into(one_head(z, grad_weighted), a.query, a.tokens, a.tokens, a.no_text,
-                                 a.no_text, a.open, part(z.image_mask, c.image, c.images),
-                                 std::nullopt, one_head(z, weighted), no_text,
-                                 z.images(saved.image_lse, c), z.texts(saved.text_lse, c), z.scale,
-                                 grad_query, filled(b.grad_keys), filled(b.grad_values), a.no_text,
-                                 a.no_text, new_empty({c.images, 1}, z.alpha.options()));
+    const at::Tensor grad_query = new_empty(a.query.sizes(), z.query.options());
+    const at::Tensor to = wants_tokens ? z.images(grads.tokens, c) : at::Tensor();
+    const at::Tensor tokens = (direct ? to : z.filled(b.grad_tokens, z.N, c))
+                                  .view({c.images, 1, z.N, z.C});  // keys and values both
+    dual_attention_backward_into(
+        one_head(z, grad_weighted), a.query, a.tokens, a.tokens, a.no_text, a.no_text, a.open,
+        part(z.image_mask, c.image, c.images), std::nullopt, one_head(z, weighted), a.no_text,
+        z.images(saved.image_lse, c), z.texts(saved.text_lse, c), z.scale, grad_query, tokens,
+        tokens, a.no_text, a.no_text, new_empty({c.images, 1}, z.alpha.options()));
     add_query(c, slot, grad_query.const_data_ptr<scalar_t>());
     if (!wants_tokens) return;
-    at::Tensor to = z.images(grads.tokens, c).view({c.images * z.N, z.C});
-    const at::Tensor sum = z.filled(b.grad_keys, z.N, c).add_(z.filled(b.grad_values, z.N, c));
-    if (grad_updated) {
-      at::add_out(to, z.images(*grad_updated, c).reshape({c.images * z.N, z.C}), sum);
-    } else {
-      to.copy_(sum);
-    }
+    if (!direct) at::Tensor(to).copy_(tokens.squeeze(1));
+    if (grad_updated) at::Tensor(to).add_(z.images(*grad_updated, c));
   }
 
   // The gradient of a chunk's mixture, and its part of the out-projection's.
   void out_projection(const Chunk& c, int64_t slot, bool first, const Buffers& b) const {
     const at::Tensor grad = fused_gradient(c).view({c.images * z.P, z.C});
     out.multiply(grad, z.filled(b.grad_mixed, z.P, c));
+    const at::Tensor mixed = new_empty({c.images * z.P, z.width}, z.query.options());
     mix(z, c, saved.text_out.const_data_ptr<scalar_t>(),
         saved.image_out.const_data_ptr<scalar_t>() + c.image * z.P * z.width, false,
-        b.mixed.mutable_data_ptr<scalar_t>());
-    add_weight(transposed(grad), z.filled(b.mixed, z.P, c), first, out_sums[slot]);
+        mixed.mutable_data_ptr<scalar_t>());
+    add_weight(transposed(grad), mixed, first, out_sums[slot]);
   }
 
   // What flows into `fused` of a chunk (images, P, C), by itself and by the updated tokens; rows a
@@ -229,7 +221,7 @@ class Backward {
         z.apart ? none : z.texts(z.text_key, c), z.apart ? none : z.texts(z.text_value, c),
         z.images(z.alpha, c), part(z.image_mask, c.image, c.images),
         z.apart ? std::nullopt : part(z.text_mask, c.group, c.groups), z.images(saved.image_out, c),
-        z.apart ? b.no_text : z.texts(saved.text_out, c), z.images(saved.image_lse, c),
+        z.apart ? none : z.texts(saved.text_out, c), z.images(saved.image_lse, c),
         z.texts(saved.text_lse, c), z.scale, grad_query, z.keys(grad_kv, 0, c),
         z.keys(grad_kv, 1, c), z.apart ? none : z.texts(grads.text_key, c),
         z.apart ? none : z.texts(grads.text_value, c), z.images(grads.alpha, c));
@@ -257,14 +249,13 @@ class Backward {
 
   // Adds a chunk's gradient of its groups' text paths, which is (1 - alpha) grad_mixed, to their
   // sums, and the text's part to those of its gates. `with_image`: the image path's too, which is
-  // alpha grad_mixed, and goes to b.mixed.
+  // alpha grad_mixed, and takes its place.
   void add_text(const Chunk& c, int64_t slot, const Buffers& b, bool with_image) const {
     const int64_t n = z.P * z.width, group_images = z.B / z.T;
     const attention::Gate<acc_t> alpha(z.alpha);
     std::vector<acc_t> row(z.width), text(z.width), image(z.width), share(z.width), change(z.width);
-    const scalar_t* grad_mixed = b.grad_mixed.const_data_ptr<scalar_t>();
+    scalar_t* grad_mixed = b.grad_mixed.mutable_data_ptr<scalar_t>();
     const scalar_t* image_out = saved.image_out.template const_data_ptr<scalar_t>() + c.image * n;
-    scalar_t* to = b.mixed.mutable_data_ptr<scalar_t>();
     for (int64_t i = c.image; i < c.image + c.images; ++i) {
       const int64_t group = i / group_images;
       const scalar_t* text_out = saved.text_out.template const_data_ptr<scalar_t>() + group * n;
@@ -282,9 +273,9 @@ class Backward {
         attention::load_row(image_out + p * z.width, 1, z.width, acc_t(1), image.data());
         for (int64_t j = 0; j < z.width; ++j) change[j] += row[j] * image[j];
         for (int64_t j = 0; j < z.width; ++j) row[j] *= share[j];
-        attention::store_row(row.data(), z.width, to + p * z.width);
+        attention::store_row(row.data(), z.width, grad_mixed);
       }
-      image_out += n, to += n;
+      image_out += n;
       acc_t* grad_alpha = grads.alpha.template mutable_data_ptr<acc_t>() + i * z.H;
       for (int64_t h = 0; h < z.H; ++h) {
         const acc_t* head = change.data() + h * z.D;
@@ -311,7 +302,6 @@ class Backward {
   // sum (M, K) = or, but for the first, += a (M, rows) b (rows, K).
   void add_weight(const at::Tensor& a, const at::Tensor& b, bool first,
                   const at::Tensor& sum) const {
-    const Factor<scalar_t> right(b);
     const int64_t rows = sum.size(0);
     // The library's products are cut up here.
     const bool shared = !Factor<scalar_t>::kPacked && !kSame && !z.plan.parallel();
@@ -320,7 +310,8 @@ class Backward {
       const PlainTensors plain;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t from = rows * i / parts, count = rows * (i + 1) / parts - from;
-        right.accumulate(narrow(a, 0, from, count), narrow(sum, 0, from, count), !first);
+        add_product<scalar_t>(narrow(a, 0, from, count), b, narrow(sum, 0, from, count), !first,
+                              z.packing);
       }
     });
   }
@@ -361,7 +352,8 @@ class Backward {
     const auto type = z.alpha.scalar_type();
     each_head(z, [&](int64_t h) {
       const at::Tensor grad = of_head(wide, h, z.C);
-      const Factor<acc_t> weight(transposed(key_weight(z, h).to(type))), right(grad);
+      const Factor<acc_t> weight(transposed(key_weight(z, h).to(type)), z.packing);
+      const Factor<acc_t> right(grad, Packing::kStrips);
       weight.multiply(grad, of_head(query_grad, h, z.D));
       const at::Tensor product = new_empty({z.D, z.C}, z.alpha.options());
       right.multiply(transposed(query_rows(z, h).to(type)), product);
@@ -378,6 +370,7 @@ class Backward {
   const at::Tensor chunk_weight;       // gradient of what chunks sum up: (2HD, C), absorbed (HD, C)
   const at::Tensor kv_sums, out_sums;  // (slots, as chunk_weight), (slots, C, HD)
   const bool wants_tokens;             // whether the tokens' gradient is asked for
+  const bool direct;                   // it is, in the dtype of products
   const Factor<scalar_t> out;          // the weights, to the right of products
   Factor<scalar_t> kv, projection;     // the latter transposed
   std::vector<Factor<scalar_t>> values;  // absorbed: of each head

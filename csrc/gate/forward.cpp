@@ -32,13 +32,14 @@ void text_path(const Problem& z, const Results& r) {
 // The weights that every chunk is multiplied by.
 template <class scalar_t>
 struct Weights {
-  explicit Weights(const Problem& z) : out(transposed(z.out_weight)) {
+  explicit Weights(const Problem& z) : out(transposed(z.out_weight), z.packing) {
     if (!z.absorbed) {
-      kv = Factor<scalar_t>(transposed(z.kv_weight));
+      kv = Factor<scalar_t>(transposed(z.kv_weight), z.packing);
     } else {
       values.resize(z.H);
-      each_head(z,
-                [&](int64_t h) { values[h] = Factor<scalar_t>(transposed(value_weight(z, h))); });
+      each_head(z, [&](int64_t h) {
+        values[h] = Factor<scalar_t>(transposed(value_weight(z, h)), z.packing);
+      });
     }
   }
   Factor<scalar_t> kv, out;

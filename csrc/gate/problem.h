@@ -12,12 +12,17 @@
 #include "attention/dual_attention.h"
 #include "attention/problem.h"
 #include "gate/plan.h"
+#include "gate/product.h"
 #include "tensors.h"
 
 namespace dvla_fast::gate {
 
 using attention::Acc;
 using OptionalTensor = std::optional<at::Tensor>;
+
+// Where all tokens take no more bytes than this, in the type of sums, weights are packed a strip at
+// a time: whole, the packed copies would be a large part of the memory that a call takes.
+constexpr int64_t kFewTokens = 2 * 1024 * 1024;
 
 // Tensor operations inside a kernel, on the caller's thread and on workers alike: no autograd, and
 // no cast by the autocast of the caller.
@@ -62,6 +67,9 @@ struct Problem {
         plan(B, T, query.element_size() * (absorbed ? N * C + 2 * P * H * C : 2 * N * width),
              absorbed ? query.element_size() * 6 * width * C : 0),
         apart(absorbed || !plan.whole_groups()),
+        packing(!plan.parallel() && B * N * C * alpha.element_size() <= kFewTokens
+                    ? Packing::kStrips
+                    : Packing::kWhole),
         mean_share(shares()) {
     if (text_mask) dropped = text_mask->logical_not().view({T, 1, P, 1});
   }
@@ -144,6 +152,7 @@ struct Problem {
   const bool absorbed;  // scores are taken against the tokens themselves (absorb.h)
   const Plan plan;
   const bool apart;             // the text path runs apart from the chunks
+  const Packing packing;        // of the weights
   const at::Tensor mean_share;  // (B, 1) contiguous: one over the number of text tokens
   at::Tensor dropped;           // (T, 1, P, 1) text tokens masked out
 

@@ -31,9 +31,15 @@ constexpr int64_t kDepth = 192;
 constexpr int64_t kRows = 96;
 // Pieces that a product is cut into at least, for the threads, where it has as many strips.
 constexpr int64_t kPieces = 16;
-// In half types the library's products that are deeper than this are taken in runs: it may cut a
-// deeper one up along its depth, and differently so for other numbers of threads.
-constexpr int64_t kHalfRun = 1024;
+
+// When the right-hand side of products is packed: before the first of them, or a strip at a time,
+// by the thread that uses it. The latter needs no memory for the whole, and reads the left-hand
+// side once a strip: to be chosen where that is small.
+enum class Packing { kWhole, kStrips };
+// Rows that are summed over at a time where their number follows from the images: what is packed of
+// them stays small. (In half types the library may cut a deeper product up along its depth, and
+// differently so for other numbers of threads.)
+constexpr int64_t kRun = 1024;
 
 // Whether products go to the library.
 #if defined(CPU_CAPABILITY_DEFAULT)
@@ -59,8 +65,13 @@ class Factor {
   static constexpr bool kPacked = !kLibrary<scalar_t>;
 
   Factor() = default;
-  explicit Factor(const at::Tensor& b) : depth_(b.size(0)), columns_(b.size(1)), data_(b) {
-    if constexpr (kPacked) pack(b);
+  Factor(const at::Tensor& b, Packing packing)
+      : depth_(b.size(0)), columns_(b.size(1)), packing_(packing), given_(b) {
+    if constexpr (!kPacked) return;
+    given_ = readable(b);
+    if (packing == Packing::kStrips) return;
+    pack();
+    given_ = at::Tensor();
   }
 
   // to (rows, columns), unit column stride, = a (rows, depth) b; or += where `add`.
@@ -70,31 +81,33 @@ class Factor {
       packed<scalar_t>(a, to, add);
     } else {
       at::Tensor out = to;
-      add ? out.addmm_(a, data_) : at::mm_out(out, a, data_);
+      add ? out.addmm_(a, given_) : at::mm_out(out, a, given_);
     }
   }
 
-  // The same for `to` in the type that sums have, which is float32 for half types.
+  // The same for `to` in the type that sums have, which is float32 for half types, or its own.
   void accumulate(const at::Tensor& a, const at::Tensor& to, bool add) const {
-    if constexpr (kSame) return multiply(a, to, add);
+    if (to.scalar_type() == c10::CppTypeToScalarType<scalar_t>::value) return multiply(a, to, add);
     check(a, to);
     if constexpr (kPacked) return packed<acc_t>(a, to, add);
-    for (int64_t from = 0; from == 0 || from < depth_; from += kHalfRun, add = true) {
-      const int64_t count = std::min(kHalfRun, depth_ - from);
-      const at::Tensor part = at::mm(narrow(a, 1, from, count), narrow(data_, 0, from, count));
-      add ? to.add_(part) : to.copy_(part);
-    }
+    const at::Tensor product = at::mm(a, given_);
+    add ? to.add_(product) : to.copy_(product);
   }
 
  private:
   static constexpr bool kSame = std::is_same_v<scalar_t, acc_t>;
   static constexpr int64_t kLanes = attention::kLanes<acc_t>;
 
-  // A thread's: converted values of an operand, and sums that are not rounded yet.
+  // A thread's: converted values of the left-hand side, sums that are not rounded yet, a packed
+  // strip, and its values converted.
   struct Scratch {
-    Scratch(attention::Arena& arena, int64_t values, int64_t sums)
-        : values(arena.take<acc_t>(values)), sums(arena.take<acc_t>(sums)) {}
-    acc_t *values, *sums;
+    Scratch(attention::Arena& arena, int64_t values, int64_t sums, int64_t strip,
+            int64_t strip_values)
+        : values(arena.take<acc_t>(values)),
+          sums(arena.take<acc_t>(sums)),
+          strip(arena.take<acc_t>(strip)),
+          strip_values(arena.take<acc_t>(strip_values)) {}
+    acc_t *values, *sums, *strip, *strip_values;
   };
 
   // The tiles read and write what the sizes say.
@@ -130,97 +143,163 @@ class Factor {
     }
   }
 
-  void pack(const at::Tensor& given) {
-    const at::Tensor b = readable(given);
+  // Whether rows of the right-hand side lie one value after another, rather than columns.
+  bool given_by_row() const { return dense(given_, 1); }
+  // Values of the widest strip, and of what of it is converted before it is packed.
+  int64_t strip_size() const { return attention::kMaxVecs * kLanes * depth_; }
+  int64_t strip_values() const { return kSame || given_by_row() ? 0 : strip_size(); }
+
+  void pack() {
     data_ = new_empty({vecs() * kLanes * depth_},
-                      b.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
-    const bool by_row = dense(b, 1);
-    const int64_t ld = b.stride(by_row ? 0 : 1);
-    const scalar_t* from = b.const_data_ptr<scalar_t>();
-    acc_t* all = data_.mutable_data_ptr<acc_t>();
-    const int64_t values = kSame || by_row ? 0 : attention::kMaxVecs * kLanes * depth_;
+                      given_.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
+    acc_t* to = data_.mutable_data_ptr<acc_t>();
     parallel_items(strips(), [&](int64_t begin, int64_t end) {
-      const auto s = attention::on_arena<Scratch>(values, int64_t{0});
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t column = first(i), wide = first(i + 1) - column;
-        const int64_t count = std::min(wide, columns_ - column);
-        acc_t* to = all + column * depth_;
-        if (!by_row) {
-          const auto rows = converted(from + column * ld, ld, count, depth_, s.values);
-          attention::transpose(rows.data, rows.ld, count, depth_, to, wide);
-        }
-        for (int64_t k = 0; k < depth_; ++k, to += wide) {
-          if (by_row) attention::load_row(from + k * ld + column, 1, count, acc_t(1), to);
-          std::fill(to + count, to + wide, acc_t(0));
-        }
-      }
+      const auto s =
+          attention::on_arena<Scratch>(int64_t{0}, int64_t{0}, int64_t{0}, strip_values());
+      for (int64_t i = begin; i < end; ++i) pack_strip(i, to + first(i) * depth_, s.strip_values);
     });
   }
+
+  void pack_strip(int64_t strip, acc_t* to, acc_t* scratch) const {
+    const bool by_row = given_by_row();
+    const int64_t ld = given_.stride(by_row ? 0 : 1), column = first(strip);
+    const int64_t wide = first(strip + 1) - column, count = std::min(wide, columns_ - column);
+    const scalar_t* from = given_.template const_data_ptr<scalar_t>() + column * (by_row ? 1 : ld);
+    if (!by_row) {
+      const auto rows = converted(from, ld, count, depth_, scratch);
+      attention::transpose(rows.data, rows.ld, count, depth_, to, wide);
+    }
+    for (int64_t k = 0; k < depth_; ++k, to += wide) {
+      if (by_row) attention::load_row(from + k * ld, 1, count, acc_t(1), to);
+      std::fill(to + count, to + wide, acc_t(0));
+    }
+  }
+
+  // The left-hand side of a product, and where its results go.
+  template <class out_t>
+  struct Product {
+    Product(const at::Tensor& a, const at::Tensor& to, bool add)
+        : rows(a.size(0)),
+          by_row(dense(a, 1)),
+          add(add),
+          lda(a.stride(by_row ? 0 : 1)),
+          ldc(to.stride(0)),
+          from(a.const_data_ptr<scalar_t>()),
+          to(to.mutable_data_ptr<out_t>()) {}
+    int64_t blocks() const { return attention::ceil_div(rows, kRows); }
+
+    int64_t rows;
+    bool by_row, add;
+    int64_t lda, ldc;
+    const scalar_t* from;
+    out_t* to;
+  };
 
   template <class out_t>
   void packed(const at::Tensor& given, const at::Tensor& to, bool add) const {
-    if (columns_ == 0) return;
+    if (columns_ == 0 || given.size(0) == 0) return;
     const at::Tensor a = readable(given);
-    const int64_t rows = a.size(0);
-    const bool by_row = dense(a, 1);
-    const int64_t lda = a.stride(by_row ? 0 : 1), ldc = to.stride(0);
-    const scalar_t* from = a.const_data_ptr<scalar_t>();
-    out_t* out = to.mutable_data_ptr<out_t>();
-    const int64_t blocks = attention::ceil_div(rows, kRows);
-    const int64_t cuts =
-        std::clamp<int64_t>(attention::ceil_div(kPieces, std::max<int64_t>(1, blocks)), 1,
-                            std::max<int64_t>(1, strips()));
-    // Of a row of a piece.
-    const int64_t sums = std::is_same_v<out_t, acc_t>
-                             ? 0
-                             : attention::ceil_div(strips(), cuts) * attention::kMaxVecs * kLanes;
-    parallel_items(blocks * cuts, [&](int64_t begin, int64_t end) {
-      const auto s = attention::on_arena<Scratch>(kSame ? 0 : kRows * kDepth, kRows * sums);
+    const Product<out_t> product(a, to, add);
+    packing_ == Packing::kWhole ? from_whole(product) : from_strips(product);
+  }
+
+  // Pieces of one block of rows and some strips.
+  template <class out_t>
+  void from_whole(const Product<out_t>& product) const {
+    const int64_t cuts = std::min(attention::ceil_div(kPieces, product.blocks()), strips());
+    const acc_t* b = data_.template const_data_ptr<acc_t>();
+    parallel_items(product.blocks() * cuts, [&](int64_t begin, int64_t end) {
+      const auto s = attention::on_arena<Scratch>(
+          values(), sums<out_t>(attention::ceil_div(strips(), cuts)), int64_t{0}, int64_t{0});
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t row = i / cuts * kRows, cut = i % cuts;
-        const int64_t count = std::min(kRows, rows - row);
-        const int64_t begin_strip = strips() * cut / cuts, end_strip = strips() * (cut + 1) / cuts;
-        const int64_t column = first(begin_strip);
-        const scalar_t* left = from + row * (by_row ? lda : 1);
-        const auto run = by_row ? &Factor::block<false> : &Factor::block<true>;
-        out_t* place = out + row * ldc + column;
-        if constexpr (std::is_same_v<out_t, acc_t>) {
-          (this->*run)(count, left, lda, begin_strip, end_strip, place, ldc, add, s.values);
-        } else {
-          const int64_t width = std::min(columns_, first(end_strip)) - column;
-          for (int64_t r = 0; add && r < count; ++r) {
-            attention::load_row(place + r * ldc, 1, width, acc_t(1), s.sums + r * sums);
-          }
-          (this->*run)(count, left, lda, begin_strip, end_strip, s.sums, sums, add, s.values);
-          for (int64_t r = 0; r < count; ++r) {
-            attention::store_row(s.sums + r * sums, width, place + r * ldc);
-          }
+        const int64_t strip = strips() * (i % cuts) / cuts;
+        block(product, i / cuts, strip, strips() * (i % cuts + 1) / cuts, b + first(strip) * depth_,
+              s);
+      }
+    });
+  }
+
+  // Pieces of one strip and some blocks of rows.
+  template <class out_t>
+  void from_strips(const Product<out_t>& product) const {
+    const int64_t blocks = product.blocks();
+    const int64_t cuts = std::min(attention::ceil_div(kPieces, strips()), blocks);
+    parallel_items(strips() * cuts, [&](int64_t begin, int64_t end) {
+      const auto s =
+          attention::on_arena<Scratch>(values(), sums<out_t>(1), strip_size(), strip_values());
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t strip = i / cuts, cut = i % cuts;
+        if (i == begin || cut == 0) pack_strip(strip, s.strip, s.strip_values);
+        for (int64_t j = blocks * cut / cuts; j < blocks * (cut + 1) / cuts; ++j) {
+          block(product, j, strip, strip + 1, s.strip, s);
         }
       }
     });
   }
 
-  // Some rows of a product, in the columns of some strips, of which the first goes to `to`.
+  // Scratch of a block: converted values, and sums in so many strips that are rounded at the end.
+  static constexpr int64_t values() { return kSame ? 0 : kRows * kDepth; }
+  template <class out_t>
+  static int64_t sums(int64_t strips) {
+    return std::is_same_v<out_t, acc_t> ? 0 : kRows * strips * attention::kMaxVecs * kLanes;
+  }
+
+  // A block of rows, in the columns of strips [begin, end), which are packed at `b`.
+  template <class out_t>
+  void block(const Product<out_t>& p, int64_t index, int64_t begin, int64_t end, const acc_t* b,
+             const Scratch& s) const {
+    const int64_t row = index * kRows, count = std::min(kRows, p.rows - row);
+    const int64_t column = first(begin), width = std::min(columns_, first(end)) - column;
+    const scalar_t* a = p.from + row * (p.by_row ? p.lda : 1);
+    const auto run = p.by_row ? &Factor::sum_block<false> : &Factor::sum_block<true>;
+    out_t* to = p.to + row * p.ldc + column;
+    if constexpr (std::is_same_v<out_t, acc_t>) {
+      (this->*run)(count, a, p.lda, begin, end, b, to, p.ldc, p.add, s.values);
+    } else {
+      for (int64_t r = 0; p.add && r < count; ++r) {
+        attention::load_row(to + r * p.ldc, 1, width, acc_t(1), s.sums + r * width);
+      }
+      (this->*run)(count, a, p.lda, begin, end, b, s.sums, width, p.add, s.values);
+      for (int64_t r = 0; r < count; ++r) {
+        attention::store_row(s.sums + r * width, width, to + r * p.ldc);
+      }
+    }
+  }
+
+  // The same in the type of sums, from `a` to `to`.
   template <bool transposed>
-  void block(int64_t rows, const scalar_t* a, int64_t lda, int64_t begin, int64_t end, acc_t* to,
-             int64_t ldc, bool add, acc_t* scratch) const {
-    const acc_t* b = data_.template const_data_ptr<acc_t>();
+  void sum_block(int64_t rows, const scalar_t* a, int64_t lda, int64_t begin, int64_t end,
+                 const acc_t* b, acc_t* to, int64_t ldc, bool add, acc_t* scratch) const {
     for (int64_t k = 0; k == 0 || k < depth_; k += kDepth) {
       const int64_t depth = std::min(kDepth, depth_ - k);
       const auto left = transposed ? converted(a + k * lda, lda, depth, rows, scratch)
                                    : converted(a + k, lda, rows, depth, scratch);
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t column = first(i), wide = first(i + 1) - column;
-        const int64_t columns = std::min(wide, columns_ - column);
+        const int64_t column = first(i) - first(begin), wide = first(i + 1) - first(i);
+        const int64_t columns = std::min(wide, columns_ - first(i));
         attention::gemm<transposed>(rows, columns, depth, left.data, left.ld,
-                                    b + column * depth_ + k * wide, wide,
-                                    to + column - first(begin), ldc, add || k > 0);
+                                    b + column * depth_ + k * wide, wide, to + column, ldc,
+                                    add || k > 0);
       }
     }
   }
 
   int64_t depth_ = 0, columns_ = 0;
-  at::Tensor data_;
+  Packing packing_ = Packing::kWhole;
+  at::Tensor given_, data_;  // as it was given, where it is still read, and packed
 };
+
+// to = or, where `add`, += a (rows, depth) b (depth, columns); `to` as for Factor::accumulate, in
+// its own type for a single run.
+template <class scalar_t>
+void add_product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& to, bool add,
+                 Packing packing) {
+  const int64_t depth = b.size(0);
+  for (int64_t from = 0; from == 0 || from < depth; from += kRun, add = true) {
+    const int64_t count = std::min(kRun, depth - from);
+    const Factor<scalar_t> right(narrow(b, 0, from, count), packing);
+    right.accumulate(narrow(a, 1, from, count), to, add);
+  }
+}
 
 }  // namespace dvla_fast::gate

@@ -36,6 +36,7 @@ constexpr int64_t kPieces = 16;
 // by the thread that uses it. The latter needs no memory for the whole, and reads the left-hand
 // side once a strip: to be chosen where that is small.
 enum class Packing { kWhole, kStrips };
+
 // Rows that are summed over at a time where their number follows from the images: what is packed of
 // them stays small. (In half types the library may cut a deeper product up along its depth, and
 // differently so for other numbers of threads.)

@@ -300,10 +300,11 @@ def measure(setting: Setting, stage: str, arguments: argparse.Namespace) -> dict
     dvla_fast.set_backend("reference")
     try:
         rates["plain loop"] = rate(plain_metatuning(setting, encode), arguments.seconds)
+        if encode is not None:
+            kept = plain_metatuning(setting, None)
+            rates["plain loop, texts kept"] = rate(kept, arguments.seconds)
     finally:
         dvla_fast.set_backend(None)
-    if encode is not None:
-        rates["plain loop, texts kept"] = rate(plain_metatuning(setting, None), arguments.seconds)
     for name, execution in EXECUTIONS.items():
         for episodes in EPISODES:
             steps = our_metatuning(setting, execution, episodes)

@@ -6,6 +6,7 @@ Nothing is trained here. Supports become class prototypes, and queries go to the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -116,6 +117,9 @@ class FewShotClassifier:
             BankError: a class without texts, a text too long, or an encoder that cannot be loaded.
             CheckpointError: a bank for a checkpoint without trained gates, or texts of another
                 encoder than its gates learned to read.
+
+        Warns:
+            UserWarning: a bank for the control of an experiment, trained on wrong texts.
         """
         given = _folders(Path(supports)) if isinstance(supports, (str, Path)) else supports
         if not isinstance(given, Mapping):
@@ -189,6 +193,16 @@ class FewShotClassifier:
                 " or learn from images alone"
             )
         trained = self.description.get("semantics") or {}
+        if trained.get("parts") == "shuffled":
+            # No split says which texts would be wrong here, and wrong answers serve nobody.
+            warnings.warn(
+                "the checkpoint is the control of an experiment: it was trained on purpose with "
+                "the texts of other classes (semantics.parts: shuffled). Here each class gets its "
+                "own texts; use a checkpoint that learned with true ones, or learn from images "
+                "alone",
+                UserWarning,
+                stacklevel=4,
+            )
         known = {"encoder", "dim", "top_k", "template", "parts", "truncate"}
         options = {key: value for key, value in trained.items() if key in known and value}
         config = SemanticsConfig(**options | ({"encoder": encoder} if encoder else {}))

@@ -86,6 +86,7 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         channels: int = 3,
         encoder: str = "hashed-ngram",
         truncate: bool = False,
+        parts: str = "all",
         **options: Any,
     ) -> Path:
         torch.manual_seed(1)
@@ -95,7 +96,7 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         info["normalisation"] = {"mean": MEAN[:channels], "std": STD[:channels]}
         if kind == "metatune":
             model: torch.nn.Module = build_model(spec)
-            info["semantics"] = {"top_k": 0, "parts": "all", "encoder": encoder}
+            info["semantics"] = {"top_k": 0, "parts": parts, "encoder": encoder}
             info["semantics"]["truncate"] = truncate
             info["semantics"]["dim"] = spec["text_dim"]
         else:

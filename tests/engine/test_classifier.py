@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,18 @@ def test_long_texts_are_cut_where_training_allowed_it(make_checkpoint: Callable)
     expected = strict.learn(SUPPORTS, SemanticBank.from_dict({"classes": cut}))
     got, wanted = (model.classify(pictures(1, 3)) for model in (classifier, expected))
     assert torch.equal(got.probabilities, wanted.probabilities)
+
+
+def test_the_control_with_wrong_texts_says_so(make_checkpoint: Callable) -> None:
+    control = dvla_fast.FewShotClassifier.load(make_checkpoint(parts="shuffled"), "cpu")
+    with pytest.warns(UserWarning, match="control .* trained on purpose .* its own texts") as told:
+        got = control.learn(SUPPORTS, BANK).classify(pictures(1, 3))
+    assert told[0].filename == __file__
+    plain = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu").learn(SUPPORTS, BANK)
+    assert torch.equal(got.probabilities, plain.classify(pictures(1, 3)).probabilities)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        control.learn(SUPPORTS)  # reads no texts
 
 
 def test_wrong_inputs(make_checkpoint: Callable, tmp_path: Path) -> None:

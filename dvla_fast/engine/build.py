@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import random
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dvla_fast.data import FewShotData, ImageSet, load_data
 from dvla_fast.data.shapes import BANKS, KINDS, load_shapes, make_classes
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import DataConfig, ModelConfig, SemanticsConfig, TextOptions
+from dvla_fast.engine.description import REMEDY
 from dvla_fast.engine.settings import UsageError, differences
 from dvla_fast.engine.settle import sized
 from dvla_fast.errors import CheckpointError, DataError, DVLAError, TrainingError
@@ -344,6 +346,20 @@ def build_model(spec: dict[str, Any]) -> DVLA:
         return DVLA(backbone, layers, **arguments)
     except (TypeError, ValueError) as error:
         raise UsageError(f"cannot build the model: {error}") from error
+
+
+@contextlib.contextmanager
+def described_by(path: str | Path) -> Iterator[None]:
+    """While a model is built that a checkpoint describes: name the file where that fails.
+
+    Raises:
+        CheckpointError: this version cannot build the model.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # ours, and torch's of sizes that cannot be
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: its entry model: {reason}; {REMEDY}") from error
 
 
 def _backbone(spec: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dvla_fast.engine.description import check_description
 from dvla_fast.errors import CheckpointError, MissingDependencyError, TrainingError
 from dvla_fast.files import RUN_REMEDY, json_text, write_atomic, write_text_atomic
 
@@ -80,13 +81,14 @@ def load_checkpoint(
 
     Args:
         path: the ``.safetensors`` file.
-        kinds: acceptable values of ``info["kind"]``; any if empty.
+        kinds: acceptable values of ``info["kind"]``, whose model is described; any if empty.
 
     Returns:
         (tensors, info) as given to ``save_checkpoint``.
 
     Raises:
-        CheckpointError: missing, truncated or damaged file, foreign file, or another kind.
+        CheckpointError: missing, truncated or damaged file, foreign file, another kind, or one
+            whose description lacks an entry or has one that cannot be.
     """
     safetensors = _safetensors()
     path = Path(path)
@@ -124,6 +126,8 @@ def load_checkpoint(
             f"{path}: a {info.get('kind')!r} checkpoint, but this command needs "
             f"{' or '.join(map(repr, kinds))}"
         )
+    if kinds:
+        check_description(path, info)
     return tensors, info
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from dvla_fast.data.decode import as_rgb, open_rgb, pillow, to_square
 from dvla_fast.data.images import unit_range
 from dvla_fast.data.layouts import class_folders
-from dvla_fast.engine.build import build_model, encode_texts, pick_device
+from dvla_fast.engine.build import build_model, described_by, encode_texts, pick_device
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.engine.trained_texts import check_semantics
@@ -84,7 +84,8 @@ class FewShotClassifier:
             UsageError: no such device.
         """
         tensors, info = load_checkpoint(checkpoint, ("pretrain", "metatune"))
-        model = build_model(info["model"] if info["kind"] == "metatune" else _ungated(info))
+        with described_by(checkpoint):
+            model = build_model(info["model"] if info["kind"] == "metatune" else _ungated(info))
         if info["kind"] == "metatune":
             load_weights(model, tensors, "model.", checkpoint)
         else:

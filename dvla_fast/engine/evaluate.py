@@ -23,6 +23,7 @@ from dvla_fast.engine.build import (
     build_model,
     build_pretrain_model,
     build_texts,
+    described_by,
     pick_device,
     seed_everything,
 )
@@ -292,10 +293,12 @@ def load_model(path: str, data: FewShotData) -> tuple[DVLA | None, nn.Module, di
         )
     device = data.base.device
     if info["kind"] == "pretrain":
-        container = build_pretrain_model(spec, info["model"]["classes"])
+        with described_by(path):
+            container = build_pretrain_model(spec, info["model"]["classes"])
         load_weights(container, tensors, "model.", path)
         return None, container["backbone"].to(device), info
-    model = build_model(info["model"])
+    with described_by(path):
+        model = build_model(info["model"])
     load_weights(model, tensors, "model.", path)
     model.to(device)
     return model, model.backbone, info

@@ -20,6 +20,7 @@ from dvla_fast.engine.checkpoint import (
     unpack_optimizer,
     unpack_rng,
 )
+from dvla_fast.engine.description import REMEDY, RESUMED, check_entries
 from dvla_fast.engine.inputs import check_inputs
 from dvla_fast.engine.logging import RunFolder
 from dvla_fast.engine.settings import differences
@@ -111,6 +112,7 @@ class TrainingState:
             self.folder.trim(self.kind, -1)
             return False
         tensors, info = load_checkpoint(self.last_path, (self.kind,))
+        check_entries(self.last_path, info, RESUMED)
         changed = differences(info["model"], self.spec)
         if changed:
             raise CheckpointError(
@@ -122,9 +124,21 @@ class TrainingState:
         )
         for prefix, module in self.modules.items():
             load_weights(module, tensors, f"{prefix}.", self.last_path)
-        unpack_optimizer(self.optimizer, tensors, info["resume"]["optimizer"])
-        unpack_rng(self.rng, tensors, info["resume"]["rng"])
+        self._unpack(tensors, info["resume"])
         self.epoch, self.step = info["epoch"], info["step"]
         self.best, self.best_epoch = info["best"], info["best_epoch"]
         self.folder.trim(self.kind, self.epoch)
         return True
+
+    def _unpack(self, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
+        """Restore the optimiser and random states, which check what they are given."""
+        name = "optimizer"
+        try:
+            unpack_optimizer(self.optimizer, tensors, saved[name])
+            name = "rng"
+            unpack_rng(self.rng, tensors, saved[name])
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.last_path}: has resume.{name} that cannot be restored "
+                f"({type(error).__name__}: {error}); {REMEDY}"
+            ) from error

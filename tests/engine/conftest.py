@@ -101,6 +101,7 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
             info["semantics"]["dim"] = spec["text_dim"]
         else:
             model, info["model"] = build_pretrain_model(backbone, 5), {"backbone": backbone}
+            info["model"]["classes"] = 5
         path = tmp_path / f"{kind}.safetensors"
         tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
         save_checkpoint(path, tensors, info)

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from dvla_fast.engine.distributed import Processes
+from dvla_fast.engine.entries import count, record, text
 from dvla_fast.engine.settings import differences, load_yaml, unrecorded
 from dvla_fast.engine.settle import absolute_paths
 from dvla_fast.errors import MissingDependencyError, OutputError
@@ -37,6 +38,7 @@ _SILENCE = 30.0
 # The file that the writing process locks, and what a run that is killed at once leaves.
 _LOCK = ".lock"
 _TEMPORARY = (_LOCK, ".write-test-*", ".config.yaml.*.tmp")
+_ROW = record(stage=text, step=count())  # what every line of the metrics holds
 # What may differ between a run and its continuation.
 _FREE_KEYS = ("output", "resume")
 # Why a setting cannot, where one might think that it could.
@@ -184,8 +186,8 @@ class RunFolder:
         if not self.writes or not self._metrics.exists():
             return
         rows = [row for row in self.rows() if row["stage"] != stage or row["step"] <= last_step]
-        text = "".join(json_text(row) + "\n" for row in rows)
-        self.write_text(self._metrics.name, text)
+        kept = "".join(json_text(row) + "\n" for row in rows)
+        self.write_text(self._metrics.name, kept)
 
     def write_summary(self, summary: dict[str, Any]) -> Path:
         """Write ``summary.json`` atomically and return its path."""
@@ -319,15 +321,15 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read_metrics(folder: str | Path, stage: str | None = None) -> list[dict[str, Any]]:
-    """Read ``metrics.jsonl`` of a run folder, leaving out torn lines."""
+    """Read ``metrics.jsonl`` of a run folder, leaving out torn lines and those no run wrote."""
     path = Path(folder) / "metrics.jsonl"
     rows = []
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if stage is None or row["stage"] == stage:
+        if _ROW(row) and stage in (None, row["stage"]):
             rows.append(row)
     return rows
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dvla_fast.engine.compare import difference_in_episodes
+from dvla_fast.engine.entries import count, number
 from dvla_fast.engine.logging import read_metrics
 from dvla_fast.engine.records import EpisodeRecord, other_pixels
 from dvla_fast.engine.result_check import GATED_LAYERS, result_fault
@@ -17,6 +17,13 @@ from dvla_fast.engine.settings import load_yaml
 from dvla_fast.errors import OutputError
 
 _SECTIONS = ("data", "model", "semantics", "pretrain", "metatune", "evaluate")
+_FIGURE = number(-1e100, 1e100)  # charts calculate with them
+# Of what every run logs: whether it is a list, an entry a gated layer.
+_LISTED = {
+    "loss": False, "supervised": False, "accuracy": False, "monitor_accuracy": False,
+    "monitor_episode_accuracy": False, "alpha_mean": True, "alpha_std": True,
+    "advantage_mean": True, "advantage_std": True, "collapsed": True,
+}  # fmt: skip
 STAGES = {"pretrain": "pre-training", "metatune": "meta-tuning"}
 
 
@@ -241,25 +248,37 @@ def _metrics(run: Run) -> dict[str, list[dict[str, Any]]]:
         return {}
     stages: dict[str, list[dict[str, Any]]] = {}
     left_out: dict[str, None] = {}  # in order
+    shapes = dict(_LISTED)
     for row in rows:
-        if isinstance(row, dict) and "stage" in row and isinstance(row.get("step"), int):
-            known = {key: row[key] for key in row if key == "stage" or _is_numbers(row[key])}
-            left_out |= dict.fromkeys(key for key in row if key not in known)
-            stages.setdefault(str(row["stage"]), []).append(known)
+        known = _drawable(row, shapes)
+        left_out |= dict.fromkeys(key for key in row if key not in known)
+        stages.setdefault(row["stage"], []).append(known)
     if left_out:
         run.notes.append(
-            f"metrics.jsonl holds values of {_first(list(left_out))} that are no finite numbers: "
-            "curves leave them out."
+            f"metrics.jsonl holds values of {_first(list(left_out))} that are not the finite "
+            "numbers that a run logs there: curves leave them out."
         )
     for rows_of_stage in stages.values():
         rows_of_stage.sort(key=lambda row: row["step"])
     return stages
 
 
-def _is_numbers(value: Any) -> bool:
-    """Whether a chart can draw a value: a finite number, or a list of them."""
-    values = value if isinstance(value, list) else [value]
-    return all(isinstance(item, int | float) and math.isfinite(item) for item in values)
+def _drawable(row: dict[str, Any], shapes: dict[str, bool]) -> dict[str, Any]:
+    """What charts can draw of a row: finite numbers, and lists of them.
+
+    Args:
+        shapes: key -> whether it holds lists; keys that it lacks are added, as this row has them.
+    """
+    known = {"stage": row["stage"]}
+    for key, value in row.items():
+        listed = isinstance(value, list)
+        entry = count() if key == "collapsed" else _FIGURE
+        if (
+            all(map(entry, value if listed else [value]))
+            and shapes.setdefault(key, listed) == listed
+        ):
+            known[key] = value
+    return known
 
 
 def _check_finished(run: Run) -> None:

@@ -258,7 +258,7 @@ def layer_lines(
                 row[key][index] + row[spread][index],
             )
             for row in good
-            if spread in row
+            if index < len(row.get(spread, ()))
         ]
         lines.append(Line(layer + name, points, index, dashed, band=band))
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,3 +44,9 @@ def browser() -> Iterator[Browser]:
         pytest.skip("no chromium on this machine: install Debian's package chromium")
     with Browser() as found:
         yield found
+
+
+@pytest.fixture
+def copied(demo: Path, tmp_path: Path) -> Path:
+    """The demo run, free to be damaged."""
+    return Path(shutil.copytree(demo, tmp_path / "run"))

@@ -60,12 +60,6 @@ def page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Write:
     return write
 
 
-@pytest.fixture
-def copied(demo: Path, tmp_path: Path) -> Path:
-    """The demo run, free to be damaged."""
-    return Path(shutil.copytree(demo, tmp_path / "run"))
-
-
 def edit(path: Path, change: Callable[[Any], None]) -> None:
     content = json.loads(path.read_text())
     change(content)
@@ -169,7 +163,7 @@ def test_values_that_are_no_numbers_are_left_out_of_curves(copied: Path, page: W
     rows[0]["loss"], rows[-2]["alpha_mean"] = None, [float("nan"), 0.5]
     (copied / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     html = page(copied, options=("--text_only",))
-    assert "values of loss, alpha_mean that are no finite numbers" in html
+    assert "values of loss, alpha_mean that are not the finite numbers that a run logs" in html
 
 
 @pytest.mark.parametrize("what", ["labels", "methods", "names"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -26,7 +27,7 @@ def write_atomic(path: Path, write: Callable[[Path], None], remedy: str = REMEDY
     """
     temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         write(temporary)
@@ -50,13 +51,20 @@ def check_writable(path: Path, remedy: str = REMEDY) -> None:
     """Check that a file can be written before the work that it is for.
 
     Raises:
-        OutputError: its folder cannot be written; with the remedy.
+        OutputError: its folder cannot be written, or no file can have its name; with the remedy.
     """
     try:
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # the system knows which names are too long
+        with tempfile.NamedTemporaryFile(prefix=_prefix(path), dir=path.parent):
             pass
     except OSError as error:
         raise unwritable(path, error, remedy) from error
+
+
+def _prefix(path: Path) -> str:
+    """The begin of a temporary file's name: short, as those may not be longer than others."""
+    return f".{path.name[:40]}."
 
 
 def check_new(path: Path, overwrite: bool) -> None:
@@ -93,6 +101,8 @@ def _finite(value: Any) -> Any:
 
 def unwritable(path: Path, error: OSError, remedy: str = REMEDY) -> OutputError:
     """Return the error to raise where a file cannot be written."""
+    if error.errno == errno.ENAMETOOLONG:
+        remedy = "give it a shorter name"
     return OutputError(f"{path}: cannot write ({error.strerror or error}); {remedy}")
 
 

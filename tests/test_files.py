@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
-from dvla_fast.files import json_text
+import pytest
+
+from dvla_fast.errors import OutputError
+from dvla_fast.files import check_writable, json_text, write_text_atomic
+from tests.test_cli import fails
 
 
 def test_json_has_no_infinity() -> None:
@@ -13,3 +18,31 @@ def test_json_has_no_infinity() -> None:
     expected = {"a": None, "b": [1.5, None, [None, 2]], "c": None, "d": "Infinity"}
     assert json.loads(json_text(value)) == expected
     assert json_text({"a": [0.1, 1]}, indent=2) == json.dumps({"a": [0.1, 1]}, indent=2)
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "ü" * 127 + "x", "x" * 249 + ".jsonl"])
+def test_every_name_that_a_file_can_have(tmp_path: Path, name: str) -> None:
+    check_writable(tmp_path / name)
+    write_text_atomic(tmp_path / name, "text")
+    assert (tmp_path / name).read_text() == "text"
+    with pytest.raises(OutputError, match=r"\(File name too long\); give it a shorter name"):
+        check_writable(tmp_path / f"x{name}")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["report", "run", "--output={}.html"],
+        ["compare", "a", "b", "--output={}.json"],
+        ["predict", "a.png", "--checkpoint=a", "--supports=b", "--output={}.csv"],
+        ["ablate", "--output={}"],
+    ],
+)
+def test_names_that_are_too_long(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Told before any input is looked at: none of them exists."""
+    monkeypatch.chdir(tmp_path)
+    message = fails([part.format("ü" * 128) for part in command], capsys)
+    assert "cannot write (File name too long); give it a shorter name" in message

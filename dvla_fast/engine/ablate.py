@@ -88,10 +88,10 @@ def _device(name: str) -> torch.device:
 def _open(store: Store, config: AblateRun, inputs: dict[str, str]) -> None:
     """Begin in a new or empty folder, or go on in one of the same settings, images and texts."""
     path = store.path
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):
         raise OutputError(f"{path}: is a file; give --output a new folder")
     # "claims" alone: another launch is making the folder at this moment, or was killed then
-    strangers = {item.name for item in path.iterdir()} - _OWN if path.exists() else set()
+    strangers = {item.name for item in path.iterdir()} - _OWN if os.path.isdir(path) else set()
     strangers -= {name for name in strangers if name.startswith(".") and name.endswith(".tmp")}
     if strangers and not (path / "config.yaml").exists():
         raise OutputError(f"{path}: not empty and no ablation; give --output a new or empty folder")

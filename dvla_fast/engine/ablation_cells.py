@@ -59,6 +59,7 @@ from dvla_fast.semantics import EncodedTexts, HashedNGramEncoder, TextEncoder
 BACKBONE = "backbone"
 # What may change between two launches on one folder: which cells there are, not what is in them.
 FREE_KEYS = ("output", "resume", "device", "wandb", "ablate")
+_REMEDY = "give --output a folder that you may write to"
 _POLL = 0.2  # seconds between two looks at cells that others compute
 
 
@@ -109,7 +110,7 @@ class Store:
             for name in ("cells", "claims", "backbones", "running"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"{self.path}: cannot write ({error.strerror or error})") from error
+            raise unwritable(self.path, error, _REMEDY) from error
 
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
@@ -126,7 +127,7 @@ class Store:
         try:
             claimed = open(path, "a")  # noqa: SIM115 - closed below
         except OSError as error:
-            raise unwritable(path, error, "give --output a folder that you may write to") from error
+            raise unwritable(path, error, _REMEDY) from error
         with claimed as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

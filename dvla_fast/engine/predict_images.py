@@ -178,10 +178,10 @@ def _check(config: PredictImages) -> Path:
         raise UsageError(
             f"--output {config.output!r}: the table is written as .csv or .json; name it so"
         )
-    if output.is_dir() or not output.parent.is_dir():
+    if os.path.isdir(output) or not os.path.isdir(output.parent):
         raise OutputError(f"{output}: give --output a file in a folder that exists")
     for path in (config.bank, *config.images):
-        if output.exists() and os.path.exists(path) and output.samefile(path):
+        if os.path.exists(output) and os.path.exists(path) and output.samefile(path):
             raise UsageError(
                 f"--output {output}: would take the place of what is read; name it anew"
             )

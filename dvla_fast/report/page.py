@@ -6,6 +6,7 @@ content policy forbids the browser any other address.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -70,7 +71,7 @@ def run_report(config: ReportRun, *, quiet: bool = False) -> Written:
     if any(number < 0 for number in config.episodes):
         raise UsageError(f"report: episodes are numbered from 0, got {config.episodes}")
     output = Path(config.output)
-    if output.is_dir() or not output.parent.is_dir():
+    if os.path.isdir(output) or not os.path.isdir(output.parent):
         raise OutputError(f"{output}: give --output an HTML file in a folder that exists")
     check_new(output, config.overwrite)
     check_writable(output)

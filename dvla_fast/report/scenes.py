@@ -24,7 +24,14 @@ from dvla_fast.engine.build import (
     split_classes,
     text_sources,
 )
-from dvla_fast.engine.config import DataConfig, EvaluateConfig, MetatuneConfig, SemanticsConfig
+from dvla_fast.engine.config import (
+    LARGEST_SEED,
+    DataConfig,
+    EvaluateConfig,
+    MetatuneConfig,
+    SemanticsConfig,
+)
+from dvla_fast.engine.entries import count, short
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import load_model
 from dvla_fast.engine.inputs import images_fingerprint
@@ -151,8 +158,8 @@ def _try(run: Run, config: ReportRun) -> tuple[Pictures | None, str]:
         return _Studio(run, config).pictures(), ""
     except Missing as error:
         return None, str(error)
-    except (DVLAError, OSError, ValueError, TypeError, KeyError) as error:
-        return None, f"{' '.join(str(error).split()) or type(error).__name__}."
+    except (DVLAError, OSError) as error:  # anything else is an error of ours, not of the run
+        return None, f"{' '.join(str(error).split())}."
 
 
 class _Studio:
@@ -179,7 +186,9 @@ class _Studio:
 
     def _episodes(self, shot: int) -> tuple[str, EpisodeSampler, int]:
         run = self.run
-        seed = int(run.config.get("seed", 0))
+        seed = run.config.get("seed", 0)
+        if not count(0, LARGEST_SEED)(seed):
+            raise Missing(f"its config.yaml has the seed {short(seed)}, which cannot be.")
         if run.kind == "metatune":
             tuning = from_mapping(MetatuneConfig, run.config.get("metatune", {}))
             shot = shot or tuning.shots[0]

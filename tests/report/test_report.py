@@ -19,6 +19,7 @@ from dvla_fast.data import load_digits, split_list_names
 from dvla_fast.report.published import _TABLE, benchmark, published_for
 from dvla_fast.report.scenes import _limits, _some
 from tests.engine.runs import write_evaluation
+from tests.test_cli import fails
 
 Write = Callable[..., str]
 CUB = "cub_140_30_30"
@@ -155,6 +156,25 @@ def test_damaged_runs(
 ) -> None:
     damage(copied)
     assert words in page(copied)
+
+
+@pytest.mark.parametrize("seed", ["x", "[1]", "null", "-1", "1.5"])
+def test_seeds_that_cannot_be(copied: Path, page: Write, seed: str) -> None:
+    text = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(re.sub(r"(?m)^seed: .*", f"seed: {seed}", text))
+    assert "are missing: its config.yaml has the seed" in page(copied)
+
+
+def test_errors_of_ours_are_not_notes(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(self: object) -> None:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("dvla_fast.report.scenes._Studio.pictures", broken)
+    output = copied.parent / "page.html"
+    assert "TypeError: a bug" in fails(["report", str(copied), f"--output={output}"], capsys)
+    assert not output.exists()
 
 
 def test_values_that_are_no_numbers_are_left_out_of_curves(copied: Path, page: Write) -> None:

@@ -1,4 +1,4 @@
-"""Maps ``kernels/`` into the package and hands the C++ build to CMake."""
+"""Maps ``kernels/`` and ``configs/`` into the package and hands the C++ build to CMake."""
 
 from __future__ import annotations
 
@@ -99,8 +99,13 @@ setup(
     packages=[
         *find_packages(include=["dvla_fast", "dvla_fast.*"]),
         *(f"dvla_fast.{name}" for name in find_packages(include=["kernels", "kernels.*"])),
+        "dvla_fast.configs",
     ],
-    package_dir={"dvla_fast": "dvla_fast", "dvla_fast.kernels": "kernels"},
+    package_dir={
+        "dvla_fast": "dvla_fast",
+        "dvla_fast.kernels": "kernels",
+        "dvla_fast.configs": "configs",
+    },
     package_data={
         "dvla_fast": [
             "py.typed",
@@ -111,6 +116,7 @@ setup(
             "report/assets/*",
         ],
         "dvla_fast.kernels.dual_attention": ["*.json"],
+        "dvla_fast.configs": ["*.yaml"],
     },
     ext_modules=[Extension("dvla_fast._build_info", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -225,13 +225,15 @@ def _whose(record: Mapping[str, Any], name: str) -> str:
 
 def _config_files(rest: list[str]) -> list[str]:
     """The files of ``--config FILE`` and ``--config=FILE``, in order; later ones win."""
+    from dvla_fast.engine.settings import settings_file
+
     following = [*rest[1:], ""]
     found = (
         item.split("=", 1)[1] if item.startswith("--config=") else after
         for item, after in zip(rest, following)
         if item == "--config" or item.startswith("--config=")
     )
-    return [path for path in found if path]
+    return [settings_file(given) for given in found if given]
 
 
 def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:

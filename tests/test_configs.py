@@ -8,7 +8,8 @@ import pytest
 
 from dvla_fast.data.splits import load_split_list
 from dvla_fast.engine.config import EvaluateRun, MetatuneRun, PretrainRun
-from dvla_fast.engine.settings import read_settings
+from dvla_fast.engine.settings import UsageError, read_settings, settings_file
+from tests.test_cli import fails
 
 FOLDER = Path(__file__).parent.parent / "configs"
 CROSS = sorted(FOLDER.glob("miniimagenet_to_*.yaml"))
@@ -53,3 +54,31 @@ def test_cross_domain(path: Path) -> None:
     evaluate = read_settings(str(path), EvaluateRun, EvaluateRun())
     assert load_split_list(evaluate.data.splits).splits["test"]
     assert evaluate.evaluate.episodes == 2000
+
+
+@pytest.mark.parametrize("given", ["cub_1shot", "cub_1shot.yaml", "configs/cub_1shot.yaml"])
+def test_found_by_name_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = settings_file(given)
+    assert Path(found).samefile(FOLDER / "cub_1shot.yaml")
+    Path("configs").mkdir()
+    Path(given).write_text("seed: 7")  # one's own goes first
+    assert settings_file(given) == given
+
+
+def test_other_names_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given in ("mine/cub_1shot.yaml", "cub_1shot.txt", "cub_1sho", "/cub_1shot.yaml", "."):
+        assert settings_file(given) == given
+    with pytest.raises(UsageError, match="did you mean 'cub_1shot', which"):
+        read_settings("cub_1sho", EvaluateRun, EvaluateRun())
+
+
+def test_command_line_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "caches/cub-224: no such folder" in fails(["pretrain", "--config=cub_1shot"], capsys)
+    assert "emoji: no such folder" in fails(["ablate", "ablation_emoji"], capsys)

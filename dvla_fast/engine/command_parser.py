@@ -50,7 +50,9 @@ def build_parser(name: str, cls: type, default: Any) -> Any:
         allow_abbrev=False,  # "--conf" would be taken for --config, whose file is read before
     )
     parser.add_argument(  # read before, for the defaults that the other options override
-        "--config", metavar="FILE", help="YAML file with any of these settings"
+        "--config",
+        metavar="FILE",
+        help="YAML file with any of these settings, or one of configs/ by name, as cub_1shot",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     add_arguments(parser, cls, default)

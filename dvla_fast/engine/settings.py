@@ -11,8 +11,10 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from dvla_fast.errors import DVLAError
@@ -117,7 +119,9 @@ def read_settings(path: str, cls: type[T], default: T, option: str = "--config")
             content = load_yaml(stream)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UsageError(f"{option} {path}: cannot read these settings ({reason})") from error
+        near = did_you_mean(Path(path).stem, (file.stem for file in _configs().glob("*.yaml")))
+        hint = f"; did you mean {near!r}, which comes with the package?" if near else ""
+        raise UsageError(f"{option} {path}: cannot read these settings ({reason}){hint}") from error
     content = {} if content is None else content
     if not isinstance(content, Mapping):
         raise UsageError(f"{option} {path}: expected settings as 'name: value', got {content!r}")
@@ -132,6 +136,25 @@ def read_settings(path: str, cls: type[T], default: T, option: str = "--config")
             past = key in getattr(cls, "past_sections", ())
             from_mapping(others[key], given, path, section=f"{key}.", look_up=not past)
     return from_mapping(cls, mine, path, default)
+
+
+def settings_file(given: str) -> str:
+    """Return the path of a settings file, which may be given as one of those in ``configs/``.
+
+    ``cub_1shot``, ``cub_1shot.yaml`` and ``configs/cub_1shot.yaml`` name the same one from every
+    folder, unless there is a file of that path.
+    """
+    path = Path(given)
+    shipped = _configs() / f"{path.stem}.yaml"
+    named = str(path.parent) in (".", "configs") and path.suffix in ("", ".yaml")
+    return str(shipped) if named and not os.path.isfile(given) and shipped.is_file() else given
+
+
+def _configs() -> Path:
+    """The folder of the settings files that come with the package: inside it, or in a clone."""
+    package = Path(__file__).parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def from_mapping(

@@ -117,3 +117,28 @@ def test_the_series_on_disk_are_what_their_script_writes(language: str, path: st
     written = run(sys.executable, ROOT / "build_tools" / "series.py", language).stdout
     number = re.compile(r"-?0x[0-9a-f.]+p[-+]\d+f?|-?\d\.\d+(?:e[-+]\d+)?")
     assert number.findall(written) == number.findall((ROOT / path).read_text()) != []
+
+
+def test_the_source_distribution_has_what_a_build_needs(tmp_path: Path) -> None:
+    """And nothing that building or testing in the repository leaves there."""
+    source = tmp_path / "source"  # setup.py looks for its files in the folder that it runs in
+    parts = ("csrc", "build_tools", "dvla_fast", "kernels", "configs")
+    unbuilt = shutil.ignore_patterns("*.so", "lib", "__pycache__")
+    for name in parts:
+        shutil.copytree(ROOT / name, source / name, ignore=unbuilt)
+    for name in (
+        *("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in"),
+        *("README.md", "CHANGELOG.md", "LICENSE"),
+    ):
+        shutil.copy(ROOT / name, source)
+    needed = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    for left in ("build_tools/__pycache__/native.pyc", "dvla_fast/_calls.so", "tests/test_a.py"):
+        (source / left).parent.mkdir(exist_ok=True)
+        (source / left).touch()
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", f"--egg-base={tmp_path}"],
+        capture_output=True, text=True, check=False, cwd=source,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (listed,) = tmp_path.glob("*.egg-info/SOURCES.txt")
+    assert needed == {line for line in listed.read_text().splitlines() if "egg-info" not in line}

@@ -364,8 +364,8 @@ def _comparability(runs: Sequence[Run]) -> list[str]:
     return notes
 
 
-def _seed(run: Run) -> Any:
-    return run.summary.get("seed", run.config.get("seed"))
+def _seed(run: Run) -> str:
+    return str(run.summary.get("seed", run.config.get("seed")))  # whatever a file holds
 
 
 def _checkpoints(run: Run) -> list[str]:

@@ -165,6 +165,18 @@ def test_seeds_that_cannot_be(copied: Path, page: Write, seed: str) -> None:
     assert "are missing: its config.yaml has the seed" in page(copied)
 
 
+@pytest.mark.parametrize("file", ["summary.json", "config.yaml"])
+def test_seeds_of_any_kind_are_compared(tmp_path: Path, page: Write, file: str) -> None:
+    runs = [write_evaluation(tmp_path / name, 0.6) for name in "ab"]
+    for run in runs:
+        edit(run / "summary.json", lambda summary: summary.pop("seed"))
+    if file == "summary.json":
+        edit(runs[0] / file, lambda summary: summary.update(seed=[1]))
+    else:
+        (runs[0] / file).write_text("seed: {a: 1}\n")
+    assert "Accuracy" in page(*runs, options=("--text_only",))
+
+
 def test_errors_of_ours_are_not_notes(
     copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -337,7 +337,8 @@ class Backward {
   // The sums over slots of the gradient of the (absorbed) query, (T * P, HD or HC).
   at::Tensor shared_gradient() const {
     const int64_t n = query_sums.size(1), per_group = slots.per_group();
-    const at::Tensor sums = new_empty({z.T * z.P, n / z.P}, z.alpha.options());
+    const at::Tensor sums =
+        new_empty({z.T * z.P, z.absorbed ? z.H * z.C : z.width}, z.alpha.options());
     for (int64_t t = 0; t < z.T; ++t) {
       add_slots(query_sums, t * per_group, per_group, n, sums.mutable_data_ptr<acc_t>() + t * n);
     }

@@ -310,14 +310,19 @@ def test_masked_tokens_are_not_read(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "shape",
-    [Shape(2, 0, 2, 3, 4, 8, 8), Shape(2, 2, 2, 3, 0, 8, 8), Shape(2, 2, 2, 0, 4, 8, 8)],
+    [
+        Shape(2, 0, 2, 3, 4, 8, 8),
+        Shape(2, 2, 2, 3, 0, 8, 8),
+        Shape(2, 2, 2, 0, 4, 8, 8),
+        Shape(1, 25, 1, 0, 700, 48, 16),  # no text, in parallel chunks
+    ],
     ids=str,
 )
 def test_empty_axes(shape: Shape, backend: str) -> None:
     tensors, grads = make(shape), make_grads(shape)
     got = with_grads(gated_attention, tensors, grads, backend=backend)
     if 0 in (shape.images, shape.rows):
-        assert got["fused"].shape == (shape.groups * shape.images, shape.rows, 8)
+        assert got["fused"].shape == (shape.groups * shape.images, shape.rows, shape.model)
         unchanged = {"updated": tensors[1], "grad_image_tokens": grads[0]}
         for name, value in got.items():
             assert torch.equal(value, unchanged.get(name, torch.zeros_like(value))), name

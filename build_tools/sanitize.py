@@ -77,7 +77,7 @@ def main() -> int:
         return 1
     pytest = Path(sys.executable).with_name("pytest")
     names = (
-        "fuzz", "gated_attention", "gate_policy",
+        "fuzz", "fuzz_layer", "gated_attention", "gate_policy",
         "attention_calls", "decision_calls", "layer_calls", "replay",
     )  # fmt: skip
     tests = [f"tests/ops/test_{name}.py" for name in names]

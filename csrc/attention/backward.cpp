@@ -189,8 +189,8 @@ class Backward {
       const int64_t slot = image_cut.slot(run, h);
       acc_t* grad_q = sum(image_query_sums, image_cut, t, run, slot);
       acc_t* grad_text = z.S > 0 ? sum(text_sums, image_cut, t, run, slot) : nullptr;
-      const int64_t heads = image_cut.by_head ? 1 : z.H;                    // that the run meets
-      if (pair - first / blocks < heads && (unit == first || part == 0)) {  // the head's first unit
+      const int64_t heads = image_cut.by_head ? 1 : z.H;
+      if (pair - first / blocks < heads && (unit == first || part == 0)) {  // a head's first
         std::fill_n(grad_q, grad_q_size, acc_t(0));
         if (grad_text) std::fill_n(grad_text, z.P * s.ld, acc_t(0));
       }

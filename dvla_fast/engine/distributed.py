@@ -7,6 +7,7 @@ the processes; the commands and their settings stay the same. The first process 
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -49,6 +50,9 @@ class Processes:
             ) from error
         state: Any = PartialState(cpu=self.device.type == "cpu")
         self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
+        if self.device.type == "cpu":
+            atexit.unregister(_leave_group)  # one command may follow another
+            atexit.register(_leave_group)
 
     @property
     def main(self) -> bool:
@@ -144,10 +148,11 @@ class Processes:
                 part.__class__ = _SyncBatchNorm2d
         return module
 
-    def close(self) -> None:
-        """Leave the group; the process may go on alone."""
-        if self.count > 1:
-            distributed.destroy_process_group()
+
+def _leave_group() -> None:
+    """Stop gloo's threads: one that drops a tensor while Python ends aborts the process."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 class _Sum(torch.autograd.Function):

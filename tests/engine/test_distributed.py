@@ -43,8 +43,10 @@ PPO = [
 ]  # fmt: skip
 HALF = [*PRETRAIN, "--execution.precision=bfloat16", "--execution.channels_last=true"]
 SCRIPT = """
-import sys
+import atexit, sys
+from torch import distributed
 from dvla_fast.cli import main
+atexit.register(lambda: print("in a group:", distributed.is_initialized()))  # the last to run
 settings, folder = eval(sys.argv[1]), sys.argv[2]
 assert main([*settings[0], f"--output={folder}/pretrain"]) == 0
 start = f"--checkpoint={sys.argv[3]}/pretrain/checkpoints/pretrain-last.safetensors"
@@ -135,6 +137,13 @@ def test_one_process_speaks(runs: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.slow
+def test_processes_leave_their_group(runs: tuple[Path, Path]) -> None:
+    """Gloo's threads have ended when Python does; one that has not can abort the process."""
+    for rank in (0, 1):
+        assert "in a group: False" in (runs[1] / f"said-{rank}.txt").read_text()
+
+
+@pytest.mark.slow
 def test_mixed_precision(runs: tuple[Path, Path]) -> None:
     one, two = (read_metrics(run / "half")[-1]["loss"] for run in runs)
     assert two == pytest.approx(one, abs=0.02)
@@ -176,6 +185,7 @@ out = _normed(norm, tokens, mask[:, None, None]) * seen
 (out * case["weight"].split([2, 3])[rank]).sum().backward()
 found = {"out": out.detach(), "grad": tokens.grad * seen, "weight": norm.weight.grad}
 torch.save({**found, "mean": norm.running_mean, "var": norm.running_var}, f"{folder}/{rank}.pt")
+distributed.destroy_process_group()
 """
 
 

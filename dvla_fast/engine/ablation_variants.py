@@ -31,6 +31,11 @@ GROUPS = {
     "layers": "Gated layers (stage, block)",
     "scope": "Whose text an image sees",
 }
+_SCOPES = {
+    "episode": "every image sees the texts of all the episode's classes",
+    "class": "supports see their own class's texts, queries none",
+    "candidate": "supports see their own class's texts, queries each class's in turn",
+}
 _ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -91,12 +96,9 @@ def all_variants(config: AblateRun, channels: int) -> list[Variant]:
     backbone: Any = build_backbone(**spec)
     rows += _levels(config, backbone)
     rows += _layers(config, backbone)
-    other = {"episode": "class", "class": "episode"}[model.text_scope]
-    words = {
-        "class": "supports see their own class's texts, queries none",
-        "episode": "every image sees the texts of all the episode's classes",
-    }
-    rows.append(Variant(f"scope={other}", "scope", words[other], {"model.text_scope": other}))
+    for scope, words in _SCOPES.items():
+        if scope != model.text_scope:
+            rows.append(Variant(f"scope={scope}", "scope", words, {"model.text_scope": scope}))
     return rows
 
 

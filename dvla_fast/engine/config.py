@@ -153,7 +153,9 @@ class ModelConfig:
     hidden_dim: int = option(128, "hidden width of the policy network", 1)
     policy: str = option("beta", "gate policy: beta, categorical, fixed, static or mlp")
     fixed_alpha: float = option(0.5, "gate value of policy fixed", 0, 1)
-    text_scope: str = option("episode", "whose text an image sees: episode or class")
+    text_scope: str = option(
+        "episode", "whose text an image sees: episode (all), class (supports) or candidate"
+    )
     alpha_scope: str = option("episode", "one gate value per episode or per image")
     temperature: float = option(0.2, "temperature of the cosine prototype classifier", above=0)
 

@@ -7,7 +7,7 @@ Three plans, chosen by what a feature depends on; all give the model's own numbe
   product with the prototypes.
 - ``"supports"``: queries see no text but the supports' gate looks at its episode. Queries once
   per image; the supports, a few images, once per episode.
-- ``"prefix"``: every image sees the episode's texts. What comes before the first gate is computed
+- ``"prefix"``: queries see texts, too. What comes before the first gate is computed
   once per image, the rest once per episode.
 """
 
@@ -107,7 +107,7 @@ def predict_visual(
 
 def plan(model: DVLA, alpha: float | None = None) -> str:
     """Say which plan of this module's description is exact for a model (and a replayed gate)."""
-    if model.text_scope == "episode":
+    if model.text_scope != "class":
         return PREFIX
     return ONCE if model.supports_are_independent(alpha) else SUPPORTS
 

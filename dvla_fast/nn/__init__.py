@@ -16,7 +16,8 @@ from dvla_fast.nn.backbones import (
     has_small_stem,
     visformer_tiny,
 )
-from dvla_fast.nn.dvla import DVLA, EpisodeOutput, LayerTrace, TextTokens
+from dvla_fast.nn.dvla import DVLA
+from dvla_fast.nn.episode import EpisodeOutput, LayerTrace, TextTokens
 from dvla_fast.nn.explain import Explanation, LayerAttention, explain_episodes
 from dvla_fast.nn.gate import GateAttention, GateOutput, RLAGate
 from dvla_fast.nn.policy import (

@@ -11,7 +11,7 @@ from dvla_fast import _extension
 from dvla_fast.ops.value_checks import require, value_checks
 
 if TYPE_CHECKING:
-    from dvla_fast.nn.dvla import TextTokens
+    from dvla_fast.nn.episode import TextTokens
 
 
 def check_episodes(support: Tensor, labels: Tensor, query: Tensor, way: int) -> None:
@@ -75,5 +75,5 @@ def check_text(text: TextTokens, episodes: int, way: int, text_dim: int, by_clas
     if by_class and tokens.shape[1] % way:
         raise ValueError(
             f"text.tokens: {tokens.shape[1]} tokens do not fall into {way} classes evenly,"
-            " as text_scope='class' needs; pad the classes and set text.mask"
+            " as this text_scope needs; pad the classes and set text.mask"
         )

@@ -12,20 +12,21 @@ import torch
 from torch import Tensor
 
 from dvla_fast.nn.backbones.base import Location
-from dvla_fast.nn.dvla import DVLA, EpisodeOutput, TextTokens
+from dvla_fast.nn.dvla import DVLA
+from dvla_fast.nn.episode import EpisodeOutput, TextTokens
 
 
 class LayerAttention(NamedTuple):
     """Attention at one gated layer.
 
-    M images meet text: supports, then queries (text scope "episode"), or the supports alone
-    (text scope "class"). G text groups make an episode: 1, or one for each support. P is the
-    number of text tokens of a group, N that of image tokens.
+    M images meet text: supports, then queries (text scope "episode"), or the supports alone (the
+    other scopes; of candidates nothing is kept). G text groups make an episode: 1, or one for each
+    support. P is the number of text tokens of a group, N that of image tokens.
     """
 
     location: Location
     alpha: Tensor
-    """(E,), or (E, M) in alpha scope "image"."""
+    """(E,); in alpha scope "image" as ``LayerTrace.alpha``."""
     image: Tensor
     """(E, M, H, P, N)."""
     text: Tensor
@@ -38,7 +39,8 @@ class Explanation(NamedTuple):
     output: EpisodeOutput
     """As the model returns it."""
     features: Tensor
-    """(E, S + Q, d): what the prototype classifier compares, supports first."""
+    """(E, S + Q, d): what the prototype classifier compares, supports first. In text scope
+    "candidate" a query's are those of the class that it was put into."""
     layers: tuple[LayerAttention, ...]
     """One for each gated layer, in order."""
 
@@ -93,4 +95,8 @@ def explain_episodes(
             )
         )
     parts = [part.unflatten(0, (episodes, -1)) for part in features]
+    if model.text_scope == "candidate":
+        rows = parts[1].unflatten(1, (way, -1)).transpose(1, 2)  # [E, Q, way, d]
+        answers = output.logits.argmax(-1)[..., None, None].expand(-1, -1, 1, rows.shape[-1])
+        parts[1] = rows.gather(2, answers).squeeze(2)
     return Explanation(output, torch.cat(parts, 1), tuple(layers))

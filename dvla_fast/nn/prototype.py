@@ -40,7 +40,7 @@ def prototype_logits(
     Args:
         support_features: (E, S, d).
         support_labels: (E, S) int64 in [0, way).
-        query_features: (E, Q, d).
+        query_features: (E, Q, d); or (E, Q, way, d), one for the comparison with each class.
         way: number of classes.
         temperature: > 0 (the authors' code: 0.2).
 
@@ -56,16 +56,23 @@ def prototype_logits(
     with in_own_precision(support_features):
         means = F.normalize(prototypes(support_features.to(wide), support_labels, way), dim=-1)
         queries = F.normalize(query_features.to(wide), dim=-1)
+        if queries.dim() == 4:
+            return torch.linalg.vecdot(queries, means.unsqueeze(1)) / temperature
         return queries @ means.transpose(1, 2) / temperature
 
 
 def _check(support: Tensor, labels: Tensor, query: Tensor, way: int, temperature: float) -> None:
-    for name, tensor in (("support_features", support), ("query_features", query)):
-        if tensor.dim() != 3:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected 3 dimensions")
+    for name, tensor, known in (
+        ("support_features", support, (3,)),
+        ("query_features", query, (3, 4)),
+    ):
+        if tensor.dim() not in known:
+            wanted = " or ".join(map(str, known))
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {wanted} dimensions")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating tensor, got {tensor.dtype}")
-    if query.shape[0] != support.shape[0] or query.shape[2] != support.shape[2]:
+    fits = query.shape[0] == support.shape[0] and query.shape[-1] == support.shape[-1]
+    if not fits or (query.dim() == 4 and query.shape[2] != way):
         raise ValueError(
             f"query_features: shape {tuple(query.shape)} does not fit support_features"
             f" {tuple(support.shape)}"

@@ -303,9 +303,9 @@ class _Studio:
         support_labels: Tensor,
         names: list[str],
     ) -> list[Look]:
-        """Queries with every attribute's attention; in text scope "class" the supports."""
+        """Queries with every attribute's attention; in scopes but "episode" supports."""
         looks = []
-        if self.model.text_scope == "class":  # queries see no text there
+        if self.model.text_scope != "episode":  # queries see no text there, or every class's
             for i in _one_each(support_labels.tolist()):
                 label = int(support_labels[i])
                 looks.append(self._look(found, raw[i], i, [label], names, label, label, 1.0, True))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dvla_fast.nn.dvla import EpisodeOutput, TextTokens
+from dvla_fast.nn.episode import EpisodeOutput, TextTokens
 from dvla_fast.rl.baselines import normalise_advantage
 from dvla_fast.rl.diagnostics import advantage_figures, alpha_figures, gradient_figures
 from dvla_fast.rl.objectives import (

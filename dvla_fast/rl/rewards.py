@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dvla_fast import _extension
-from dvla_fast.nn.dvla import EpisodeOutput, TextTokens
+from dvla_fast.nn.episode import EpisodeOutput, TextTokens
 from dvla_fast.nn.prototype import prototype_logits
 from dvla_fast.ops.value_checks import require, value_checks
 
@@ -176,7 +176,8 @@ def accuracy_reward(
 ) -> Tensor:
     """Prototype accuracy of pooled features after a gate minus before it: (E,) in [-1, 1].
 
-    Features (E, S, d) and (E, Q, d), labels (E, S) and (E, Q).
+    Features (E, S, d) and (E, Q, d), or (E, Q, way, d) for queries with one for each class; labels
+    (E, S) and (E, Q).
 
     Raises:
         TypeError, ValueError: shapes, dtypes or labels do not fit together.
@@ -184,7 +185,7 @@ def accuracy_reward(
     after = prototype_logits(support_after, support_labels, query_after, way)
     before = prototype_logits(support_before, support_labels, query_before, way)
     check_labels("support_labels", support_labels, support_after.shape[:-1], way)
-    check_labels("query_labels", query_labels, query_after.shape[:-1], way)
+    check_labels("query_labels", query_labels, query_after.shape[:2], way)
     return episode_accuracy(after, query_labels) - episode_accuracy(before, query_labels)
 
 

@@ -62,7 +62,8 @@ def test_rows_need_the_texts_that_they_are_about(config: AblateRun, tmp_path: Pa
 def test_groups_and_variants(config: AblateRun) -> None:
     assert [row.name for row in chosen_variants(config, 1)] == ["full", "visual", "alpha=0.5"]
     config.ablate = AblateConfig(groups=["scope"])
-    assert [row.name for row in chosen_variants(config, 1)] == ["full", "scope=class"]
+    names = [row.name for row in chosen_variants(config, 1)]
+    assert names == ["full", "scope=class", "scope=candidate"]
     for bad, words in (
         ({"groups": ["semantic"]}, "did you mean 'semantics'"),
         ({"variants": ["alpha=0.3"]}, "alpha=0.3"),

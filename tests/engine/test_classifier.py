@@ -18,6 +18,7 @@ from dvla_fast.cli import main
 from dvla_fast.engine.build import encode_texts
 from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.errors import BankError, CheckpointError, DataError
+from dvla_fast.nn.dvla import TEXT_SCOPES
 from dvla_fast.semantics import SemanticBank
 from dvla_fast.semantics.encoders import encoder_identity
 from tests.engine.conftest import MEAN, STD
@@ -41,7 +42,7 @@ def pictures(count: int, seed: int) -> list[np.ndarray]:
 SUPPORTS = {"jay": pictures(2, 0), "wren": pictures(1, 1), "crow": pictures(3, 2)}
 
 
-@pytest.mark.parametrize("text_scope", ["episode", "class"])
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
 def test_says_what_the_model_says(make_checkpoint: Callable, text_scope: str) -> None:
     path = make_checkpoint(text_scope=text_scope)
     classifier = dvla_fast.FewShotClassifier.load(path, "cpu").learn(SUPPORTS, BANK)

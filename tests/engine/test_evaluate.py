@@ -40,6 +40,7 @@ from dvla_fast.engine.records import EpisodeRecord, compare_runs
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.errors import DataError, OutputError, TrainingError
 from dvla_fast.nn import DVLA
+from dvla_fast.nn.dvla import TEXT_SCOPES
 from dvla_fast.semantics import EncodedTexts
 from tests.engine.runs import (
     another_training,
@@ -73,6 +74,8 @@ PLANS = [
     ("class", "episode", "mlp", SUPPORTS, ONCE),
     ("episode", "episode", "beta", PREFIX, PREFIX),
     ("episode", "image", "beta", PREFIX, PREFIX),
+    ("candidate", "episode", "beta", PREFIX, PREFIX),
+    ("candidate", "image", "beta", PREFIX, PREFIX),
 ]
 
 
@@ -135,7 +138,7 @@ def test_each_image_goes_through_once(
     assert counts == {"prefix": 120, "gate": 120}
 
 
-@pytest.mark.parametrize("text_scope", ["class", "episode"])
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
 def test_every_stretch_of_work_shows_itself(
     few_digits: FewShotData,
     texts: EncodedTexts,
@@ -159,7 +162,7 @@ def test_every_stretch_of_work_shows_itself(
     assert sum("of 120 images" in line for line in lines) == 4  # all, for the plain backbone
     assert sum(" images" in line for line in lines) > 4  # those that the episodes use
     batches = [line for line in lines if line.endswith("] evaluate")]
-    assert len(batches) == (6 if text_scope == "episode" else 4)  # of both gates
+    assert len(batches) == (4 if text_scope == "class" else 6)  # of both gates
     assert "100 %" in lines[-1]
 
 
@@ -323,7 +326,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, stop: int) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("text_scope", ["class", "episode"])
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
 def test_an_interrupted_evaluation_goes_on(
     text_scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ def test_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.free_mib(torch.device("cpu")) == total
 
 
-@pytest.mark.parametrize("scope", ["class", "episode"])
+@pytest.mark.parametrize("scope", ["class", "episode", "candidate"])
 def test_validation_without_room_for_maps(
     tiny: DemoRun, few_digits: FewShotData, monkeypatch: pytest.MonkeyPatch, scope: str
 ) -> None:

@@ -118,7 +118,10 @@ def test_recipes_train_the_policies(
     assert all(value > 0 for value in row["policy_kl"])
 
 
-@pytest.mark.parametrize("scopes", [("image", "episode"), ("image", "class"), ("episode", "class")])
+@pytest.mark.parametrize("scopes", [
+    ("image", "episode"), ("image", "class"), ("episode", "class"), ("image", "candidate"),
+    ("episode", "candidate"),
+])  # fmt: skip
 @pytest.mark.parametrize("recipe", ["ppo, value", "dpo", "counterfactual, epoch"])
 def test_other_scopes(
     tmp_path: Path, few_digits: FewShotData, tiny: DemoRun, recipe: str, scopes: tuple[str, str]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dvla_fast.errors import CheckpointError, MissingDependencyError
 from dvla_fast.nn import DVLA, ClipViT, GatedTokens, Location, build_backbone, clip_statistics
+from dvla_fast.nn.dvla import TEXT_SCOPES
 from tests.clip_model import TINY, register_tiny_clip
 
 from .conftest import TEXT_DIM, make_episodes, make_text
@@ -101,7 +102,7 @@ def test_prefix_then_rest_is_the_whole(backbone: ClipViT, images: Tensor) -> Non
         torch.testing.assert_close(rest, backbone(images, gate, locations=[stop]))
 
 
-@pytest.mark.parametrize("text_scope", ["episode", "class"])
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
 def test_under_dvla(backbone: ClipViT, text_scope: str) -> None:
     model = DVLA(
         backbone, text_dim=TEXT_DIM, num_heads=2, hidden_dim=8, text_scope=text_scope

@@ -18,6 +18,7 @@ from dvla_fast.nn import (
     prototype_logits,
     visformer_tiny,
 )
+from dvla_fast.nn.dvla import TEXT_SCOPES
 from dvla_fast.nn.policy import POLICIES
 
 from .conftest import TEXT_DIM, make_episodes, make_text
@@ -28,7 +29,7 @@ MakeModel = Callable[..., DVLA]
 @pytest.mark.parametrize(
     ("episodes", "way", "shot", "queries"), [(1, 2, 1, 1), (3, 5, 1, 2), (2, 3, 4, 1), (2, 1, 2, 3)]
 )
-@pytest.mark.parametrize("text_scope", ["episode", "class"])
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
 @pytest.mark.parametrize("alpha_scope", ["episode", "image"])
 def test_shapes(
     make_model: MakeModel,
@@ -44,7 +45,8 @@ def test_shapes(
     output = model(support, labels, query, make_text(episodes, way), way=way)
     s, q = way * shot, way * queries
     seen = q if text_scope == "episode" else s
-    drawn = s + q if text_scope == "episode" else s
+    drawn = s + {"episode": q, "class": 0, "candidate": way * q}[text_scope]
+    classes = (way,) if text_scope == "candidate" else ()
     assert output.logits.shape == (episodes, q, way)
     assert [t.location for t in output.layers] == [(2, 0), (3, 0)]
     for trace, width in zip(output.layers, (16, 24)):
@@ -52,14 +54,15 @@ def test_shapes(
         for value in (trace.alpha, trace.action_logit, trace.log_prob, trace.entropy):
             assert value.shape == shape
         assert trace.support_before.shape == trace.support_after.shape == (episodes, s, width)
-        assert trace.query_before.shape == trace.query_after.shape == (episodes, q, width)
+        compared = (episodes, q, *classes, width)
+        assert trace.query_before.shape == trace.query_after.shape == compared
         assert trace.fused.shape == (episodes, seen, width)
         assert trace.aligned.shape == (episodes, seen, TEXT_DIM)
     assert (output.aligned_labels is None) == (text_scope == "episode")
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("text_scope", ["episode", "class"])
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
 def test_every_policy_trains(make_model: MakeModel, policy: str, text_scope: str) -> None:
     model = make_model(policy=policy, text_scope=text_scope)
     support, labels, query, _ = make_episodes(2, 3, 1, 2)
@@ -81,7 +84,7 @@ def test_without_text_it_is_the_visual_classifier(make_model: MakeModel) -> None
     )
 
 
-@pytest.mark.parametrize("text_scope", ["episode", "class"])
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
 def test_batched_episodes_are_independent(make_model: MakeModel, text_scope: str) -> None:
     model = make_model(text_scope=text_scope).eval()
     support, labels, query, _ = make_episodes(3, 3, 2, 2)
@@ -113,39 +116,8 @@ def test_supports_decide_and_queries_replay(make_model: MakeModel) -> None:
     torch.testing.assert_close(torch.cat(singly, 1), first.logits, rtol=1e-4, atol=1e-4)
 
 
-def test_class_scope_hides_text_from_queries(make_model: MakeModel) -> None:
-    model = make_model(text_scope="class").eval()
-    support, labels, query, _ = make_episodes(2, 3, 2, 1)
-    text = make_text(2, 3)
-    changed = TextTokens(text.tokens.clone(), text.levels, text.class_embedding)
-    changed.tokens[:, :3] += 1.0  # the first class's texts
-    before = model(support, labels, query, text, way=3, alpha=0.5)
-    after = model(support, labels, query, changed, way=3, alpha=0.5)
-    for trace_a, trace_b in zip(before.layers, after.layers):
-        torch.testing.assert_close(trace_a.query_before, trace_a.query_after)
-        torch.testing.assert_close(trace_a.query_after, trace_b.query_after)
-        moved = (trace_a.support_after - trace_b.support_after).abs().sum(-1) > 1e-5
-        assert torch.equal(moved, labels == 0)
-    assert before.aligned_labels is labels
-    assert not torch.allclose(before.logits, after.logits)
-
-
-def test_class_scope_compares_gated_supports_with_plain_queries(make_model: MakeModel) -> None:
-    model = make_model(text_scope="class").eval()
-    support, labels, query, _ = make_episodes(2, 3, 2, 1)
-    features: list[torch.Tensor] = []
-    model.backbone.register_forward_hook(
-        lambda _m, _args, out: features.append(out.unflatten(0, (2, -1)))
-    )
-    logits = model(support, labels, query, make_text(2, 3), way=3).logits
-    gated, plain = features
-    torch.testing.assert_close(plain.flatten(0, 1), model.features(query.flatten(0, 1)))
-    assert not torch.allclose(gated.flatten(0, 1), model.features(support.flatten(0, 1)), atol=1e-3)
-    torch.testing.assert_close(logits, prototype_logits(gated, labels, plain, 3, 0.2))
-
-
 @pytest.mark.parametrize("alpha_scope", ["episode", "image"])
-@pytest.mark.parametrize("text_scope", ["episode", "class"])
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
 def test_traced_gates_replay(make_model: MakeModel, alpha_scope: str, text_scope: str) -> None:
     model = make_model(alpha_scope=alpha_scope, text_scope=text_scope)
     model.backbone.eval()  # batch norm apart
@@ -180,7 +152,7 @@ def test_forms_of_given_gates(make_model: MakeModel) -> None:
 def test_prefix_saves_work_and_changes_nothing(make_model: MakeModel) -> None:
     support, labels, query, _ = make_episodes(2, 3, 1, 2)
     text = make_text(2, 3)
-    for scope in ("episode", "class"):
+    for scope in TEXT_SCOPES:
         model = make_model(text_scope=scope).eval()
         maps = [model.prefix(x.flatten(0, 1)).unflatten(0, (2, -1)) for x in (support, query)]
         for given in (text, None):
@@ -358,66 +330,13 @@ def test_a_number_of_numpy_replays_all_layers(make_model: MakeModel) -> None:
     assert [trace.alpha.tolist() for trace in output.layers] == [[0.25], [0.25]]
 
 
-def test_class_scope_needs_even_texts(make_model: MakeModel) -> None:
-    support, labels, query, _ = make_episodes(1, 3, 1, 1)
-    text = make_text(1, 2, attributes=1)._replace(class_embedding=torch.randn(1, 3, TEXT_DIM))
-    with pytest.raises(ValueError, match="4 tokens do not fall into 3 classes"):
-        make_model(text_scope="class")(support, labels, query, text, way=3)
-
-
-def test_class_scope_weighs_each_class_by_its_own_levels(make_model: MakeModel) -> None:
-    """A class of attributes alone beside one that has a description."""
-    model = make_model(text_scope="class", level_weights=((1.0, 0.0), (1.0, 0.0))).eval()
-    support, labels, query, _ = make_episodes(2, 2, 2, 1)
-    text = make_text(2, 2)._replace(levels=torch.tensor([0, 0, 0, 0, 0, 1]))
-    changed = text.tokens.clone()
-    changed[:, 5] += 1.0  # the second class's description, which weighs 0
-
-    def logits(tokens: torch.Tensor) -> torch.Tensor:
-        given = text._replace(tokens=tokens)
-        return model(support, labels, query, given, way=2).logits
-
-    torch.testing.assert_close(logits(changed), logits(text.tokens))
-    changed[:, 2] += 1.0  # an attribute of the first
-    assert not torch.allclose(logits(changed), logits(text.tokens), atol=1e-4)
-
-
-def test_when_supports_are_independent(make_model: MakeModel) -> None:
-    first, second = (2, 0), (3, 0)
-    model = make_model(text_scope="class")
-    for alpha in (0.5, torch.tensor(0.5), [0.5, np.float32(0.5)], {first: 0.5, second: 0.1}):
-        assert model.supports_are_independent(alpha)
-    per_episode = torch.rand(2)
-    for alpha in (None, {first: 0.5}, [0.5, None], per_episode, [0.5, per_episode]):
-        assert not model.supports_are_independent(alpha)
-    image = make_model(text_scope="class", alpha_scope="image")
-    assert image.supports_are_independent()
-    assert image.supports_are_independent({first: 0.5})
-    assert not image.supports_are_independent(torch.rand(2, 3))
-    assert make_model(text_scope="class", policy="static").supports_are_independent()
-    assert not make_model().supports_are_independent(0.5)
-    gated = make_model(text_scope="class").eval()
-    support, labels, _, _ = make_episodes(1, 2, 1, 1)
-    text = make_text(1, 2)
-    alone = TextTokens(
-        torch.stack([text.tokens[0].unflatten(0, (2, -1))[i] for i in labels[0].tolist()]),
-        text.levels[:3],
-        text.class_embedding[0][labels[0]].unsqueeze(1),
-    )
-    together, _ = gated.support_features(support, labels, text, way=2, alpha=[0.5, 0.2])
-    apart, _ = gated.support_features(
-        support[0].unsqueeze(1), torch.zeros(2, 1).long(), alone, way=1, alpha=[0.5, 0.2]
-    )
-    torch.testing.assert_close(apart.flatten(0, 1), together.flatten(0, 1))
-
-
-@pytest.mark.parametrize("text_scope", ["episode", "class"])
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
 def test_one_gate_an_episode_reaches_its_images(make_model: MakeModel, text_scope: str) -> None:
     model = make_model(alpha_scope="image", text_scope=text_scope).eval()
     support, labels, query, _ = make_episodes(2, 3, 1, 2)
     text, alpha = make_text(2, 3), torch.tensor([0.2, 0.9])
     output = model(support, labels, query, text, way=3, alpha=alpha)
-    images = 9 if text_scope == "episode" else 3
+    images = {"episode": 9, "class": 3, "candidate": 21}[text_scope]
     for trace in output.layers:
         for value in (trace.alpha, trace.action_logit, trace.log_prob, trace.entropy):
             assert value.shape == (2, images)
@@ -427,14 +346,14 @@ def test_one_gate_an_episode_reaches_its_images(make_model: MakeModel, text_scop
 
 
 @pytest.mark.parametrize("name", ["alpha", "action_logit"])
-@pytest.mark.parametrize("text_scope", ["episode", "class"])
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
 def test_gates_of_images_are_refused_for_episodes(
     make_model: MakeModel, text_scope: str, name: str
 ) -> None:
     model = make_model(text_scope=text_scope)
     model.backbone.forward = None  # nothing is computed before
     support, labels, query, _ = make_episodes(2, 3, 1, 2)
-    images = 9 if text_scope == "episode" else 3
+    images = {"episode": 9, "class": 3, "candidate": 21}[text_scope]
     match = rf"{name}: shape \(2, {images}\), alpha_scope='episode' takes \(2,\)"
     for given in (torch.rand(2, images), [None, torch.rand(2, images)]):
         with pytest.raises(ValueError, match=match):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dvla_fast.nn import DVLA
+from dvla_fast.nn.dvla import TEXT_SCOPES
 
 from .conftest import make_episodes, make_text
 
@@ -25,7 +26,7 @@ MakeModel = Callable[..., DVLA]
         ({"mask": lambda x: x.float()}, TypeError, "mask: expected bool"),
     ],
 )
-@pytest.mark.parametrize("text_scope", ["episode", "class"])
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
 def test_texts_that_do_not_fit(
     make_model: MakeModel, text_scope: str, change: dict, error: type[Exception], message: str
 ) -> None:

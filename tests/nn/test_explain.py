@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvla_fast.nn import DVLA, GateAttention, RLAGate, explain_episodes
+from dvla_fast.nn import DVLA, GateAttention, RLAGate, explain_episodes, prototype_logits
+from dvla_fast.nn.dvla import TEXT_SCOPES
 from dvla_fast.nn.gate import per_image
 
 from .conftest import TEXT_DIM, make_episodes, make_text
@@ -100,7 +101,7 @@ def test_explain_takes_the_mean_and_can_sample(make_gate: MakeGate) -> None:
 
 
 @pytest.mark.parametrize("alpha_scope", ["episode", "image"])
-@pytest.mark.parametrize("text_scope", ["episode", "class"])
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
 def test_whole_model(make_model: Callable[..., DVLA], text_scope: str, alpha_scope: str) -> None:
     model = make_model(text_scope=text_scope, alpha_scope=alpha_scope).eval()
     support, labels, query, _ = make_episodes(2, 3, 2, 4)
@@ -109,6 +110,11 @@ def test_whole_model(make_model: Callable[..., DVLA], text_scope: str, alpha_sco
     plain = model(support, labels, query, text, way=3)
     assert torch.equal(found.output.logits, plain.logits)
     assert found.features.shape == (2, 18, model.backbone.feature_dim)
+    shown, asked = found.features.split((6, 12), 1)  # classified as they are shown
+    again = prototype_logits(shown, labels, asked, 3, model.temperature).gather(
+        2, plain.logits.argmax(-1, keepdim=True)
+    )
+    torch.testing.assert_close(again.squeeze(2), plain.logits.amax(-1))
     images = 18 if text_scope == "episode" else 6
     for layer, trace in zip(found.layers, plain.layers, strict=True):
         tokens = 9 if text_scope == "episode" else 3

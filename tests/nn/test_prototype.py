@@ -27,6 +27,16 @@ def test_logits_equal_a_loop(episodes: int, way: int, shot: int, queries: int) -
                 torch.testing.assert_close(got[e, q, c], cosine / 0.5)
 
 
+def test_queries_with_features_for_each_class() -> None:
+    support = torch.randn(2, 6, 7, dtype=torch.float64)
+    labels = torch.tensor([[0, 1, 2, 2, 0, 1], [2, 1, 0, 0, 1, 2]])
+    query = torch.randn(2, 4, 3, 7, dtype=torch.float64)
+    got = prototype_logits(support, labels, query, 3)
+    for c in range(3):
+        alone = prototype_logits(support, labels, query[:, :, c], 3)
+        torch.testing.assert_close(got[..., c], alone[..., c])
+
+
 def test_uneven_shots_and_absent_classes() -> None:
     features = torch.tensor([[[2.0, 0.0], [4.0, 0.0], [0.0, 3.0]]])
     means = prototypes(features, torch.tensor([[0, 0, 2]]), way=3)
@@ -62,6 +72,8 @@ def test_gradients_reach_supports_and_queries() -> None:
     [
         (ValueError, "support_features: shape", {"support_features": torch.randn(4, 8)}),
         (ValueError, "query_features: shape", {"query_features": torch.randn(2, 3, 8)}),
+        (ValueError, "query_features: shape", {"query_features": torch.randn(1, 3, 3, 8)}),
+        (ValueError, "query_features: shape .* 3 or 4", {"query_features": torch.randn(3, 8)}),
         (TypeError, "query_features: expected", {"query_features": torch.ones(1, 3, 8).long()}),
         (TypeError, "support_labels: expected int64", {"support_labels": torch.zeros(1, 4)}),
         (ValueError, "support_labels: shape", {"support_labels": torch.zeros(1, 3).long()}),

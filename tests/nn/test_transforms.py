@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dvla_fast.nn import DVLA, RLAGate
+from dvla_fast.nn.dvla import TEXT_SCOPES
 from dvla_fast.nn.policy import POLICIES
 from dvla_fast.rl import ReinforceLoss, total_loss
 
@@ -94,7 +95,7 @@ def test_compiled_gate_serves_every_batch_size(make_gate: MakeGate) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("text_scope", ["episode", "class"])
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
 def test_model_compiles_whole(make_model: MakeModel, text_scope: str) -> None:
     model = make_model(text_scope=text_scope).eval()
     support, labels, query, _ = make_episodes(2, 3, 1, 2)
@@ -218,7 +219,7 @@ def test_export_in_evaluation(make_gate: MakeGate, inputs: tuple) -> None:
     same(tuple(torch.export.load(file).module()(*inputs)), gate(*inputs))
 
 
-@pytest.mark.parametrize("text_scope", ["episode", "class"])
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
 def test_a_model_exported_and_saved(make_model: MakeModel, text_scope: str) -> None:
     model = make_model(text_scope=text_scope).eval()
     support, labels, query, _ = make_episodes(2, 3, 1, 1)
@@ -260,7 +261,7 @@ def one_process_group(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_process_group")
-@pytest.mark.parametrize("text_scope", ["episode", "class"])
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
 def test_distributed_data_parallel(make_model: MakeModel, text_scope: str) -> None:
     model = make_model(text_scope=text_scope)
     twin = copy.deepcopy(model)

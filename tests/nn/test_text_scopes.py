@@ -1,0 +1,151 @@
+"""Whose texts an image sees: the scopes in which each class has its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from dvla_fast.nn import DVLA, TextTokens, prototype_logits
+
+from .conftest import TEXT_DIM, make_episodes, make_text
+
+MakeModel = Callable[..., DVLA]
+
+
+def test_class_scope_hides_text_from_queries(make_model: MakeModel) -> None:
+    model = make_model(text_scope="class").eval()
+    support, labels, query, _ = make_episodes(2, 3, 2, 1)
+    text = make_text(2, 3)
+    changed = TextTokens(text.tokens.clone(), text.levels, text.class_embedding)
+    changed.tokens[:, :3] += 1.0  # the first class's texts
+    before = model(support, labels, query, text, way=3, alpha=0.5)
+    after = model(support, labels, query, changed, way=3, alpha=0.5)
+    for trace_a, trace_b in zip(before.layers, after.layers):
+        torch.testing.assert_close(trace_a.query_before, trace_a.query_after)
+        torch.testing.assert_close(trace_a.query_after, trace_b.query_after)
+        moved = (trace_a.support_after - trace_b.support_after).abs().sum(-1) > 1e-5
+        assert torch.equal(moved, labels == 0)
+    assert before.aligned_labels is labels
+    assert not torch.allclose(before.logits, after.logits)
+
+
+def test_class_scope_compares_gated_supports_with_plain_queries(make_model: MakeModel) -> None:
+    model = make_model(text_scope="class").eval()
+    support, labels, query, _ = make_episodes(2, 3, 2, 1)
+    features: list[torch.Tensor] = []
+    model.backbone.register_forward_hook(
+        lambda _m, _args, out: features.append(out.unflatten(0, (2, -1)))
+    )
+    logits = model(support, labels, query, make_text(2, 3), way=3).logits
+    gated, plain = features
+    torch.testing.assert_close(plain.flatten(0, 1), model.features(query.flatten(0, 1)))
+    assert not torch.allclose(gated.flatten(0, 1), model.features(support.flatten(0, 1)), atol=1e-3)
+    torch.testing.assert_close(logits, prototype_logits(gated, labels, plain, 3, 0.2))
+
+
+def test_candidates_meet_one_class_at_a_time(make_model: MakeModel) -> None:
+    """Only comparisons with a class depend on its texts, of its supports and of all queries."""
+    model = make_model(text_scope="candidate").eval()
+    support, labels, query, _ = make_episodes(2, 3, 2, 1)
+    text = make_text(2, 3, masked=True)
+    changed = text.tokens.clone()
+    changed[:, 3:6] += 1.0  # the second class's texts
+    before = model(support, labels, query, text, way=3, alpha=0.5)
+    after = model(support, labels, query, text._replace(tokens=changed), way=3, alpha=0.5)
+    moved = (before.logits - after.logits).abs() > 1e-5
+    assert moved.tolist() == [[[False, True, False]] * 3] * 2
+    for trace_a, trace_b in zip(before.layers, after.layers):
+        moved = (trace_a.query_after - trace_b.query_after).abs().sum(-1) > 1e-5
+        assert moved.tolist() == [[[False, True, False]] * 3] * 2
+    first = before.layers[0].query_before  # no gate came before it
+    torch.testing.assert_close(first, first[:, :, :1].expand_as(first))
+    assert before.aligned_labels is labels
+
+
+@pytest.mark.parametrize("alpha_scope", ["episode", "image"])
+def test_candidates_are_gated_as_supports_are(make_model: MakeModel, alpha_scope: str) -> None:
+    """Every query, class by class, as a support of that class; then the nearest prototype."""
+    model = make_model(text_scope="candidate", alpha_scope=alpha_scope).eval()
+    as_class = make_model(text_scope="class", alpha_scope=alpha_scope).eval()
+    as_class.load_state_dict(model.state_dict())
+    support, labels, query, _ = make_episodes(2, 3, 2, 2)
+    text = make_text(2, 3, masked=True)
+    found = model(support, labels, query, text, way=3)
+    given = {"alpha": [trace.alpha for trace in found.layers]}
+    if alpha_scope == "image":
+        given = {"alpha": [trace.alpha[:, :6] for trace in found.layers]}
+    seen, _ = as_class.support_features(support, labels, text, way=3, **given)
+    for label in range(3):
+        if alpha_scope == "image":
+            place = slice(6 + 6 * label, 12 + 6 * label)
+            given = {"alpha": [trace.alpha[:, place] for trace in found.layers]}
+        whose = torch.full(query.shape[:2], label)
+        features, traces = as_class.support_features(query, whose, text, way=3, **given)
+        logits = prototype_logits(seen, labels, features, 3, model.temperature)
+        torch.testing.assert_close(found.logits[..., label], logits[..., label])
+        for mine, theirs in zip(found.layers, traces):
+            torch.testing.assert_close(mine.query_before[:, :, label], theirs.support_before)
+            torch.testing.assert_close(mine.query_after[:, :, label], theirs.support_after)
+        alone, decided = as_class.support_features(query, whose, text, way=3)
+        if alpha_scope == "image":  # each candidate decides from what it is
+            for mine, theirs in zip(found.layers, decided):
+                torch.testing.assert_close(mine.alpha[:, place], theirs.alpha)
+                torch.testing.assert_close(mine.state[:, place], theirs.state)
+            torch.testing.assert_close(alone, features)
+
+
+def test_class_scope_needs_even_texts(make_model: MakeModel) -> None:
+    support, labels, query, _ = make_episodes(1, 3, 1, 1)
+    text = make_text(1, 2, attributes=1)._replace(class_embedding=torch.randn(1, 3, TEXT_DIM))
+    for scope in ("class", "candidate"):
+        with pytest.raises(ValueError, match="4 tokens do not fall into 3 classes"):
+            make_model(text_scope=scope)(support, labels, query, text, way=3)
+
+
+def test_class_scope_weighs_each_class_by_its_own_levels(make_model: MakeModel) -> None:
+    """A class of attributes alone beside one that has a description."""
+    model = make_model(text_scope="class", level_weights=((1.0, 0.0), (1.0, 0.0))).eval()
+    support, labels, query, _ = make_episodes(2, 2, 2, 1)
+    text = make_text(2, 2)._replace(levels=torch.tensor([0, 0, 0, 0, 0, 1]))
+    changed = text.tokens.clone()
+    changed[:, 5] += 1.0  # the second class's description, which weighs 0
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        given = text._replace(tokens=tokens)
+        return model(support, labels, query, given, way=2).logits
+
+    torch.testing.assert_close(logits(changed), logits(text.tokens))
+    changed[:, 2] += 1.0  # an attribute of the first
+    assert not torch.allclose(logits(changed), logits(text.tokens), atol=1e-4)
+
+
+def test_when_supports_are_independent(make_model: MakeModel) -> None:
+    first, second = (2, 0), (3, 0)
+    model = make_model(text_scope="class")
+    for alpha in (0.5, torch.tensor(0.5), [0.5, np.float32(0.5)], {first: 0.5, second: 0.1}):
+        assert model.supports_are_independent(alpha)
+    per_episode = torch.rand(2)
+    for alpha in (None, {first: 0.5}, [0.5, None], per_episode, [0.5, per_episode]):
+        assert not model.supports_are_independent(alpha)
+    image = make_model(text_scope="class", alpha_scope="image")
+    assert image.supports_are_independent()
+    assert image.supports_are_independent({first: 0.5})
+    assert not image.supports_are_independent(torch.rand(2, 3))
+    assert make_model(text_scope="class", policy="static").supports_are_independent()
+    assert not make_model().supports_are_independent(0.5)
+    gated = make_model(text_scope="class").eval()
+    support, labels, _, _ = make_episodes(1, 2, 1, 1)
+    text = make_text(1, 2)
+    alone = TextTokens(
+        torch.stack([text.tokens[0].unflatten(0, (2, -1))[i] for i in labels[0].tolist()]),
+        text.levels[:3],
+        text.class_embedding[0][labels[0]].unsqueeze(1),
+    )
+    together, _ = gated.support_features(support, labels, text, way=2, alpha=[0.5, 0.2])
+    apart, _ = gated.support_features(
+        support[0].unsqueeze(1), torch.zeros(2, 1).long(), alone, way=1, alpha=[0.5, 0.2]
+    )
+    torch.testing.assert_close(apart.flatten(0, 1), together.flatten(0, 1))

@@ -230,6 +230,11 @@ def _typed(kind: Any, value: Any, where: str, alone: bool = True) -> Any:
     if get_origin(kind) is list:
         (entry,) = get_args(kind)
         if alone and entry in _PLAIN and not isinstance(value, list | tuple):
+            if entry is str and str(value)[:1] + str(value)[-1:] == "[]":
+                raise UsageError(
+                    f"{where}: {value} is no list of words; put those in quotes that mean another "
+                    """thing in YAML: '[visual, "true"]'"""
+                )
             value = [value]
         if not isinstance(value, list | tuple):
             raise UsageError(f"{where}: expected a list, got {value!r}")

@@ -103,6 +103,13 @@ def test_wrong_values_of_a_sweep(name: str) -> None:
         from_mapping(AblateRun, {"ablate": {name: [2.0, 0]}})
 
 
+def test_words_of_a_list_that_yaml_reads_otherwise() -> None:
+    """What the command line hands on where ``true`` is no text."""
+    with pytest.raises(UsageError, match=r"variants: \[visual, true\] is no list .* quotes"):
+        from_mapping(AblateRun, {"ablate": {"variants": "[visual, true]"}})
+    assert from_mapping(AblateRun, {"ablate": {"variants": "[x"}}).ablate.variants == ["[x"]
+
+
 def test_differences_are_named() -> None:
     assert differences({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}}) == [
         "b.c: 2 -> 4"

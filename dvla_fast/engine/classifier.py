@@ -150,7 +150,7 @@ class FewShotClassifier:
         """Classify images; each by itself, so that their number and order change nothing.
 
         Args:
-            batch: images of one pass.
+            batch: images of one pass (in text scope "candidate" each counts once for every class).
 
         Raises:
             ValueError: nothing was learned, no images, or ``batch`` is not positive.
@@ -165,6 +165,8 @@ class FewShotClassifier:
         if batch < 1:
             raise ValueError(f"classify: batch: expected 1 or more images, got {batch}")
         parts = []
+        if self.model.text_scope == "candidate" and self._text is not None:
+            batch = max(1, batch // len(self.class_names))
         for first in range(0, len(images), batch):
             query = self.model.prefix(self._read(images[first : first + batch])).unsqueeze(0)
             output = self.model(

@@ -348,7 +348,8 @@ class EpisodePredictor:
     def _fitting(self, sampler: EpisodeSampler) -> int:
         if self.images.device.type != "cpu":
             return 8
-        episode = sampler.way * (sampler.shot + sampler.query) * self._map_mib
+        copies = sampler.way if self.model.text_scope == "candidate" else 1
+        episode = sampler.way * (sampler.shot + copies * sampler.query) * self._map_mib
         return min(8, max(1, int(8 / max(episode, 1e-9))))  # 8 MiB of maps in a pass
 
     def _rows(self, index: Tensor) -> dict[str, Tensor]:

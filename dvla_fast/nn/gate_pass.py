@@ -77,8 +77,8 @@ class GatePass:
 
     def episode_gate(self, location: Location, tokens: Tensor) -> GatedTokens:
         """Supports and queries of an episode, in that order, are one text group."""
-        scope = {"state_images": self.counts[0]} if self._decides_once else {}
-        out, before, fused = self._run(location, tokens, slice(None), scope)
+        options = self._asked(location, slice(None), state_images=self.counts[0])
+        out, before, fused = self._run(location, tokens, options)
         support, query = before.split(self.counts, dim=1)
         support_added, query_added = fused.split(self.counts, dim=1)
         pooled = (support, support + support_added, query, query + query_added)
@@ -87,8 +87,8 @@ class GatePass:
 
     def class_gate(self, location: Location, tokens: Tensor) -> GatedTokens:
         """Supports alone, each its own text group; an episode's groups share a decision."""
-        scope = {"episodes": self.episodes} if self._decides_once else {}
-        out, before, fused = self._run(location, tokens, slice(self.counts[0]), scope)
+        options = self._asked(location, slice(self.counts[0]), episodes=self.episodes)
+        out, before, fused = self._run(location, tokens, options)
         self._record(location, out, (before, before + fused, before, before), fused)
         return self._handed_back(location, out)
 
@@ -102,12 +102,11 @@ class GatePass:
         if self._decides_once:
             alpha = self.traces[self._index(location)].alpha
             # Of the state, which nobody reads here, as little as can be.
-            scope = {"episodes": self.episodes, "alpha": alpha, "state_images": 1}
-            out, before, fused = self._run(location, tokens, slice(0), scope)
-            decided = None
+            options = {"alpha": alpha, "episodes": self.episodes, "state_images": 1}
         else:
-            out, before, fused = self._run(location, tokens, slice(self.counts[0], None), {})
-            decided = self._decisions(out)
+            options = self._asked(location, slice(self.counts[0], None))
+        out, before, fused = self._run(location, tokens, options)
+        decided = None if self._decides_once else self._decisions(out)
         shape = (self.way, -1)  # [E, way · Q, d] -> [E, Q, way, d]
         before, fused = (x.unflatten(1, shape).transpose(1, 2) for x in (before, fused))
         self._complete(location, before, before + fused, decided)
@@ -120,26 +119,28 @@ class GatePass:
     def _index(self, location: Location) -> int:
         return self.model.gated_layers.index(location)
 
-    def _run(
-        self, location: Location, tokens: Tensor, rows: slice, scope: dict[str, Any]
-    ) -> tuple[GateOutput, Tensor, Tensor]:
-        """Gate output; pooled tokens (E, n, d); GAP(H) (E, n, d). ``rows``: which images they are.
-
-        ``scope`` holds the gate's options; with an ``alpha`` among them nothing is decided here.
+    def _asked(self, location: Location, rows: slice, **once: int) -> dict[str, Any]:
+        """A gate's options where it decides. ``rows``: its images among all that gates meet;
+        ``once``: options of one decision an episode.
         """
+        index = self._index(location)
+        return {
+            "alpha": self._decided("alpha", self.alphas[index], rows),
+            "action_logit": self._decided("action_logit", self.actions[index], rows),
+            **self.options,
+            **(once if self._decides_once else {}),
+        }
+
+    def _run(
+        self, location: Location, tokens: Tensor, options: dict[str, Any]
+    ) -> tuple[GateOutput, Tensor, Tensor]:
+        """Gate output; pooled tokens (E, n, d); GAP(H) (E, n, d)."""
         index = self._index(location)
         gate: Any = self.model.gates[index]
         wide = torch.promote_types(self.tokens.dtype, torch.float32)
         scale = lookup(self.model.level_scales[index], self.levels, wide)  # [P] or [T, P]
         text = (self.tokens * scale.unsqueeze(-1)).to(gate._weight().dtype)
-        if "alpha" not in scope:
-            scope = {
-                "alpha": self._decided("alpha", self.alphas[index], rows),
-                "action_logit": self._decided("action_logit", self.actions[index], rows),
-                **scope,
-                **self.options,
-            }
-        out: GateOutput = gate(tokens, text, text_mask=self.mask, **scope)
+        out: GateOutput = gate(tokens, text, text_mask=self.mask, **options)
         keep = per_image(self.mask, tokens.shape[0])
         fused = reference.masked_mean(out.fused, keep).unflatten(0, (self.episodes, -1))
         return out, self._pooled(tokens), fused

@@ -69,7 +69,8 @@ def explain_episodes(
     features: list[Tensor] = []
 
     def keep_gate(gate: Any, given: Any, options: dict[str, Any], out: Any) -> None:
-        calls.append((gate, given, options, out.alpha))
+        if len(calls) < len(model.gates):  # what follows are candidates
+            calls.append((gate, given, options, out.alpha))
 
     hooks = [gate.register_forward_hook(keep_gate, with_kwargs=True) for gate in model.gates]
     hooks.append(model.backbone.register_forward_hook(lambda _m, _i, out: features.append(out)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -131,6 +132,21 @@ def test_whole_model(make_model: Callable[..., DVLA], text_scope: str, alpha_sco
         assert expected is not None
         rows = expected.reshape(2, images, 1, tokens).expand_as(sums).float()
         torch.testing.assert_close(sums, rows)
+
+
+def test_candidates_are_not_kept(make_model: Callable[..., DVLA]) -> None:
+    """Their tokens are many (way times the queries'), and nobody looks at their attention."""
+    model = make_model(text_scope="candidate").eval()
+    given: list[weakref.ref[Tensor]] = []
+    alive: list[list[bool]] = []
+    for gate in model.gates:
+        gate.register_forward_pre_hook(lambda _m, args: given.append(weakref.ref(args[0])))
+    model.backbone.register_forward_hook(
+        lambda _m, _args, _out: alive.append([kept() is not None for kept in given])
+    )
+    support, labels, query, _ = make_episodes(2, 3, 1, 2)
+    explain_episodes(model, support, labels, query, make_text(2, 3), way=3)
+    assert alive == [[True, True], [True, True, False, False]]  # supports, then candidates
 
 
 def test_prefix_and_replayed_gates(make_model: Callable[..., DVLA]) -> None:

@@ -150,7 +150,8 @@ class FewShotClassifier:
         """Classify images; each by itself, so that their number and order change nothing.
 
         Args:
-            batch: images of one pass (in text scope "candidate" each counts once for every class).
+            batch: images of one pass. In text scope "candidate" each counts once for every class,
+                but with many supports, which go along in every pass, as many candidates do.
 
         Raises:
             ValueError: nothing was learned, no images, or ``batch`` is not positive.
@@ -166,7 +167,7 @@ class FewShotClassifier:
             raise ValueError(f"classify: batch: expected 1 or more images, got {batch}")
         parts = []
         if self.model.text_scope == "candidate" and self._text is not None:
-            batch = max(1, batch // len(self.class_names))
+            batch = max(1, max(batch, self._labels.shape[1]) // len(self.class_names))
         for first in range(0, len(images), batch):
             query = self.model.prefix(self._read(images[first : first + batch])).unsqueeze(0)
             output = self.model(

@@ -68,6 +68,27 @@ def test_says_what_the_model_says(make_checkpoint: Callable, text_scope: str) ->
     assert not torch.allclose(expected, plain, atol=1e-4)  # the texts count
 
 
+@pytest.mark.parametrize(
+    ("text_scope", "shots", "sizes"),
+    [
+        ("episode", 1, [12]),
+        ("candidate", 1, [2, 2, 2, 2, 2, 2]),
+        ("candidate", 3, [3, 3, 3, 3]),  # as many candidates as supports go along with them
+    ],
+)
+def test_images_of_a_pass(
+    make_checkpoint: Callable, text_scope: str, shots: int, sizes: list[int]
+) -> None:
+    path = make_checkpoint(text_scope=text_scope)
+    classifier = dvla_fast.FewShotClassifier.load(path, "cpu")
+    classifier.learn({name: pictures(shots, i) for i, name in enumerate(SUPPORTS)}, BANK)
+    seen: list[int] = []
+    classifier.model.register_forward_pre_hook(lambda _m, args: seen.append(args[2].shape[1]))
+    batch = 12 if text_scope == "episode" else 6
+    assert len(classifier.classify(pictures(12, 9), batch).predicted) == 12
+    assert seen == sizes
+
+
 def test_documented_example(
     make_checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

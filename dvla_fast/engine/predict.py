@@ -30,6 +30,7 @@ from dvla_fast.semantics import EncodedTexts
 VISUAL, FIXED, LEARNED = "visual prototypes", "fixed gate", "learned gate"
 ONCE, SUPPORTS, PREFIX = "once", "supports", "prefix"
 _GATHERED = 128  # episodes of one batched prototype product: about 15 MB of features
+_MAPS = 4096  # of one pass on a GPU, whatever an episode has of them
 
 
 class Predictions(NamedTuple):
@@ -177,7 +178,7 @@ class EpisodePredictor:
 
         Args:
             batch_episodes: episodes of one pass, in the plans that compute images per episode; 0:
-                8, but on a CPU no more than keep their maps in its cache.
+                8, but on a CPU no more than keep their maps in its cache, on a GPU than 4096 maps.
             progress: advanced by ``episodes`` in all.
 
         Returns:
@@ -346,11 +347,11 @@ class EpisodePredictor:
             self._keep_maps = self._map_mib * len(self.images) <= self.cache_mib
 
     def _fitting(self, sampler: EpisodeSampler) -> int:
-        if self.images.device.type != "cpu":
-            return 8
         copies = sampler.way if self.model.text_scope == "candidate" else 1
-        episode = sampler.way * (sampler.shot + copies * sampler.query) * self._map_mib
-        return min(8, max(1, int(8 / max(episode, 1e-9))))  # 8 MiB of maps in a pass
+        episode = sampler.way * (sampler.shot + copies * sampler.query)  # maps
+        if self.images.device.type != "cpu":
+            return min(8, max(1, _MAPS // episode))
+        return min(8, max(1, int(8 / max(episode * self._map_mib, 1e-9))))  # 8 MiB in a pass
 
     def _rows(self, index: Tensor) -> dict[str, Tensor]:
         """Everything that is computed once per image, of images (n,)."""

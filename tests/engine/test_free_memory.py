@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,3 +58,28 @@ def test_validation_without_room_for_maps(
     assert [predictor._keep_maps for predictor in made] == [True, True, False]
     assert all(torch.equal(found[0][0], accuracies) for accuracies, _ in found)
     assert found[0][1] == pytest.approx(found[2][1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scope", "device", "way", "episodes"),
+    [
+        ("episode", "cpu", 5, 8),
+        ("candidate", "cpu", 5, 5),  # 380 maps of 4 KiB an episode
+        ("episode", "cuda", 20, 8),
+        ("candidate", "cuda", 5, 8),
+        ("candidate", "cuda", 10, 2),  # 1,510 maps an episode
+        ("candidate", "cuda", 20, 1),
+    ],
+)
+def test_episodes_of_a_pass(
+    tiny: DemoRun, few_digits: FewShotData, scope: str, device: str, way: int, episodes: int
+) -> None:
+    tiny.model.text_scope = scope
+    texts, semantics = build_texts(tiny.semantics, few_digits, torch.device("cpu"))
+    backbone = backbone_spec(tiny.model, few_digits.channels, few_digits.image_size)
+    model = build_model(model_spec(tiny.model, backbone, semantics["dim"]))
+    predictor = EpisodePredictor(model, few_digits, texts, "novel")
+    predictor._limit_maps()
+    predictor.images = SimpleNamespace(device=torch.device(device))  # type: ignore[assignment]
+    sampler: Any = SimpleNamespace(way=way, shot=1, query=15)
+    assert predictor._fitting(sampler) == episodes

@@ -471,11 +471,12 @@ def feature_figures(
     supports: int,
     answers: Sequence[int],
     names: Sequence[str],
+    captions: tuple[str, str],
 ) -> list[Figure]:
     """t-SNE before and after fusion; ``points`` are all images' places in both."""
     figures = []
     legend = [(name, f"key {colour(index)}") for index, name in enumerate(names)]
-    for after, places in enumerate(points):
+    for places, caption, when in zip(points, captions, ("before fusion", "after fusion")):
         if places is None:
             return []
         marks = []
@@ -488,12 +489,11 @@ def feature_figures(
         for label, name in enumerate(names):  # on top
             mine = [i for i in range(supports) if labels[i] == label]
             marks.append(Mark(name, [places[i] for i in mine], label, "star"))
-        when = "after fusion" if after else "before fusion"
         figures.append(
             Figure(
                 f"Features {when}",
                 scatter(marks, alt=f"t-SNE of {len(labels)} images' features {when}, by class."),
-                "The backbone alone." if not after else "The same images with the texts.",
+                caption,
                 legend,
             )
         )

@@ -260,12 +260,23 @@ def _between(runs: Sequence[Run]) -> Part:
     return part
 
 
+_FUSED = {  # features after fusion, by text scope
+    "episode": "The same images with the texts.",
+    "class": "The same images, supports with the texts of their own class, queries as before.",
+    "candidate": "The same images, supports with the texts of their own class, each query with "
+    "those of the class that it was put into, which may be what draws it there.",
+}
+
+
 def _embeddings(pictures: Pictures | None) -> list[dict[str, Any]]:
     """The features' figures, episode by episode."""
-    found = []
-    for scene in pictures.scenes if pictures else []:
+    found: list[dict[str, Any]] = []
+    if pictures is None:
+        return found
+    for scene in pictures.scenes:
         figures = feature_figures(
-            (scene.before, scene.after), scene.labels, scene.supports, scene.answers, scene.names
-        )
+            (scene.before, scene.after), scene.labels, scene.supports, scene.answers, scene.names,
+            ("The backbone alone.", _FUSED[pictures.text_scope]),
+        )  # fmt: skip
         found.append({"scene": scene, "figures": figures})
     return found

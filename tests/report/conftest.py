@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dvla_fast.cli import main
 from tests.report.browser import CHROMIUM, Browser
+
+
+class _Balanced(HTMLParser):
+    """Fails on a tag that is closed without having been opened."""
+
+    VOID = ("meta", "link", "img", "br", "path", "circle", "rect")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag, f"</{tag}> closes something else"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -50,3 +70,21 @@ def browser() -> Iterator[Browser]:
 def copied(demo: Path, tmp_path: Path) -> Path:
     """The demo run, free to be damaged."""
     return Path(shutil.copytree(demo, tmp_path / "run"))
+
+
+@pytest.fixture
+def page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Write a report of runs and return its HTML; whatever is wrong with them, the status is 0."""
+
+    def write(*runs: Path, options: tuple[str, ...] = ()) -> str:
+        output = tmp_path / "report.html"
+        arguments = ["report", *map(str, runs), f"--output={output}", *options]
+        assert main([*arguments, "--overwrite"]) == 0
+        assert str(output) in capsys.readouterr().out
+        html = output.read_text(encoding="utf-8")
+        checked = _Balanced()
+        checked.feed(html)
+        assert not checked.open
+        return html
+
+    return write

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -23,42 +22,6 @@ from tests.test_cli import fails
 
 Write = Callable[..., str]
 CUB = "cub_140_30_30"
-
-
-class _Balanced(HTMLParser):
-    """Fails on a tag that is closed without having been opened."""
-
-    VOID = ("meta", "link", "img", "br", "path", "circle", "rect")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID:
-            assert self.open.pop() == tag, f"</{tag}> closes something else"
-
-
-@pytest.fixture
-def page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Write:
-    """Write a report of runs and return its HTML; whatever is wrong with them, the status is 0."""
-
-    def write(*runs: Path, options: tuple[str, ...] = ()) -> str:
-        output = tmp_path / "report.html"
-        arguments = ["report", *map(str, runs), f"--output={output}", *options]
-        assert main([*arguments, "--overwrite"]) == 0
-        assert str(output) in capsys.readouterr().out
-        html = output.read_text(encoding="utf-8")
-        checked = _Balanced()
-        checked.feed(html)
-        assert not checked.open
-        return html
-
-    return write
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> None:
@@ -483,18 +446,3 @@ def test_candidates_of_a_bank(demo: Path, copied: Path, page: Write) -> None:
     assert html.count("that the texts were written from, nine") == 2
     assert "The bank holds no candidates" not in html
     assert "The bank holds no candidates" in page(demo)
-
-
-def test_supports_are_drawn_where_queries_see_no_text(
-    demo: Path, copied: Path, page: Write
-) -> None:
-    from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
-
-    best = copied / "checkpoints" / "metatune-best.safetensors"
-    tensors, info = load_checkpoint(best, ("metatune",))
-    info["model"]["text_scope"], info["model"]["alpha_scope"] = "class", "image"
-    save_checkpoint(best, {name: tensor.clone() for name, tensor in tensors.items()}, info)
-    html = page(copied)
-    assert "queries see no text, so the supports are drawn" in html
-    assert "support of one" in html
-    assert "(the answer)" not in html

@@ -86,7 +86,9 @@ class PredictImages:
     output: str = option("predictions.csv", "file to write, .csv or .json, new")
     overwrite: bool = option(False, "replace the file if it exists")
     rows: int = option(10, "images to list on the terminal", 0)
-    batch: int = option(32, "images of one forward pass", 1)
+    batch: int = option(
+        32, "images of one forward pass (in text scope candidate each counts once a class)", 1
+    )
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
 
 

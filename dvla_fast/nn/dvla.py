@@ -1,7 +1,7 @@
 """DVLA: a gated backbone, one RL gate per gated layer, and the prototype classifier on top.
 
-Episodes are batched. Supports and queries go through the network in one pass; the gates decide from
-the supports alone, and queries replay their decision (method §3 and §4).
+Episodes are batched. By default supports and queries go through the network in one pass; the gates
+decide from the supports alone, and queries replay their decision (method §3 and §4).
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class DVLA(nn.Module):
         the traces' query fields repeat the supports'.
 
         Raises:
-            ValueError: another text scope, where supports and queries go through together.
+            ValueError: another text scope, where queries see texts, too.
             TypeError, ValueError: arguments that do not fit together.
         """
         if self.text_scope != "class":

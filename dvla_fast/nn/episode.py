@@ -29,8 +29,8 @@ class LayerTrace(NamedTuple):
 
     Gates meet the S supports, and after them in text scope "episode" the Q queries, in scope
     "candidate" the way · Q candidates: all queries with the first class's texts, then with the
-    second's. M of them the similarity reward judges: the
-    queries in scope "episode", the supports in the others.
+    second's, and so on. M of them the similarity reward judges: the queries in scope "episode", the
+    supports in the others.
     """
 
     location: Location

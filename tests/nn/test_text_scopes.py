@@ -46,15 +46,18 @@ def test_class_scope_compares_gated_supports_with_plain_queries(make_model: Make
     torch.testing.assert_close(logits, prototype_logits(gated, labels, plain, 3, 0.2))
 
 
-def test_candidates_meet_one_class_at_a_time(make_model: MakeModel) -> None:
+@pytest.mark.parametrize(("alpha_scope", "alpha"), [("episode", 0.5), ("image", None)])
+def test_candidates_meet_one_class_at_a_time(
+    make_model: MakeModel, alpha_scope: str, alpha: float | None
+) -> None:
     """Only comparisons with a class depend on its texts, of its supports and of all queries."""
-    model = make_model(text_scope="candidate").eval()
+    model = make_model(text_scope="candidate", alpha_scope=alpha_scope).eval()
     support, labels, query, _ = make_episodes(2, 3, 2, 1)
     text = make_text(2, 3, masked=True)
     changed = text.tokens.clone()
     changed[:, 3:6] += 1.0  # the second class's texts
-    before = model(support, labels, query, text, way=3, alpha=0.5)
-    after = model(support, labels, query, text._replace(tokens=changed), way=3, alpha=0.5)
+    before = model(support, labels, query, text, way=3, alpha=alpha)
+    after = model(support, labels, query, text._replace(tokens=changed), way=3, alpha=alpha)
     moved = (before.logits - after.logits).abs() > 1e-5
     assert moved.tolist() == [[[False, True, False]] * 3] * 2
     for trace_a, trace_b in zip(before.layers, after.layers):

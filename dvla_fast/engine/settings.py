@@ -230,7 +230,8 @@ def _typed(kind: Any, value: Any, where: str, alone: bool = True) -> Any:
     if get_origin(kind) is list:
         (entry,) = get_args(kind)
         if alone and entry in _PLAIN and not isinstance(value, list | tuple):
-            if entry is str and str(value)[:1] + str(value)[-1:] == "[]":
+            bracketed = isinstance(value, str) and value.startswith("[") and value.endswith("]")
+            if entry is str and bracketed:
                 raise UsageError(
                     f"{where}: {value} is no list of words; put those in quotes that mean another "
                     """thing in YAML: '[visual, "true"]'"""

@@ -145,15 +145,17 @@ class DVLA(nn.Module):
             check_text(text, len(support), way, self.text_dim, self.text_scope != "episode")
         start = self.gated_layers[0] if from_prefix else None
         counts = (support.shape[1], query.shape[1])
-        images = torch.cat((support, query), dim=1).flatten(0, 1)
         if text is None:
-            features = self.backbone(images, start=start)
+            features = self.backbone(_together(support, query), start=start)
             return self._classify(features, counts, support_labels, way, ())
         options: dict[str, Any] = {"sample": sample, "generator": generator}
         pass_ = GatePass(self, text, counts, way, options, alpha, action_logit)
         if self.text_scope == "episode":
             features = self.backbone(
-                images, pass_.episode_gate, locations=self.gated_layers, start=start
+                _together(support, query),
+                pass_.episode_gate,
+                locations=self.gated_layers,
+                start=start,
             )
             return self._classify(features, counts, support_labels, way, tuple(pass_.traces))
         seen = self._class_supports(pass_, support, support_labels, start)
@@ -254,6 +256,11 @@ class DVLA(nn.Module):
         support, query = features.unflatten(0, (-1, sum(counts))).split(counts, dim=1)
         logits = prototype_logits(support, labels, query, way, self.temperature)
         return EpisodeOutput(logits, traces, labels)
+
+
+def _together(support: Tensor, query: Tensor) -> Tensor:
+    """All images (B, C, H, W), episode by episode: its supports, then its queries."""
+    return torch.cat((support, query), dim=1).flatten(0, 1)
 
 
 def _checked_layers(

@@ -23,7 +23,7 @@ def variant() -> str:
     """The instruction set to check: the last of this machine whose every access is checked.
 
     Tile instructions reach memory behind the address sanitizer's back. The variant without them
-    shares all the code but the products, and makes the same accesses in them.
+    shares all the code but the products and the padding of what goes into them.
     """
     from dvla_fast import _build_info
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,13 @@ OPTIONAL = [
 
 
 @pytest.fixture(autouse=True)
-def _signals_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def _signals_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    set_handler = signal.signal
+    # Where a shell has put pytest into the background, a step would ignore its interrupt.
+    before = set_handler(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
+    yield
+    set_handler(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ inline __m512 exp2_coarse(__m512 x) {
 }
 
 // A pair of rounded rows of 16 values to two rows of a row-major operand.
-inline void store_halves(__m512i halves, bf16* low, bf16* high) {
+inline void store_pair(__m512i halves, bf16* low, bf16* high) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), _mm512_castsi512_si256(halves));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), _mm512_extracti64x4_epi64(halves, 1));
 }
@@ -140,8 +140,8 @@ inline void slope_pairs(float* scores, const float* products, int64_t ld, int64_
       const __m512i weight_halves = round_pair(w[0], w[1]);
       const __m512i slope_halves = round_pair(slope[0], slope[1]);
       const int64_t at = n * to.ld + 16 * v;
-      store_halves(weight_halves, to.weights + at, to.weights + at + to.ld);
-      store_halves(slope_halves, to.slopes + at, to.slopes + at + to.ld);
+      store_pair(weight_halves, to.weights + at, to.weights + at + to.ld);
+      store_pair(slope_halves, to.slopes + at, to.slopes + at + to.ld);
       _mm512_storeu_si512(to.pairs + n * 16 * V + 32 * v, interleave(slope_halves));
     }
   }
@@ -153,10 +153,12 @@ struct Bf16Engine {
   using operand_t = bf16;
   using Session = TileSession;
 
-  static int64_t depth(int64_t width) { return round_up(width, kTileDepth); }
-  static int64_t out_rows(int64_t width) { return round_up(width, kTile); }
+  // The head dimension padded for its place in a product: as its depth, its rows, its columns.
+  static int64_t depth(int64_t width) { return round_up(width, kDepthStep); }
+  static int64_t out_rows(int64_t width) { return round_up(width, kRowStep); }
+  static int64_t columns(int64_t width) { return round_up(width, kTile); }
   static int64_t block_keys(int64_t tokens) {
-    return round_up(std::min(tokens, kBlockKeys), kTileDepth);
+    return round_up(std::min(tokens, kBlockKeys), kDepthStep);
   }
 
   // ---- Forward
@@ -166,8 +168,8 @@ struct Bf16Engine {
         : Attend(arena, block_keys(tokens), width, panels.panel_lanes(), panels.lanes) {}
     Attend(Arena& arena, int64_t block, int64_t width, int64_t lanes, int64_t all_lanes)
         : key(arena.take<bf16>(std::max(block, lanes) * depth(width))),
-          pairs(arena.take<bf16>(block * out_rows(width))),
-          value(arena.take<bf16>(block * out_rows(width))),
+          pairs(arena.take<bf16>(block * columns(width))),
+          value(arena.take<bf16>(kTiles ? block * out_rows(width) : 0)),
           scores(arena.take<float>(block * lanes)),
           weights(arena.take<bf16>(block * lanes)),
           rows(arena.take<float>(lanes * padded<float>(width))),
@@ -191,24 +193,26 @@ struct Bf16Engine {
   static void attend(const Path<bf16>& path, const PanelRange<float>& range, const bf16* q,
                      int64_t width, double scale, const Attend& s, float* out, float* lse) {
     constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
-    const int64_t deep = depth(width), rows = out_rows(width);
+    const int64_t deep = depth(width), rows = out_rows(width), wide_rows = columns(width);
     if (path.count == 0) return no_keys<float>(range.lanes() * rows, range.lanes(), out, lse);
     const Blocks blocks(path.count);
     for (int64_t begin = 0; begin < path.count; begin += blocks.size) {
       const int64_t count = std::min(blocks.size, path.count - begin);
-      const int64_t keys = round_up(count, kTileDepth), tiles = round_up(count, kTile);
-      pack_rows(path.value, path.index, begin, count, keys, width, deep, s.key);
-      pack_pairs(s.key, deep, keys, width, keys, rows, s.pairs);
-      transpose_pairs(s.pairs, rows, keys / 2, rows, s.value, keys / 2);
-      pack_rows(path.key, path.index, begin, count, tiles, width, deep, s.key);
+      const int64_t keys = round_up(count, kDepthStep), tiles = round_up(count, kRowStep);
+      const auto value = left_rows(path.value, path.index, begin, count, tiles, width, s.key);
+      pack_pairs(value.data, value.ld, count, width, keys, wide_rows, s.pairs,
+                 fetch_ahead(path.value, path.key, path.index, begin, width));
+      turn(s.pairs, wide_rows, rows, keys, s.value);
+      const auto key = left_rows(path.key, path.index, begin, count, tiles, width, s.key);
       range.each([&](auto V, int64_t lane) {
         constexpr int64_t wide = kTile * V();
         float* sums = out + lane * rows;
-        bf16_gemm_columns<V()>(tiles, deep, s.key, deep, q + lane * deep, wide, s.scores, wide,
+        bf16_gemm_columns<V()>(tiles, deep, key.data, key.ld, q + lane * deep, wide, s.scores, wide,
                                false);
         softmax_pairs<V()>(s.scores, count, keys, static_cast<float>(scale * kLog2e), begin == 0,
                            s.peak + lane, s.total + lane, sums, width, s.weights);
-        bf16_gemm_columns<V()>(rows, keys, s.value, keys, s.weights, wide, sums, wide, begin > 0);
+        turned_product<V()>(rows, keys, s.pairs, wide_rows, s.value, s.weights, wide, sums,
+                            begin > 0);
       });
     }
     range.each([&](auto V, int64_t lane) {
@@ -222,29 +226,29 @@ struct Bf16Engine {
   struct Differentiate {
     Differentiate(Arena& arena, int64_t tokens, int64_t width, const Panels<float>& panels)
         : ld(padded<float>(width)),
-          strip(round_up(panels.strip_lanes(), kTileDepth)),
+          strip(round_up(panels.strip_lanes(), kDepthStep)),
           // A strip's last product over queries may run 16 lanes past the last panel.
           queries(panels.lanes + kTile),
           block(block_keys(tokens)),
-          q_pairs(arena.take<bf16>(queries * out_rows(width))),
+          q_pairs(arena.take<bf16>(queries * columns(width))),
           q_panels(arena.take<bf16>(panels.lanes * depth(width))),
           go(arena.take<float>(panels.tokens * ld)),
           go_rows(arena.take<bf16>(panels.lanes * depth(width))),
-          go_pairs(arena.take<bf16>(queries * out_rows(width))),
+          go_pairs(arena.take<bf16>(queries * columns(width))),
           go_panels(arena.take<bf16>(panels.lanes * depth(width))),
           lse(arena.take<float>(panels.lanes)),
           delta(arena.take<float>(panels.lanes)),
           key(arena.take<bf16>(block * depth(width))),
           value(arena.take<bf16>(block * depth(width))),
-          key_pairs(arena.take<bf16>(block * out_rows(width))),
-          key_columns(arena.take<bf16>(block * out_rows(width))),
+          key_pairs(arena.take<bf16>(block * columns(width))),
+          key_columns(arena.take<bf16>(kTiles ? block * out_rows(width) : 0)),
           scores(arena.take<float>(block * strip)),
           products(arena.take<float>(block * strip)),
           weights(arena.take<bf16>(block * strip)),
           slopes(arena.take<bf16>(block * strip)),
           slope_pairs(arena.take<bf16>(block * kMaxVecs * kTile)),
-          grad_key(arena.take<float>(block * out_rows(width))),
-          grad_value(arena.take<float>(block * out_rows(width))) {}
+          grad_key(arena.take<float>(block * columns(width))),
+          grad_value(arena.take<float>(block * columns(width))) {}
 
     int64_t ld, strip, queries, block;
     bf16 *q_pairs, *q_panels;  // the query: in pairs of rows, and in panels of depth rows
@@ -279,17 +283,19 @@ struct Bf16Engine {
                     const Panels<float>& panels, int64_t width, double scale,
                     const Differentiate& s, float* grad_q) {
     constexpr double kLog2e = 1.4426950408889634;
-    const int64_t deep = depth(width), columns = out_rows(width);
-    const int64_t keys = round_up(count, kTileDepth), tiles = round_up(count, kTile);
-    pack_rows(path.value, path.index, begin, count, tiles, width, deep, s.value);
-    pack_rows(path.key, path.index, begin, count, tiles, width, deep, s.key);
-    pack_pairs(s.key, deep, count, width, keys, columns, s.key_pairs);
-    transpose_pairs(s.key_pairs, columns, keys / 2, columns, s.key_columns, keys / 2);
+    const int64_t deep = depth(width), rows = out_rows(width), columns = Bf16Engine::columns(width);
+    const int64_t keys = round_up(count, kDepthStep), tiles = round_up(count, kRowStep);
+    const auto value = left_rows(path.value, path.index, begin, count, tiles, width, s.value);
+    const auto key = left_rows(path.key, path.index, begin, count, tiles, width, s.key);
+    pack_pairs(key.data, key.ld, count, width, keys, columns, s.key_pairs,
+               fetch_ahead(path.key, path.value, path.index, begin, width));
+    turn(s.key_pairs, columns, rows, keys, s.key_columns);
     for (int64_t first = 0; first < panels.count; first += kStripPanels) {
       const int64_t last = std::min(panels.count, first + kStripPanels);
       const int64_t token = panels[first].first;
       const int64_t lanes = panels[last - 1].first + panels[last - 1].vecs * kTile - token;
-      const int64_t queries = round_up(lanes, kTileDepth);
+      const int64_t tokens = panels[last - 1].first + panels[last - 1].count - token;
+      const int64_t queries = round_up(tokens, kDepthStep);
       if (queries > lanes) {  // what the sum over queries runs over, but no panel fills
         for (int64_t n = 0; n < tiles; ++n) {
           std::fill_n(s.weights + n * s.strip + lanes, kTile, bf16(0.0f));
@@ -299,18 +305,18 @@ struct Bf16Engine {
       for (int64_t i = first; i < last; ++i) {
         const Panel panel = panels[i];
         const int64_t wide = panel.vecs * kTile, at = panel.first - token;
-        bf16_gemm(tiles, wide, deep, s.key, deep, s.q_panels + panel.first * deep, wide,
+        bf16_gemm(tiles, wide, deep, key.data, key.ld, s.q_panels + panel.first * deep, wide,
                   s.scores + at, s.strip, false);
-        bf16_gemm(tiles, wide, deep, s.value, deep, s.go_panels + panel.first * deep, wide,
+        bf16_gemm(tiles, wide, deep, value.data, value.ld, s.go_panels + panel.first * deep, wide,
                   s.products + at, s.strip, false);
         const Slopes to{s.weights + at, s.slopes + at, s.strip, s.slope_pairs};
         with_vecs(panel.vecs, [&](auto V) {
           attention::slope_pairs<V()>(s.scores + at, s.products + at, s.strip, count, keys,
                                       static_cast<float>(scale * kLog2e), s.lse + panel.first,
                                       s.delta + panel.first, share, count == path.count, to);
+          turned_product<V()>(rows, keys, s.key_pairs, columns, s.key_columns, s.slope_pairs, wide,
+                              grad_q + panel.first * rows, true);
         });
-        bf16_gemm(columns, wide, keys, s.key_columns, keys, s.slope_pairs, wide,
-                  grad_q + panel.first * columns, wide, true);
       }
       bf16_gemm(tiles, columns, queries, s.weights, s.strip, s.go_pairs + token * columns, columns,
                 s.grad_value, columns, first > 0);
@@ -331,6 +337,46 @@ struct Bf16Engine {
   }
 
  private:
+  // Pairs of rows (keys, columns) as a left-hand side (rows, keys), which tiles want turned round.
+  static void turn(const bf16* pairs, int64_t columns, int64_t rows, int64_t keys, bf16* turned) {
+    if constexpr (kTiles) transpose_pairs(pairs, columns, keys / 2, rows, turned, keys / 2);
+  }
+
+  // c (rows, wide) = or, where `add`, += that left-hand side times b (keys, wide), wide = 16 V.
+  template <int V>
+  static void turned_product(int64_t rows, int64_t keys, const bf16* pairs, int64_t columns,
+                             const bf16* turned, const bf16* b, int64_t wide, float* c, bool add) {
+    if constexpr (kTiles) {
+      bf16_gemm_columns<V>(rows, keys, turned, keys, b, wide, c, wide, add);
+    } else {
+      bf16_gemm_rows<true, V>(rows, keys, pairs, columns, b, wide, c, wide, add, 0xFFFF);
+    }
+  }
+
+  // Whether vectors take the rows of `from` as they lie.
+  static bool lie_ready(const Matrix<bf16>& from, const int64_t* index, int64_t width) {
+    return !kTiles && !index && from.column == 1 && width % kDepthStep == 0;
+  }
+
+  // Rows [first, first + count) of `from` to the left of a product, `rows` of them: where they lie,
+  // else copied to `scratch` (rows, depth).
+  static Tile<bf16> left_rows(const Matrix<bf16>& from, const int64_t* index, int64_t first,
+                              int64_t count, int64_t rows, int64_t width, bf16* scratch) {
+    if (lie_ready(from, index, width)) return {from.data + first * from.row, from.row};
+    pack_rows(from, index, first, count, rows, width, depth(width), scratch);
+    return {scratch, depth(width)};
+  }
+
+  // What is fetched while rows of `now` are packed where they lie: those of the 16th row from the
+  // one at work, and those of `next`.
+  static Ahead fetch_ahead(const Matrix<bf16>& now, const Matrix<bf16>& next, const int64_t* index,
+                           int64_t first, int64_t width) {
+    if (!lie_ready(now, index, width)) return {};
+    constexpr int64_t size = sizeof(bf16);
+    return {now.data + (first + 16) * now.row, next.data + first * next.row, now.row * size,
+            next.row * size, width * size};
+  }
+
   // to (rows, deep) = rows [first, first + count) of `from`; the rest is 0.
   static void pack_rows(const Matrix<bf16>& from, const int64_t* index, int64_t first,
                         int64_t count, int64_t rows, int64_t width, int64_t deep, bf16* to) {
@@ -342,19 +388,23 @@ struct Bf16Engine {
         continue;
       }
       for (int64_t d = 0; d < deep; d += 32) {
-        const int64_t left = std::min<int64_t>(32, std::max<int64_t>(0, width - d));
-        const __mmask32 keep = left == 32 ? 0xFFFFFFFFU : (1U << left) - 1;
-        _mm512_storeu_si512(to + d, _mm512_maskz_loadu_epi16(keep, row + d));
+        _mm512_mask_storeu_epi16(to + d, first_lanes(deep - d),
+                                 _mm512_maskz_loadu_epi16(first_lanes(width - d), row + d));
       }
     }
     if (rows > count) std::fill_n(to, (rows - count) * deep, bf16(0.0f));
+  }
+
+  // A mask of the first n of 32 lanes, n being any number.
+  static __mmask32 first_lanes(int64_t n) {
+    return n >= 32 ? 0xFFFFFFFFU : n > 0 ? (1U << n) - 1 : 0;
   }
 
   // Rows (lanes, depth) to pairs of rows (`queries` of them) and to panels.
   static void pack_queries(const bf16* rows, const Panels<float>& panels, int64_t width,
                            int64_t queries, bf16* pairs, bf16* to) {
     const int64_t deep = depth(width);
-    pack_pairs(rows, deep, panels.lanes, width, queries, out_rows(width), pairs);
+    pack_pairs(rows, deep, panels.lanes, width, queries, columns(width), pairs);
     for (int64_t i = 0; i < panels.count; ++i) {
       const int64_t wide = panels[i].vecs * kTile, first = panels[i].first;
       transpose_pairs(rows + first * deep, deep / 2, wide, deep / 2, to + first * deep, wide);

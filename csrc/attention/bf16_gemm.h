@@ -1,8 +1,8 @@
 // Matrix products of bfloat16 with float32 sums, on AMX tiles or, without them, AVX512-BF16.
 //
 // C (M, 16 V) (+)= A (M, K) B (K, 16 V): A lies row by row, B in pairs of rows: element (k, n) at
-// ((k / 2) * columns + n) * 2 + k % 2. M is a multiple of 16 and K of 32: operands are packed with
-// that padding, which must be 0 along K in one operand and no NaN in the other.
+// ((k / 2) * columns + n) * 2 + k % 2. M is a multiple of kRowStep and K of kDepthStep: operands
+// are packed with that padding, which must be 0 along K in one operand and no NaN in the other.
 #pragma once
 
 #if defined(__AVX512BF16__)
@@ -14,16 +14,67 @@
 #include <cstdint>
 #include <cstring>
 
+#include "attention/micro_gemm.h"
 #include "attention/rows.h"
 
 namespace dvla_fast::attention {
 
 using bf16 = c10::BFloat16;
 
-constexpr int64_t kTile = 16;       // rows and columns of a tile of C
-constexpr int64_t kTileDepth = 32;  // of the sum a tile product runs over
+constexpr int64_t kTile = 16;  // columns of a tile of C, lanes of a vector
+#if defined(__AMX_BF16__)
+constexpr bool kTiles = true;
+#else
+constexpr bool kTiles = false;
+#endif
+// What rows of C, and rows of B, are padded to: whole tiles, or whole pairs.
+constexpr int64_t kRowStep = kTiles ? 16 : 1, kDepthStep = kTiles ? 32 : 2;
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// In vectors, of any M and even K, A lying row by row or, where `paired`, in pairs of columns:
+// element (m, k) at ((k / 2) * lda + m) * 2 + k % 2. Of C's last vector only the lanes in `last`
+// exist. Tiles are R rows high; the rows left over take tiles of half the height.
+template <bool paired, int V, int R = 8>
+inline void bf16_gemm_rows(int64_t M, int64_t K, const bf16* a, int64_t lda, const bf16* b,
+                           int64_t ldb, float* c, int64_t ldc, bool add, __mmask16 last) {
+  int64_t m = 0;
+  for (; m + R <= M; m += R, a += paired ? 2 * R : R * lda, c += R * ldc) {
+    __m512 sum[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_ps();
+    }
+    for (int64_t k = 0; k < K; k += 2) {
+      __m512bh row[V];
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) row[v] = (__m512bh)_mm512_loadu_si512(b + k * ldb + v * 32);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, paired ? a + k * lda + 2 * r : a + r * lda + k, sizeof(pair));
+        const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 3
+        for (int v = 0; v < V; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], value, row[v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) {
+        float* to = c + r * ldc + v * 16;
+        const __mmask16 lanes = v == V - 1 ? last : 0xFFFF;
+        // Added last, as in gemm_tile.
+        if (add) sum[r][v] = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), sum[r][v]);
+        _mm512_mask_storeu_ps(to, lanes, sum[r][v]);
+      }
+    }
+  }
+  if constexpr (R > 1) {
+    if (m < M) bf16_gemm_rows<paired, V, R / 2>(M - m, K, a, lda, b, ldb, c, ldc, add, last);
+  }
+}
 
 #if defined(__AMX_BF16__)
 
@@ -58,7 +109,7 @@ inline void bf16_gemm_columns(int64_t M, int64_t K, const bf16* a, int64_t lda, 
       if constexpr (V > 1) _tile_zero(1);
       if constexpr (V > 2) _tile_zero(2);
     }
-    for (int64_t k = 0; k < K; k += kTileDepth) {
+    for (int64_t k = 0; k < K; k += kDepthStep) {
       const bf16* rows = b + k * ldb;
       _tile_loadd(6, a + k, a_bytes);
       _tile_loadd(3, rows, b_bytes);
@@ -85,35 +136,7 @@ struct TileSession {};
 template <int V>
 inline void bf16_gemm_columns(int64_t M, int64_t K, const bf16* a, int64_t lda, const bf16* b,
                               int64_t ldb, float* c, int64_t ldc, bool add) {
-  constexpr int R = 8;
-  for (int64_t m = 0; m < M; m += R, a += R * lda, c += R * ldc) {
-    __m512 sum[R][V];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) {
-        sum[r][v] = add ? _mm512_loadu_ps(c + r * ldc + v * 16) : _mm512_setzero_ps();
-      }
-    }
-    for (int64_t k = 0; k < K; k += 2) {
-      __m512bh row[V];
-#pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) row[v] = (__m512bh)_mm512_loadu_si512(b + k * ldb + v * 32);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        int32_t pair;
-        std::memcpy(&pair, a + r * lda + k, sizeof(pair));
-        const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 3
-        for (int v = 0; v < V; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], value, row[v]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) _mm512_storeu_ps(c + r * ldc + v * 16, sum[r][v]);
-    }
-  }
+  bf16_gemm_rows<false, V>(M, K, a, lda, b, ldb, c, ldc, add, 0xFFFF);
 }
 
 #endif
@@ -146,13 +169,14 @@ inline __m512i interleave(__m512i halves) {
 // Rows (count, width) to B's layout (rows, columns): `rows` even and >= count, `columns` a multiple
 // of 16 and >= width; the rest is 0.
 inline void pack_pairs(const bf16* from, int64_t ld, int64_t count, int64_t width, int64_t rows,
-                       int64_t columns, bf16* to) {
+                       int64_t columns, bf16* to, const Ahead& ahead = {}) {
   const auto half = [&](int64_t n, int64_t d) {
     if (n >= count || d >= width) return _mm256_setzero_si256();
     const __mmask16 keep = width - d >= 16 ? 0xFFFF : (1U << (width - d)) - 1;
     return _mm256_maskz_loadu_epi16(keep, from + n * ld + d);
   };
   for (int64_t n = 0; n < rows; n += 2, to += 2 * columns) {
+    if (ahead.bytes > 0) ahead.fetch(n), ahead.fetch(n + 1);
     for (int64_t d = 0; d < columns; d += 16) {
       const __m512i halves =
           _mm512_inserti64x4(_mm512_castsi256_si512(half(n, d)), half(n + 1, d), 1);

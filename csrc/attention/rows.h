@@ -12,6 +12,36 @@ namespace dvla_fast::attention {
 template <class scalar_t>
 using Acc = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
+#if defined(CPU_CAPABILITY_AVX512)
+// The first n of 16 lanes, n > 0.
+inline __mmask16 first_of_16(int64_t n) { return n >= 16 ? 0xFFFF : (1U << n) - 1; }
+
+// 16 values of half types, those in `keep`, as float32 and back. With a mask of all lanes where GCC
+// 12 warns of the plain form's own undefined operand.
+template <class half_t>
+inline __m512 load_halves(const half_t* from, __mmask16 keep) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(keep, from);
+  if constexpr (std::is_same_v<half_t, at::Half>) return _mm512_maskz_cvtph_ps(0xFFFF, bits);
+  const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xFFFF, bits);
+  return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xFFFF, wide, 16));
+}
+
+template <class half_t>
+inline void store_halves(__m512 values, __mmask16 keep, half_t* to) {
+  __m256i bits;
+  if constexpr (std::is_same_v<half_t, at::Half>) {
+    bits = _mm512_maskz_cvtps_ph(0xFFFF, values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  } else {
+#if defined(__AVX512BF16__)
+    bits = (__m256i)_mm512_cvtneps_pbh(values);
+#else
+    bits = at::vec::cvtfp32_bf16(values);
+#endif
+  }
+  _mm256_mask_storeu_epi16(to, keep, bits);
+}
+#endif
+
 // to[0..n) = factor * from[0..n).
 template <class scalar_t>
 inline void load_row(const scalar_t* from, int64_t stride, int64_t n, Acc<scalar_t> factor,
@@ -29,6 +59,12 @@ inline void load_row(const scalar_t* from, int64_t stride, int64_t n, Acc<scalar
     }
     if (i < n) (f * Vec<acc_t>::loadu(from + i, n - i)).store(to + i, n - i);
   } else {
+#if defined(CPU_CAPABILITY_AVX512)
+    for (; i < n; i += 16) {
+      const __mmask16 keep = first_of_16(n - i);
+      _mm512_mask_storeu_ps(to + i, keep, f * Vec<float>(load_halves(from + i, keep)));
+    }
+#else
     constexpr int64_t lanes = kLanes<float>;
     for (; i + 2 * lanes <= n; i += 2 * lanes) {
       const auto [low, high] = at::vec::convert_to_float(Vec<scalar_t>::loadu(from + i));
@@ -40,6 +76,7 @@ inline void load_row(const scalar_t* from, int64_t stride, int64_t n, Acc<scalar
       (f * low).store(to + i, std::min(lanes, n - i));
       if (n - i > lanes) (f * high).store(to + i + lanes, n - i - lanes);
     }
+#endif
   }
 }
 
@@ -50,6 +87,12 @@ inline void store_row(const Acc<scalar_t>* from, int64_t n, scalar_t* to) {
   if constexpr (std::is_same_v<scalar_t, acc_t>) {
     std::memcpy(to, from, n * sizeof(scalar_t));
   } else {
+#if defined(CPU_CAPABILITY_AVX512)
+    for (int64_t i = 0; i < n; i += 16) {
+      const __mmask16 keep = first_of_16(n - i);
+      store_halves(_mm512_maskz_loadu_ps(keep, from + i), keep, to + i);
+    }
+#else
     constexpr int64_t lanes = kLanes<float>;
     int64_t i = 0;
     for (; i + 2 * lanes <= n; i += 2 * lanes) {
@@ -64,6 +107,7 @@ inline void store_row(const Acc<scalar_t>* from, int64_t n, scalar_t* to) {
           left > lanes ? Vec<float>::loadu(from + i + lanes, left - lanes) : Vec<float>(0.0f);
       at::vec::convert_from_float<scalar_t>(low, high).store(to + i, left);
     }
+#endif
   }
 }
 

@@ -1,9 +1,10 @@
 // Matrix products of the gated layer. They run on the register tiles of attention: every value is a
 // sum over the depth whose order follows from the depth alone, so it depends neither on the number
 // of threads nor on how the rows were cut up, which a BLAS does not promise. Half types are
-// converted a block at a time where the machine has no fast products of their own; where it has,
-// they go to the library, and so does everything in the variant without vector instructions, in
-// which the tiles are several times slower.
+// converted a block at a time where the machine has no fast products of their own; bfloat16 is
+// multiplied as it is where vectors can. Where tiles can, half types go to the library, and so does
+// everything in the variant without vector instructions, in which our tiles are several times
+// slower.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,6 +12,7 @@
 
 #include <algorithm>
 
+#include "attention/bf16_gemm.h"
 #include "attention/micro_gemm.h"
 #include "attention/problem.h"
 #include "attention/scratch.h"
@@ -20,8 +22,9 @@ namespace dvla_fast::gate {
 
 using attention::Acc;
 
-// Of the right-hand side this many rows are taken at once: with them a strip of it stays in the
-// first-level cache. Long sums are sums of such parts, which also keeps their rounding small.
+// Of the right-hand side this many rows of float32 are taken at once: with them a strip of it stays
+// in the first-level cache. Long sums are sums of such parts, which also keeps their rounding
+// small.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int64_t kDepth = 128;
 #else
@@ -49,20 +52,28 @@ constexpr bool kLibrary = true;
 #elif defined(__AMX_BF16__)  // processors with these tiles have float16 in vectors, too
 template <class scalar_t>
 constexpr bool kLibrary = sizeof(scalar_t) == 2;
-#elif defined(__AVX512BF16__)
-template <class scalar_t>
-constexpr bool kLibrary = std::is_same_v<scalar_t, at::BFloat16>;
 #else
 template <class scalar_t>
 constexpr bool kLibrary = false;
 #endif
 
-// The right-hand side (depth, columns) of products. For the tiles it is packed in the type of sums:
-// strip after strip of at most kMaxVecs vectors, `depth` rows of them, padding 0.
+// Whether products multiply pairs of bfloat16 values (bf16_gemm.h).
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+template <class scalar_t>
+constexpr bool kPairs = std::is_same_v<scalar_t, at::BFloat16>;
+#else
+template <class scalar_t>
+constexpr bool kPairs = false;
+#endif
+
+// The right-hand side (depth, columns) of products. For the tiles it is packed in the type of sums,
+// or in pairs of rows of bfloat16: strip after strip of at most kMaxVecs vectors, `depth` rows of
+// them, padding 0.
 template <class scalar_t>
 class Factor {
  public:
   using acc_t = Acc<scalar_t>;
+  using operand_t = std::conditional_t<kPairs<scalar_t>, scalar_t, acc_t>;
   static constexpr bool kPacked = !kLibrary<scalar_t>;
 
   Factor() = default;
@@ -96,19 +107,23 @@ class Factor {
   }
 
  private:
-  static constexpr bool kSame = std::is_same_v<scalar_t, acc_t>;
+  static constexpr bool kSame = std::is_same_v<scalar_t, operand_t>;
   static constexpr int64_t kLanes = attention::kLanes<acc_t>;
+  // Rows of a block of the right-hand side: as many bytes in each type.
+  static constexpr int64_t kBlock = kPairs<scalar_t> ? 2 * kDepth : kDepth;
 
-  // A thread's: converted values of the left-hand side, sums that are not rounded yet, a packed
-  // strip, and its values converted.
+  // A thread's: copied values of the left-hand side, sums that are not rounded yet, a packed strip,
+  // and copied values of it.
   struct Scratch {
     Scratch(attention::Arena& arena, int64_t values, int64_t sums, int64_t strip,
             int64_t strip_values)
-        : values(arena.take<acc_t>(values)),
+        : values(arena.take<operand_t>(values)),
           sums(arena.take<acc_t>(sums)),
-          strip(arena.take<acc_t>(strip)),
-          strip_values(arena.take<acc_t>(strip_values)) {}
-    acc_t *values, *sums, *strip, *strip_values;
+          strip(arena.take<operand_t>(strip)),
+          strip_values(arena.take<operand_t>(strip_values)) {}
+    operand_t* values;
+    acc_t* sums;
+    operand_t *strip, *strip_values;
   };
 
   // The tiles read and write what the sizes say.
@@ -131,10 +146,21 @@ class Factor {
     return dense(x, 0) || dense(x, 1) ? x : x.contiguous();
   }
 
-  // Rows of `count` values in the type of sums: as they lie, or converted to `scratch`.
-  static attention::Tile<acc_t> converted(const scalar_t* from, int64_t ld, int64_t rows,
-                                          int64_t count, acc_t* scratch) {
-    if constexpr (kSame) {
+  // Rows that the packed right-hand side has: pairs are filled up with 0.
+  int64_t deep() const { return kPairs<scalar_t> ? attention::ceil_div(depth_, 2) * 2 : depth_; }
+
+  // Rows of `count` values as operands: as they lie, or copied to `scratch`.
+  static attention::Tile<operand_t> converted(const scalar_t* from, int64_t ld, int64_t rows,
+                                              int64_t count, operand_t* scratch) {
+    if constexpr (kPairs<scalar_t>) {
+      if (count % 2 == 0 && ld % 2 == 0) return {from, ld};
+      for (int64_t i = 0; i < rows; ++i) {
+        scalar_t* to = scratch + i * (count + count % 2);
+        std::copy_n(from + i * ld, count, to);
+        if (count % 2) to[count] = scalar_t(0);
+      }
+      return {scratch, count + count % 2};
+    } else if constexpr (kSame) {
       return {from, ld};
     } else {
       for (int64_t i = 0; i < rows; ++i) {
@@ -146,35 +172,54 @@ class Factor {
 
   // Whether rows of the right-hand side lie one value after another, rather than columns.
   bool given_by_row() const { return dense(given_, 1); }
-  // Values of the widest strip, and of what of it is converted before it is packed.
-  int64_t strip_size() const { return attention::kMaxVecs * kLanes * depth_; }
-  int64_t strip_values() const { return kSame || given_by_row() ? 0 : strip_size(); }
+  // Values of the widest strip, and of what of it is copied before it is packed.
+  int64_t strip_size() const { return attention::kMaxVecs * kLanes * deep(); }
+  int64_t strip_values() const {
+    return (kSame && !kPairs<scalar_t>) || given_by_row() ? 0 : strip_size();
+  }
 
   void pack() {
-    data_ = new_empty({vecs() * kLanes * depth_},
-                      given_.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
-    acc_t* to = data_.mutable_data_ptr<acc_t>();
+    data_ = new_empty({vecs() * kLanes * deep()},
+                      given_.options().dtype(c10::CppTypeToScalarType<operand_t>::value));
+    operand_t* to = data_.mutable_data_ptr<operand_t>();
     parallel_items(strips(), [&](int64_t begin, int64_t end) {
       const auto s =
           attention::on_arena<Scratch>(int64_t{0}, int64_t{0}, int64_t{0}, strip_values());
-      for (int64_t i = begin; i < end; ++i) pack_strip(i, to + first(i) * depth_, s.strip_values);
+      for (int64_t i = begin; i < end; ++i) pack_strip(i, to + first(i) * deep(), s.strip_values);
     });
   }
 
-  void pack_strip(int64_t strip, acc_t* to, acc_t* scratch) const {
+  void pack_strip(int64_t strip, operand_t* to, operand_t* scratch) const {
     const bool by_row = given_by_row();
     const int64_t ld = given_.stride(by_row ? 0 : 1), column = first(strip);
     const int64_t wide = first(strip + 1) - column, count = std::min(wide, columns_ - column);
     const scalar_t* from = given_.template const_data_ptr<scalar_t>() + column * (by_row ? 1 : ld);
-    if (!by_row) {
-      const auto rows = converted(from, ld, count, depth_, scratch);
-      attention::transpose(rows.data, rows.ld, count, depth_, to, wide);
-    }
-    for (int64_t k = 0; k < depth_; ++k, to += wide) {
-      if (by_row) attention::load_row(from + k * ld, 1, count, acc_t(1), to);
-      std::fill(to + count, to + wide, acc_t(0));
+    if constexpr (kPairs<scalar_t>) {
+      pack_pairs(from, ld, by_row, count, wide, to, scratch);
+    } else {
+      if (!by_row) {
+        const auto rows = converted(from, ld, count, depth_, scratch);
+        attention::transpose(rows.data, rows.ld, count, depth_, to, wide);
+      }
+      for (int64_t k = 0; k < depth_; ++k, to += wide) {
+        if (by_row) attention::load_row(from + k * ld, 1, count, acc_t(1), to);
+        std::fill(to + count, to + wide, acc_t(0));
+      }
     }
   }
+
+#if defined(__AVX512BF16__)
+  // The same for pairs of rows.
+  void pack_pairs(const scalar_t* from, int64_t ld, bool by_row, int64_t count, int64_t wide,
+                  scalar_t* to, scalar_t* scratch) const {
+    if (by_row) return attention::pack_pairs(from, ld, depth_, count, deep(), wide, to);
+    const auto rows = converted(from, ld, count, depth_, scratch);
+    attention::transpose_pairs(rows.data, rows.ld / 2, count, deep() / 2, to, wide);
+    for (int64_t k = 0; count < wide && k < deep(); k += 2) {
+      std::fill(to + k * wide + 2 * count, to + (k + 2) * wide, scalar_t(0));
+    }
+  }
+#endif
 
   // The left-hand side of a product, and where its results go.
   template <class out_t>
@@ -208,13 +253,13 @@ class Factor {
   template <class out_t>
   void from_whole(const Product<out_t>& product) const {
     const int64_t cuts = std::min(attention::ceil_div(kPieces, product.blocks()), strips());
-    const acc_t* b = data_.template const_data_ptr<acc_t>();
+    const operand_t* b = data_.template const_data_ptr<operand_t>();
     parallel_items(product.blocks() * cuts, [&](int64_t begin, int64_t end) {
       const auto s = attention::on_arena<Scratch>(
           values(), sums<out_t>(attention::ceil_div(strips(), cuts)), int64_t{0}, int64_t{0});
       for (int64_t i = begin; i < end; ++i) {
         const int64_t strip = strips() * (i % cuts) / cuts;
-        block(product, i / cuts, strip, strips() * (i % cuts + 1) / cuts, b + first(strip) * depth_,
+        block(product, i / cuts, strip, strips() * (i % cuts + 1) / cuts, b + first(strip) * deep(),
               s);
       }
     });
@@ -238,8 +283,8 @@ class Factor {
     });
   }
 
-  // Scratch of a block: converted values, and sums in so many strips that are rounded at the end.
-  static constexpr int64_t values() { return kSame ? 0 : kRows * kDepth; }
+  // Scratch of a block: copied values, and sums in so many strips that are rounded at the end.
+  static constexpr int64_t values() { return kSame && !kPairs<scalar_t> ? 0 : kRows * kBlock; }
   template <class out_t>
   static int64_t sums(int64_t strips) {
     return std::is_same_v<out_t, acc_t> ? 0 : kRows * strips * attention::kMaxVecs * kLanes;
@@ -247,7 +292,7 @@ class Factor {
 
   // A block of rows, in the columns of strips [begin, end), which are packed at `b`.
   template <class out_t>
-  void block(const Product<out_t>& p, int64_t index, int64_t begin, int64_t end, const acc_t* b,
+  void block(const Product<out_t>& p, int64_t index, int64_t begin, int64_t end, const operand_t* b,
              const Scratch& s) const {
     const int64_t row = index * kRows, count = std::min(kRows, p.rows - row);
     const int64_t column = first(begin), width = std::min(columns_, first(end)) - column;
@@ -270,18 +315,51 @@ class Factor {
   // The same in the type of sums, from `a` to `to`.
   template <bool transposed>
   void sum_block(int64_t rows, const scalar_t* a, int64_t lda, int64_t begin, int64_t end,
-                 const acc_t* b, acc_t* to, int64_t ldc, bool add, acc_t* scratch) const {
-    for (int64_t k = 0; k == 0 || k < depth_; k += kDepth) {
-      const int64_t depth = std::min(kDepth, depth_ - k);
-      const auto left = transposed ? converted(a + k * lda, lda, depth, rows, scratch)
-                                   : converted(a + k, lda, rows, depth, scratch);
+                 const operand_t* b, acc_t* to, int64_t ldc, bool add, operand_t* scratch) const {
+    for (int64_t k = 0; k == 0 || k < depth_; k += kBlock) {
+      const int64_t depth = std::min(kBlock, depth_ - k);
+      const auto left =
+          left_block<transposed>(a + k * (transposed ? lda : 1), lda, rows, depth, scratch);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t column = first(i) - first(begin), wide = first(i + 1) - first(i);
         const int64_t columns = std::min(wide, columns_ - first(i));
-        attention::gemm<transposed>(rows, columns, depth, left.data, left.ld,
-                                    b + column * depth_ + k * wide, wide, to + column, ldc,
-                                    add || k > 0);
+        tiles<transposed>(rows, columns, depth, left, b + column * deep() + k * wide, wide,
+                          to + column, ldc, add || k > 0);
       }
+    }
+  }
+
+  // A block (rows, depth) of the left-hand side for the tiles.
+  template <bool transposed>
+  static attention::Tile<operand_t> left_block(const scalar_t* a, int64_t lda, int64_t rows,
+                                               int64_t depth, operand_t* scratch) {
+    if constexpr (!transposed) return converted(a, lda, rows, depth, scratch);
+#if defined(__AVX512BF16__)
+    if constexpr (kPairs<scalar_t>) {
+      const int64_t wide = attention::round_up(rows, kLanes);
+      attention::pack_pairs(a, lda, depth, rows, attention::round_up(depth, 2), wide, scratch);
+      return {scratch, wide};
+    }
+#endif
+    return converted(a, lda, depth, rows, scratch);
+  }
+
+  // One strip of a block of rows.
+  template <bool transposed>
+  static void tiles(int64_t rows, int64_t columns, int64_t depth,
+                    const attention::Tile<operand_t>& left, const operand_t* b, int64_t wide,
+                    acc_t* to, int64_t ldc, bool add) {
+#if defined(__AVX512BF16__)
+    if constexpr (kPairs<scalar_t>) {
+      const __mmask16 last = 0xFFFFU >> (wide - columns);
+      return attention::with_vecs(wide / kLanes, [&](auto V) {
+        attention::bf16_gemm_rows<transposed, V()>(rows, depth, left.data, left.ld, b, wide, to,
+                                                   ldc, add, last);
+      });
+    }
+#endif
+    if constexpr (!kPairs<scalar_t>) {
+      attention::gemm<transposed>(rows, columns, depth, left.data, left.ld, b, wide, to, ldc, add);
     }
   }
 

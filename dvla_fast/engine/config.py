@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, ClassVar
 
 from dvla_fast.engine.settings import about, option
@@ -38,6 +40,16 @@ def _unknown_rewards(weights: dict[str, float]) -> str:
     except ValueError as error:
         return str(error).removeprefix("rewards: ")
     return ""
+
+
+def _one_of(module: str, constant: str, *more: str) -> Callable[[str], str]:
+    """A check against the names that a module lists; it is loaded when a value is checked."""
+
+    def check(name: str) -> str:
+        known = (*more, *getattr(import_module(module), constant))
+        return "" if name in known else f"{name!r} is unknown; choose one of {', '.join(known)}"
+
+    return check
 
 
 @dataclass
@@ -151,12 +163,22 @@ class ModelConfig:
     num_heads: int = option(8, "attention heads of a gate", 1)
     concentration: float = option(10.0, "concentration of the Beta policy", above=0)
     hidden_dim: int = option(128, "hidden width of the policy network", 1)
-    policy: str = option("beta", "gate policy: beta, categorical, fixed, static or mlp")
+    policy: str = option(
+        "beta",
+        "gate policy: beta, categorical, fixed, static or mlp",
+        check=_one_of("dvla_fast.nn.policy", "POLICIES"),
+    )
     fixed_alpha: float = option(0.5, "gate value of policy fixed", 0, 1)
     text_scope: str = option(
-        "episode", "whose text an image sees: episode (all), class (supports) or candidate"
+        "episode",
+        "whose text an image sees: episode (all), class (supports) or candidate",
+        check=_one_of("dvla_fast.nn.dvla", "TEXT_SCOPES"),
     )
-    alpha_scope: str = option("episode", "one gate value per episode or per image")
+    alpha_scope: str = option(
+        "episode",
+        "one gate value per episode or per image",
+        check=_one_of("dvla_fast.nn.gate", "ALPHA_SCOPES"),
+    )
     temperature: float = option(0.2, "temperature of the cosine prototype classifier", above=0)
 
 
@@ -240,12 +262,15 @@ class MetatuneConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     freeze_norm: bool = option(True, "keep the backbone's BatchNorm statistics of pre-training")
     objective: str = option(
-        "reinforce", "policy objective: reinforce, ppo, grpo, counterfactual, dpo or pathwise"
+        "reinforce",
+        "policy objective: reinforce, ppo, grpo, counterfactual, dpo or pathwise",
+        check=_one_of("dvla_fast.rl.objectives", "OBJECTIVES"),
     )
     baseline: str = option(
         "auto",
         "what is subtracted from a reward: ema, leave-one-out, value, none, or auto: ema where "
         "the objective takes one",
+        check=_one_of("dvla_fast.rl.baselines", "BASELINES", "auto"),
     )
     rewards: dict[str, float] = field(
         default_factory=dict,
@@ -270,6 +295,7 @@ class MetatuneConfig:
         "fixed",
         "frozen gate to compare with (counterfactual, dpo, kl_weight): fixed, of mean "
         "reference_alpha, or epoch, the policy as it was when the epoch began",
+        check=_one_of("dvla_fast.engine.gating", "REFERENCES"),
     )
     reference_alpha: float = option(0.5, "mean of the fixed reference gate", above=0, below=1)
     kl_weight: float = option(0.0, "weight of the divergence from the reference policy", 0)

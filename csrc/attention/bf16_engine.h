@@ -388,16 +388,11 @@ struct Bf16Engine {
         continue;
       }
       for (int64_t d = 0; d < deep; d += 32) {
-        _mm512_mask_storeu_epi16(to + d, first_lanes(deep - d),
-                                 _mm512_maskz_loadu_epi16(first_lanes(width - d), row + d));
+        _mm512_mask_storeu_epi16(to + d, first_of_32(deep - d),
+                                 _mm512_maskz_loadu_epi16(first_of_32(width - d), row + d));
       }
     }
     if (rows > count) std::fill_n(to, (rows - count) * deep, bf16(0.0f));
-  }
-
-  // A mask of the first n of 32 lanes, n being any number.
-  static __mmask32 first_lanes(int64_t n) {
-    return n >= 32 ? 0xFFFFFFFFU : n > 0 ? (1U << n) - 1 : 0;
   }
 
   // Rows (lanes, depth) to pairs of rows (`queries` of them) and to panels.

@@ -166,21 +166,34 @@ inline __m512i interleave(__m512i halves) {
   return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves);
 }
 
+// 16 values of two rows in turn, from the first'th on.
+template <int first>
+inline __m512i interleave(__m512i low, __m512i high) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                      37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i order = _mm512_add_epi16(_mm512_load_si512(kOrder), _mm512_set1_epi16(first));
+  return _mm512_permutex2var_epi16(low, order, high);
+}
+
+// A mask of the first n of 32 lanes, n being any number.
+inline __mmask32 first_of_32(int64_t n) {
+  return n >= 32 ? 0xFFFFFFFFU : n > 0 ? (1U << n) - 1 : 0;
+}
+
 // Rows (count, width) to B's layout (rows, columns): `rows` even and >= count, `columns` a multiple
 // of 16 and >= width; the rest is 0.
 inline void pack_pairs(const bf16* from, int64_t ld, int64_t count, int64_t width, int64_t rows,
                        int64_t columns, bf16* to, const Ahead& ahead = {}) {
-  const auto half = [&](int64_t n, int64_t d) {
-    if (n >= count || d >= width) return _mm256_setzero_si256();
-    const __mmask16 keep = width - d >= 16 ? 0xFFFF : (1U << (width - d)) - 1;
-    return _mm256_maskz_loadu_epi16(keep, from + n * ld + d);
-  };
   for (int64_t n = 0; n < rows; n += 2, to += 2 * columns) {
     if (ahead.bytes > 0) ahead.fetch(n), ahead.fetch(n + 1);
-    for (int64_t d = 0; d < columns; d += 16) {
-      const __m512i halves =
-          _mm512_inserti64x4(_mm512_castsi256_si512(half(n, d)), half(n + 1, d), 1);
-      _mm512_storeu_si512(to + 2 * d, interleave(halves));
+    for (int64_t d = 0; d < columns; d += 32) {
+      const bf16* row = from + n * ld + d;
+      const __mmask32 keep = first_of_32(width - d);
+      const __m512i low = _mm512_maskz_loadu_epi16(n < count ? keep : 0, row);
+      const __m512i high = _mm512_maskz_loadu_epi16(n + 1 < count ? keep : 0, row + ld);
+      _mm512_storeu_si512(to + 2 * d, interleave<0>(low, high));
+      if (d + 16 < columns) _mm512_storeu_si512(to + 2 * d + 32, interleave<16>(low, high));
     }
   }
 }

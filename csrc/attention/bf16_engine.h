@@ -290,6 +290,8 @@ struct Bf16Engine {
     pack_pairs(key.data, key.ld, count, width, keys, columns, s.key_pairs,
                fetch_ahead(path.key, path.value, path.index, begin, width));
     turn(s.key_pairs, columns, rows, keys, s.key_columns);
+    // Vectors write the gradients where they belong, if one product makes them.
+    const bool direct = !kTiles && !path.index && !path.same() && panels.count <= kStripPanels;
     for (int64_t first = 0; first < panels.count; first += kStripPanels) {
       const int64_t last = std::min(panels.count, first + kStripPanels);
       const int64_t token = panels[first].first;
@@ -317,6 +319,14 @@ struct Bf16Engine {
           turned_product<V()>(rows, keys, s.key_pairs, columns, s.key_columns, s.slope_pairs, wide,
                               grad_q + panel.first * rows, true);
         });
+      }
+      if (direct) {
+        const int64_t row = path.grad_row;
+        bf16_gemm_rounded(count, width, queries, s.weights, s.strip, s.go_pairs, columns, 1.0f,
+                          path.grad_value + begin * row, row);
+        bf16_gemm_rounded(count, width, queries, s.slopes, s.strip, s.q_pairs, columns,
+                          static_cast<float>(scale), path.grad_key + begin * row, row);
+        return;
       }
       bf16_gemm(tiles, columns, queries, s.weights, s.strip, s.go_pairs + token * columns, columns,
                 s.grad_value, columns, first > 0);

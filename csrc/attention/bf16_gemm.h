@@ -34,10 +34,12 @@ constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / st
 
 // In vectors, of any M and even K, A lying row by row or, where `paired`, in pairs of columns:
 // element (m, k) at ((k / 2) * lda + m) * 2 + k % 2. Of C's last vector only the lanes in `last`
-// exist. Tiles are R rows high; the rows left over take tiles of half the height.
-template <bool paired, int V, int R = 8>
+// exist; where C is bfloat16 it is `factor` times the product, rounded, and nothing is added. Tiles
+// are R rows high; the rows left over take tiles of half the height.
+template <bool paired, int V, int R = 8, class out_t = float>
 inline void bf16_gemm_rows(int64_t M, int64_t K, const bf16* a, int64_t lda, const bf16* b,
-                           int64_t ldb, float* c, int64_t ldc, bool add, __mmask16 last) {
+                           int64_t ldb, out_t* c, int64_t ldc, bool add, __mmask16 last,
+                           float factor = 1.0f) {
   int64_t m = 0;
   for (; m + R <= M; m += R, a += paired ? 2 * R : R * lda, c += R * ldc) {
     __m512 sum[R][V];
@@ -63,16 +65,22 @@ inline void bf16_gemm_rows(int64_t M, int64_t K, const bf16* a, int64_t lda, con
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 3
       for (int v = 0; v < V; ++v) {
-        float* to = c + r * ldc + v * 16;
+        out_t* to = c + r * ldc + v * 16;
         const __mmask16 lanes = v == V - 1 ? last : 0xFFFF;
-        // Added last, as in gemm_tile.
-        if (add) sum[r][v] = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), sum[r][v]);
-        _mm512_mask_storeu_ps(to, lanes, sum[r][v]);
+        if constexpr (std::is_same_v<out_t, float>) {
+          // Added last, as in gemm_tile.
+          if (add) sum[r][v] = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), sum[r][v]);
+          _mm512_mask_storeu_ps(to, lanes, sum[r][v]);
+        } else {
+          store_halves(_mm512_mul_ps(_mm512_set1_ps(factor), sum[r][v]), lanes, to);
+        }
       }
     }
   }
   if constexpr (R > 1) {
-    if (m < M) bf16_gemm_rows<paired, V, R / 2>(M - m, K, a, lda, b, ldb, c, ldc, add, last);
+    if (m < M) {
+      bf16_gemm_rows<paired, V, R / 2>(M - m, K, a, lda, b, ldb, c, ldc, add, last, factor);
+    }
   }
 }
 
@@ -149,6 +157,19 @@ inline void bf16_gemm(int64_t M, int64_t columns, int64_t K, const bf16* a, int6
     const int64_t first = vecs * i / strips, last = vecs * (i + 1) / strips;
     with_vecs(last - first, [&](auto V) {
       bf16_gemm_columns<V()>(M, K, a, lda, b + first * kTile * 2, ldb, c + first * kTile, ldc, add);
+    });
+  }
+}
+
+// to (M, width), row by row, = factor A B, rounded; in vectors. B's columns are whole vectors.
+inline void bf16_gemm_rounded(int64_t M, int64_t width, int64_t K, const bf16* a, int64_t lda,
+                              const bf16* b, int64_t ldb, float factor, bf16* to, int64_t ld) {
+  const int64_t vecs = ceil_div(width, kTile), strips = ceil_div(vecs, kMaxVecs);
+  for (int64_t i = 0; i < strips; ++i) {
+    const int64_t first = vecs * i / strips * kTile, last = vecs * (i + 1) / strips * kTile;
+    with_vecs((last - first) / kTile, [&](auto V) {
+      bf16_gemm_rows<false, V()>(M, K, a, lda, b + first * 2, ldb, to + first, ld, false,
+                                 first_of_16(width - last + kTile), factor);
     });
   }
 }

@@ -23,7 +23,7 @@ from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.engine.trained_texts import check_semantics
 from dvla_fast.errors import CheckpointError, DataError
-from dvla_fast.nn import DVLA, TextTokens
+from dvla_fast.nn import DVLA, LayerTrace, TextTokens
 from dvla_fast.semantics import SemanticBank
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ class FewShotClassifier:
             for name in ("mean", "std")
         )
         self.class_names: tuple[str, ...] = ()
-        self._support, self._labels = torch.empty(0), torch.empty(0)
+        self._features, self._labels = torch.empty(0), torch.empty(0)
+        self._layers: tuple[LayerTrace, ...] = ()
         self._text: TextTokens | None = None
 
     @classmethod
@@ -140,8 +141,10 @@ class FewShotClassifier:
         text = None if bank is None else self._texts(bank, list(given), encoder)
         every = [image for group in given.values() for image in group]
         labels = [label for label, group in enumerate(given.values()) for _ in group]
-        self._support = self.model.prefix(self._read(every)).unsqueeze(0)
         self._labels = torch.tensor([labels], device=self.device)
+        self._features, self._layers = self.model.support_features(
+            self._read(every).unsqueeze(0), self._labels, text, way=len(given), sample=False
+        )
         self._text, self.class_names = text, tuple(given)
         return self
 
@@ -150,8 +153,7 @@ class FewShotClassifier:
         """Classify images; each by itself, so that their number and order change nothing.
 
         Args:
-            batch: images of one pass. In text scope "candidate" each counts once for every class,
-                but with many supports, which go along in every pass, as many candidates do.
+            batch: images of one pass. In text scope "candidate" each counts once for every class.
 
         Raises:
             ValueError: nothing was learned, no images, or ``batch`` is not positive.
@@ -167,14 +169,14 @@ class FewShotClassifier:
             raise ValueError(f"classify: batch: expected 1 or more images, got {batch}")
         parts = []
         if self.model.text_scope == "candidate" and self._text is not None:
-            batch = max(1, max(batch, self._labels.shape[1]) // len(self.class_names))
+            batch = max(1, batch // len(self.class_names))
         for first in range(0, len(images), batch):
-            query = self.model.prefix(self._read(images[first : first + batch])).unsqueeze(0)
-            output = self.model(
-                self._support, self._labels, query, self._text,
-                way=len(self.class_names), sample=False, from_prefix=True,
+            logits = self.model.query_logits(
+                self._features, self._labels,
+                self._read(images[first : first + batch]).unsqueeze(0),
+                self._text, self._layers, way=len(self.class_names),
             )  # fmt: skip
-            parts.append(output.logits[0].softmax(-1).float().cpu())
+            parts.append(logits[0].softmax(-1).float().cpu())
         return Classification(self.class_names, torch.cat(parts))
 
     def _read(self, images: Sequence[Picture]) -> Tensor:

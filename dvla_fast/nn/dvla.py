@@ -146,23 +146,17 @@ class DVLA(nn.Module):
         start = self.gated_layers[0] if from_prefix else None
         counts = (support.shape[1], query.shape[1])
         if text is None:
-            features = self.backbone(_together(support, query), start=start)
+            features = self._through(torch.cat((support, query), dim=1), None, start)
             return self._classify(features, counts, support_labels, way, ())
         options: dict[str, Any] = {"sample": sample, "generator": generator}
         pass_ = GatePass(self, text, counts, way, options, alpha, action_logit)
         if self.text_scope == "episode":
-            features = self.backbone(
-                _together(support, query),
-                pass_.episode_gate,
-                locations=self.gated_layers,
-                start=start,
-            )
+            images = torch.cat((support, query), dim=1)
+            features = self._through(images, pass_.episode_gate, start)
             return self._classify(features, counts, support_labels, way, tuple(pass_.traces))
         seen = self._class_supports(pass_, support, support_labels, start)
         if self.text_scope == "class":
-            queries = self.backbone(
-                query.flatten(0, 1), pass_.observe_query, locations=self.gated_layers, start=start
-            ).unflatten(0, (len(support), -1))
+            queries = self._through(query, pass_.observe_query, start)
         else:
             queries = self._candidates(pass_, query, from_prefix)
         logits = prototype_logits(seen, support_labels, queries, way, self.temperature)
@@ -190,7 +184,7 @@ class DVLA(nn.Module):
         self,
         support: Tensor,
         support_labels: Tensor,
-        text: TextTokens,
+        text: TextTokens | None = None,
         *,
         way: int,
         alpha: Any = None,
@@ -198,38 +192,87 @@ class DVLA(nn.Module):
         generator: torch.Generator | None = None,
         from_prefix: bool = False,
     ) -> tuple[Tensor, tuple[LayerTrace, ...]]:
-        """Features (E, S, feature_dim) of the supports alone, in text scope "class".
+        """Features (E, S, feature_dim) of the supports alone: no query changes them.
 
-        Queries see no text there: theirs are :meth:`features`. Where
+        They serve all queries of the same episode (:meth:`query_logits`). Where
         :meth:`supports_are_independent` holds, every image can be an episode of its own (way 1,
         S = 1), and its feature then serves all episodes. Arguments are those of :meth:`forward`;
-        the traces' query fields repeat the supports'.
+        the traces' query fields repeat the supports', or are empty in text scope "episode".
 
         Raises:
-            ValueError: another text scope, where queries see texts, too.
             TypeError, ValueError: arguments that do not fit together.
         """
-        if self.text_scope != "class":
-            raise ValueError(
-                f"support_features: text_scope is {self.text_scope!r}, expected 'class'; call"
-                " the model with supports and queries"
-            )
         check_episodes(support, support_labels, support, way)
-        check_text(text, len(support), way, self.text_dim, by_class=True)
+        start = self.gated_layers[0] if from_prefix else None
+        if text is None:
+            return self._through(support, None, start), ()
+        check_text(text, len(support), way, self.text_dim, self.text_scope != "episode")
         options: dict[str, Any] = {"sample": sample, "generator": generator}
         pass_ = GatePass(self, text, (support.shape[1], 0), way, options, alpha, None)
-        start = self.gated_layers[0] if from_prefix else None
-        features = self._class_supports(pass_, support, support_labels, start)
+        if self.text_scope == "episode":
+            features = self._through(support, pass_.episode_gate, start)
+        else:
+            features = self._class_supports(pass_, support, support_labels, start)
         return features, tuple(pass_.traces)
+
+    def query_logits(
+        self,
+        features: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        text: TextTokens | None = None,
+        layers: Sequence[LayerTrace] = (),
+        *,
+        way: int,
+        from_prefix: bool = False,
+    ) -> Tensor:
+        """Logits (E, Q, way) of queries whose supports went through before.
+
+        In evaluation mode they are those of :meth:`forward` with all images at once, up to
+        rounding. In alpha scope "episode" the queries replay the supports' gates, in scope "image"
+        theirs are the policy's means.
+
+        Args:
+            features, layers: what :meth:`support_features` returned.
+            support_labels: (E, S), text, way: what it was given.
+            query: (E, Q, C, H, W); with ``from_prefix`` maps of :meth:`prefix`.
+
+        Raises:
+            ValueError: other episodes' supports, or layers without text or text without layers.
+        """
+        if len(layers) != (0 if text is None else len(self.gated_layers)):
+            raise ValueError(
+                f"layers: {len(layers)} of {len(self.gated_layers)} gated layers"
+                f"{' without text' if text is None else ''}; give what support_features returned"
+            )
+        if text is not None:
+            check_text(text, len(query), way, self.text_dim, self.text_scope != "episode")
+        start = self.gated_layers[0] if from_prefix else None
+        if text is None or self.text_scope == "class":  # which sees no text in its queries
+            queries = self._through(query, None, start)
+        else:
+            replayed = [trace.alpha for trace in layers] if self.alpha_scope == "episode" else None
+            counts, options = (0, query.shape[1]), {"sample": False}
+            if self.text_scope == "episode":
+                pass_ = GatePass(self, text, counts, way, options, replayed, None)
+                queries = self._through(query, pass_.episode_gate, start)
+            else:
+                pass_ = GatePass(self, text, counts, way, options, None, None, layers)
+                queries = self._candidates(pass_, query, from_prefix)
+        return prototype_logits(features, support_labels, queries, way, self.temperature)
+
+    def _through(self, images: Tensor, gate: Any, start: Location | None) -> Tensor:
+        """Features (E, n, feature_dim) of images (E, n, C, H, W), gated where a gate is given."""
+        features: Tensor = self.backbone(
+            images.flatten(0, 1), gate, locations=self.gated_layers, start=start
+        )
+        return features.unflatten(0, images.shape[:2])
 
     def _class_supports(
         self, pass_: GatePass, support: Tensor, labels: Tensor, start: Location | None
     ) -> Tensor:
         pass_.select_classes(labels)
-        features = self.backbone(
-            support.flatten(0, 1), pass_.class_gate, locations=self.gated_layers, start=start
-        )
-        return features.unflatten(0, (support.shape[0], -1))
+        return self._through(support, pass_.class_gate, start)
 
     def _candidates(self, pass_: GatePass, query: Tensor, from_prefix: bool) -> Tensor:
         """Features (E, Q, way, feature_dim) of each query as a candidate of each class."""
@@ -253,14 +296,9 @@ class DVLA(nn.Module):
         way: int,
         traces: tuple[LayerTrace, ...],
     ) -> EpisodeOutput:
-        support, query = features.unflatten(0, (-1, sum(counts))).split(counts, dim=1)
+        support, query = features.split(counts, dim=1)
         logits = prototype_logits(support, labels, query, way, self.temperature)
         return EpisodeOutput(logits, traces, labels)
-
-
-def _together(support: Tensor, query: Tensor) -> Tensor:
-    """All images (B, C, H, W), episode by episode: its supports, then its queries."""
-    return torch.cat((support, query), dim=1).flatten(0, 1)
 
 
 def _checked_layers(

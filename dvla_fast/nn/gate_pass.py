@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,11 @@ class GatePass:
     Args:
         model: whose gates run.
         text: the episodes' texts.
-        counts: supports and queries of an episode; no queries: the supports alone go through.
+        counts: supports and queries of an episode; without either the others go through alone.
         way: classes of an episode.
         options: of every gate's policy: ``sample`` and ``generator``.
         alpha, action_logit: replayed gates, as ``DVLA.forward`` takes them.
+        traces: of the supports, where they have gone through before.
 
     Raises:
         ValueError: replayed gates that do not fit the layers, episodes or images.
@@ -43,6 +44,7 @@ class GatePass:
         options: dict[str, Any],
         alpha: Any,
         action_logit: Any,
+        traces: Sequence[LayerTrace] = (),
     ) -> None:
         self.model, self.counts, self.way, self.options = model, counts, way, options
         self.episodes = text.tokens.shape[0]
@@ -56,7 +58,7 @@ class GatePass:
         for name, all_given in (("alpha", self.alphas), ("action_logit", self.actions)):
             for given in all_given:  # before any work
                 self._decided(name, given, slice(None))
-        self.traces: list[LayerTrace] = []
+        self.traces = list(traces)
 
     def select_classes(self, labels: Tensor) -> None:
         """Make every support image a text group with its class's tokens."""
@@ -77,7 +79,8 @@ class GatePass:
 
     def episode_gate(self, location: Location, tokens: Tensor) -> GatedTokens:
         """Supports and queries of an episode, in that order, are one text group."""
-        options = self._asked(location, slice(None), state_images=self.counts[0])
+        # Queries alone replay what their supports' gate decided: their state is not read.
+        options = self._asked(location, slice(None), state_images=max(1, self.counts[0]))
         out, before, fused = self._run(location, tokens, options)
         support, query = before.split(self.counts, dim=1)
         support_added, query_added = fused.split(self.counts, dim=1)

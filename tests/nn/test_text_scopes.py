@@ -100,6 +100,40 @@ def test_candidates_are_gated_as_supports_are(make_model: MakeModel, alpha_scope
             torch.testing.assert_close(alone, features)
 
 
+@pytest.mark.parametrize("alpha_scope", ["episode", "image"])
+@pytest.mark.parametrize("text_scope", ["episode", "class", "candidate"])
+def test_supports_first_and_queries_later(
+    make_model: MakeModel, text_scope: str, alpha_scope: str
+) -> None:
+    model = make_model(text_scope=text_scope, alpha_scope=alpha_scope).eval()
+    support, labels, query, _ = make_episodes(2, 3, 2, 2)
+    for text in (make_text(2, 3, masked=True), make_text(2, 3), None):
+        expected = model(support, labels, query, text, way=3, sample=False)
+        maps = model.prefix(support.flatten(0, 1)).unflatten(0, support.shape[:2])
+        features, layers = model.support_features(
+            maps, labels, text, way=3, sample=False, from_prefix=True
+        )
+        for some in (query, query[:, :1]):  # each by itself: the others change nothing
+            logits = model.query_logits(features, labels, some, text, layers, way=3)
+            torch.testing.assert_close(logits, expected.logits[:, : some.shape[1]])
+        maps = model.prefix(query.flatten(0, 1)).unflatten(0, query.shape[:2])
+        logits = model.query_logits(features, labels, maps, text, layers, way=3, from_prefix=True)
+        torch.testing.assert_close(logits, expected.logits)
+
+
+def test_queries_without_their_supports_layers(make_model: MakeModel) -> None:
+    model = make_model().eval()
+    support, labels, query, _ = make_episodes(2, 3, 2, 2)
+    text = make_text(2, 3)
+    features, layers = model.support_features(support, labels, text, way=3)
+    with pytest.raises(ValueError, match="layers: 0 of 2 gated layers; give"):
+        model.query_logits(features, labels, query, text, way=3)
+    with pytest.raises(ValueError, match="layers: 2 of 2 gated layers without text"):
+        model.query_logits(features, labels, query, None, layers, way=3)
+    with pytest.raises(ValueError, match="query_features: shape"):
+        model.query_logits(features, labels, query[:1], None, way=3)
+
+
 def test_class_scope_needs_even_texts(make_model: MakeModel) -> None:
     support, labels, query, _ = make_episodes(1, 3, 1, 1)
     text = make_text(1, 2, attributes=1)._replace(class_embedding=torch.randn(1, 3, TEXT_DIM))

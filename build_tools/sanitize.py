@@ -23,7 +23,8 @@ def variant() -> str:
     """The instruction set to check: the last of this machine whose every access is checked.
 
     Tile instructions reach memory behind the address sanitizer's back. The variant without them
-    shares all the code but the products and the padding of what goes into them.
+    shares the code but what makes and pads their operands, which it takes where they lie, and the
+    gated layer's products in bfloat16, which tiles leave to PyTorch.
     """
     from dvla_fast import _build_info
 

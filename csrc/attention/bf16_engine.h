@@ -1,6 +1,6 @@
 // The work on one head in bfloat16 products with float32 sums. As in the float engine, queries lie
 // in the columns of scores and keys in the rows; every operand is packed once in the order that the
-// products want (bf16_gemm.h).
+// products want (bf16_gemm.h), or taken by vectors where it lies.
 #pragma once
 
 #include "attention/bf16_gemm.h"
@@ -176,7 +176,7 @@ struct Bf16Engine {
           peak(arena.take<float>(all_lanes)),
           total(arena.take<float>(all_lanes)) {}
     bf16* key;            // (block, depth)
-    bf16 *pairs, *value;  // values in pairs of rows, and (D, block)
+    bf16 *pairs, *value;  // values in pairs of rows, and for tiles (D, block)
     float* scores;        // (block, lanes)
     bf16* weights;        // (block, lanes) in pairs of rows
     float* rows;          // (lanes, D padded)
@@ -256,7 +256,7 @@ struct Bf16Engine {
     bf16 *go_rows, *go_pairs, *go_panels;  // the same, rounded: (lanes, depth), as the query
     float *lse, *delta;                    // (lanes of all panels)
     bf16 *key, *value;                     // (block, depth)
-    bf16 *key_pairs, *key_columns;         // in pairs of rows, and (D, block)
+    bf16 *key_pairs, *key_columns;         // in pairs of rows, and for tiles (D, block)
     float *scores, *products;              // (block, strip)
     bf16 *weights, *slopes;                // (block, strip)
     bf16* slope_pairs;                     // (block, lanes of a panel) in pairs of rows
@@ -295,15 +295,8 @@ struct Bf16Engine {
     for (int64_t first = 0; first < panels.count; first += kStripPanels) {
       const int64_t last = std::min(panels.count, first + kStripPanels);
       const int64_t token = panels[first].first;
-      const int64_t lanes = panels[last - 1].first + panels[last - 1].vecs * kTile - token;
       const int64_t tokens = panels[last - 1].first + panels[last - 1].count - token;
       const int64_t queries = round_up(tokens, kDepthStep);
-      if (queries > lanes) {  // what the sum over queries runs over, but no panel fills
-        for (int64_t n = 0; n < tiles; ++n) {
-          std::fill_n(s.weights + n * s.strip + lanes, kTile, bf16(0.0f));
-          std::fill_n(s.slopes + n * s.strip + lanes, kTile, bf16(0.0f));
-        }
-      }
       for (int64_t i = first; i < last; ++i) {
         const Panel panel = panels[i];
         const int64_t wide = panel.vecs * kTile, at = panel.first - token;
@@ -319,6 +312,11 @@ struct Bf16Engine {
           turned_product<V()>(rows, keys, s.key_pairs, columns, s.key_columns, s.slope_pairs, wide,
                               grad_q + panel.first * rows, true);
         });
+      }
+      // The sums over queries run over padding, too, where infinite keys have made NaN.
+      for (int64_t n = 0; queries > tokens && n < tiles; ++n) {
+        std::fill_n(s.weights + n * s.strip + tokens, queries - tokens, bf16(0.0f));
+        std::fill_n(s.slopes + n * s.strip + tokens, queries - tokens, bf16(0.0f));
       }
       if (direct) {
         const int64_t row = path.grad_row;

@@ -16,8 +16,8 @@ using Acc = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 // The first n of 16 lanes, n > 0.
 inline __mmask16 first_of_16(int64_t n) { return n >= 16 ? 0xFFFF : (1U << n) - 1; }
 
-// 16 values of half types, those in `keep`, as float32 and back. With a mask of all lanes where GCC
-// 12 warns of the plain form's own undefined operand.
+// 16 values of half types, those in `keep`, as float32. With a mask of all lanes where GCC 12 warns
+// of the plain form's own undefined operand.
 template <class half_t>
 inline __m512 load_halves(const half_t* from, __mmask16 keep) {
   const __m256i bits = _mm256_maskz_loadu_epi16(keep, from);
@@ -26,6 +26,7 @@ inline __m512 load_halves(const half_t* from, __mmask16 keep) {
   return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xFFFF, wide, 16));
 }
 
+// And back, rounded to nearest; bfloat16 in hardware makes 0 of what is below the normal numbers.
 template <class half_t>
 inline void store_halves(__m512 values, __mmask16 keep, half_t* to) {
   __m256i bits;

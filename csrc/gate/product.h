@@ -107,9 +107,10 @@ class Factor {
   }
 
  private:
-  static constexpr bool kSame = std::is_same_v<scalar_t, operand_t>;
+  // Whether operands are taken as they lie.
+  static constexpr bool kInPlace = std::is_same_v<scalar_t, acc_t>;
   static constexpr int64_t kLanes = attention::kLanes<acc_t>;
-  // Rows of a block of the right-hand side: as many bytes in each type.
+  // Rows of a block of the right-hand side: pairs take as many bytes as float32.
   static constexpr int64_t kBlock = kPairs<scalar_t> ? 2 * kDepth : kDepth;
 
   // A thread's: copied values of the left-hand side, sums that are not rounded yet, a packed strip,
@@ -160,7 +161,7 @@ class Factor {
         if (count % 2) to[count] = scalar_t(0);
       }
       return {scratch, count + count % 2};
-    } else if constexpr (kSame) {
+    } else if constexpr (kInPlace) {
       return {from, ld};
     } else {
       for (int64_t i = 0; i < rows; ++i) {
@@ -174,9 +175,7 @@ class Factor {
   bool given_by_row() const { return dense(given_, 1); }
   // Values of the widest strip, and of what of it is copied before it is packed.
   int64_t strip_size() const { return attention::kMaxVecs * kLanes * deep(); }
-  int64_t strip_values() const {
-    return (kSame && !kPairs<scalar_t>) || given_by_row() ? 0 : strip_size();
-  }
+  int64_t strip_values() const { return kInPlace || given_by_row() ? 0 : strip_size(); }
 
   void pack() {
     data_ = new_empty({vecs() * kLanes * deep()},
@@ -284,7 +283,7 @@ class Factor {
   }
 
   // Scratch of a block: copied values, and sums in so many strips that are rounded at the end.
-  static constexpr int64_t values() { return kSame && !kPairs<scalar_t> ? 0 : kRows * kBlock; }
+  static constexpr int64_t values() { return kInPlace ? 0 : kRows * kBlock; }
   template <class out_t>
   static int64_t sums(int64_t strips) {
     return std::is_same_v<out_t, acc_t> ? 0 : kRows * strips * attention::kMaxVecs * kLanes;
@@ -333,16 +332,24 @@ class Factor {
   template <bool transposed>
   static attention::Tile<operand_t> left_block(const scalar_t* a, int64_t lda, int64_t rows,
                                                int64_t depth, operand_t* scratch) {
-    if constexpr (!transposed) return converted(a, lda, rows, depth, scratch);
-#if defined(__AVX512BF16__)
-    if constexpr (kPairs<scalar_t>) {
-      const int64_t wide = attention::round_up(rows, kLanes);
-      attention::pack_pairs(a, lda, depth, rows, attention::round_up(depth, 2), wide, scratch);
-      return {scratch, wide};
+    if constexpr (!transposed) {
+      return converted(a, lda, rows, depth, scratch);
+    } else if constexpr (kPairs<scalar_t>) {
+      return left_pairs(a, lda, rows, depth, scratch);
+    } else {
+      return converted(a, lda, depth, rows, scratch);
     }
-#endif
-    return converted(a, lda, depth, rows, scratch);
   }
+
+#if defined(__AVX512BF16__)
+  // The same of a transposed block, in pairs of columns.
+  static attention::Tile<scalar_t> left_pairs(const scalar_t* a, int64_t lda, int64_t rows,
+                                              int64_t depth, scalar_t* scratch) {
+    const int64_t wide = attention::round_up(rows, kLanes);
+    attention::pack_pairs(a, lda, depth, rows, attention::round_up(depth, 2), wide, scratch);
+    return {scratch, wide};
+  }
+#endif
 
   // One strip of a block of rows.
   template <bool transposed>

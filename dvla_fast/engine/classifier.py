@@ -141,10 +141,12 @@ class FewShotClassifier:
         text = None if bank is None else self._texts(bank, list(given), encoder)
         every = [image for group in given.values() for image in group]
         labels = [label for label, group in enumerate(given.values()) for _ in group]
-        self._labels = torch.tensor([labels], device=self.device)
-        self._features, self._layers = self.model.support_features(
-            self._read(every).unsqueeze(0), self._labels, text, way=len(given), sample=False
+        marks = torch.tensor([labels], device=self.device)
+        features, layers = self.model.support_features(
+            self._read(every).unsqueeze(0), marks, text, way=len(given), sample=False
         )
+        # All or nothing: what was learned before is whole until then.
+        self._features, self._layers, self._labels = features, layers, marks
         self._text, self.class_names = text, tuple(given)
         return self
 

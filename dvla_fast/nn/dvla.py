@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dvla_fast.nn.backbones.base import GatedBackbone, Location
 from dvla_fast.nn.episode import EpisodeOutput, LayerTrace, TextTokens
-from dvla_fast.nn.episode_checks import check_episodes, check_text
+from dvla_fast.nn.episode_checks import check_episodes, check_learned, check_text
 from dvla_fast.nn.gate import RLAGate
 from dvla_fast.nn.gate_pass import GatePass, per_layer
 from dvla_fast.nn.level_weights import level_scales
@@ -224,26 +224,31 @@ class DVLA(nn.Module):
         layers: Sequence[LayerTrace] = (),
         *,
         way: int,
+        alpha: Any = None,
         from_prefix: bool = False,
     ) -> Tensor:
         """Logits (E, Q, way) of queries whose supports went through before.
 
         In evaluation mode they are those of :meth:`forward` with all images at once, up to
-        rounding. In alpha scope "episode" the queries replay the supports' gates, in scope "image"
-        theirs are the policy's means.
+        rounding. In alpha scope "episode" the queries replay the supports' gates; in scope "image"
+        they have their own, the policy's means.
 
         Args:
             features, layers: what :meth:`support_features` returned.
             support_labels: (E, S), text, way: what it was given.
             query: (E, Q, C, H, W); with ``from_prefix`` maps of :meth:`prefix`.
+            alpha: replay these gates in alpha scope "image": numbers and tensors of shape () or
+                (E,), as in :meth:`forward`.
 
         Raises:
-            ValueError: other episodes' supports, or layers without text or text without layers.
+            TypeError, ValueError: arguments that do not fit together.
         """
-        if len(layers) != (0 if text is None else len(self.gated_layers)):
+        check_learned(features, support_labels, query, layers)
+        expected = () if text is None else self.gated_layers
+        if tuple(trace.location for trace in layers) != expected:
             raise ValueError(
-                f"layers: {len(layers)} of {len(self.gated_layers)} gated layers"
-                f"{' without text' if text is None else ''}; give what support_features returned"
+                f"layers: at {[trace.location for trace in layers]}, expected {list(expected)};"
+                " give what support_features returned for the same text"
             )
         if text is not None:
             check_text(text, len(query), way, self.text_dim, self.text_scope != "episode")
@@ -251,13 +256,14 @@ class DVLA(nn.Module):
         if text is None or self.text_scope == "class":  # which sees no text in its queries
             queries = self._through(query, None, start)
         else:
-            replayed = [trace.alpha for trace in layers] if self.alpha_scope == "episode" else None
+            if self.alpha_scope == "episode":
+                alpha = [trace.alpha for trace in layers]
             counts, options = (0, query.shape[1]), {"sample": False}
             if self.text_scope == "episode":
-                pass_ = GatePass(self, text, counts, way, options, replayed, None)
+                pass_ = GatePass(self, text, counts, way, options, alpha, None)
                 queries = self._through(query, pass_.episode_gate, start)
             else:
-                pass_ = GatePass(self, text, counts, way, options, None, None, layers)
+                pass_ = GatePass(self, text, counts, way, options, alpha, None, layers)
                 queries = self._candidates(pass_, query, from_prefix)
         return prototype_logits(features, support_labels, queries, way, self.temperature)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,21 +12,13 @@ from dvla_fast import _extension
 from dvla_fast.ops.value_checks import require, value_checks
 
 if TYPE_CHECKING:
-    from dvla_fast.nn.episode import TextTokens
+    from dvla_fast.nn.episode import LayerTrace, TextTokens
 
 
 def check_episodes(support: Tensor, labels: Tensor, query: Tensor, way: int) -> None:
     """Raises TypeError or ValueError unless images and labels are those of episodes."""
-    for name, images in (("support", support), ("query", query)):
-        if images.dim() != 5:
-            raise ValueError(
-                f"{name}: shape {tuple(images.shape)}, expected (episodes, images, C, H, W)"
-            )
-        if not images.is_floating_point():
-            raise TypeError(
-                f"{name}: dtype {images.dtype}, expected floating values, as"
-                " dvla_fast.data.unit_range makes of uint8"
-            )
+    check_images("support", support)
+    check_images("query", query)
     if query.dtype != support.dtype:
         raise TypeError(f"query: dtype {query.dtype}, support has {support.dtype}")
     episodes, count = support.shape[:2]
@@ -43,6 +36,44 @@ def check_episodes(support: Tensor, labels: Tensor, query: Tensor, way: int) -> 
         )
     if way < 1:
         raise ValueError(f"way: expected a positive number, got {way}")
+
+
+def check_images(name: str, images: Tensor) -> None:
+    """Likewise for the supports or the queries alone."""
+    if images.dim() != 5:
+        raise ValueError(
+            f"{name}: shape {tuple(images.shape)}, expected (episodes, images, C, H, W)"
+        )
+    if not images.is_floating_point():
+        raise TypeError(
+            f"{name}: dtype {images.dtype}, expected floating values, as"
+            " dvla_fast.data.unit_range makes of uint8"
+        )
+
+
+def check_learned(
+    features: Tensor, labels: Tensor, query: Tensor, layers: Sequence[LayerTrace]
+) -> None:
+    """Likewise for queries whose supports went through before."""
+    check_images("query", query)
+    if min(query.shape[:2]) < 1:
+        raise ValueError("query: an episode needs at least one image")
+    if features.dim() != 3 or features.shape[0] != len(query):
+        raise ValueError(
+            f"features: shape {tuple(features.shape)}, expected ({len(query)}, supports, d)"
+        )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"support_labels: expected int64, got {labels.dtype}")
+    if labels.shape != features.shape[:2]:
+        raise ValueError(
+            f"support_labels: shape {tuple(labels.shape)}, expected {tuple(features.shape[:2])}"
+        )
+    for trace in layers:
+        if trace.support_before.shape[:2] != labels.shape:
+            raise ValueError(
+                f"layers: of {tuple(trace.support_before.shape[:2])} supports, features are of"
+                f" {tuple(labels.shape)}"
+            )
 
 
 def check_text(text: TextTokens, episodes: int, way: int, text_dim: int, by_class: bool) -> None:

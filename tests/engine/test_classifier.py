@@ -86,6 +86,16 @@ def test_images_of_a_pass(
     assert seen == sizes
 
 
+def test_failing_to_learn_changes_nothing(make_checkpoint: Callable, tmp_path: Path) -> None:
+    classifier = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu").learn(SUPPORTS, BANK)
+    before = classifier.classify(pictures(5, 3))
+    with pytest.raises(DataError, match="missing"):
+        classifier.learn({"jay": pictures(4, 5), "wren": [tmp_path / "missing.png"]}, BANK)
+    after = classifier.classify(pictures(5, 3))
+    assert after.class_names == before.class_names
+    assert torch.equal(after.probabilities, before.probabilities)
+
+
 def test_documented_example(
     make_checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

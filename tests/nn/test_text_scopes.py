@@ -121,17 +121,45 @@ def test_supports_first_and_queries_later(
         torch.testing.assert_close(logits, expected.logits)
 
 
-def test_queries_without_their_supports_layers(make_model: MakeModel) -> None:
+@pytest.mark.parametrize("alpha_scope", ["episode", "image"])
+@pytest.mark.parametrize("text_scope", ["episode", "class", "candidate"])
+def test_queries_later_with_replayed_gates(
+    make_model: MakeModel, text_scope: str, alpha_scope: str
+) -> None:
+    model = make_model(text_scope=text_scope, alpha_scope=alpha_scope).eval()
+    support, labels, query, _ = make_episodes(2, 3, 2, 2)
+    text = make_text(2, 3)
+    for alpha in (0.9, [0.1, 0.8], torch.tensor([0.2, 0.7])):
+        expected = model(support, labels, query, text, way=3, alpha=alpha).logits
+        features, layers = model.support_features(support, labels, text, way=3, alpha=alpha)
+        logits = model.query_logits(features, labels, query, text, layers, way=3, alpha=alpha)
+        torch.testing.assert_close(logits, expected)
+
+
+def test_queries_that_do_not_fit_their_supports(make_model: MakeModel) -> None:
     model = make_model().eval()
     support, labels, query, _ = make_episodes(2, 3, 2, 2)
     text = make_text(2, 3)
     features, layers = model.support_features(support, labels, text, way=3)
-    with pytest.raises(ValueError, match="layers: 0 of 2 gated layers; give"):
-        model.query_logits(features, labels, query, text, way=3)
-    with pytest.raises(ValueError, match="layers: 2 of 2 gated layers without text"):
-        model.query_logits(features, labels, query, None, layers, way=3)
-    with pytest.raises(ValueError, match="query_features: shape"):
-        model.query_logits(features, labels, query[:1], None, way=3)
+    given = {
+        "features": features, "support_labels": labels, "query": query, "text": text,
+        "layers": layers, "way": 3,
+    }  # fmt: skip
+    few = tuple(trace._replace(support_before=trace.support_before[:1]) for trace in layers)
+    for error, words, changed in (
+        (ValueError, r"layers: at \[\], expected", {"layers": ()}),
+        (ValueError, r"layers: at .*, expected \[\]", {"text": None}),
+        (ValueError, "layers: at", {"layers": layers[::-1]}),
+        (ValueError, r"layers: of \(1, 6\) supports", {"layers": few}),
+        (ValueError, "query: an episode needs", {"query": query[:, :0]}),
+        (ValueError, "query: shape", {"query": query[0]}),
+        (TypeError, "query: dtype torch.uint8", {"query": query.byte()}),
+        (ValueError, "features: shape", {"features": features[:1]}),
+        (ValueError, "support_labels: shape", {"support_labels": labels[:, :1]}),
+        (TypeError, "support_labels: expected int64", {"support_labels": labels.float()}),
+    ):
+        with pytest.raises(error, match=words):
+            model.query_logits(**(given | changed))
 
 
 def test_class_scope_needs_even_texts(make_model: MakeModel) -> None:

@@ -173,6 +173,21 @@ def test_masked_keys_are_not_read(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_key_that_no_query_sees(dtype: torch.dtype, backend: str) -> None:
+    """Scores of minus infinity: the key has no weight, and other keys' gradients no NaN."""
+    shape = Shape(1, 1, 1, 3, 20, 3, 24)  # an odd number of queries, which pairs fill up
+    tensors = [x.detach().clone() for x in make(shape, dtype)]
+    tensors[0].abs_()
+    tensors[1][:, :, 5] = -math.inf
+    leaves = [x.requires_grad_() for x in tensors]
+    out = dual_attention(*leaves, backend=backend)
+    found = torch.autograd.grad(out, leaves[1:5], torch.ones_like(out))
+    assert all(grad.isfinite().all() for grad in (out, *found))
+    assert (found[0][:, :, 5] == 0).all() and (found[1][:, :, 5] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_huge_scores(dtype: torch.dtype, backend: str) -> None:
     """Scores of ±10^4: a softmax that picks one key, finite everywhere."""

@@ -354,12 +354,13 @@ def test_thread_count_changes_no_bit(dtype: torch.dtype, shape: Shape, backend: 
 @own_products
 @pytest.mark.parametrize("backend", [CPP])
 @pytest.mark.parametrize("model", [5, 13, 200])
-def test_thread_count_and_odd_strides(model: int, backend: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_thread_count_and_odd_strides(dtype: torch.dtype, model: int, backend: str) -> None:
     """Gradients as loss functions send them: one number for all, or columns first."""
     shape = Shape(1, 2, 2, 3, 9000, 4, model)
-    tensors, (updated, fused) = make(shape, torch.float32), make_grads(shape, torch.float32)
+    tensors, (updated, fused) = make(shape, dtype), make_grads(shape, dtype)
     columns_first = updated.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    for odd in (torch.ones(()).expand_as(updated), columns_first):
+    for odd in (torch.ones((), dtype=dtype).expand_as(updated), columns_first):
         assert_same_for_any_thread_count(
             functools.partial(with_grads, gated_attention, tensors, [odd, fused], backend=backend)
         )

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any, ClassVar
 
-from dvla_fast.engine.settings import about, option
+from dvla_fast.engine.settings import about, one_of, option, repeated
 
 # What data sets call their splits, and what they are called here: "monitor" selects checkpoints,
 # and is a held-out share of the base classes' images where a data set has no val.
 SPLIT_NAMES = {"test": "novel", "val": "monitor", "train": "base"}
 LARGEST_SEED = 2**63 - 1  # torch takes twice as much: there is room for --seed + 1 and so on
-
-
-def _repeated(values: list[int]) -> str:
-    """Say which entries a list has more than once."""
-    twice = sorted({value for value in values if values.count(value) > 1})
-    return f"{', '.join(map(str, twice))} is there more than once in {values}" if twice else ""
 
 
 def _unknown_split(name: str) -> str:
@@ -40,16 +32,6 @@ def _unknown_rewards(weights: dict[str, float]) -> str:
     except ValueError as error:
         return str(error).removeprefix("rewards: ")
     return ""
-
-
-def _one_of(module: str, constant: str, *more: str) -> Callable[[str], str]:
-    """A check against the names that a module lists; it is loaded when a value is checked."""
-
-    def check(name: str) -> str:
-        known = (*more, *getattr(import_module(module), constant))
-        return "" if name in known else f"{name!r} is unknown; choose one of {', '.join(known)}"
-
-    return check
 
 
 @dataclass
@@ -166,18 +148,18 @@ class ModelConfig:
     policy: str = option(
         "beta",
         "gate policy: beta, categorical, fixed, static or mlp",
-        check=_one_of("dvla_fast.nn.policy", "POLICIES"),
+        check=one_of("dvla_fast.nn.policy", "POLICIES"),
     )
     fixed_alpha: float = option(0.5, "gate value of policy fixed", 0, 1)
     text_scope: str = option(
         "episode",
         "whose text an image sees: episode (all), class (supports) or candidate",
-        check=_one_of("dvla_fast.nn.dvla", "TEXT_SCOPES"),
+        check=one_of("dvla_fast.nn.dvla", "TEXT_SCOPES"),
     )
     alpha_scope: str = option(
         "episode",
         "one gate value per episode or per image",
-        check=_one_of("dvla_fast.nn.gate", "ALPHA_SCOPES"),
+        check=one_of("dvla_fast.nn.gate", "ALPHA_SCOPES"),
     )
     temperature: float = option(0.2, "temperature of the cosine prototype classifier", above=0)
 
@@ -264,13 +246,13 @@ class MetatuneConfig:
     objective: str = option(
         "reinforce",
         "policy objective: reinforce, ppo, grpo, counterfactual, dpo or pathwise",
-        check=_one_of("dvla_fast.rl.objectives", "OBJECTIVES"),
+        check=one_of("dvla_fast.rl.objectives", "OBJECTIVES"),
     )
     baseline: str = option(
         "auto",
         "what is subtracted from a reward: ema, leave-one-out, value, none, or auto: ema where "
         "the objective takes one",
-        check=_one_of("dvla_fast.rl.baselines", "BASELINES", "auto"),
+        check=one_of("dvla_fast.rl.baselines", "BASELINES", "auto"),
     )
     rewards: dict[str, float] = field(
         default_factory=dict,
@@ -295,7 +277,7 @@ class MetatuneConfig:
         "fixed",
         "frozen gate to compare with (counterfactual, dpo, kl_weight): fixed, of mean "
         "reference_alpha, or epoch, the policy as it was when the epoch began",
-        check=_one_of("dvla_fast.engine.gating", "REFERENCES"),
+        check=one_of("dvla_fast.engine.gating", "REFERENCES"),
     )
     reference_alpha: float = option(0.5, "mean of the fixed reference gate", above=0, below=1)
     kl_weight: float = option(0.0, "weight of the divergence from the reference policy", 0)
@@ -324,7 +306,7 @@ class EvaluateConfig:
     way: int = option(5, "classes of an episode", 2)
     shots: list[int] = field(
         default_factory=lambda: [1, 5],
-        metadata=about("supports of a class; one result for each value", 1, check=_repeated),
+        metadata=about("supports of a class; one result for each value", 1, check=repeated),
     )
     query: int = option(15, "queries of a class", 1)
     episodes: int = option(1000, "episodes of a result", 1)

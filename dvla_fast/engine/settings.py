@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -56,6 +57,22 @@ def option(
 ) -> Any:
     """Declare a field with its default; the other arguments are those of :func:`about`."""
     return field(default=default, metadata=about(help, minimum, maximum, **more))
+
+
+def repeated(values: list[int]) -> str:
+    """Say which entries a list has more than once."""
+    twice = sorted({value for value in values if values.count(value) > 1})
+    return f"{', '.join(map(str, twice))} is there more than once in {values}" if twice else ""
+
+
+def one_of(module: str, constant: str, *more: str) -> Callable[[str], str]:
+    """A check against the names that a module lists; it is loaded when a value is checked."""
+
+    def check(name: str) -> str:
+        known = (*more, *getattr(import_module(module), constant))
+        return "" if name in known else f"{name!r} is unknown; choose one of {', '.join(known)}"
+
+    return check
 
 
 def positional(help: str, optional: bool = False) -> Any:

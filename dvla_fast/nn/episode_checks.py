@@ -28,14 +28,16 @@ def check_episodes(support: Tensor, labels: Tensor, query: Tensor, way: int) -> 
         )
     if min(episodes, count, query.shape[1]) < 1:
         raise ValueError("support, query: an episode needs at least one image of each")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"support_labels: expected int64, got {labels.dtype}")
-    if tuple(labels.shape) != (episodes, count):
-        raise ValueError(
-            f"support_labels: shape {tuple(labels.shape)}, expected {(episodes, count)}"
-        )
+    _check_labels(labels, (episodes, count))
     if way < 1:
         raise ValueError(f"way: expected a positive number, got {way}")
+
+
+def _check_labels(labels: Tensor, shape: tuple[int, ...]) -> None:
+    if labels.dtype != torch.int64:
+        raise TypeError(f"support_labels: expected int64, got {labels.dtype}")
+    if tuple(labels.shape) != shape:
+        raise ValueError(f"support_labels: shape {tuple(labels.shape)}, expected {shape}")
 
 
 def check_images(name: str, images: Tensor) -> None:
@@ -62,12 +64,7 @@ def check_learned(
         raise ValueError(
             f"features: shape {tuple(features.shape)}, expected ({len(query)}, supports, d)"
         )
-    if labels.dtype != torch.int64:
-        raise TypeError(f"support_labels: expected int64, got {labels.dtype}")
-    if labels.shape != features.shape[:2]:
-        raise ValueError(
-            f"support_labels: shape {tuple(labels.shape)}, expected {tuple(features.shape[:2])}"
-        )
+    _check_labels(labels, tuple(features.shape[:2]))
     for trace in layers:
         if trace.support_before.shape[:2] != labels.shape:
             raise ValueError(

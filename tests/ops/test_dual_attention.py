@@ -176,11 +176,9 @@ def test_masked_keys_are_not_read(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_key_that_no_query_sees(dtype: torch.dtype, backend: str) -> None:
     """Scores of minus infinity: the key has no weight, and other keys' gradients no NaN."""
-    shape = Shape(1, 1, 1, 3, 20, 3, 24)  # an odd number of queries, which pairs fill up
-    tensors = [x.detach().clone() for x in make(shape, dtype)]
-    tensors[0].abs_()
-    tensors[1][:, :, 5] = -math.inf
-    leaves = [x.requires_grad_() for x in tensors]
+    query, key, *rest = make(Shape(1, 1, 1, 3, 20, 3, 24), dtype)  # odd, which pairs fill up
+    key[:, :, 5] = -math.inf
+    leaves = [x.detach().requires_grad_() for x in (query.abs(), key, *rest)]
     out = dual_attention(*leaves, backend=backend)
     found = torch.autograd.grad(out, leaves[1:5], torch.ones_like(out))
     assert all(grad.isfinite().all() for grad in (out, *found))

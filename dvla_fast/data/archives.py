@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dvla_fast.data.decode import is_image
-from dvla_fast.data.listing import Found, References, within
+from dvla_fast.data.listing import Found, within
 from dvla_fast.data.pickles import load_pickle
 from dvla_fast.data.split_pickles import pickled_splits, tiered_imagenet_pickles
 from dvla_fast.data.splits import load_split_list
@@ -159,13 +159,14 @@ def cifar100(root: Path) -> Found | None:
     if folder is None or not (folder / "meta").is_file():
         return None
     meta = load_pickle(folder / "meta")
-    arrays, labels = [], []
+    arrays, labels, files = [], [], []
     for part in ("train", "test"):
         content = load_pickle(folder / part)
         try:
             arrays.append(np.asarray(content["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
             labels.append(np.asarray(content["fine_labels"], dtype=np.int64))
             names = [str(name) for name in meta["fine_label_names"]]
+            files += [str(name) for name in content.get("filenames", ())]
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{folder / part}: not a CIFAR-100 pickle ({error}); download the python version"
@@ -175,10 +176,15 @@ def cifar100(root: Path) -> Found | None:
             raise DataError(f"{folder / part}: images and labels disagree; download it again")
     array = np.concatenate(arrays).transpose(0, 2, 3, 1)  # (60000, 32, 32, 3)
     target = np.concatenate(labels)
-    classes: dict[str, References] = {
-        name: np.flatnonzero(target == index).tolist() for index, name in enumerate(names)
-    }
-    return Found("CIFAR-100 python pickles", {"": classes}, {"": array}, where={"": str(folder)})
+    named = len(files) == len(target)  # as the pickles are published; folders are made from them
+    rows = sorted(range(len(target)), key=files.__getitem__ if named else None)
+    classes: dict[str, list[int]] = {name: [] for name in names}
+    for row in rows:
+        classes[names[target[row]]].append(row)
+    return Found(
+        "CIFAR-100 python pickles", {"": classes}, {"": array}, where={"": str(folder)},
+        file_order=named,
+    )  # fmt: skip
 
 
 def chestx(root: Path) -> Found | None:

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ import torch
 
 from dvla_fast.data.cache_journal import JOURNAL, SETTINGS, keep_settings, read_entries
 from dvla_fast.data.decode import decode, pillow
+from dvla_fast.data.equal import in_two_splits, row_hash, warn_of_shared
 from dvla_fast.data.images import FewShotData, ImageSet
 from dvla_fast.data.layouts import list_data
 from dvla_fast.data.listing import Listing
@@ -38,7 +39,7 @@ from dvla_fast.files import state_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-FORMAT = "dvla-fast-cache/2"  # raised with the layout, and with the pixels that images decode to
+FORMAT = "dvla-fast-cache/3"  # raised with the layout, and with the pixels that images decode to
 _IMAGES, _INDEX = "images.bin", "index.json"
 _ANY_NAME = "surrogateescape"  # names of files may hold bytes that are no UTF-8
 # Images of a chunk: the unit of decoding in parallel, of checksums, and of what a kill can cost.
@@ -94,8 +95,8 @@ def prepare_cache(
     if is_cache(root):
         made_from = read_index(root)["root"]
         raise DataError(f"{root}: is a cache; give the folder that it was made from, {made_from}")
-    listing = list_data(Path(root).resolve(), splits)
-    warn_if_enlarged(listing, image_size)
+    listing = list_data(root, splits)
+    warn_if_enlarged(listing.root, listing.reduced, image_size)
     builder = _Builder(listing, output, image_size, splits)
     if output.exists():
         return builder.already_there()
@@ -184,7 +185,7 @@ class _Builder:
                     f"{self.partial}: another process is building this cache; wait for it"
                 ) from error
             entries = read_entries(self.partial)
-            settings = (str(self.listing.root), self.image_size, self.option)
+            settings = (str(self.listing.root.resolve()), self.image_size, self.option)
             keep_settings(self.partial, settings, lambda: all(map(self._fits, entries)))
             self.fd = os.open(self.partial / _IMAGES, os.O_RDWR | os.O_CREAT, 0o666)
             try:
@@ -260,6 +261,7 @@ class _Builder:
             "sha256": hashlib.sha256(images.data).hexdigest(),
             "sum": pixels.sum((0, 2)).tolist(),
             "square": (pixels**2).sum((0, 2)).tolist(),
+            "rows": b"".join(map(row_hash, images)).hex(),
             "bad": bad,
         }
 
@@ -279,6 +281,7 @@ class _Builder:
         keep = [row for row in range(len(self.rows)) if row not in bad]
         index = self._index(keep, tuple(bad[row] for row in sorted(bad)))
         index["sha256"] = self._compact(keep)
+        warn_of_shared(str(self.listing.root), index["shared"])
         index["index_sha256"] = _index_checksum(index)
         with open(self.partial / _INDEX, "w", encoding="utf-8") as stream:
             json.dump(index, stream, allow_nan=False)
@@ -343,11 +346,23 @@ class _Builder:
             "images": len(keep),
             "splits": splits,
             "statistics": _statistics(total, square, pixels),
+            "reduced": listing.reduced,
+            "file_order": all(split.file_order for split in listing.splits.values()),
+            "shared": self._shared(keep),
             "skipped": list(skipped),
             "fingerprint": self.total_fingerprint(),
             "dvla_fast": __version__,
             "pillow": pillow().__version__,
         }
+
+    def _shared(self, keep: list[int]) -> list[str]:
+        """Describe the images that lie in two splits."""
+        hashes = bytes.fromhex("".join(self.done[start]["rows"] for start in self.chunks))
+        kept = b"".join(hashes[8 * row : 8 * row + 8] for row in keep)
+        names = {id(split): name for name, split in self.listing.splits.items()}
+        rows = (self.rows[row] for row in keep)
+        places = [(names[id(split)], self.listing.image_id(split, i)) for split, i in rows]
+        return list(in_two_splits(kept, places))
 
 
 def _statistics(total: Any, square: Any, pixels: int) -> dict[str, list[float]] | None:
@@ -440,6 +455,8 @@ def open_cache(
             f"{path}: was prepared with the split {index['split_list'] or 'of its folders'}, not "
             f"{splits}; leave out --data.splits, or prepare another cache"
         )
+    warn_if_enlarged(path, index["reduced"], image_size)
+    warn_of_shared(str(path), index["shared"])
     images = map_images(path)
     sets, row = {}, 0
     for name in SPLITS:
@@ -451,11 +468,15 @@ def open_cache(
         part = images[row : row + len(labels)]
         row += len(labels)
         names, ids = tuple(entry["names"]), tuple(entry["files"])
-        sets[name] = ImageSet(f"{path} ({name})", part, labels, names, mapped=True, ids=ids)
+        sets[name] = ImageSet(
+            f"{path} ({name})", part, labels, names, mapped=True, ids=ids,
+            file_order=index["file_order"],
+        )  # fmt: skip
     known = index["statistics"]
     statistics = (torch.tensor(known["mean"]), torch.tensor(known["std"])) if known else None
     published = published_name(index["split_list"], keys)
-    return assemble(index["name"], sets, holdout, split_seed, statistics, published)
+    data = assemble(index["name"], sets, holdout, split_seed, statistics, published)
+    return replace(data, shared=tuple(index["shared"]), reduced=index["reduced"])
 
 
 def verify_cache(path: str | Path, look: Callable[[bytes], None] = lambda chunk: None) -> list[str]:

@@ -13,8 +13,10 @@ import numpy as np
 
 from dvla_fast.data.cache import is_cache, read_index, verify_cache
 from dvla_fast.data.decode import IMAGE_SUFFIXES, is_image, open_rgb
+from dvla_fast.data.equal import Place, crosses, equal_rows, places_text, row_hash
 from dvla_fast.data.layouts import list_data
 from dvla_fast.data.listing import Listing, Split
+from dvla_fast.data.load import enlarged_note
 from dvla_fast.data.splits import candidates
 from dvla_fast.errors import DataError
 from dvla_fast.semantics.bank import normalised_name
@@ -96,6 +98,8 @@ def _check_cache(root: str | Path, needed: int, compare: bool, report: Report) -
         for name, entry in index["splits"].items()
     ]
     report.add(report.notes, [f"left out: {line}" for line in index["skipped"]])
+    if 0 < index["reduced"] < index["image_size"]:
+        report.notes.append(enlarged_note(index["root"], index["reduced"], index["image_size"]))
     if not Path(index["root"]).is_dir():
         report.notes.append(f"{index['root']} is not here: not compared with the original files")
     for name, entry in index["splits"].items():
@@ -132,19 +136,12 @@ class _Rows:
 
     def _hashes(self, chunk: memoryview) -> bytes:
         rows = (chunk[at : at + self.stride] for at in range(0, len(chunk), self.stride))
-        return b"".join(hashlib.sha256(row).digest()[:8] for row in rows)
+        return b"".join(map(row_hash, rows))
 
     def equal(self) -> Iterator[list[int]]:
         """Yield the rows of each image that is there more than once, in order."""
         self.finish()
-        hashes = np.frombuffer(self.hashes, np.uint64)
-        order = np.argsort(hashes, kind="stable")
-        bounds = np.flatnonzero(np.diff(hashes[order]))  # the last row of each hash but one
-        starts = np.concatenate([[0], bounds + 1])
-        ends = np.concatenate([bounds + 1, [len(order)]])
-        double = ends - starts > 1
-        pairs = zip(starts[double].tolist(), ends[double].tolist())
-        yield from sorted(order[start:end].tolist() for start, end in pairs)
+        yield from equal_rows(self.hashes)
 
 
 def _describe(listing: Listing, report: Report) -> None:
@@ -280,7 +277,7 @@ def _check_images(
     report: Report,
 ) -> None:
     """Decode every image: unreadable ones, modes, small ones, and equal pixels."""
-    places: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
+    places: dict[bytes, list[Place]] = defaultdict(list)
     modes: Counter[str] = Counter()
     total = sum(len(split) for split in listing.splits.values())
     bad, small, done = [], 0, 0
@@ -319,25 +316,17 @@ def _looks(pool: ThreadPoolExecutor, split: Split) -> Iterator[tuple[bytes, str,
         yield from pool.map(_look, [split] * len(rows), rows)
 
 
-def _report_equal(groups: list[list[tuple[str, str]]], remedy: str, report: Report) -> None:
-    """Report groups of (split, place) that hold one image."""
-    crossing = [group for group in groups if len({name for name, _ in group}) > 1]
-    within = [group for group in groups if len({name for name, _ in group}) == 1]
+def _report_equal(groups: list[list[Place]], remedy: str, report: Report) -> None:
+    """Report groups of places that hold one image."""
+    crossing = [group for group in groups if crosses(group)]
+    within = [group for group in groups if not crosses(group)]
     report.add(
         report.problems,
-        [f"one image in two splits: {_places(group)}; {remedy}" for group in crossing],
+        [f"one image in two splits: {places_text(group)}; {remedy}" for group in crossing],
     )
-    report.add(report.notes, [f"one image twice in a split: {_places(group)}" for group in within])
-
-
-def _places(group: list[tuple[str, str]]) -> str:
-    """Name the first place in each split, or two places in one, and count the others."""
-    first: dict[str, str] = {}
-    for name, where in group:
-        first.setdefault(name, where)
-    shown = list(first.items()) if len(first) > 1 else group[:2]
-    more = f" and {len(group) - len(shown)} more" if len(group) > len(shown) else ""
-    return " and ".join(f"{where} ({name})" for name, where in shown) + more
+    report.add(
+        report.notes, [f"one image twice in a split: {places_text(group)}" for group in within]
+    )
 
 
 def _look(split: Split, index: int) -> tuple[bytes, str, int] | str:

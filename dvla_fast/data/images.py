@@ -24,6 +24,8 @@ class ImageSet:
             ``chunks`` bring what is asked for to the device of the labels. Never write to them.
         ids: (N,) what each image is called wherever it is loaded from (``Listing.image_id``);
             empty: not known.
+        file_order: the images of a class are in the order of their file names, as an image folder
+            has them; False: they came without names, in an order of their publisher's.
     """
 
     name: str
@@ -32,6 +34,7 @@ class ImageSet:
     class_names: tuple[str, ...]
     mapped: bool = False
     ids: tuple[str, ...] = ()
+    file_order: bool = True
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,7 +68,10 @@ class ImageSet:
     def subset(self, index: Tensor, name: str) -> ImageSet:
         """Return the images at ``index`` (int64) under another name, in memory."""
         ids = tuple(self.ids[place] for place in index.tolist()) if self.ids else ()
-        return ImageSet(name, self.images[index], self.labels[index], self.class_names, ids=ids)
+        return replace(
+            self, name=name, images=self.images[index], labels=self.labels[index], mapped=False,
+            ids=ids,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ class FewShotData:
         mean, std: (C,) channel statistics of ``base`` in [0, 1] units.
         split_list: name of the bundled split list that the classes follow, all of them; empty:
             none, whatever the data set is called.
+        shared: the images that lie in two splits (by their pixels), a line each.
+        reduced: side of the smaller copies that the images were published as; 0: full-size images.
     """
 
     name: str
@@ -91,6 +99,8 @@ class FewShotData:
     mean: Tensor
     std: Tensor
     split_list: str = ""
+    shared: tuple[str, ...] = ()
+    reduced: int = 0
 
     @property
     def channels(self) -> int:

@@ -10,8 +10,10 @@ import csv
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 
@@ -302,7 +304,7 @@ def _divide(root: Path, found: Found, wanted: SplitList | None, strict: bool) ->
         _missing_classes(root, known, missing)
     arrays = dict.fromkeys(by_split, found.arrays[""]) if "" in found.arrays else {}
     where = {split: f"{found.where.get('', root)} ({split} of {known.name})" for split in by_split}
-    divided = Found(found.layout, by_split, arrays, where=where)
+    divided = replace(found, classes=by_split, arrays=arrays, where=where)
     ignored = tuple(sorted(set(classes) - known.keys))
     return _listing(root, divided, known, missing, ignored, strict)
 
@@ -387,9 +389,9 @@ def _listing(
         _check_classes(found, names)
     splits = {}
     for split in SPLITS:
-        classes = found.classes.get(split)
-        if not classes:
+        if not found.classes.get(split):
             continue
+        classes = _as_image_folder(found.classes[split])
         references = [item for items in classes.values() for item in items]
         counts = [len(items) for items in classes.values()]
         splits[split] = Split(
@@ -400,8 +402,21 @@ def _listing(
             np.repeat(np.arange(len(counts)), counts).astype(np.int64),
             found.arrays.get(split),
             found.reduced,
+            found.file_order,
         )
     return Listing(root, found.layout, splits, known, missing, ignored)
+
+
+def _as_image_folder(classes: Mapping[str, References]) -> dict[str, References]:
+    """Sort classes by key and their files by name, so that every layout of a set has one order."""
+    return {
+        key: sorted(items, key=lambda item: (item.name, item)) if _files(items) else items
+        for key, items in sorted(classes.items())
+    }
+
+
+def _files(items: References) -> TypeGuard[Sequence[Path]]:
+    return bool(items) and isinstance(items[0], Path)
 
 
 def _check_classes(found: Found, names: Mapping[str, str]) -> None:

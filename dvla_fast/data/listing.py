@@ -50,6 +50,7 @@ class Split:
         labels: (N,) int64 indices into ``keys``.
         array: (M, H, W, 3) uint8 images, where they come decoded; else None.
         reduced: the array holds smaller copies of the original images.
+        file_order: the images of a class are in the order of their file names.
     """
 
     where: str
@@ -59,6 +60,7 @@ class Split:
     labels: NDArray[np.int64]
     array: NDArray[np.uint8] | None = None
     reduced: bool = False
+    file_order: bool = True
 
     def __len__(self) -> int:
         return len(self.references)
@@ -102,6 +104,16 @@ class Listing:
         return published or os.path.basename(os.path.abspath(self.root))
 
     @property
+    def reduced(self) -> int:
+        """Side of the smaller copies that the images come as; 0: of their full size."""
+        sides = (
+            split.array.shape[1]
+            for split in self.splits.values()
+            if split.reduced and split.array is not None
+        )
+        return min(sides, default=0)
+
+    @property
     def published(self) -> str:
         """Name of the bundled split list that the classes follow; empty where they follow none."""
         name = self.split_list.name if self.split_list else ""
@@ -131,6 +143,8 @@ class Found:
         parts: named parts of an archive that a split list may restrict itself to.
         where: split -> folder or file, for messages.
         reduced: the arrays hold smaller copies of the original images.
+        file_order: where images come decoded, those of a class are in the order of the names of
+            the files that they were.
         incomplete: what a split list of the whole archive would need besides; empty: nothing.
     """
 
@@ -141,3 +155,4 @@ class Found:
     where: dict[str, str] = field(default_factory=dict)
     incomplete: str = ""
     reduced: bool = False
+    file_order: bool = True

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dvla_fast.data.decode import decode, pillow
+from dvla_fast.data.equal import in_two_splits, row_hash, warn_of_shared
 from dvla_fast.data.images import FewShotData, ImageSet, channel_statistics, hold_out
 from dvla_fast.data.layouts import list_data
 from dvla_fast.data.listing import Listing, Split
@@ -45,27 +46,37 @@ def load_images(
     """
     pillow()
     listing = list_data(root, splits)
-    warn_if_enlarged(listing, image_size)
+    warn_if_enlarged(listing.root, listing.reduced, image_size)
     _check_memory(listing, image_size)
-    sets = {
-        name: replace(_decode_split(split, image_size), ids=listing.image_ids(split))
-        for name, split in listing.splits.items()
-    }
-    return assemble(listing.name, sets, holdout, split_seed, split_list=listing.published)
+    sets, hashes, places = {}, bytearray(), []
+    for name, split in listing.splits.items():
+        ids = listing.image_ids(split)
+        images, digests = _decode_split(split, image_size)
+        labels = torch.from_numpy(split.labels)
+        sets[name] = ImageSet(
+            split.where, images, labels, split.names, ids=ids, file_order=split.file_order
+        )
+        hashes += digests
+        places += [(name, image) for image in ids]
+    shared = in_two_splits(hashes, places)
+    warn_of_shared(str(listing.root), shared)
+    data = assemble(listing.name, sets, holdout, split_seed, split_list=listing.published)
+    return replace(data, shared=shared, reduced=listing.reduced)
 
 
-def warn_if_enlarged(listing: Listing, image_size: int) -> None:
-    """Warn when images that come decoded are much smaller than they are asked for."""
-    for split in listing.splits.values():
-        if split.reduced and split.array is not None and split.array.shape[1] < image_size:
-            side = split.array.shape[1]
-            warnings.warn(
-                f"{split.where}: holds {side}-pixel images, enlarged here to {image_size}: results "
-                f"do not compare with those from full-size images; use --data.image_size {side}, "
-                "or the original images",
-                stacklevel=2,
-            )
-            return
+def enlarged_note(where: str | Path, side: int, image_size: int) -> str:
+    """Say what enlarging stored copies of ``side`` pixels does to results."""
+    return (
+        f"{where}: holds {side}-pixel images, enlarged here to {image_size}: results do not "
+        f"compare with those from full-size images; use --data.image_size {side}, or the original "
+        "images"
+    )
+
+
+def warn_if_enlarged(where: str | Path, side: int, image_size: int) -> None:
+    """Warn when images come decoded (``side`` > 0) and smaller than they are asked for."""
+    if 0 < side < image_size:
+        warnings.warn(enlarged_note(where, side, image_size), stacklevel=2)
 
 
 def _check_memory(listing: Listing, image_size: int) -> None:
@@ -79,28 +90,27 @@ def _check_memory(listing: Listing, image_size: int) -> None:
         )
 
 
-def _decode_split(split: Split, image_size: int) -> ImageSet:
+def _decode_split(split: Split, image_size: int) -> tuple[Tensor, bytes]:
+    """Decode a split's images, uint8 (N, 3, S, S), and hash them as ``equal_rows`` takes it."""
     images = np.empty((len(split), 3, image_size, image_size), dtype=np.uint8)
-
     bad: dict[int, str] = {}
 
-    def fill(index: int) -> None:
+    def fill(index: int) -> bytes:
         try:
             images[index] = decode(split.source(index), image_size)
         except DataError as error:
             bad[index] = str(error)
+        return row_hash(images[index].data)
 
     with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
-        for _ in pool.map(fill, range(len(split))):
-            pass
+        hashes = b"".join(pool.map(fill, range(len(split))))
     if bad:
         raise DataError(
             f"{bad[min(bad)]} ({len(bad)} of {len(split)} images of {split.where} cannot be read; "
             "'dvla-fast data check' names all, 'dvla-fast data prepare --skip_unreadable' makes a "
             "cache without them)"
         )
-    labels = torch.from_numpy(split.labels)
-    return ImageSet(split.where, torch.from_numpy(images), labels, split.names)
+    return torch.from_numpy(images), hashes
 
 
 def assemble(

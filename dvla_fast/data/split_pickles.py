@@ -51,7 +51,7 @@ def pickled_splits(root: Path) -> Found | None:
 
 
 def _one_a_split(name: str, files: Mapping[str, Path]) -> Found:
-    found = Found(f"{name} pickles", {}, reduced=name == "miniImageNet")
+    found = Found(f"{name} pickles", {}, reduced=name == "miniImageNet", file_order=False)
     for split, path in files.items():
         if not path.is_file():
             raise DataError(f"{path}: missing beside the other splits' pickles; restore it")
@@ -132,7 +132,7 @@ def tiered_imagenet_pickles(root: Path) -> Found | None:
     if set(where) != set(SPLITS):
         absent = next(split for split in SPLITS if split not in where)
         raise DataError(f"{root / f'{absent}_images_png.pkl'}: missing beside the other splits'")
-    found = Found("tieredImageNet pickles", {}, reduced=True)
+    found = Found("tieredImageNet pickles", {}, reduced=True, file_order=False)
     for split, path in where.items():
         array = _unpacked(path) if path.suffix == ".npz" else _png_images(path)
         labels = root / f"{split}_labels.pkl"

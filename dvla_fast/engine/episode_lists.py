@@ -19,8 +19,8 @@ class AuthorsEpisodeSampler(EpisodeSampler):
     NumPy's legacy generator, seeded once, draws each episode's classes and then, class by class,
     its shot + query images without replacement; the first ``shot`` are the supports. Their lists
     use seed 0. The same list needs the same images in the same order: classes sorted by folder
-    name and images by file name, as ``torchvision.datasets.ImageFolder`` does and
-    ``load_data`` here.
+    name and images by file name, as ``torchvision.datasets.ImageFolder`` does and ``load_data``
+    here, whatever the layout; but for pickles without file names (``ImageSet.file_order``).
 
     Arguments and errors are those of :class:`~dvla_fast.data.EpisodeSampler`. Episode i costs the
     draw of all episodes before it, once.

@@ -349,6 +349,8 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         "recipe": recipe_of(contenders[0].model, infos[0]),
         "cross_domain": infos[0].get("dataset", data.name) != data.name,
         "monitor": data.monitor_kind,
+        "shared_images": len(data.shared),
+        "enlarged_from": data.reduced if data.reduced < data.image_size else 0,
         **pixel_facts(data.split(settings.split)),
         "semantics": texts.described,
         "text_differences": texts.changed or {},
@@ -445,6 +447,13 @@ def _samplers(
         warnings.warn(
             f"--seed {config.seed}: the authors' published list of episodes is that of seed 0; "
             "give --seed 0 where figures are to be compared with theirs",
+            stacklevel=3,
+        )
+    if settings.episode_list == "authors" and not images.file_order:
+        warnings.warn(
+            f"{images.name}: images without file names, in an order of their publisher's: the "
+            "authors' list draws from images sorted by file name, so these episodes have other "
+            "images; evaluate on the image files where figures are to be compared with theirs",
             stacklevel=3,
         )
     if config.compare:

@@ -295,6 +295,7 @@ def test_run_leaves_predictions_and_confusion(backbone: str, tmp_path: Path) -> 
     assert main(run) == 0
     summary = json.loads((tmp_path / "a/summary.json").read_text())
     assert (summary["trained_on"], summary["cross_domain"]) == ("digits", False)
+    assert (summary["shared_images"], summary["enlarged_from"]) == (0, 0)
     record = EpisodeRecord.read(tmp_path / "a/episodes-1shot.npz")
     assert record.accuracies(VISUAL).mean().item() == pytest.approx(summary["accuracy"], abs=1e-6)
     content = json.loads((tmp_path / "a/confusion-1shot.json").read_text())

@@ -30,6 +30,7 @@ class MeanConcentrationBeta(Distribution):
     Args:
         logits: log(p/(1 − p)) of the mean, any shape; give this or ``mean``.
         mean: p in (0, 1).
+        (Half types are widened to float32.)
         concentration: κ > 0, broadcasts with the other.
         validate_args: check parameters and values (default: PyTorch's global setting).
 
@@ -53,13 +54,13 @@ class MeanConcentrationBeta(Distribution):
         validate_args: bool | None = None,
     ) -> None:
         if mean is not None and logits is None:
-            given, self.concentration = broadcast_all(mean, concentration)
+            given, self.concentration = _broadcast(mean, concentration)
             checked = self._validate_args if validate_args is None else validate_args
             if checked and not bool(((given > 0) & (given < 1)).all()):
                 raise ValueError("mean: expected values strictly between 0 and 1")
             self.logits = torch.logit(given)
         elif logits is not None and mean is None:
-            self.logits, self.concentration = broadcast_all(logits, concentration)
+            self.logits, self.concentration = _broadcast(logits, concentration)
         else:
             raise ValueError("give exactly one of logits and mean")
         super().__init__(self.logits.shape, validate_args=validate_args)
@@ -168,6 +169,21 @@ class MeanConcentrationBeta(Distribution):
     def _shapes(self) -> tuple[Tensor, Tensor]:
         kappa = self.concentration
         return kappa * torch.sigmoid(self.logits), kappa * torch.sigmoid(-self.logits)
+
+
+def _broadcast(first: Tensor | float, second: Tensor | float) -> tuple[Tensor, Tensor]:
+    """The two as tensors of one shape; half types as float32, which the ops compute in.
+
+    A number beside half tensors keeps its digits so, and a large κ does not become infinite.
+    """
+    first, second = (
+        x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
+        for x in (first, second)
+    )
+    if isinstance(first, Tensor) and not isinstance(second, Tensor):
+        second = first.new_zeros(()) + second  # where broadcast_all would make a graph's constant
+    a, b = broadcast_all(first, second)
+    return a, b
 
 
 def _inside(alpha: Tensor) -> Tensor:

@@ -81,8 +81,9 @@ def gated_attention(
         projected = (attended @ kv_weight.to(compute).T).unflatten(-1, (2, query.shape[1], -1))
         key, value = (part.transpose(1, 2) for part in projected.unbind(2))  # [B, H, N, D]
         text = (text_key.to(compute), text_value.to(compute))
+        rows = without_masked(query, None if text_mask is None else text_mask.unsqueeze(1))
         mixed = dual_attention(
-            query.to(compute), key, value, *text, alpha, image_mask, text_mask, scale
+            rows.to(compute), key, value, *text, alpha, image_mask, text_mask, scale
         )
         fused = mixed.transpose(1, 2).flatten(2) @ out_weight.to(compute).T
     updated, fused = add_to_tokens(tokens, fused, text_mask)

@@ -259,3 +259,15 @@ def test_log_prob_at_infinite_logits_under_vmap() -> None:
         torch.func.vmap(lambda x: policy.log_prob_logit(x))(at.expand(2, 3))[1],
         policy.log_prob_logit(at),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_number_beside_half_logits_keeps_its_digits(dtype: torch.dtype) -> None:
+    logits, action = torch.full((4,), 0.3, dtype=dtype), torch.linspace(-2, 2, 4)
+    for kappa in (10.3, 1e5):  # not a bfloat16; beyond float16
+        policy = MeanConcentrationBeta(logits=logits, concentration=kappa)
+        expected = dvla_fast.functional.beta_log_prob(logits, kappa, action)
+        torch.testing.assert_close(policy.log_prob_logit(action), expected, rtol=2e-6, atol=0)
+        torch.testing.assert_close(
+            policy.entropy(), dvla_fast.functional.beta_entropy(logits, kappa), rtol=2e-6, atol=0
+        )

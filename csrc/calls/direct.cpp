@@ -57,7 +57,9 @@ bool read_generator(py::handle from, OptionalGenerator& to) {
 at::Tensor draw_key(at::Device device, const OptionalGenerator& generator) {
   constexpr int64_t high = std::numeric_limits<int64_t>::max();
   if (!device.is_cpu()) {
-    return at::randint(high, {2}, generator, at::TensorOptions().dtype(at::kLong).device(device));
+    const at::Device source = generator ? generator->device() : device;
+    const auto options = at::TensorOptions().dtype(at::kLong).device(source);
+    return at::randint(high, {2}, generator, options).to(device, /*non_blocking=*/true);
   }
   auto* source = at::get_generator_or_default<at::CPUGeneratorImpl>(
       generator, at::detail::getDefaultCPUGenerator());
@@ -218,8 +220,12 @@ Updated composed_layer(const Layer& l, const at::Tensor& gate, double scale) {
   }
   const auto kv =
       at::linear(tokens, l.kv_weight).unflatten(-1, {2, l.heads(), l.width()}).unbind(2);
+  const at::Tensor query =
+      l.text_mask == nullptr
+          ? l.query
+          : l.query.masked_fill(l.text_mask->logical_not().unsqueeze(1).unsqueeze(-1), 0);
   const at::Tensor mixed = std::get<0>(dual_attention_op().call(
-      l.query, kv[0].transpose(1, 2), kv[1].transpose(1, 2), l.text_key, l.text_value, gate,
+      query, kv[0].transpose(1, 2), kv[1].transpose(1, 2), l.text_key, l.text_value, gate,
       optional(l.image_mask), optional(l.text_mask), scale, false));
   at::Tensor fused = at::linear(mixed.transpose(1, 2).flatten(2), l.out_weight);
   const auto wide = c10::promoteTypes(fused.scalar_type(), at::kFloat);

@@ -40,7 +40,14 @@ inline OptionalTensor part(const OptionalTensor& x, int64_t first, int64_t count
   return x ? OptionalTensor(narrow(*x, 0, first, count)) : std::nullopt;
 }
 
+// (T, 1, P, 1), true where text_mask (T, P) says that there is no token.
+inline at::Tensor unseen(const at::Tensor& text_mask) {
+  return text_mask.logical_not().unsqueeze(1).unsqueeze(-1);
+}
+
 struct Problem {
+  // A masked text token is asked by nothing and asks nothing: its query counts as 0, for 0 times
+  // the NaN that may be there would reach the gradients.
   Problem(const at::Tensor& query, const at::Tensor& image_tokens, const at::Tensor& kv_weight,
           const at::Tensor& text_key, const at::Tensor& text_value, const at::Tensor& alpha,
           const at::Tensor& out_weight, const OptionalTensor& image_mask,
@@ -53,7 +60,7 @@ struct Problem {
         N(image_tokens.size(1)),
         C(image_tokens.size(2)),
         width(H * D),
-        query(query),
+        query(text_mask ? query.masked_fill(unseen(*text_mask), 0) : query),
         tokens(image_tokens),
         kv_weight(kv_weight),
         text_key(text_key),
@@ -71,7 +78,7 @@ struct Problem {
                     ? Packing::kStrips
                     : Packing::kWhole),
         mean_share(shares()) {
-    if (text_mask) dropped = text_mask->logical_not().view({T, 1, P, 1});
+    if (text_mask) dropped = unseen(*text_mask);
   }
 
   at::Tensor texts(const at::Tensor& x, const Chunk& c) const { return part(x, c.group, c.groups); }
@@ -146,7 +153,8 @@ struct Problem {
   }
 
   const int64_t T, H, P, D, B, N, C, width;  // width = H * D
-  const at::Tensor &query, &tokens, &kv_weight, &text_key, &text_value, &alpha, &out_weight;
+  const at::Tensor query;
+  const at::Tensor &tokens, &kv_weight, &text_key, &text_value, &alpha, &out_weight;
   const OptionalTensor &image_mask, &text_mask;
   const double scale;
   const bool absorbed;  // scores are taken against the tokens themselves (absorb.h)

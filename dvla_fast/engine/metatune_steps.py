@@ -166,7 +166,9 @@ class Epoch:
         self.watch.check({"loss": row["loss"]}, totals.losses)
         state.epoch += 1
         if gates.stochastic:
-            row["collapsed"] = collapsed_layers(row["alpha_mean"], row["entropy"], gates.discrete)
+            row["collapsed"] = collapsed_layers(
+                row["alpha_mean"], row["entropy"], gates.discrete, row["alpha_edge"]
+            )
             _warn_of_collapse(row, model, self._collapsed)
         return row
 
@@ -230,9 +232,10 @@ def _warn_of_collapse(row: dict[str, Any], model: DVLA, warned: set[int]) -> Non
         stage, block = model.gated_layers[layer]
         warnings.warn(
             f"the policy at stage {stage}, block {block} has collapsed (mean alpha"
-            f" {row['alpha_mean'][layer]:.3f}, entropy {row['entropy'][layer]:.2f}): it draws the"
-            " same gate every time and learns no more; raise --metatune.entropy_weight, or lower"
-            " --metatune.lr or --metatune.reinforce_weight",
+            f" {row['alpha_mean'][layer]:.3f}, {row['alpha_edge'][layer]:.0%} of all near 0 or 1,"
+            f" entropy {row['entropy'][layer]:.2f}): it draws the same gate every time and learns"
+            " no more; raise --metatune.entropy_weight, or lower --metatune.lr or"
+            " --metatune.reinforce_weight",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -176,6 +176,7 @@ class RLAGate(nn.Module):
         """
         self._check(image_tokens, text_tokens, image_mask, text_mask)
         decisions = self._decisions(image_tokens, text_tokens, episodes, state_images)
+        text_tokens = reference.without_masked(text_tokens, text_mask)
         texts = self.text_projection(text_tokens)  # [T, P, dim]
         groups = 0 if self.alpha_scope == "image" else text_tokens.shape[0] // decisions
         pooling: dict[str, Any] = {
@@ -361,7 +362,8 @@ def _replayed(alpha: Tensor | float, state: Tensor, images: int, groups: int) ->
             raise TypeError(f"alpha: expected a tensor or a number, got {type(alpha).__name__}")
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
-        alpha = torch.full((), float(alpha), dtype=state.dtype, device=state.device)
+        # A sum, for torch.full makes another graph of every number.
+        alpha = torch.zeros((), dtype=state.dtype, device=state.device) + float(alpha)
     if not alpha.is_floating_point():
         raise TypeError(f"alpha: expected a floating tensor, got {alpha.dtype}")
     if alpha.device != state.device:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree
 
 from dvla_fast import _extension, functional, reference
 from dvla_fast.nn.layers import is_plain, lookup, weight_of
@@ -38,6 +39,9 @@ class PolicyStep(NamedTuple):
     """Log-density, or log-probability (categorical), of the action; 0 where nothing is drawn."""
     entropy: Tensor
     """Entropy of the policy in nats; 0 where nothing is drawn."""
+
+
+_pytree._register_namedtuple(PolicyStep, serialized_type_name="dvla_fast.PolicyStep")
 
 
 class GatePolicy(nn.Module):

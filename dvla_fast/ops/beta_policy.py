@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from dvla_fast import _extension, backends, reference
 from dvla_fast.ops import schemas
@@ -34,6 +35,10 @@ class BetaPolicyOutput(NamedTuple):
     """Differential entropy of the policy, in nats."""
 
 
+# Without a name torch.export.save refuses it; there is no public way to give one.
+_pytree._register_namedtuple(BetaPolicyOutput, serialized_type_name="dvla_fast.BetaPolicyOutput")
+
+
 def beta_policy(
     logits: Tensor,
     concentration: float | Tensor,
@@ -53,7 +58,8 @@ def beta_policy(
         deterministic: take the policy's mean p instead of drawing.
         generator: source of the random key; default PyTorch's global one, the only one that
             ``torch.compile`` traces and that activation checkpointing rewinds. The same generator
-            state gives the same draws whatever the number of threads.
+            state gives the same draws whatever the number of threads, and a CPU generator the same
+            on a GPU (to float32 rounding; outside of CUDA graphs, which would repeat them).
         backend: ``"cpp"`` (compiled: CPU, and CUDA where built with nvcc), ``"triton"`` (CUDA) or
             ``"reference"``; default the first that can run. The reference draws from another
             random stream.
@@ -134,11 +140,14 @@ def draw_key(device: torch.device, generator: torch.Generator | None = None) -> 
     """(2,) int64: seed and offset of a counter-based stream, drawn by a torch op.
 
     Drawn from PyTorch's global generator, it is replayed by activation checkpointing and drawn
-    afresh by each replay of a CUDA graph, with no hidden state in the op that reads it.
+    afresh by each replay of a CUDA graph, with no hidden state in the op that reads it. The key
+    alone decides the draws: a CPU generator gives a GPU those that it gives the CPU.
     """
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
-    return torch.randint(_LARGEST_INT64, (2,), device=device, generator=generator)
+    source = device if generator is None else generator.device
+    key = torch.randint(_LARGEST_INT64, (2,), device=source, generator=generator)
+    return key if source == device else key.to(device, non_blocking=True)
 
 
 def _choose(device: torch.device, backend: str | None) -> str:
@@ -303,6 +312,8 @@ def _checked_concentration(
         value = float(concentration)
         if not 0.0 < value <= _LARGEST[logits.dtype]:
             raise ValueError(f"concentration: expected a positive finite number, got {value}")
+        if torch.compiler.is_compiling():  # a number is a constant of a graph, a tensor is not
+            return logits.new_zeros(()) + value, 0.0
         return None, value
     if concentration.device != logits.device:
         raise ValueError(f"concentration: on {concentration.device}, logits on {logits.device}")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from dvla_fast import _extension, backends, reference
 from dvla_fast.ops import schemas
@@ -38,6 +39,9 @@ class GatePolicyOutput(NamedTuple):
     """(A,): differential entropy of the policy, in nats."""
     state: Tensor
     """(A, 2·C + 1)."""
+
+
+_pytree._register_namedtuple(GatePolicyOutput, serialized_type_name="dvla_fast.GatePolicyOutput")
 
 
 def gate_state(

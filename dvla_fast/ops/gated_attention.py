@@ -138,8 +138,9 @@ def _composed(
     tokens = reference.without_masked(image_tokens.to(query.dtype), image_mask)
     projected = F.linear(tokens, kv_weight).unflatten(-1, (2, query.shape[1], -1))
     image_key, image_value = (part.transpose(1, 2) for part in projected.unbind(2))
+    rows = reference.without_masked(query, None if text_mask is None else text_mask.unsqueeze(1))
     mixed = dual_attention(
-        query, image_key, image_value, text_key, text_value, gate,
+        rows, image_key, image_value, text_key, text_value, gate,
         image_mask=image_mask, text_mask=text_mask, scale=scale,
     )  # fmt: skip
     fused = F.linear(mixed.transpose(1, 2).flatten(2), out_weight)
@@ -157,7 +158,7 @@ def _forward_fake(  # type: ignore[no-untyped-def]
         image_tokens.new_empty(image_tokens.shape),
         query.new_empty(batch, rows, channels),
     )
-    if not save:
+    if not save or torch.compiler.is_exporting():  # whose sizes may not depend on shapes
         return (
             *results,
             *(query.new_empty(0) for _ in range(2)),

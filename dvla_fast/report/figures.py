@@ -414,7 +414,7 @@ def collapse_line(run: Run) -> str:
     if not run.metrics.get("metatune"):
         return ""
     if not gone:
-        return "No layer's policy collapsed (mean α stayed away from 0 and 1)."
+        return "No layer's policy collapsed (α stayed away from 0 and 1)."
     named = ", ".join(layers[i] if i < len(layers) else str(i) for i in gone)
     return f"The policy collapsed at {named}: it draws the same gate every time and learns no more."
 

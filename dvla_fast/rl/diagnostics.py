@@ -12,6 +12,7 @@ from torch import Tensor
 
 COLLAPSE_EDGE = 0.02
 COLLAPSE_ENTROPY = 0.02
+COLLAPSE_SHARE = 0.9
 
 
 @torch.no_grad()
@@ -51,28 +52,40 @@ def gradient_figures(coefficient: Tensor, score: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def alpha_figures(alphas: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Mean and standard deviation over all decisions of each layer's α -> (L,) each."""
+    """Of all decisions of each layer's α: mean, deviation, share near 0 or 1 -> (L,) each."""
     flat = [alpha.detach().float().flatten() for alpha in alphas]
+    ends = [torch.minimum(alpha, 1 - alpha) < COLLAPSE_EDGE for alpha in flat]
     return {
         "alpha": torch.stack([alpha.mean() for alpha in flat]),
         "alpha_spread": torch.stack([alpha.std(unbiased=False) for alpha in flat]),
+        "alpha_edge": torch.stack([end.float().mean() for end in ends]),
     }
 
 
 def collapsed_layers(
-    alpha_mean: Sequence[float], entropy: Sequence[float], discrete: bool
+    alpha_mean: Sequence[float],
+    entropy: Sequence[float],
+    discrete: bool,
+    alpha_edge: Sequence[float] = (),
 ) -> list[int]:
-    """Indices of the layers whose policy has stopped exploring.
+    """Indices of the layers whose policy has stopped exploring, or is NaN.
 
     A Beta policy of fixed concentration has collapsed when the mean of its gates is within 0.02 of
-    0 or 1: log-densities there move by tens of nats, and every draw is the same gate. A discrete
-    one has when its entropy is below 0.02 nats.
+    0 or 1, or nine of ten gates are, at one end or at both (by state): log-densities there move by
+    tens of nats, and every draw is the same gate. A discrete one has when its entropy is below
+    0.02 nats.
 
     Args:
         alpha_mean: mean α of each layer, over an epoch or so.
         entropy: mean entropy of each layer.
         discrete: the policy is categorical.
+        alpha_edge: share of each layer's gates within 0.02 of 0 or 1; empty: not known.
     """
-    if discrete:
-        return [index for index, value in enumerate(entropy) if value < COLLAPSE_ENTROPY]
-    return [i for i, mean in enumerate(alpha_mean) if min(mean, 1 - mean) < COLLAPSE_EDGE]
+    if discrete:  # comparisons are written so that NaN counts
+        return [index for index, value in enumerate(entropy) if not value >= COLLAPSE_ENTROPY]
+    shares = alpha_edge or [0.0] * len(alpha_mean)
+    return [
+        index
+        for index, (mean, share) in enumerate(zip(alpha_mean, shares, strict=True))
+        if not (min(mean, 1 - mean) >= COLLAPSE_EDGE and share <= COLLAPSE_SHARE)
+    ]

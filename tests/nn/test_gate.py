@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -476,3 +477,18 @@ def test_empty_tokens_and_impossible_gates_raise() -> None:
         gate(image[:, :0], text)
     with pytest.raises(ValueError, match=r"alpha: expected a number in \[0, 1\]"):
         gate(image, text, alpha=1.5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_gradients_past_what_lies_at_masked_text(make_gate: MakeGate, bad: float) -> None:
+    gate, mask = make_gate(), torch.tensor([[True, True, False, False], [True, False, True, True]])
+    tokens, text = torch.randn(6, 5, 16), torch.randn(2, 4, TEXT_DIM)
+    gradients = []
+    for value in (0.0, bad):
+        gate.zero_grad()
+        given = text.masked_fill(~mask.unsqueeze(-1), value)
+        out = gate(tokens, given, text_mask=mask, sample=False)
+        (out.image_tokens.square().sum() + out.log_prob.sum()).backward()
+        gradients.append([weight.grad for weight in gate.parameters()])
+    for clean, got in zip(*gradients):
+        torch.testing.assert_close(got, clean)

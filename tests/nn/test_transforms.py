@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dvla_fast.nn import DVLA, RLAGate
+from dvla_fast import functional
+from dvla_fast.distributions import MeanConcentrationBeta
+from dvla_fast.nn import DVLA, BetaPolicy, RLAGate
 from dvla_fast.nn.dvla import TEXT_SCOPES
 from dvla_fast.nn.policy import POLICIES
 from dvla_fast.rl import ReinforceLoss, total_loss
@@ -248,6 +250,73 @@ def test_export_with_a_free_batch(make_gate: MakeGate, scope: str) -> None:
     program = torch.export.export(gate, example(6), dynamic_shapes=shapes)
     other = example(9)
     same(tuple(program.module()(*other)), gate(*other))
+
+
+@pytest.mark.parametrize(("dim", "tokens"), [(192, 196), (384, 49)])
+@pytest.mark.parametrize("free", ["images", "image tokens", "text tokens"])
+def test_export_at_the_sizes_of_the_method(dim: int, tokens: int, free: str) -> None:
+    """Where what a backward pass would keep depends on the sizes, which an export must not."""
+    gate = RLAGate(dim, TEXT_DIM, 8).eval()
+    size = torch.export.Dim("size", min=2, max=2048)
+    shapes = {
+        "images": {"image_tokens": {0: size}, "text_tokens": None},
+        "image tokens": {"image_tokens": {1: size}, "text_tokens": None},
+        "text tokens": {"image_tokens": None, "text_tokens": {1: size}},
+    }[free]
+    example = torch.randn(80, tokens, dim), torch.randn(1, 45, TEXT_DIM)
+    program = torch.export.export(gate, example, dynamic_shapes=shapes)
+    other = {
+        "images": (torch.randn(2, tokens, dim), example[1]),
+        "image tokens": (torch.randn(80, 3, dim), example[1]),
+        "text tokens": (example[0], torch.randn(1, 2, TEXT_DIM)),
+    }[free]
+    same(tuple(program.module()(*other)), gate(*other))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_numbers_for_alpha_and_kappa_are_no_constants_of_a_graph(make_gate: MakeGate) -> None:
+    """The second number makes it a symbol; from then on nothing is compiled."""
+    gate = torch.compile(make_gate(), fullgraph=True, backend="aot_eager")
+    policy = torch.compile(functional.beta_log_prob, fullgraph=True, backend="aot_eager")
+    density = torch.compile(
+        lambda kappa, at: MeanConcentrationBeta(logits=logits, concentration=kappa).log_prob(at),
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    inputs = torch.randn(6, 5, 16), torch.randn(2, 4, TEXT_DIM)
+    logits, action = torch.randn(2, 7).unbind()
+    for number in range(12):
+        if number > 1:
+            torch.compiler.set_stance("fail_on_recompile")
+        alpha, kappa = 0.05 + number / 16, 0.3 * 2**number
+        assert gate(*inputs, alpha=alpha).alpha.tolist() == [pytest.approx(alpha)] * 2
+        want = functional.beta_log_prob(logits, kappa, action)
+        same((policy(logits, kappa, action),), (want,))
+        same((density(kappa, torch.sigmoid(action)),), (want,), rtol=1e-5, atol=1e-5)
+
+
+class Parts(nn.Module):
+    """A policy's outputs as a program's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy = BetaPolicy(3, 4)
+
+    def forward(self, logits: Tensor, image: Tensor, text: Tensor) -> tuple:
+        weights = [weight.detach() for weight in self.policy.network.weights()]
+        step = functional.gate_policy(image, text, *weights, 10.0, deterministic=True)
+        drawn = functional.beta_policy(logits, 10.0, deterministic=True)
+        return drawn, step, self.policy(step.state, sample=False)
+
+
+def test_the_policys_outputs_exported_and_saved() -> None:
+    given = torch.randn(5), torch.randn(2, 4, 3), torch.randn(1, 2, 3)
+    parts, file = Parts().eval(), io.BytesIO()
+    torch.export.save(torch.export.export(parts, given), file)
+    file.seek(0)
+    found, expected = torch.export.load(file).module()(*given), parts(*given)
+    for mine, theirs in zip(found, expected):
+        assert type(mine) is type(theirs)
+        same(mine, theirs)
 
 
 @pytest.fixture

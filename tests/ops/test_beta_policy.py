@@ -15,6 +15,7 @@ from torch import Tensor
 from dvla_fast import _extension
 from dvla_fast.errors import BackendError
 from dvla_fast.functional import beta_entropy, beta_log_prob, beta_policy, beta_sample
+from dvla_fast.ops.beta_policy import draw_key
 
 MEANS = (1e-6, 1e-4, 0.01, 0.3, 0.5, 0.9, 1 - 1e-4, 1 - 1e-6)
 CONCENTRATIONS = (1e-2, 0.1, 1.0, 7.9, 8.1, 10.0, 1e3, 1e4, 1e6)
@@ -416,3 +417,24 @@ def test_forward_mode_raises_instead_of_dropping_tangents() -> None:
         dual = forward_ad.make_dual(torch.zeros(3), torch.ones(3))
         with pytest.raises(NotImplementedError, match="forward-mode"):
             beta_policy(dual, 1.0)
+
+
+def test_a_cpu_generator_for_another_device() -> None:
+    state = torch.Generator().manual_seed(3)
+    assert draw_key(torch.device("meta"), state).device.type == "meta"
+    drawn = draw_key(torch.device("cpu"), torch.Generator().manual_seed(3))
+    again = draw_key(torch.device("cpu"), state.manual_seed(3))
+    assert torch.equal(drawn, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kappa", [10.0, None])  # the call from C++ takes numbers alone
+def test_a_cpu_generator_draws_on_a_gpu_what_it_draws_on_the_cpu(kappa: float | None) -> None:
+    logits = torch.linspace(-3, 3, 257)
+    on = [logits, logits.cuda()]
+    kappas = [torch.full_like(x, 10.0) if kappa is None else kappa for x in on]
+    cpu, cuda = (
+        beta_policy(x, k, generator=torch.Generator().manual_seed(7)) for x, k in zip(on, kappas)
+    )
+    for want, got in zip(cpu, cuda):
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-6)

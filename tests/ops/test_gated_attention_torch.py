@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -143,3 +144,22 @@ def test_vmap(backend: str) -> None:
     got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(tensors[2], stacked)
     for each, image_tokens in zip(got, stacked):
         torch.testing.assert_close(each, torch.func.grad(loss)(tensors[2], image_tokens))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "composed"])
+@pytest.mark.parametrize("shape", [PROJECTED[2], ABSORBED[1]], ids=str)
+def test_gradients_past_nan_at_masked_text(shape: Shape, backend: str) -> None:
+    from dvla_fast.ops.gated_attention import _composed
+
+    def call(*tensors: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+        if backend == "composed":
+            return _composed(*tensors, None, text_mask, shape.width**-0.5)
+        return gated_attention(*tensors, text_mask=text_mask, backend=backend)
+
+    tensors, mask, grads = make(shape), make_masks(shape)["text_mask"], make_grads(shape)
+    clean = with_grads(call, tensors, grads, text_mask=mask)
+    for place in (0, 3, 4):  # query, text_key, text_value
+        tensors[place] = tensors[place].masked_fill(~mask[:, None, :, None], math.nan)
+    got = with_grads(call, tensors, grads, text_mask=mask)
+    for name in got:
+        torch.testing.assert_close(got[name], clean[name])

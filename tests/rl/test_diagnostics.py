@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -87,9 +89,14 @@ def test_alpha_figures_take_every_decision() -> None:
     figures = alpha_figures(alphas)
     torch.testing.assert_close(figures["alpha"], torch.tensor([0.3, 0.75]))
     torch.testing.assert_close(figures["alpha_spread"], torch.tensor([0.1, 0.1875**0.5]))
+    torch.testing.assert_close(figures["alpha_edge"], torch.tensor([0.0, 1.0]))
 
 
 def test_collapse() -> None:
     assert collapsed_layers([0.5, 0.01, 0.985], [-0.5, -3.0, -3.0], discrete=False) == [1, 2]
     assert collapsed_layers([0.03, 0.97], [-2.0, -2.0], discrete=False) == []
     assert collapsed_layers([1.0, 0.5], [0.6, 0.001], discrete=True) == [1]
+    # By state at one end or the other: the mean and the spread of α look alive.
+    assert collapsed_layers([0.5, 0.5], [-9e3, -0.5], False, [1.0, 0.3]) == [0]
+    for discrete in (True, False):
+        assert collapsed_layers([math.nan], [math.nan], discrete) == [0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import shlex
 import sys
 import time
@@ -27,8 +28,11 @@ from dvla_fast.terminal import (
     fail,
     first_process,
     output_closed,
+    several_processes,
     speaking,
 )
+
+SHARED_OUT = ("demo", "pretrain", "metatune")  # among the processes of a launcher
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,6 +92,11 @@ def _dispatch(given: list[str], owns_process: bool) -> int:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         return fail(f"no command {name!r}{hint} Choose one of {', '.join(COMMANDS)}", WRONG_USAGE)
+    if name not in SHARED_OUT and several_processes():
+        if not first_process():
+            return 0
+        print(f"note: {name} runs in one process; the others end here", file=sys.stderr)
+        os.environ["WORLD_SIZE"] = "1"
     if name == "doctor":
         return _doctor(rest)
     if name == "ablate" and rest and not rest[0].startswith("-"):

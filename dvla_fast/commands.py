@@ -122,7 +122,7 @@ the same command continues a build that was stopped: no answer is asked for twic
         "evaluate a checkpoint on episodes of novel classes",
         "EvaluateRun",
         """  dvla-fast evaluate --checkpoint runs/tuned/checkpoints/metatune-best.safetensors
-  dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.shots [5] --evaluate.episodes 2000
+  dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.shots [5] --evaluate.episodes 600
   dvla-fast evaluate --config runs/tuned/config.yaml --checkpoint TUNED.safetensors
   dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.split val
   dvla-fast evaluate --checkpoint TUNED.safetensors --evaluate.episode_list authors

@@ -16,9 +16,14 @@ WRONG_USAGE = 2
 INTERRUPTED, BROKEN_PIPE = 130, 141
 
 
+def several_processes() -> bool:
+    """Whether a launcher started several processes."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def first_process() -> bool:
     """Whether this is the only process, or the first of those that a launcher started."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    return not several_processes() or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

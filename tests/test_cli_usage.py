@@ -74,8 +74,8 @@ def test_errors_of_several_processes(
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.chdir(tmp_path)
-    assert main(["data", "check", "nowhere"]) == 1
-    assert capsys.readouterr().err.startswith(f"{start}nowhere: no such folder")
+    assert main(["pretrain", "--resume", "--output=nowhere"]) == 1
+    assert capsys.readouterr().err.startswith(f"{start}nowhere")
     Path("settings.yaml").write_text("pretrain: {epochs: 0}")
     for wrong in (["pretrain", "--config=settings.yaml"], ["dmeo"]):
         assert main(wrong) == 2

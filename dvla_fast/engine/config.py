@@ -309,7 +309,7 @@ class EvaluateConfig:
         metadata=about("supports of a class; one result for each value", 1, check=repeated),
     )
     query: int = option(15, "queries of a class", 1)
-    episodes: int = option(1000, "episodes of a result", 1)
+    episodes: int = option(2000, "episodes of a result", 1)
     episode_list: str = option(
         "own", "own, or authors: the list of the method's authors (theirs is seed 0)"
     )
@@ -463,7 +463,7 @@ class AblateRun(RunConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     metatune: MetatuneConfig = field(default_factory=lambda: MetatuneConfig(backbone_lr=0.0))
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(episodes=1000))
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     ablate: AblateConfig = field(default_factory=AblateConfig)
 
@@ -478,7 +478,7 @@ class DemoRun(RunConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     metatune: MetatuneConfig = field(default_factory=MetatuneConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(episodes=1000))
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
 

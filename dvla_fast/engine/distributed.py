@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -17,10 +18,30 @@ from torch import Tensor, distributed, nn
 
 from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.settings import UsageError
-from dvla_fast.errors import MissingDependencyError
+from dvla_fast.errors import DVLAError, MissingDependencyError, TrainingError
 
 T = TypeVar("T")
 _BUCKET = 64 * 2**20  # bytes of gradients that travel together
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Say in words what gloo and NCCL say of a process that is gone.
+
+    Raises:
+        TrainingError: the others cannot be reached.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, DVLAError):
+            raise
+        reason = " ".join(str(error).split())
+        raise TrainingError(
+            "another process of this run ended, or cannot be reached; its own message, or its "
+            "machine's log, says why. End those that are left and continue with --resume "
+            f"({reason:.200})"
+        ) from error
 
 
 class Processes:
@@ -33,6 +54,7 @@ class Processes:
     Raises:
         MissingDependencyError: several processes, and accelerate is not installed.
         DVLAError: no such device.
+        TrainingError: the others cannot be reached, here or in any other call.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -48,7 +70,8 @@ class Processes:
                 "several processes need accelerate, which is not installed; run "
                 "pip install 'dvla-fast[distributed]'"
             ) from error
-        state: Any = PartialState(cpu=self.device.type == "cpu")
+        with _together():
+            state: Any = PartialState(cpu=self.device.type == "cpu")
         self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
         if self.device.type == "cpu":
             atexit.unregister(_leave_group)  # one command may follow another
@@ -82,30 +105,31 @@ class Processes:
     def wait(self) -> None:
         """Wait until every process is here."""
         if self.count > 1:
-            distributed.barrier()
+            with _together():
+                distributed.barrier()
 
     def same(self, value: T) -> T:
         """The main process's value (picklable), everywhere."""
         if self.count == 1:
             return value
         box = [value]
-        distributed.broadcast_object_list(box, src=0)
+        with _together():
+            distributed.broadcast_object_list(box, src=0)
         return box[0]
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Mean over the processes, without gradient."""
         if self.count == 1:
             return tensor
-        total = tensor.detach().clone()
-        distributed.all_reduce(total)
-        return total / self.count
+        return _sum(tensor.detach()) / self.count
 
     def gather(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """The processes' tensors of one shape, side by side along ``dim``, without gradient."""
         if self.count == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.count)]
-        distributed.all_gather(parts, tensor.detach().contiguous())
+        with _together():
+            distributed.all_gather(parts, tensor.detach().contiguous())
         return torch.cat(parts, dim)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -131,8 +155,7 @@ class Processes:
             self._average(bucket)
 
     def _average(self, gradients: list[Tensor]) -> None:
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        distributed.all_reduce(flat)
+        flat = _sum(torch.cat([gradient.flatten() for gradient in gradients]), in_place=True)
         flat /= self.count
         for gradient, part in zip(gradients, flat.split([x.numel() for x in gradients])):
             gradient.copy_(part.view_as(gradient))
@@ -155,20 +178,24 @@ def _leave_group() -> None:
         distributed.destroy_process_group()
 
 
+def _sum(tensor: Tensor, in_place: bool = False) -> Tensor:
+    """Sum over the processes."""
+    total = tensor if in_place else tensor.clone()
+    with _together():
+        distributed.all_reduce(total)
+    return total
+
+
 class _Sum(torch.autograd.Function):
     """Sum over the processes; every process's loss sends its gradient to all of them."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        distributed.all_reduce(total)
-        return total
+        return _sum(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.clone()
-        distributed.all_reduce(total)
-        return total
+        return _sum(gradient)
 
 
 class _SyncBatchNorm2d(nn.BatchNorm2d):

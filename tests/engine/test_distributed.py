@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dvla_fast.cli import main
 from dvla_fast.engine import distributed
 from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.logging import read_metrics
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.nn.backbones.visformer import _normed
+from tests.data import trees
 
 # 640 images: the batches fall into equal shares to the last one.
 SHARED = [
@@ -213,6 +215,57 @@ def test_shared_statistics_of_unequal_shares(tmp_path: Path) -> None:
     for part in parts:
         torch.testing.assert_close(part["mean"], norm.running_mean)
         torch.testing.assert_close(part["var"], norm.running_var)
+
+
+LEFT = """
+import os, signal, sys
+from dvla_fast.engine.distributed import Processes
+from dvla_fast.errors import TrainingError
+processes = Processes("cpu")
+processes.wait()
+if processes.rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    for _ in range(1000):
+        processes.wait()
+except TrainingError as error:
+    print(error)
+    os._exit(3)
+"""
+
+
+def test_a_process_that_is_killed_is_told_in_words() -> None:
+    port, started = free_port(), []
+    for rank in (0, 1):
+        group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", LEFT], stdout=subprocess.PIPE, text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **group},
+            )
+        )  # fmt: skip
+    said = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [3, -9]
+    assert said[0].startswith("another process of this run ended, or cannot be reached; ")
+    assert "--resume" in said[0]
+
+
+def test_a_command_that_shares_nothing_runs_in_the_first_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [*("data", "check", str(trees.split_folders(tmp_path / "photos"))), "--shot=1"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main([*data, "--query=1"]) == 0
+    assert main(["evaluate", "--checkpoint=nothing", f"--output={tmp_path / 'run'}"]) == 0
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    assert main([*data, "--query=1"]) == 0
+    out, err = capsys.readouterr()
+    assert "no problems found" in out
+    assert "note: data check runs in one process; the others end here" in err
+    assert os.environ["WORLD_SIZE"] == "1"  # nothing it calls waits for the others
 
 
 def test_one_process_shares_with_nobody() -> None:

@@ -33,11 +33,12 @@ gate_policy_forward(const at::Tensor& image_tokens, const at::Tensor& text_token
     scalar_t* rows = state.mutable_data_ptr<scalar_t>();
     policy::make_state(z, image_tokens, text_tokens, image_mask, text_mask, rows);
     if (!hidden_weight) return;
-    hidden = at::empty({z.A, hidden_weight->size(0)}, options);
+    if (save) hidden = at::empty({z.A, hidden_weight->size(0)}, options);
     const at::Tensor bias = hidden_bias->contiguous();
     policy::Network<scalar_t>(z, *hidden_weight, *out_weight)
         .forward(rows, bias.const_data_ptr<scalar_t>(), *out_bias->const_data_ptr<scalar_t>(),
-                 hidden.mutable_data_ptr<scalar_t>(), logits.mutable_data_ptr<scalar_t>());
+                 save ? hidden.mutable_data_ptr<scalar_t>() : nullptr,
+                 logits.mutable_data_ptr<scalar_t>());
     const scalar_t* values = logits.const_data_ptr<scalar_t>();
     undefined = check && std::any_of(values, values + z.A, [](scalar_t x) { return x != x; });
   });
@@ -46,7 +47,7 @@ gate_policy_forward(const at::Tensor& image_tokens, const at::Tensor& text_token
                     "logits: NaN found; the tokens or the policy's weights are not finite");
   const auto [alpha, action, log_prob, entropy, derivatives] =
       beta_policy_forward_cpu(logits, std::nullopt, concentration, action_logit, key, save, check);
-  return {alpha, action, log_prob, entropy, state, save ? hidden : none(), derivatives};
+  return {alpha, action, log_prob, entropy, state, hidden, derivatives};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>

@@ -81,15 +81,17 @@ class Network {
         weight_(hidden_weight_.const_data_ptr<wide_t>()),
         out_(out_weight_.const_data_ptr<wide_t>()) {}
 
-  // hidden (A, K) before the activation, and logits (A).
+  // Logits (A), and hidden (A, K) before the activation unless it is null.
   void forward(const wide_t* state, const wide_t* hidden_bias, wide_t out_bias, wide_t* hidden,
                wide_t* logits) const {
     if (z_.A >= kManyRows) return forward_many(state, hidden_bias, out_bias, hidden, logits);
     parallel_items(attention::ceil_div(z_.A, kRows), [&](int64_t begin, int64_t end) {
-      const auto s = attention::on_arena<Scratch>(kBlockRows * ld_);
+      const auto s =
+          attention::on_arena<Scratch>(kBlockRows * ld_, hidden ? 0 : kBlockRows * units_);
       const int64_t last = std::min(z_.A, end * kRows);
       for (int64_t a = begin * kRows; a < last; a += kBlockRows) {
         const int64_t rows = std::min(kBlockRows, last - a);
+        wide_t* to = hidden ? hidden + a * units_ : s.hidden;
         for (int64_t r = 0; r < rows; ++r) {
           attention::clear_last(s.input + r * ld_, ld_);
           load_input(state + (a + r) * z_.features, s.input + r * ld_);
@@ -100,12 +102,10 @@ class Network {
         for (int64_t unit = 0; unit < units_; unit += kUnits) {
           for (int64_t r = 0; r < rows; r += kRows) {
             products(s.input + r * ld_, unit, std::min<int64_t>(kRows, rows - r), hidden_bias,
-                     hidden + (a + r) * units_);
+                     to + r * units_);
           }
         }
-        for (int64_t r = 0; r < rows; ++r) {
-          logits[a + r] = logit(hidden + (a + r) * units_, out_bias);
-        }
+        for (int64_t r = 0; r < rows; ++r) logits[a + r] = logit(to + r * units_, out_bias);
       }
     });
   }
@@ -155,12 +155,15 @@ class Network {
   // Decisions whose inputs stay in the first-level cache while all units are taken.
   static constexpr int64_t kBlockRows = 16;
 
-  // Decisions for which packing the weights takes less time than it saves.
-  static constexpr int64_t kManyRows = 64;
+  // Decisions for which packing the weights takes less time than it saves, and of these so many
+  // that inputs and hidden values stay in the second-level cache, and in memory that is not handed
+  // back to the system.
+  static constexpr int64_t kManyRows = 64, kChunkRows = 48;
 
   struct Scratch {
-    Scratch(attention::Arena& arena, int64_t values) : input(arena.take<wide_t>(values)) {}
-    wide_t* input;
+    Scratch(attention::Arena& arena, int64_t inputs, int64_t hidden)
+        : input(arena.take<wide_t>(inputs)), hidden(arena.take<wide_t>(hidden)) {}
+    wide_t *input, *hidden;
   };
 
   // The network's input from a state, and the factors of its two norms.
@@ -175,19 +178,23 @@ class Network {
   void forward_many(const wide_t* state, const wide_t* hidden_bias, wide_t out_bias, wide_t* hidden,
                     wide_t* logits) const {
     const gate::Factor<wide_t> weight(hidden_weight_.t(), gate::Packing::kWhole);
-    const at::Tensor input = at::empty({z_.A, z_.features}, hidden_weight_.options());
-    wide_t* rows = input.template mutable_data_ptr<wide_t>();
-    parallel_items(z_.A, [&](int64_t begin, int64_t end) {
-      for (int64_t a = begin; a < end; ++a) {
-        load_input(state + a * z_.features, rows + a * z_.features);
-      }
-    });
-    weight.multiply(input, at::from_blob(hidden, {z_.A, units_}, hidden_weight_.options()));
-    parallel_items(z_.A, [&](int64_t begin, int64_t end) {
-      for (int64_t a = begin; a < end; ++a) {
-        wide_t* row = hidden + a * units_;
-        for (int64_t unit = 0; unit < units_; ++unit) row[unit] += hidden_bias[unit];
-        logits[a] = logit(row, out_bias);
+    const auto options = hidden_weight_.options();
+    parallel_items(attention::ceil_div(z_.A, kChunkRows), [&](int64_t begin, int64_t end) {
+      std::vector<wide_t> input(kChunkRows * z_.features), own(hidden ? 0 : kChunkRows * units_);
+      const int64_t last = std::min(z_.A, end * kChunkRows);
+      for (int64_t a = begin * kChunkRows; a < last; a += kChunkRows) {
+        const int64_t rows = std::min(kChunkRows, last - a);
+        for (int64_t r = 0; r < rows; ++r) {
+          load_input(state + (a + r) * z_.features, input.data() + r * z_.features);
+        }
+        wide_t* to = hidden ? hidden + a * units_ : own.data();
+        weight.multiply(at::from_blob(input.data(), {rows, z_.features}, options),
+                        at::from_blob(to, {rows, units_}, options));
+        for (int64_t r = 0; r < rows; ++r) {
+          wide_t* row = to + r * units_;
+          for (int64_t unit = 0; unit < units_; ++unit) row[unit] += hidden_bias[unit];
+          logits[a + r] = logit(row, out_bias);
+        }
       }
     });
   }

@@ -71,9 +71,9 @@ class Tokens {
   int64_t tokens_, outer_ = 0, step_ = 0;
 };
 
-// out (x.size(0), C) = means of the tokens that count, 0 where none does.
+// Rows `ld` apart of out (x.size(0), C) = means of the tokens that count, 0 where none does.
 template <class wide_t>
-void token_means(const at::Tensor& tokens, const OptionalTensor& mask, wide_t* out) {
+void token_means(const at::Tensor& tokens, const OptionalTensor& mask, wide_t* out, int64_t ld) {
   const at::Tensor x = tokens.stride(2) == 1 ? tokens : tokens.contiguous();
   const int64_t L = x.size(1), C = x.size(2);
   const Tokens keep(x, mask);
@@ -102,7 +102,8 @@ void token_means(const at::Tensor& tokens, const OptionalTensor& mask, wide_t* o
               for (int64_t c = 0; c < C; ++c) total[c] += run[c];
             }
             const auto write = [&](const auto& sums) {
-              for (int64_t c = 0; c < C; ++c) out[i * C + c] = static_cast<wide_t>(sums[c] * share);
+              for (int64_t c = 0; c < C; ++c)
+                out[i * ld + c] = static_cast<wide_t>(sums[c] * share);
             };
             L > kRunTokens ? write(total) : write(run);
           }
@@ -166,19 +167,31 @@ inline void mean_of(int64_t count, int64_t n, wide_t* out, const F& row_at) {
 template <class wide_t>
 void make_state(const Shape& z, const at::Tensor& image_tokens, const at::Tensor& text_tokens,
                 const OptionalTensor& image_mask, const OptionalTensor& text_mask, wide_t* state) {
+  const auto add_cosine = [&](wide_t* image) {
+    wide_t* text = image + z.C;
+    text[z.C] = static_cast<wide_t>(Cosine(image, text, z.C).value);
+  };
+  if (z.B == z.A && z.T == z.A) {  // the means are the state
+    token_means(image_tokens, image_mask, state, z.features);
+    token_means(text_tokens, text_mask, state + z.C, z.features);
+    parallel_items(z.A, [&](int64_t begin, int64_t end) {
+      for (int64_t a = begin; a < end; ++a) add_cosine(state + a * z.features);
+    });
+    return;
+  }
   const std::unique_ptr<wide_t[]> image_means(new wide_t[z.T * z.used * z.C]),
       text_means(new wide_t[z.T * z.C]);
   if (z.used == z.G) {
-    token_means(image_tokens, image_mask, image_means.get());
+    token_means(image_tokens, image_mask, image_means.get(), z.C);
   } else {
     for (int64_t t = 0; t < z.T; ++t) {
       const auto first = [&](const at::Tensor& x) { return x.narrow(0, t * z.G, z.used); };
       token_means(first(image_tokens),
                   image_mask ? OptionalTensor(first(*image_mask)) : std::nullopt,
-                  image_means.get() + t * z.used * z.C);
+                  image_means.get() + t * z.used * z.C, z.C);
     }
   }
-  token_means(text_tokens, text_mask, text_means.get());
+  token_means(text_tokens, text_mask, text_means.get(), z.C);
   // The i-th used image of all, without those between groups that are not used.
   const auto row_of = [&](int64_t image) { return image / z.G * z.used + image % z.G; };
   parallel_items(z.A, [&](int64_t begin, int64_t end) {
@@ -187,7 +200,7 @@ void make_state(const Shape& z, const at::Tensor& image_tokens, const at::Tensor
       mean_of(z.images, z.C, image,
               [&](int64_t i) { return image_means.get() + row_of(z.image(a, i)) * z.C; });
       mean_of(z.texts, z.C, text, [&](int64_t i) { return text_means.get() + z.text(a, i) * z.C; });
-      text[z.C] = static_cast<wide_t>(Cosine(image, text, z.C).value);
+      add_cosine(image);
     }
   });
 }

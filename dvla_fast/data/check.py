@@ -211,11 +211,8 @@ def _check_classes(listing: Listing, needed: int, report: Report) -> None:
     known: dict[str, tuple[str, str]] = {}  # by what evaluation compares of a name
     for name, split in listing.splits.items():
         report.add(report.problems, _small(split.where, split.keys, split.counts(), needed))
-        own: dict[str, str] = {}
         for key, readable in zip(split.keys, split.names):
             other, twin = known.setdefault(normalised_name(readable), (name, key))
-            if other == name:
-                twin = own.setdefault(key.casefold(), key)
             if (other, twin) != (name, key):
                 report.problems.append(
                     f"class {key!r} of {name} is also {twin!r} of {other}; keep each class once"

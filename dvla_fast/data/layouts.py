@@ -405,22 +405,22 @@ def _listing(
 
 
 def _check_classes(found: Found, names: Mapping[str, str]) -> None:
-    """Stop on a class in two splits, on names that differ in case alone, and on empty classes.
+    """Stop on a class in two splits, on two spellings of one name, and on empty classes.
 
     Args:
-        names: class key -> readable name. Those of two splits are compared as evaluation compares
-            them with the classes that were trained on.
+        names: class key -> readable name. They are compared as evaluation compares them with the
+            classes that were trained on.
     """
     _check_crossing(found, names)
     for split in SPLITS:
         where = found.where.get(split, split)
         seen: dict[str, str] = {}
         for key, items in found.classes.get(split, {}).items():
-            twin = seen.setdefault(key.casefold(), key)
+            twin = seen.setdefault(normalised_name(names[key]), key)
             if twin != key:
                 raise DataError(
-                    f"{where}: the classes {twin!r} and {key!r} have the same name but for its "
-                    "case; rename or merge them"
+                    f"{where}: the classes {twin!r} and {key!r} have the same name, but for case, "
+                    "spaces, '_' and '-'; rename or merge them"
                 )
             if len(items) < 2:
                 folder = Path(where) / key

@@ -367,6 +367,39 @@ def test_names_that_differ_in_case(tmp_path: Path) -> None:
         list_data(tmp_path)
 
 
+def test_two_spellings_within_a_split(tmp_path: Path) -> None:
+    trees.split_folders(tmp_path, {"train": ["cat", "cow"], "test": ["Red_Panda", "red panda"]})
+    with pytest.raises(DataError, match=r"test: the classes 'Red_Panda' and 'red panda' have the"):
+        list_data(tmp_path)
+
+
+def test_two_spellings_within_a_split_list(tmp_path: Path) -> None:
+    """Appending the keys would only hide that these are one."""
+    trees.class_folders(tmp_path / "photos", ["cat", "cow", "Red_Panda", "Red Panda"], 3)
+    path = tmp_path / "mine.json"
+    splits = {"train": ["cat", "cow"], "test": ["Red_Panda", "Red Panda"]}
+    path.write_text(json.dumps({"splits": splits}))
+    with pytest.raises(DataError, match=r"'Red_Panda' and 'Red Panda' have the same name"):
+        list_data(tmp_path / "photos", str(path))
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        ["n02012849", "n03126707"],  # crane, twice
+        ["n02113186", "n02963159"],  # Cardigan, the dog, and cardigan
+        ["001.Cat", "002.cat"],
+    ],
+)
+def test_numbers_tell_classes_of_one_name_apart(tmp_path: Path, test: list[str]) -> None:
+    pytest.importorskip("timm")
+    trees.split_folders(tmp_path / "within", {"train": "ab", "test": test})
+    names = list_data(tmp_path / "within").splits["test"].names
+    assert all(name.endswith(f" ({key})") for name, key in zip(names, test))
+    trees.split_folders(tmp_path / "across", {"train": test[:1], "test": test[1:]})
+    assert sizes(list_data(tmp_path / "across")) == {"train": (1, 4), "test": (1, 4)}
+
+
 def test_one_class_under_two_spellings(tmp_path: Path) -> None:
     """Evaluation would refuse what training on such folders leaves."""
     trees.split_folders(tmp_path, {"train": ["Red Panda", "cow"], "test": ["cat", "red_panda"]})

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from dvla_fast.data.decode import is_image
-from dvla_fast.data.listing import Found, References, within
+from dvla_fast.data.listing import Found, References, not_there, within
 from dvla_fast.data.pickles import load_pickle
 from dvla_fast.data.split_pickles import pickled_splits, tiered_imagenet_pickles
 from dvla_fast.data.splits import load_split_list
 from dvla_fast.errors import DataError, MissingDependencyError
+
+_EXTRACT = "extract the archive again"
 
 
 def _inside(root: Path, name: str, marks: Sequence[str]) -> Path | None:
@@ -65,17 +67,14 @@ def cub(root: Path) -> Found | None:
             )
         path = folder / "images" / file
         classes[key].append(within(folder, path, folder / "images.txt"))
-    _all_there(folder / "images.txt", [path for files in classes.values() for path in files])
-    return Found("CUB_200_2011 as published", {"": classes}, where={"": str(folder)})
-
-
-def _all_there(table: Path, files: Sequence[Any]) -> None:
-    missing = [path for path in files if not path.is_file()]
-    if missing:
-        raise DataError(
-            f"{missing[0]}: listed in {table.name}, but not there ({len(missing)} of {len(files)} "
-            "are missing); extract the archive again"
-        )
+    listed = (path for paths in classes.values() for path in paths)
+    return Found(
+        "CUB_200_2011 as published",
+        {"": classes},
+        where={"": str(folder)},
+        absent=not_there(listed, folder / "images.txt"),
+        remedy=_EXTRACT,
+    )
 
 
 def stanford_cars(root: Path) -> Found | None:
@@ -110,13 +109,21 @@ def stanford_cars(root: Path) -> Found | None:
         if not 1 <= label <= len(names):
             raise DataError(f"{path}: class {label} of {file.name} is unknown; get the file again")
         classes[names[label - 1]].append(within(root, file, path))
-    _all_there(path, [file for file, _, _ in files])
+    absent = not_there((file for file, _, _ in files), path)
     parts = {"cars_train": frozenset(file for file, _, test in files if not test)}
     incomplete = ""
     if not any(test for _, _, test in files):
         incomplete = "labels of cars_test/, cars_test_annos_withlabels.mat, are not here"
     where = {"": str(root)}
-    return Found("Stanford Cars as published", {"": classes}, {}, parts, where, incomplete)
+    return Found(
+        "Stanford Cars as published",
+        {"": classes},
+        parts=parts,
+        where=where,
+        incomplete=incomplete,
+        absent=absent,
+        remedy=_EXTRACT,
+    )
 
 
 def _mat(path: Path) -> dict[str, Any]:
@@ -198,20 +205,22 @@ def chestx(root: Path) -> Found | None:
         if is_image(path)
     }
     classes: dict[str, list[Path]] = {}
-    missing = 0
+    absent: dict[Path, Path] = {}
     for name, label in _findings(tables[0]):
         if label not in wanted:
             continue
-        if name in paths:
-            classes.setdefault(label, []).append(paths[name])
-        else:
-            missing += 1
-    if missing:
-        raise DataError(
-            f"{tables[0]}: {missing} of the images of its single-label rows are in no folder "
-            f"images*/ beside it; extract all image archives into {root}"
-        )
-    return Found("ChestX-ray14 table and images", {"": classes}, where={"": str(root)})
+        path = paths.get(name)
+        if path is None:  # in whichever of the folders
+            path = within(root, root / "images" / name, tables[0])
+            absent[path] = tables[0]
+        classes.setdefault(label, []).append(path)
+    return Found(
+        "ChestX-ray14 table and images",
+        {"": classes},
+        where={"": str(root)},
+        absent=absent,
+        remedy=f"extract all image archives into folders images*/ of {root}",
+    )
 
 
 def _findings(table: Path) -> list[tuple[str, str]]:

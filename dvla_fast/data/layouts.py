@@ -6,44 +6,44 @@ folder of images, folders of splits, and one folder of classes that a split list
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from dvla_fast.data import archives
-from dvla_fast.data.decode import IMAGE_SUFFIXES, is_image
-from dvla_fast.data.listing import Found, Listing, References, Split, within
+from dvla_fast.data.decode import IMAGE_SUFFIXES
+from dvla_fast.data.folders import class_folder_root, split_folders
+from dvla_fast.data.listing import Found, Listing, References, Split
+from dvla_fast.data.lists import csv_lists, json_lists
 from dvla_fast.data.shapes import KINDS
 from dvla_fast.data.splits import (
     SPLITS,
     SplitList,
     candidates,
     class_names,
-    composed,
     load_split_list,
 )
 from dvla_fast.errors import DataError
 from dvla_fast.semantics.bank import normalised_name
 
-# Names of training and test classes, as people call them; those of validation in any case.
-_SPLIT_NAMES = (("train", "test"), ("base", "novel"))
-_VAL_NAMES = ("val", "valid", "validation")
 _MADE = ("digits", *KINDS)  # data sets without a folder
 
 
-def list_data(root: str | Path, splits: str = "", *, strict: bool = True) -> Listing:
+def list_data(
+    root: str | Path, splits: str = "", *, strict: bool = True, absent_ok: bool = False
+) -> Listing:
     """Recognise the layout of a data set and list its images.
 
     Args:
         root: the data set's folder.
         splits: bundled split list or path of a JSON file; empty: as the folders say, or the one
             bundled list that fits.
-        strict: raise on missing classes and classes of fewer than two images; else list them.
+        strict: raise on missing classes, classes of fewer than two images and missing images; else
+            list them.
+        absent_ok: list images that a list names and that are missing, strict or not.
 
     Raises:
         DataError: nothing recognised, several split lists fit, classes missing or in two splits,
@@ -65,9 +65,21 @@ def list_data(root: str | Path, splits: str = "", *, strict: bool = True) -> Lis
             "class in each; or one folder of images per class, and --data.splits names the split; "
             "docs/data.md has all layouts"
         )
-    if "" in found.classes:
-        return _divide(root, found, wanted, strict)
-    return _as_found(root, found, wanted, strict)
+    divide = _divide if "" in found.classes else _as_found
+    listing = divide(root, found, wanted, strict)
+    if strict and listing.absent and not absent_ok:
+        raise DataError(_absent_images(listing))
+    return listing
+
+
+def _absent_images(listing: Listing) -> str:
+    first, table = next(iter(listing.absent.items()))
+    images = sum(len(split) for split in listing.splits.values())
+    return (
+        f"{first}: listed in {table.name}, but not there ({len(listing.absent)} of {images} listed "
+        f"images are missing); {listing.remedy}; 'dvla-fast data check' names more, 'dvla-fast "
+        "data prepare --skip_unreadable' makes a cache without them"
+    )
 
 
 def _no_folder(root: Path) -> str:
@@ -82,191 +94,12 @@ def _no_folder(root: Path) -> str:
     )
 
 
-def class_folders(folder: Path) -> dict[str, References]:
-    """Map class folders to their images; folders named like ``.cache`` are none.
-
-    Names are in Unicode's composed form (NFC), whatever the file system made of them.
-
-    Raises:
-        DataError: two folders have one name in that form.
-    """
-    found: dict[str, References] = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith((".", "__")):
-            name = composed(path.name)
-            if name in found:
-                raise DataError(
-                    f"{folder}: two folders are called {name!r}, in different Unicode forms; "
-                    "rename or merge them"
-                )
-            found[name] = sorted(item for item in path.iterdir() if is_image(item))
-    return found
-
-
-def _split_paths(folder: Path, suffix: str = "") -> dict[str, Path] | None:
-    """The folder (or file with that suffix) of each split; None without those of train and test.
-
-    Raises:
-        DataError: two of validation classes.
-    """
-    there: Callable[[Path], bool] = Path.is_file if suffix else Path.is_dir
-    for train, test in _SPLIT_NAMES:
-        paths = {"train": folder / f"{train}{suffix}", "test": folder / f"{test}{suffix}"}
-        if not all(map(there, paths.values())):
-            continue
-        wanted = {f"{name}{suffix}" for name in _VAL_NAMES}
-        val = sorted(p for p in folder.iterdir() if p.name.casefold() in wanted and there(p))
-        if len(val) > 1:
-            raise DataError(
-                f"{val[0]} and {val[1]}: both are called like validation classes; merge them, or "
-                "rename the one that is something else"
-            )
-        if val:
-            paths["val"] = val[0]
-        return {split: paths[split] for split in SPLITS if split in paths}
-    return None
-
-
-def _split_folders(root: Path) -> Found | None:
-    folders = _split_paths(root)
-    if folders is None:
-        return None
-    classes = {split: class_folders(folder) for split, folder in folders.items()}
-    for split, folder in folders.items():
-        if not classes[split]:
-            raise DataError(
-                f"{folder}: no class folders; it must hold one folder of images per class"
-            )
-    where = {split: str(folder) for split, folder in folders.items()}
-    names = "/, ".join(folder.name for folder in folders.values())
-    return Found(f"folders {names}/", dict(classes), where=where)
-
-
-def _class_folder_root(root: Path) -> Found | None:
-    for name in ("Images", "images", "train", "."):
-        folder = root / name
-        if folder.is_dir():
-            classes = {key: items for key, items in class_folders(folder).items() if items}
-            if len(classes) >= 2:
-                return Found("class folders", {"": classes}, where={"": str(folder)})
-    return None
-
-
-def _list_files(root: Path, suffix: str) -> dict[str, Path] | None:
-    """The list file of each split that has one; None without those of train and test."""
-    for folder in (root, root / "split", root / "splits"):
-        paths = _split_paths(folder, suffix)
-        if paths is not None:
-            return paths
-    return None
-
-
-def _csv_lists(root: Path) -> Found | None:
-    """``train.csv`` with the columns filename,label (Ravi and Larochelle; DN4; FEAT)."""
-    files = _list_files(root, ".csv")
-    if files is None:
-        return None
-    rows = {split: _csv_rows(path) for split, path in files.items()}
-    where = {split: str(path) for split, path in files.items()}
-    classes = _resolve(root, rows, files)
-    return Found("CSV lists over a folder of images", classes, where=where)
-
-
-def _csv_rows(path: Path) -> list[tuple[str, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            lines = [row for row in csv.reader(stream) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: no list in UTF-8 ({error}); save it as UTF-8") from error
-    if lines and lines[0][:2] == ["filename", "label"]:
-        lines = lines[1:]
-    bad = next((row for row in lines if not all(map(_is_name, (*row, "")[:2]))), None)
-    if bad is not None or not lines:
-        got = f"{bad!r:.200}" if bad else "none"
-        raise DataError(f"{path}: expected lines of filename,label, got {got}")
-    return [(row[0], row[1]) for row in lines]
-
-
-def _is_name(text: str) -> bool:
-    return (
-        bool(text.strip())
-        and all(len(part.encode("utf-8", "replace")) <= 255 for part in text.split("/"))
-        and len(text) <= 2000
-    )
-
-
-def _json_lists(root: Path) -> Found | None:
-    """``base.json`` with label_names, image_names, image_labels (A Closer Look; FWT)."""
-    files = _list_files(root, ".json")
-    if files is None:
-        return None
-    rows = {split: _json_rows(path) for split, path in files.items()}
-    where = {split: str(path) for split, path in files.items()}
-    return Found("JSON lists of images", _resolve(root, rows, files), where=where)
-
-
-def _json_rows(path: Path) -> list[tuple[str, str]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-        labels, numbers = content["label_names"], content["image_labels"]
-        images = content["image_names"]
-        if not all(isinstance(items, list) for items in (labels, numbers, images)):
-            raise TypeError("one of them is no list")
-        if not all(isinstance(name, str) and _is_name(name) for name in (*labels, *images)):
-            raise TypeError("a name is no text, empty or longer than a path can be")
-        if not numbers or min(numbers) < 0:
-            raise ValueError("no images, or a negative label")
-        return [(image, labels[label]) for image, label in zip(images, numbers, strict=True)]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise DataError(
-            f"{path}: expected the lists label_names, image_names and image_labels "
-            f"({error!r}); make it again with the script that made it"
-        ) from error
-
-
-def _resolve(
-    root: Path, rows: Mapping[str, list[tuple[str, str]]], files: Mapping[str, Path]
-) -> dict[str, Mapping[str, References]]:
-    """Find the listed files: as named, under root, under images/, or in their class's folder."""
-    first, label = next(iter(rows.values()))[0]
-    forms: list[Callable[[str, str], Path]] = [
-        lambda name, _: root / name,  # an absolute name stays as it is
-        lambda name, _: root / "images" / name,
-        lambda name, label: root / label / name,
-        lambda name, label: root / "images" / label / name,
-    ]
-    form = next((form for form in forms if form(first, label).is_file()), forms[1])
-    classes: dict[str, dict[str, list[Path]]] = {}
-    missing: list[Path] = []
-    seen: dict[str, str] = {}  # by the path without its detours
-    for split, pairs in rows.items():
-        classes[split] = {}
-        for name, label in pairs:
-            path = within(root, form(name, label), files[split])
-            place = f"{split}, class {label!r}"
-            known = os.path.normpath(path)
-            if known in seen:
-                raise DataError(
-                    f"{path}: listed in {seen[known]} and again in {place}; keep one of the lines"
-                )
-            seen[known] = place
-            if not path.is_file():
-                missing.append(path)
-            classes[split].setdefault(composed(label), []).append(path)
-    if missing:
-        raise DataError(
-            f"{missing[0]}: listed, but not there ({len(missing)} of {len(seen)} listed images are "
-            "missing); restore the images, or correct the lists"
-        )
-    return dict(classes)
-
-
 _RECOGNISERS: tuple[Callable[[Path], Found | None], ...] = (
     *archives.RECOGNISERS,
-    _csv_lists,
-    _json_lists,
-    _split_folders,
-    _class_folder_root,
+    csv_lists,
+    json_lists,
+    split_folders,
+    class_folder_root,
 )
 
 
@@ -302,7 +135,7 @@ def _divide(root: Path, found: Found, wanted: SplitList | None, strict: bool) ->
         _missing_classes(root, known, missing)
     arrays = dict.fromkeys(by_split, found.arrays[""]) if "" in found.arrays else {}
     where = {split: f"{found.where.get('', root)} ({split} of {known.name})" for split in by_split}
-    divided = Found(found.layout, by_split, arrays, where=where)
+    divided = replace(found, classes=by_split, arrays=arrays, where=where)
     ignored = tuple(sorted(set(classes) - known.keys))
     return _listing(root, divided, known, missing, ignored, strict)
 
@@ -401,7 +234,9 @@ def _listing(
             found.arrays.get(split),
             found.reduced,
         )
-    return Listing(root, found.layout, splits, known, missing, ignored)
+    used = {item for split in splits.values() for item in split.references} if found.absent else {}
+    absent = {path: table for path, table in found.absent.items() if path in used}
+    return Listing(root, found.layout, splits, known, missing, ignored, absent, found.remedy)
 
 
 def _check_classes(found: Found, names: Mapping[str, str]) -> None:

@@ -145,7 +145,7 @@ def test_csv_lists(tmp_path: Path) -> None:
         list_data(tmp_path)
     (tmp_path / "test.csv").write_text("\n".join(lines[:-1]))
     (tmp_path / "images" / f"{known.splits['val'][0]}{1:08d}.jpg").unlink()
-    with pytest.raises(DataError, match=r"1\.jpg: listed, but not there \(1 of 200"):
+    with pytest.raises(DataError, match=r"1\.jpg: listed in val\.csv, but not there \(1 of 200"):
         list_data(tmp_path)
 
 
@@ -321,7 +321,7 @@ def test_chestx_is_for_evaluation_only(tmp_path: Path) -> None:
     assert (len(data.base), len(data.monitor), len(data.novel)) == (0, 0, 14)
     assert data.normalise(data.novel.images).isfinite().all()
     (tmp_path / "images_001/images/00000001_000.png").unlink()
-    with pytest.raises(DataError, match=r"1 of the images.*extract all image archives"):
+    with pytest.raises(DataError, match=r"1_000\.png: .*1 of 14 .*extract all image archives"):
         list_data(tmp_path)
 
 

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from dvla_fast.data.decode import is_image
 from dvla_fast.data.folders import split_paths
 from dvla_fast.data.listing import Found, not_there, within
 from dvla_fast.data.splits import composed
 from dvla_fast.errors import DataError
+
+# Names of columns, in any case, with or without "_"; the first of them that a list has is read.
+_FILE_COLUMNS = ("filename", "file", "image", "imagename", "path", "img")
+_LABEL_COLUMNS = ("label", "class", "classname", "wnid", "category", "target")
+_EXPECTED = (
+    "expected a first line with the names of the columns (one of filename, file, image, "
+    "image_name, path, img and one of label, class, class_name, wnid, category, target), or lines "
+    "of filename,label alone"
+)
+_SEPARATORS = ",;\t"
+_SPACES: Any = {"skipinitialspace": True}  # a quote may follow one
+
+_Rows = Mapping[str, Sequence[tuple[str, str]]]  # split -> file and class of each line
 
 
 def _list_files(root: Path, suffix: str) -> dict[str, Path] | None:
@@ -24,27 +41,69 @@ def _list_files(root: Path, suffix: str) -> dict[str, Path] | None:
 
 
 def csv_lists(root: Path) -> Found | None:
-    """``train.csv`` with the columns filename,label (Ravi and Larochelle; DN4; FEAT)."""
+    """``train.csv`` with columns of files and classes (Ravi and Larochelle; DN4; FEAT).
+
+    Raises:
+        DataError: no text in UTF-8, a line without a file and a class, or columns nobody named.
+    """
     files = _list_files(root, ".csv")
     if files is None:
         return None
-    rows = {split: _csv_rows(path) for split, path in files.items()}
-    return _resolve(root, "CSV lists over a folder of images", rows, files)
+    tables = {split: _csv_table(path) for split, path in files.items()}
+    rows = {split: rows for split, (_, rows) in tables.items()}
+    images = _Images(root, rows, files)
+    for split, (named, pairs) in tables.items():
+        name, label = pairs[0]
+        if not (named or is_image(Path(name)) or images.find(split, name, label).is_file()):
+            raise DataError(
+                f"{files[split]}: its first line ({name!r:.100}, {label!r:.100}) names no columns "
+                f"known here and no file; {_EXPECTED}"
+            )
+    return _resolve("CSV lists over a folder of images", rows, images)
 
 
-def _csv_rows(path: Path) -> list[tuple[str, str]]:
+def _csv_table(path: Path) -> tuple[bool, list[tuple[str, str]]]:
+    """Whether the first line names the columns; and file and class of each other line."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
-            lines = [row for row in csv.reader(stream) if row]
+            text = stream.read()
+        first = next((line for line in text.splitlines() if line.strip()), "")
+        separator, columns = _form_of(first)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, **_SPACES)
+        lines = [(reader.line_num, [field.strip() for field in row]) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: no list in UTF-8 ({error}); save it as UTF-8") from error
-    if lines and lines[0][:2] == ["filename", "label"]:
-        lines = lines[1:]
-    bad = next((row for row in lines if not all(map(_is_name, (*row, "")[:2]))), None)
-    if bad is not None or not lines:
-        got = f"{bad!r:.200}" if bad else "none"
-        raise DataError(f"{path}: expected lines of filename,label, got {got}")
-    return [(row[0], row[1]) for row in lines]
+    lines = [line for line in lines if any(line[1])][1 if columns else 0 :]
+    if not lines:
+        raise DataError(f"{path}: lists no image; {_EXPECTED}")
+    file, label = columns or (0, 1)
+    for number, row in lines:
+        if len(row) <= max(file, label) or not (_is_name(row[file]) and _is_name(row[label])):
+            raise DataError(
+                f"{path}, line {number}: expected a file in column {file + 1} and its class in "
+                f"column {label + 1}, got {row!r:.200}; {_EXPECTED}"
+            )
+    return columns is not None, [(row[file], row[label]) for _, row in lines]
+
+
+def _form_of(first: str) -> tuple[str, tuple[int, int] | None]:
+    """Separator of a list, by its first line, and the columns that this line names, if it does."""
+    fields = {
+        mark: next(csv.reader([first], delimiter=mark, **_SPACES), []) for mark in _SEPARATORS
+    }
+    for mark, names in fields.items():
+        columns = _columns(names)
+        if columns is not None:
+            return mark, columns
+    return next((mark for mark, parts in fields.items() if len(parts) > 1), ","), None
+
+
+def _columns(names: Sequence[str]) -> tuple[int, int] | None:
+    """Where a line names a column of files and one of classes, as known here; else None."""
+    plain = [re.sub(r"[\W_]", "", name).casefold() for name in names]
+    file = next((plain.index(name) for name in _FILE_COLUMNS if name in plain), None)
+    label = next((plain.index(name) for name in _LABEL_COLUMNS if name in plain), None)
+    return None if file is None or label is None else (file, label)
 
 
 def _is_name(text: str) -> bool:
@@ -61,7 +120,7 @@ def json_lists(root: Path) -> Found | None:
     if files is None:
         return None
     rows = {split: _json_rows(path) for split, path in files.items()}
-    return _resolve(root, "JSON lists of images", rows, files)
+    return _resolve("JSON lists of images", rows, _Images(root, rows, files))
 
 
 def _json_rows(path: Path) -> list[tuple[str, str]]:
@@ -83,26 +142,75 @@ def _json_rows(path: Path) -> list[tuple[str, str]]:
         ) from error
 
 
-# Where a list's images may lie: file and class as it names them -> path.
-_Form = Callable[[str, str], Path]
+class _Images:
+    """Finds listed files: below the data set's folder, images/, data/ or the list's own folder.
+
+    In these, or in their class's folder there: whichever place holds any of them is that of all.
+    """
+
+    def __init__(self, root: Path, rows: _Rows, files: Mapping[str, Path]) -> None:
+        self.root, self.files = root, files
+        self.stems: dict[Path, dict[str, list[Path]]] = {}
+        shared = (root, root / "images", root / "data")
+        self.bases = {split: (*shared, path.parent) for split, path in files.items()}
+        self.form = self._first_form(rows)
+
+    def _first_form(self, rows: _Rows) -> tuple[int, bool]:
+        """Which of the bases, and whether a folder of the class follows; images/ if none fits."""
+        forms = [(base, in_class) for in_class in (False, True) for base in range(4)]
+        for split, pairs in rows.items():
+            for name, label in pairs:
+                for form in forms:
+                    if self._path(split, name, label, form).is_file():
+                        return form
+        return 1, False
+
+    def find(self, split: str, name: str, label: str) -> Path:
+        """Return the file's path, be it there or not.
+
+        Raises:
+            DataError: it leads out of the data set's folder, or several files fit.
+        """
+        return within(self.root, self._path(split, name, label, self.form), self.files[split])
+
+    def _path(self, split: str, name: str, label: str, form: tuple[int, bool]) -> Path:
+        base = self.bases[split][form[0]]  # an absolute name stays as it is
+        name = name.replace("\\", "/")  # as Windows writes them
+        path = base / label / name if form[1] else base / name
+        if is_image(path) or path.is_file():
+            return path
+        alike = self._alike(path)
+        if len(alike) > 1:
+            raise DataError(
+                f"{self.files[split]}: names {name!r} without an ending, and {alike[0]} and "
+                f"{alike[1]} are both there; write the ending"
+            )
+        return alike[0] if alike else path
+
+    def _alike(self, path: Path) -> list[Path]:
+        """The image files called so but for their ending."""
+        folder = path.parent
+        if folder not in self.stems:
+            stems = self.stems[folder] = {}
+            for item in sorted(folder.iterdir()) if folder.is_dir() else ():
+                if is_image(item):
+                    stems.setdefault(item.stem, []).append(item)
+        return self.stems[folder].get(path.name, [])
 
 
-def _resolve(
-    root: Path, layout: str, rows: Mapping[str, list[tuple[str, str]]], files: Mapping[str, Path]
-) -> Found:
+def _resolve(layout: str, rows: _Rows, images: _Images) -> Found:
     """Find the listed files. Those that are not there are listed all the same, as absent.
 
     Raises:
-        DataError: a file listed twice, or outside of the data set's folder.
+        DataError: a file listed twice, or as ``_Images.find``.
     """
-    form = _form(root, rows)
     classes: dict[str, dict[str, list[Path]]] = {}
     absent: dict[Path, Path] = {}
     seen: dict[str, str] = {}  # by the path without its detours
     for split, pairs in rows.items():
         classes[split] = {}
         for name, label in pairs:
-            path = within(root, form(name, label), files[split])
+            path = images.find(split, name, label)
             place = f"{split}, class {label!r}"
             known = os.path.normpath(path)
             if known in seen:
@@ -112,20 +220,7 @@ def _resolve(
             seen[known] = place
             classes[split].setdefault(composed(label), []).append(path)
         listed = (path for paths in classes[split].values() for path in paths)
-        absent |= not_there(listed, files[split])
-    where = {split: str(path) for split, path in files.items()}
+        absent |= not_there(listed, images.files[split])
+    where = {split: str(path) for split, path in images.files.items()}
     remedy = "restore the images, or correct the lists"
     return Found(layout, dict(classes), where=where, absent=absent, remedy=remedy)
-
-
-def _form(root: Path, rows: Mapping[str, list[tuple[str, str]]]) -> _Form:
-    """As named, under root, under images/, or in their class's folder: where any of them is."""
-    images = root / "images"
-    forms: list[_Form] = [
-        lambda name, _: root / name,  # an absolute name stays as it is
-        lambda name, _: images / name,
-        lambda name, label: root / label / name,
-        lambda name, label: images / label / name,
-    ]
-    pairs = (pair for pairs in rows.values() for pair in pairs)
-    return next((form for pair in pairs for form in forms if form(*pair).is_file()), forms[1])

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from dvla_fast.data.splits import SplitList
 
+EXTRACT = "extract the archive again"  # the remedy where published files are missing
+
 # The images of one class: files, or row numbers of an array of decoded images.
 References = Sequence[Path] | Sequence[int]
 

@@ -10,9 +10,10 @@ from dvla_fast.data.listing import Found, References
 from dvla_fast.data.splits import SPLITS, composed
 from dvla_fast.errors import DataError
 
-# Names of training and test classes, as people call them; those of validation in any case.
-_SPLIT_NAMES = (("train", "test"), ("base", "novel"))
+# Names of training and test classes, as people call them; the first pair that is there counts.
+_SPLIT_NAMES = (("train", "test"), ("base", "novel"), ("train", "novel"), ("base", "test"))
 _VAL_NAMES = ("val", "valid", "validation")
+_KNOWN = frozenset((*_VAL_NAMES, *(name for pair in _SPLIT_NAMES for name in pair)))
 
 
 def class_folders(folder: Path) -> dict[str, References]:
@@ -40,23 +41,26 @@ def split_paths(folder: Path, suffix: str = "") -> dict[str, Path] | None:
     """The folder (or file with that suffix) of each split; None without those of train and test.
 
     Raises:
-        DataError: two of validation classes.
+        DataError: two of one split.
     """
     there: Callable[[Path], bool] = Path.is_file if suffix else Path.is_dir
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        name = path.name.casefold()
+        if name.endswith(suffix) and name.removesuffix(suffix) in _KNOWN and there(path):
+            found.setdefault(name.removesuffix(suffix), []).append(path)
     for train, test in _SPLIT_NAMES:
-        paths = {"train": folder / f"{train}{suffix}", "test": folder / f"{test}{suffix}"}
-        if not all(map(there, paths.values())):
+        if not (train in found and test in found):
             continue
-        wanted = {f"{name}{suffix}" for name in _VAL_NAMES}
-        val = sorted(p for p in folder.iterdir() if p.name.casefold() in wanted and there(p))
-        if len(val) > 1:
-            raise DataError(
-                f"{val[0]} and {val[1]}: both are called like validation classes; merge them, or "
-                "rename the one that is something else"
-            )
-        if val:
-            paths["val"] = val[0]
-        return {split: paths[split] for split in SPLITS if split in paths}
+        val = [path for name in _VAL_NAMES for path in found.get(name, ())]
+        paths = {"train": found[train], "val": val, "test": found[test]}
+        for split, word in zip(SPLITS, ("training", "validation", "test")):
+            if len(paths[split]) > 1:
+                raise DataError(
+                    f"{' and '.join(map(str, paths[split]))}: all are called like {word} classes; "
+                    "merge them, or rename what is something else"
+                )
+        return {split: paths[split][0] for split in SPLITS if paths[split]}
     return None
 
 
@@ -76,10 +80,13 @@ def split_folders(root: Path) -> Found | None:
 
 
 def class_folder_root(root: Path) -> Found | None:
-    for name in ("Images", "images", "train", "."):
-        folder = root / name
-        if folder.is_dir():
-            classes = {key: items for key, items in class_folders(folder).items() if items}
-            if len(classes) >= 2:
-                return Found("class folders", {"": classes}, where={"": str(folder)})
+    """Class folders in ``images/``, in ``train/`` or in the root; a split list divides them."""
+    inside = [path for path in sorted(root.iterdir()) if path.is_dir()]
+    named = [
+        path for name in ("images", "train") for path in inside if path.name.casefold() == name
+    ]
+    for folder in (*named, root):
+        classes = {key: items for key, items in class_folders(folder).items() if items}
+        if len(classes) >= 2:
+            return Found("class folders", {"": classes}, where={"": str(folder)})
     return None

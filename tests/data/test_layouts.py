@@ -96,26 +96,9 @@ def test_split_folders_of_a_published_split(tmp_path: Path, names: tuple[str, ..
     assert "house finch" in listing.splits["train"].names
 
 
-@pytest.mark.parametrize("name", ["valid", "validation", "Val", "Validation"])
-def test_names_of_validation_classes(tmp_path: Path, name: str) -> None:
-    trees.split_folders(tmp_path, {"train": "ab", name: "cd", "test": "ef"})
-    listing = list_data(tmp_path)
-    assert listing.splits["val"].keys == ("c", "d")
-    assert listing.layout == f"folders train/, {name}/, test/"
-    (tmp_path / "VAL").mkdir()
-    with pytest.raises(DataError, match=r"VAL and .*: both are called like validation classes"):
-        list_data(tmp_path)
-
-
 def test_layout_says_which_folders_are_there(tmp_path: Path) -> None:
     trees.split_folders(tmp_path, {"base": "ab", "novel": "cd"})
     assert list_data(tmp_path).layout == "folders base/, novel/"
-
-
-def test_a_list_of_validation_classes_by_another_name(tmp_path: Path) -> None:
-    trees.csv_lists(tmp_path, load_split_list("miniimagenet_ravi"))
-    (tmp_path / "val.csv").rename(tmp_path / "validation.csv")
-    assert sizes(list_data(tmp_path))["val"] == (16, 32)
 
 
 def test_named_split_must_match_the_folders(tmp_path: Path) -> None:
@@ -199,48 +182,6 @@ def test_cars(tmp_path: Path, merged: bool) -> None:
     assert sizes(whole) == {"train": (130, 390), "val": (17, 51), "test": (49, 147)}
     part = list_data(tmp_path, "cars_fwt_98_49_49")  # uses cars_train/ alone
     assert sizes(part) == {"train": (98, 196), "val": (49, 98), "test": (49, 98)}
-
-
-@pytest.mark.parametrize("tables", ["car_devkit/devkit", "car_devkit", "."])
-def test_cars_as_copied(tmp_path: Path, tables: str) -> None:
-    """Folders within folders of their name, and the tables elsewhere."""
-    trees.cars(tmp_path)
-    for part in ("cars_train", "cars_test"):
-        (tmp_path / part).rename(tmp_path / "moved")
-        (tmp_path / part).mkdir()
-        (tmp_path / "moved").rename(tmp_path / part / part)
-    (tmp_path / tables).mkdir(parents=True, exist_ok=True)
-    for path in (tmp_path / "devkit").iterdir():
-        path.rename(tmp_path / tables / path.name)
-    (tmp_path / "devkit").rmdir()
-    listing = list_data(tmp_path, "cars_dn4_130_17_49")
-    assert sizes(listing) == {"train": (130, 390), "val": (17, 51), "test": (49, 147)}
-    assert not listing.absent
-
-
-@pytest.mark.parametrize("inner", ["car_ims", "car_ims/car_ims"])
-def test_cars_of_which_one_packing_is_whole(tmp_path: Path, inner: str) -> None:
-    trees.cars(tmp_path)
-    trees.cars(tmp_path, merged=True)
-    shutil.move(tmp_path / "car_ims", tmp_path / "moved")
-    assert "cars_train" in str(list_data(tmp_path, "cars_dn4_130_17_49").splits["val"].source(0))
-    (tmp_path / inner).parent.mkdir(exist_ok=True)
-    shutil.move(tmp_path / "moved", tmp_path / inner)
-    shutil.rmtree(tmp_path / "cars_train")
-    listing = list_data(tmp_path, "cars_dn4_130_17_49")
-    assert listing.splits["val"].source(0).parent == tmp_path / inner
-    assert not listing.absent
-
-
-def test_missing_cars_are_those_of_their_table(tmp_path: Path) -> None:
-    trees.cars(tmp_path)
-    (tmp_path / "cars_test/00003.jpg").unlink()
-    message = r"cars_test/00003\.jpg: listed in cars_test_annos_withlabels\.mat, .* \(1 of 588"
-    with pytest.raises(DataError, match=message):
-        list_data(tmp_path, "cars_dn4_130_17_49")
-    (tmp_path / "devkit/cars_train_annos.mat").unlink()
-    with pytest.raises(DataError, match=r"devkit/cars_train_annos\.mat: cannot read this"):
-        list_data(tmp_path, "cars_dn4_130_17_49")
 
 
 def test_cars_without_test_labels(tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""Layouts as people really have them: other cases of letters, other folders, odd places."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dvla_fast.data import list_data
+from dvla_fast.data.splits import SPLITS, load_split_list
+from dvla_fast.errors import DataError
+from tests.data import trees
+
+
+def sizes(listing) -> dict[str, tuple[int, int]]:
+    return {name: (len(split.keys), len(split)) for name, split in listing.splits.items()}
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "Val", "Validation"])
+def test_names_of_validation_classes(tmp_path: Path, name: str) -> None:
+    trees.split_folders(tmp_path, {"train": "ab", name: "cd", "test": "ef"})
+    listing = list_data(tmp_path)
+    assert listing.splits["val"].keys == ("c", "d")
+    assert listing.layout == f"folders train/, {name}/, test/"
+    (tmp_path / "VAL").mkdir()
+    with pytest.raises(DataError, match=r"VAL and .*: all are called like validation classes"):
+        list_data(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Train", "Val", "Test"),
+        ("TRAIN", "VALIDATION", "TEST"),
+        ("Base", "Val", "Novel"),
+        ("train", "val", "novel"),
+        ("base", "valid", "test"),
+    ],
+)
+@pytest.mark.parametrize("form", ["folders", "lists"])
+def test_names_of_splits_in_any_case(tmp_path: Path, names: tuple[str, ...], form: str) -> None:
+    known = load_split_list("miniimagenet_ravi")
+    if form == "folders":
+        trees.split_folders(tmp_path, dict(zip(names, known.splits.values())), 2)
+    else:
+        trees.csv_lists(tmp_path, known)
+        for split, name in zip(SPLITS, names):
+            (tmp_path / f"{split}.csv").rename(tmp_path / f"{name}.CSV")
+    listing = list_data(tmp_path)
+    assert sizes(listing) == {"train": (64, 128), "val": (16, 32), "test": (20, 40)}
+    assert listing.split_list is known
+
+
+def test_two_folders_of_one_split(tmp_path: Path) -> None:
+    trees.split_folders(tmp_path, {"train": "ab", "test": "cd", "Test": "ef"})
+    if len(list(tmp_path.iterdir())) < 3:
+        pytest.skip("the file system does not tell case apart")
+    with pytest.raises(DataError, match=r"Test and .*test: all are called like test classes"):
+        list_data(tmp_path)
+
+
+def test_whole_pairs_of_names_go_first(tmp_path: Path) -> None:
+    trees.split_folders(tmp_path, {"base": "ab", "test": "cd", "novel": "ef"})
+    assert list_data(tmp_path).splits["test"].keys == ("e", "f")
+
+
+def test_a_list_of_validation_classes_by_another_name(tmp_path: Path) -> None:
+    trees.csv_lists(tmp_path, load_split_list("miniimagenet_ravi"))
+    (tmp_path / "val.csv").rename(tmp_path / "validation.csv")
+    assert sizes(list_data(tmp_path))["val"] == (16, 32)
+
+
+@pytest.mark.parametrize("tables", ["car_devkit/devkit", "car_devkit", "."])
+def test_cars_as_copied(tmp_path: Path, tables: str) -> None:
+    """Folders within folders of their name, and the tables elsewhere."""
+    trees.cars(tmp_path)
+    for part in ("cars_train", "cars_test"):
+        (tmp_path / part).rename(tmp_path / "moved")
+        (tmp_path / part).mkdir()
+        (tmp_path / "moved").rename(tmp_path / part / part)
+    (tmp_path / tables).mkdir(parents=True, exist_ok=True)
+    for path in (tmp_path / "devkit").iterdir():
+        path.rename(tmp_path / tables / path.name)
+    (tmp_path / "devkit").rmdir()
+    listing = list_data(tmp_path, "cars_dn4_130_17_49")
+    assert sizes(listing) == {"train": (130, 390), "val": (17, 51), "test": (49, 147)}
+    assert not listing.absent
+
+
+@pytest.mark.parametrize("inner", ["car_ims", "car_ims/car_ims"])
+def test_cars_of_which_one_packing_is_whole(tmp_path: Path, inner: str) -> None:
+    trees.cars(tmp_path)
+    trees.cars(tmp_path, merged=True)
+    shutil.move(tmp_path / "car_ims", tmp_path / "moved")
+    assert "cars_train" in str(list_data(tmp_path, "cars_dn4_130_17_49").splits["val"].source(0))
+    (tmp_path / inner).parent.mkdir(exist_ok=True)
+    shutil.move(tmp_path / "moved", tmp_path / inner)
+    shutil.rmtree(tmp_path / "cars_train")
+    listing = list_data(tmp_path, "cars_dn4_130_17_49")
+    assert listing.splits["val"].source(0).parent == tmp_path / inner
+    assert not listing.absent
+
+
+def test_missing_cars_are_those_of_their_table(tmp_path: Path) -> None:
+    trees.cars(tmp_path)
+    (tmp_path / "cars_test/00003.jpg").unlink()
+    message = r"cars_test/00003\.jpg: listed in cars_test_annos_withlabels\.mat, .* \(1 of 588"
+    with pytest.raises(DataError, match=message):
+        list_data(tmp_path, "cars_dn4_130_17_49")
+    (tmp_path / "devkit/cars_train_annos.mat").unlink()
+    with pytest.raises(DataError, match=r"devkit/cars_train_annos\.mat: cannot read this"):
+        list_data(tmp_path, "cars_dn4_130_17_49")

@@ -14,6 +14,7 @@ import numpy as np
 
 from dvla_fast.data.cache import is_cache, read_index, verify_cache
 from dvla_fast.data.decode import IMAGE_SUFFIXES, is_image, open_rgb
+from dvla_fast.data.folders import visible_folders
 from dvla_fast.data.layouts import list_data
 from dvla_fast.data.listing import Listing, Split
 from dvla_fast.data.splits import candidates
@@ -256,7 +257,7 @@ def _passed_over(listing: Listing) -> list[str]:
         tops = [Path(split.where) for split in listing.splits.values()]
         beside = [path for top in tops for path in _visible(top) if not path.is_dir()]
         folders = [path for top in tops for path in _visible(top) if path.is_dir()]
-        roots = [path for path in _visible(listing.root) if path.is_dir() and path not in tops]
+        roots = [path for path in visible_folders(tops[0].parent) if path not in tops]
         if roots:
             names = ", ".join(f"{path.name}/" for path in roots[:_SHOWN])
             more = ", ..." if len(roots) > _SHOWN else ""

@@ -16,6 +16,12 @@ _VAL_NAMES = ("val", "valid", "validation")
 _KNOWN = frozenset((*_VAL_NAMES, *(name for pair in _SPLIT_NAMES for name in pair)))
 
 
+def visible_folders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted; those named like ``.cache`` or ``__MACOSX`` are none."""
+    inside = sorted(folder.iterdir())
+    return [path for path in inside if path.is_dir() and not path.name.startswith((".", "__"))]
+
+
 def class_folders(folder: Path) -> dict[str, References]:
     """Map class folders to their images; folders named like ``.cache`` are none.
 
@@ -25,15 +31,14 @@ def class_folders(folder: Path) -> dict[str, References]:
         DataError: two folders have one name in that form.
     """
     found: dict[str, References] = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith((".", "__")):
-            name = composed(path.name)
-            if name in found:
-                raise DataError(
-                    f"{folder}: two folders are called {name!r}, in different Unicode forms; "
-                    "rename or merge them"
-                )
-            found[name] = sorted(item for item in path.iterdir() if is_image(item))
+    for path in visible_folders(folder):
+        name = composed(path.name)
+        if name in found:
+            raise DataError(
+                f"{folder}: two folders are called {name!r}, in different Unicode forms; "
+                "rename or merge them"
+            )
+        found[name] = sorted(item for item in path.iterdir() if is_image(item))
     return found
 
 

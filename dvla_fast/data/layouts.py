@@ -7,7 +7,7 @@ folder of images, folders of splits, and one folder of classes that a split list
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +15,11 @@ import numpy as np
 
 from dvla_fast.data import archives
 from dvla_fast.data.decode import IMAGE_SUFFIXES
-from dvla_fast.data.folders import class_folder_root, split_folders
+from dvla_fast.data.folders import class_folder_root, split_folders, visible_folders
 from dvla_fast.data.listing import Found, Listing, References, Split
 from dvla_fast.data.lists import csv_lists, json_lists
 from dvla_fast.data.shapes import KINDS
+from dvla_fast.data.split_pickles import pickles_here
 from dvla_fast.data.splits import (
     SPLITS,
     SplitList,
@@ -26,10 +27,11 @@ from dvla_fast.data.splits import (
     class_names,
     load_split_list,
 )
-from dvla_fast.errors import DataError
+from dvla_fast.errors import DataError, DVLAError
 from dvla_fast.semantics.bank import normalised_name
 
 _MADE = ("digits", *KINDS)  # data sets without a folder
+_LOOKED_INTO = 20  # folders in which a data set is looked for, for a message
 
 
 def list_data(
@@ -38,7 +40,7 @@ def list_data(
     """Recognise the layout of a data set and list its images.
 
     Args:
-        root: the data set's folder.
+        root: the data set's folder, or one that holds it and no other folder.
         splits: bundled split list or path of a JSON file; empty: as the folders say, or the one
             bundled list that fits.
         strict: raise on missing classes, classes of fewer than two images and missing images; else
@@ -54,22 +56,43 @@ def list_data(
     if root.is_file() or not root.is_dir():
         raise DataError(_no_folder(root))
     wanted = load_split_list(splits) if splits else None
-    for recognise in _RECOGNISERS:
-        found = recognise(root)
-        if found is not None:
-            break
-    else:
-        raise DataError(
-            f"{root}: no data set here: it must hold the folders train/ and test/ (or base/ and "
-            "novel/), and may hold val/ (or valid/, validation/), with one folder of images per "
-            "class in each; or one folder of images per class, and --data.splits names the split; "
-            "docs/data.md has all layouts"
-        )
+    found = _recognised(root)
+    inner = visible_folders(root) if found is None else []
+    if len(inner) == 1:
+        found = _recognised(inner[0])
+    if found is None:
+        raise DataError(_nothing(root, inner))
     divide = _divide if "" in found.classes else _as_found
     listing = divide(root, found, wanted, strict)
     if strict and listing.absent and not absent_ok:
         raise DataError(_absent_images(listing))
     return listing
+
+
+def _recognised(root: Path) -> Found | None:
+    found = (recognise(root) for recognise in _RECOGNISERS)
+    return next((item for item in found if item is not None), None)
+
+
+def _nothing(root: Path, inner: Sequence[Path]) -> str:
+    """Say what a data set looks like, and which of the folders inside does."""
+    fitting = [f"{folder.name}/" for folder in inner[:_LOOKED_INTO] if _looks_like_one(folder)]
+    hint = f"; give one of the folders in it that are: {', '.join(fitting[:5])}" if fitting else ""
+    return (
+        f"{root}: no data set here{hint}: it must hold the folders train/ and test/ (or base/ and "
+        "novel/), and may hold val/ (or valid/, validation/), with one folder of images per "
+        "class in each; or one folder of images per class, and --data.splits names the split; "
+        "docs/data.md has all layouts"
+    )
+
+
+def _looks_like_one(folder: Path) -> bool:
+    if pickles_here(folder):  # gigabytes to read
+        return True
+    try:
+        return _recognised(folder) is not None
+    except DVLAError:
+        return False
 
 
 def _absent_images(listing: Listing) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dvla_fast.data import list_data
+from dvla_fast.data import check_data, list_data
 from dvla_fast.data.splits import SPLITS, load_split_list
 from dvla_fast.errors import DataError
 from tests.data import trees
@@ -111,3 +111,34 @@ def test_missing_cars_are_those_of_their_table(tmp_path: Path) -> None:
     (tmp_path / "devkit/cars_train_annos.mat").unlink()
     with pytest.raises(DataError, match=r"devkit/cars_train_annos\.mat: cannot read this"):
         list_data(tmp_path, "cars_dn4_130_17_49")
+
+
+@pytest.mark.parametrize("inner", ["mini-imagenet", "images"])
+def test_one_folder_around(tmp_path: Path, inner: str) -> None:
+    root = tmp_path / "photos"
+    trees.split_folders(root / inner)
+    for name in ("__MACOSX/mini", ".cache/train"):
+        (root / name).mkdir(parents=True)
+    (root / ".DS_Store").touch()
+    listing = list_data(root)
+    assert sizes(listing) == {"train": (5, 20), "val": (2, 8), "test": (5, 20)}
+    assert listing.name == "photos"
+    assert listing.image_id(listing.splits["train"], 0) == f"{inner}/train/a/a_0.jpg"
+    assert check_data(root, shot=1, query=1, image_size=16).notes == []
+
+
+def test_one_folder_around_an_archive(tmp_path: Path) -> None:
+    trees.cifar100(tmp_path / "downloads/cifar")
+    assert sizes(list_data(tmp_path / "downloads", "fc100"))["train"] == (60, 180)
+
+
+def test_folders_inside_that_are_data_sets_are_named(tmp_path: Path) -> None:
+    trees.split_folders(tmp_path / "images")
+    (tmp_path / "notes").mkdir()
+    trees.dump(tmp_path / "mini/mini-imagenet-cache-train.pkl", {})
+    message = r"no data set here; give one of the folders in it that are: images/, mini/: it must"
+    with pytest.raises(DataError, match=message):
+        list_data(tmp_path)
+    (tmp_path / "photos/deep/deeper").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"no data set here: it must hold"):
+        list_data(tmp_path / "photos")

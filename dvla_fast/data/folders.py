@@ -69,16 +69,29 @@ def split_paths(folder: Path, suffix: str = "") -> dict[str, Path] | None:
     return None
 
 
-def split_folders(root: Path) -> Found | None:
+def split_folders(root: Path, listed: bool = False) -> Found | None:
+    """``train/`` and ``test/``, with one folder a class in each.
+
+    Args:
+        listed: a split list is named: where the images of ``test/`` are in no class folders
+            (ImageNet, Places), it divides the classes of ``train/``.
+
+    Raises:
+        DataError: a folder without class folders, that is not such a one.
+    """
     folders = split_paths(root)
     if folders is None:
         return None
     classes = {split: class_folders(folder) for split, folder in folders.items()}
-    for split, folder in folders.items():
-        if not classes[split]:
-            raise DataError(
-                f"{folder}: no class folders; it must hold one folder of images per class"
-            )
+    flat = [folder for split, folder in folders.items() if not classes[split]]
+    if listed and classes["train"] and not classes["test"]:
+        filled = {key: items for key, items in classes["train"].items() if items}
+        return Found("class folders", {"": filled}, where={"": str(folders["train"])})
+    if flat:
+        raise DataError(
+            f"{flat[0]}: no class folders; it must hold one folder of images per class, or "
+            "--data.splits names a list that divides the classes of the training folder"
+        )
     where = {split: str(folder) for split, folder in folders.items()}
     names = "/, ".join(folder.name for folder in folders.values())
     return Found(f"folders {names}/", dict(classes), where=where)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,10 +57,11 @@ def list_data(
     if root.is_file() or not root.is_dir():
         raise DataError(_no_folder(root))
     wanted = load_split_list(splits) if splits else None
-    found = _recognised(root)
+    listed = wanted is not None
+    found = _recognised(root, listed)
     inner = visible_folders(root) if found is None else []
     if len(inner) == 1:
-        found = _recognised(inner[0])
+        found = _recognised(inner[0], listed)
     if found is None:
         raise DataError(_nothing(root, inner))
     divide = _divide if "" in found.classes else _as_found
@@ -69,8 +71,16 @@ def list_data(
     return listing
 
 
-def _recognised(root: Path) -> Found | None:
-    found = (recognise(root) for recognise in _RECOGNISERS)
+def _recognised(root: Path, listed: bool = False) -> Found | None:
+    """What the first layout that fits holds; ``listed``: a split list is named."""
+    recognisers: tuple[Callable[[Path], Found | None], ...] = (
+        *archives.RECOGNISERS,
+        csv_lists,
+        json_lists,
+        partial(split_folders, listed=listed),
+        class_folder_root,
+    )
+    found = (recognise(root) for recognise in recognisers)
     return next((item for item in found if item is not None), None)
 
 
@@ -115,15 +125,6 @@ def _no_folder(root: Path) -> str:
         "train/, val/, test/ (or base/, val/, novel/), one folder per class in each; docs/data.md "
         "has all layouts"
     )
-
-
-_RECOGNISERS: tuple[Callable[[Path], Found | None], ...] = (
-    *archives.RECOGNISERS,
-    csv_lists,
-    json_lists,
-    split_folders,
-    class_folder_root,
-)
 
 
 def _divide(root: Path, found: Found, wanted: SplitList | None, strict: bool) -> Listing:

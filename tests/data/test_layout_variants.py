@@ -142,3 +142,21 @@ def test_folders_inside_that_are_data_sets_are_named(tmp_path: Path) -> None:
     (tmp_path / "photos/deep/deeper").mkdir(parents=True)
     with pytest.raises(DataError, match=r"no data set here: it must hold"):
         list_data(tmp_path / "photos")
+
+
+@pytest.mark.parametrize("flat", [("test",), ("val", "test"), ("val",)])
+def test_flat_folders_beside_class_folders(tmp_path: Path, flat: tuple[str, ...]) -> None:
+    """As of ImageNet's CLS-LOC, whose images of validation and test are in no class folders."""
+    known = load_split_list("places365_fwt")
+    trees.class_folders(tmp_path / "train", sorted(known.keys), 2)
+    for folder in flat:
+        trees.write_image(tmp_path / folder / "a.jpg", 1)
+    listing = list_data(tmp_path, "places365_fwt")
+    assert sizes(listing) == {"train": (183, 366), "val": (91, 182), "test": (91, 182)}
+    if "test" in flat:
+        with pytest.raises(DataError, match=r"no class folders; .* or --data\.splits names a list"):
+            list_data(tmp_path)
+    shutil.rmtree(tmp_path / "train")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError):
+        list_data(tmp_path, "places365_fwt")

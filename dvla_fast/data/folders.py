@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,4 +108,26 @@ def class_folder_root(root: Path) -> Found | None:
         classes = {key: items for key, items in class_folders(folder).items() if items}
         if len(classes) >= 2:
             return Found("class folders", {"": classes}, where={"": str(folder)})
+    return None
+
+
+def letter_folders(root: Path) -> Found | None:
+    """Places as published: class folders below their first letter, ``data_256/f/field/wild/``.
+
+    The class is ``field-wild``, as in the other packing and in the split list.
+    """
+    for top in (root / "data_256", root / "data_large", root):
+        letters = visible_folders(top) if top.is_dir() else []
+        if len(letters) < 2 or any(len(letter.name) > 1 for letter in letters):
+            continue
+        classes: dict[str, References] = {}
+        for letter in letters:
+            for place, _, names in os.walk(letter):
+                images = sorted(path for name in names if is_image(path := Path(place, name)))
+                if images and place != str(letter):
+                    key = "-".join(Path(place).relative_to(letter).parts)
+                    classes[composed(key)] = images
+        if len(classes) >= 2:
+            classes = dict(sorted(classes.items()))
+            return Found("class folders by their letters", {"": classes}, where={"": str(top)})
     return None

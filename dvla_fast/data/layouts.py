@@ -16,9 +16,9 @@ import numpy as np
 
 from dvla_fast.data import archives
 from dvla_fast.data.decode import IMAGE_SUFFIXES
-from dvla_fast.data.folders import class_folder_root, split_folders, visible_folders
+from dvla_fast.data.folders import class_folder_root, letter_folders, split_folders, visible_folders
 from dvla_fast.data.listing import Found, Listing, References, Split
-from dvla_fast.data.lists import csv_lists, json_lists
+from dvla_fast.data.lists import class_lists, csv_lists, json_lists
 from dvla_fast.data.shapes import KINDS
 from dvla_fast.data.split_pickles import pickles_here
 from dvla_fast.data.splits import (
@@ -77,8 +77,10 @@ def _recognised(root: Path, listed: bool = False) -> Found | None:
         *archives.RECOGNISERS,
         csv_lists,
         json_lists,
+        class_lists,
         partial(split_folders, listed=listed),
         class_folder_root,
+        letter_folders,
     )
     found = (recognise(root) for recognise in recognisers)
     return next((item for item in found if item is not None), None)

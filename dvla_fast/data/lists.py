@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dvla_fast.data.decode import is_image
-from dvla_fast.data.folders import split_paths
+from dvla_fast.data.folders import class_folders, split_paths, visible_folders
 from dvla_fast.data.listing import Found, not_there, within
 from dvla_fast.data.splits import composed
 from dvla_fast.errors import DataError
@@ -104,6 +104,44 @@ def _columns(names: Sequence[str]) -> tuple[int, int] | None:
     file = next((plain.index(name) for name in _FILE_COLUMNS if name in plain), None)
     label = next((plain.index(name) for name in _LABEL_COLUMNS if name in plain), None)
     return None if file is None or label is None else (file, label)
+
+
+def class_lists(root: Path) -> Found | None:
+    """``data/`` of class folders, divided by ``splits/NAME/train.txt``, a class a line (CIFAR-FS).
+
+    Raises:
+        DataError: several such splits, or a list that is no text in UTF-8 or empty.
+    """
+    data, splits = root / "data", root / "splits"
+    if not (data.is_dir() and splits.is_dir()):
+        return None
+    places = {folder: split_paths(folder, ".txt") for folder in (splits, *visible_folders(splits))}
+    lists = {folder: files for folder, files in places.items() if files}
+    if len(lists) > 1:
+        raise DataError(
+            f"{splits}: holds {len(lists)} splits ({', '.join(folder.name for folder in lists)}); "
+            f"keep one, or give the folder {data} and name a split list with --data.splits"
+        )
+    for files in lists.values():
+        there = class_folders(data)
+        classes = {
+            split: {key: there.get(key, []) for key in _class_names(path)}
+            for split, path in files.items()
+        }
+        where = {split: str(path) for split, path in files.items()}
+        return Found("class folders and lists of classes", dict(classes), where=where)
+    return None
+
+
+def _class_names(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: no list in UTF-8 ({error}); save it as UTF-8") from error
+    names = [composed(line.strip()) for line in lines if line.strip()]
+    if not names:
+        raise DataError(f"{path}: lists no class; expected the name of a class folder on each line")
+    return names
 
 
 def _is_name(text: str) -> bool:

@@ -160,3 +160,56 @@ def test_flat_folders_beside_class_folders(tmp_path: Path, flat: tuple[str, ...]
     (tmp_path / "train").mkdir()
     with pytest.raises(DataError):
         list_data(tmp_path, "places365_fwt")
+
+
+def bertinetto(root: Path) -> Path:
+    known = load_split_list("cifar_fs")
+    trees.class_folders(root / "data", sorted(known.keys), 2)
+    for split, keys in known.splits.items():
+        path = root / "splits/bertinetto" / f"{split}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(keys) + "\n\n")
+    return root
+
+
+@pytest.mark.parametrize("outer", ["", "downloads"])
+def test_class_folders_with_lists_of_classes(tmp_path: Path, outer: str) -> None:
+    bertinetto(tmp_path / outer / "cifar100")
+    listing = list_data(tmp_path / outer if outer else tmp_path / "cifar100")
+    assert sizes(listing) == {"train": (64, 128), "val": (16, 32), "test": (20, 40)}
+    assert listing.split_list is load_split_list("cifar_fs")
+    other = list_data(tmp_path / outer / "cifar100/data", "fc100")
+    assert sizes(other)["train"] == (60, 120)
+
+
+def test_lists_of_classes_that_are_wrong(tmp_path: Path) -> None:
+    bertinetto(tmp_path)
+    table = tmp_path / "splits/bertinetto/test.txt"
+    whole = table.read_text()
+    table.write_text(whole + "griffin\n")
+    with pytest.raises(DataError, match=r"test\.txt: class 'griffin': 0 image\(s\)"):
+        list_data(tmp_path)
+    for content, message in ((b"\n", "lists no class"), (b"\xff\xfe", "no list in UTF-8")):
+        table.write_bytes(content)
+        with pytest.raises(DataError, match=rf"test\.txt: {message}"):
+            list_data(tmp_path)
+    table.write_text(whole)
+    shutil.copytree(table.parent, tmp_path / "splits/mine")
+    with pytest.raises(DataError, match=r"splits: holds 2 splits \(bertinetto, mine\); keep one"):
+        list_data(tmp_path)
+
+
+@pytest.mark.parametrize("top", ["data_256", "data_large", "."])
+def test_places_by_letters(tmp_path: Path, top: str) -> None:
+    known = load_split_list("places365_fwt")
+    for number, key in enumerate(sorted(known.keys)):
+        folder = tmp_path / top / key[0] / key.replace("-", "/")
+        for item in range(2):
+            trees.write_image(folder / f"{item:08d}.jpg", 10 * number + item)
+    if top != ".":
+        trees.write_image(tmp_path / "val_256/Places365_val_00000001.jpg", 1)
+    listing = list_data(tmp_path, "places365_fwt")
+    assert sizes(listing) == {"train": (183, 366), "val": (91, 182), "test": (91, 182)}
+    split = listing.splits["train"]
+    place = split.keys.index("field-cultivated")
+    assert split.source(2 * place) == tmp_path / top / "f/field/cultivated/00000000.jpg"

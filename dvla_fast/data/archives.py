@@ -8,16 +8,16 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from dvla_fast.data.cars import stanford_cars
 from dvla_fast.data.decode import is_image
-from dvla_fast.data.listing import Found, within
+from dvla_fast.data.listing import EXTRACT, Found, not_there, within
 from dvla_fast.data.pickles import load_pickle
 from dvla_fast.data.split_pickles import pickled_splits, tiered_imagenet_pickles
 from dvla_fast.data.splits import load_split_list
-from dvla_fast.errors import DataError, MissingDependencyError
+from dvla_fast.errors import DataError
 
 
 def _inside(root: Path, name: str, marks: Sequence[str]) -> Path | None:
@@ -65,92 +65,14 @@ def cub(root: Path) -> Found | None:
             )
         path = folder / "images" / file
         classes[key].append(within(folder, path, folder / "images.txt"))
-    _all_there(folder / "images.txt", [path for files in classes.values() for path in files])
-    return Found("CUB_200_2011 as published", {"": classes}, where={"": str(folder)})
-
-
-def _all_there(table: Path, files: Sequence[Any]) -> None:
-    missing = [path for path in files if not path.is_file()]
-    if missing:
-        raise DataError(
-            f"{missing[0]}: listed in {table.name}, but not there ({len(missing)} of {len(files)} "
-            "are missing); extract the archive again"
-        )
-
-
-def stanford_cars(root: Path) -> Found | None:
-    """Stanford Cars (Krause et al., 2013): cars_train/, cars_test/ and devkit/, or car_ims/.
-
-    The older packing has ``car_ims/`` and ``cars_annos.mat``. Of the newer one, cars_test/ counts
-    only with ``cars_test_annos_withlabels.mat``: the devkit's own file has no labels.
-    """
-    if (root / "cars_annos.mat").is_file():
-        path = root / "cars_annos.mat"
-        content = _mat(path)
-        names = _class_list(path, content, "class_names")
-        rows = _annotations(path, content, ("relative_im_path", "class", "test"))
-        files = [(root / name, label, test) for name, label, test in rows]
-    elif (root / "devkit" / "cars_meta.mat").is_file():
-        path = root / "devkit" / "cars_meta.mat"
-        names = _class_list(path, _mat(path), "class_names")
-        files = []
-        train = root / "devkit" / "cars_train_annos.mat"
-        for name, label in _annotations(train, _mat(train), ("fname", "class")):
-            files.append((root / "cars_train" / name, label, 0))
-        for folder in (root, root / "devkit"):
-            test = folder / "cars_test_annos_withlabels.mat"
-            if test.is_file():
-                for name, label in _annotations(test, _mat(test), ("fname", "class")):
-                    files.append((root / "cars_test" / name, label, 1))
-                break
-    else:
-        return None
-    classes: dict[str, list[Path]] = {name: [] for name in names}
-    for file, label, _ in files:
-        if not 1 <= label <= len(names):
-            raise DataError(f"{path}: class {label} of {file.name} is unknown; get the file again")
-        classes[names[label - 1]].append(within(root, file, path))
-    _all_there(path, [file for file, _, _ in files])
-    parts = {"cars_train": frozenset(file for file, _, test in files if not test)}
-    incomplete = ""
-    if not any(test for _, _, test in files):
-        incomplete = "labels of cars_test/, cars_test_annos_withlabels.mat, are not here"
-    where = {"": str(root)}
-    return Found("Stanford Cars as published", {"": classes}, {}, parts, where, incomplete)
-
-
-def _mat(path: Path) -> dict[str, Any]:
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{path}: reading .mat files needs scipy, which is not installed; run "
-            "pip install 'dvla-fast[train]'"
-        ) from error
-    try:
-        return loadmat(path, squeeze_me=True, struct_as_record=True)
-    except Exception as error:
-        raise DataError(f"{path}: cannot read this .mat file ({error}); get it again") from error
-
-
-def _class_list(path: Path, content: dict[str, Any], key: str) -> list[str]:
-    if key not in content:
-        raise DataError(f"{path}: holds no {key!r}; get the devkit again")
-    return [str(name) for name in np.atleast_1d(content[key])]
-
-
-def _annotations(
-    path: Path, content: dict[str, Any], fields: Sequence[str]
-) -> list[tuple[Any, ...]]:
-    table = np.atleast_1d(content.get("annotations", np.empty(0)))
-    if not len(table) or not set(fields) <= set(table.dtype.names or ()):
-        raise DataError(
-            f"{path}: its annotations lack {', '.join(fields)}; the file with labels is needed"
-        )
-    try:
-        return [(str(row[fields[0]]), *(int(row[field]) for field in fields[1:])) for row in table]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{path}: damaged annotations ({error}); get the file again") from error
+    listed = (path for paths in classes.values() for path in paths)
+    return Found(
+        "CUB_200_2011 as published",
+        {"": classes},
+        where={"": str(folder)},
+        absent=not_there(listed, folder / "images.txt"),
+        remedy=EXTRACT,
+    )
 
 
 def cifar100(root: Path) -> Found | None:
@@ -204,20 +126,22 @@ def chestx(root: Path) -> Found | None:
         if is_image(path)
     }
     classes: dict[str, list[Path]] = {}
-    missing = 0
+    absent: dict[Path, Path] = {}
     for name, label in _findings(tables[0]):
         if label not in wanted:
             continue
-        if name in paths:
-            classes.setdefault(label, []).append(paths[name])
-        else:
-            missing += 1
-    if missing:
-        raise DataError(
-            f"{tables[0]}: {missing} of the images of its single-label rows are in no folder "
-            f"images*/ beside it; extract all image archives into {root}"
-        )
-    return Found("ChestX-ray14 table and images", {"": classes}, where={"": str(root)})
+        path = paths.get(name)
+        if path is None:  # in whichever of the folders
+            path = within(root, root / "images" / name, tables[0])
+            absent[path] = tables[0]
+        classes.setdefault(label, []).append(path)
+    return Found(
+        "ChestX-ray14 table and images",
+        {"": classes},
+        where={"": str(root)},
+        absent=absent,
+        remedy=f"extract all image archives into folders images*/ of {root}",
+    )
 
 
 def _findings(table: Path) -> list[tuple[str, str]]:

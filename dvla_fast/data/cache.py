@@ -95,7 +95,7 @@ def prepare_cache(
     if is_cache(root):
         made_from = read_index(root)["root"]
         raise DataError(f"{root}: is a cache; give the folder that it was made from, {made_from}")
-    listing = list_data(root, splits)
+    listing = list_data(root, splits, absent_ok=skip_unreadable)
     warn_if_enlarged(listing.root, listing.reduced, image_size)
     builder = _Builder(listing, output, image_size, splits)
     if output.exists():
@@ -508,7 +508,7 @@ def verify_cache(path: str | Path, look: Callable[[bytes], None] = lambda chunk:
                 )
     if Path(index["root"]).is_dir():
         try:
-            listing = list_data(index["root"], index["splits_option"])
+            listing = list_data(index["root"], index["splits_option"], absent_ok=True)
             current = _Builder(listing, path, index["image_size"]).total_fingerprint()
         except (DataError, OSError) as error:
             problems.append(f"{path}: the files it was made from have changed ({error})")

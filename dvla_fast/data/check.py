@@ -8,18 +8,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dvla_fast.data.cache import is_cache, read_index, verify_cache
 from dvla_fast.data.decode import IMAGE_SUFFIXES, is_image, open_rgb
 from dvla_fast.data.equal import Place, crosses, equal_rows, places_text, row_hash
+from dvla_fast.data.folders import visible_folders
 from dvla_fast.data.layouts import list_data
 from dvla_fast.data.listing import Listing, Split
 from dvla_fast.data.load import enlarged_note
 from dvla_fast.data.splits import candidates
 from dvla_fast.errors import DataError
 from dvla_fast.semantics.bank import normalised_name
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Lines of one kind of problem; the rest is counted.
 _SHOWN = 10
@@ -79,6 +84,7 @@ def check_data(
         return report
     listing = list_data(root, splits, strict=False)
     _describe(listing, report)
+    _check_absent(listing, report)
     _check_counts(listing, report)
     _check_classes(listing, shot + query, report)
     report.notes += _passed_over(listing)
@@ -167,9 +173,32 @@ def _describe(listing: Listing, report: Report) -> None:
     if listing.ignored:
         report.notes.append(f"{len(listing.ignored)} classes on disk are not in the split list")
     for name, split in listing.splits.items():
-        line = f"  {name:<5} {len(split.keys):>4} classes {len(split):>7} images"
+        line = f"  {name:<5} {len(split.keys):>4} classes {_counts(listing, split).sum():>7} images"
         expected = known.images_per_split.get(name) if known else None
         report.facts.append(f"{line}, known: {expected}" if expected else line)
+
+
+def _counts(listing: Listing, split: Split) -> NDArray[np.int64]:
+    """Number of images of each class, without those that are listed and not there."""
+    if not listing.absent:
+        return split.counts()
+    there = [reference not in listing.absent for reference in split.references]
+    return np.bincount(split.labels[there], minlength=len(split.keys))
+
+
+def _check_absent(listing: Listing, report: Report) -> None:
+    """Count the images that a list names and that are not there, and name them."""
+    absent = listing.absent
+    if not absent:
+        return
+    images = sum(len(split) for split in listing.splits.values())
+    tables = ", ".join(f"{n} of {table.name}" for table, n in Counter(absent.values()).items())
+    report.problems.append(
+        f"{listing.root}: {len(absent)} of {images} listed images are missing ({tables}); "
+        f"{listing.remedy}"
+    )
+    lines = [f"{path}: listed in {table.name}, but not there" for path, table in absent.items()]
+    report.add(report.problems, lines)
 
 
 def _check_counts(listing: Listing, report: Report) -> None:
@@ -184,13 +213,13 @@ def _check_counts(listing: Listing, report: Report) -> None:
         )
     wrong = []
     for split in listing.splits.values():
-        for key, count in zip(split.keys, split.counts()):
+        for key, count in zip(split.keys, _counts(listing, split)):
             expected = known.images_per_class.get(key)
             if expected is not None and expected != count:
                 wrong.append(f"{split.where}: class {key!r} has {count} images, known: {expected}")
     report.add(report.problems, wrong)
     for name, expected in known.images_per_split.items():
-        found = len(listing.splits[name]) if name in listing.splits else 0
+        found = _counts(listing, listing.splits[name]).sum() if name in listing.splits else 0
         if found != expected and not known.images_per_class:
             report.problems.append(f"{name}: {found} images, known: {expected}{published}")
 
@@ -207,12 +236,10 @@ def _small(where: str, keys: Sequence[str], counts: Iterable[int], needed: int) 
 def _check_classes(listing: Listing, needed: int, report: Report) -> None:
     known: dict[str, tuple[str, str]] = {}  # by what evaluation compares of a name
     for name, split in listing.splits.items():
-        report.add(report.problems, _small(split.where, split.keys, split.counts(), needed))
-        own: dict[str, str] = {}
+        counts = _counts(listing, split)
+        report.add(report.problems, _small(split.where, split.keys, counts, needed))
         for key, readable in zip(split.keys, split.names):
             other, twin = known.setdefault(normalised_name(readable), (name, key))
-            if other == name:
-                twin = own.setdefault(key.casefold(), key)
             if (other, twin) != (name, key):
                 report.problems.append(
                     f"class {key!r} of {name} is also {twin!r} of {other}; keep each class once"
@@ -227,7 +254,7 @@ def _passed_over(listing: Listing) -> list[str]:
         tops = [Path(split.where) for split in listing.splits.values()]
         beside = [path for top in tops for path in _visible(top) if not path.is_dir()]
         folders = [path for top in tops for path in _visible(top) if path.is_dir()]
-        roots = [path for path in _visible(listing.root) if path.is_dir() and path not in tops]
+        roots = [path for path in visible_folders(tops[0].parent) if path not in tops]
         if roots:
             names = ", ".join(f"{path.name}/" for path in roots[:_SHOWN])
             more = ", ..." if len(roots) > _SHOWN else ""
@@ -285,7 +312,8 @@ def _check_images(
         for name, split in listing.splits.items():
             for index, result in enumerate(_looks(pool, split)):
                 if isinstance(result, str):
-                    bad.append(result)
+                    if split.references[index] not in listing.absent:  # they are on record
+                        bad.append(result)
                 else:
                     digest, mode, side = result
                     reference = split.references[index]

@@ -6,46 +6,48 @@ folder of images, folders of splits, and one folder of classes that a split list
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeGuard
 
 import numpy as np
 
 from dvla_fast.data import archives
-from dvla_fast.data.decode import IMAGE_SUFFIXES, is_image
-from dvla_fast.data.listing import Found, Listing, References, Split, within
+from dvla_fast.data.decode import IMAGE_SUFFIXES
+from dvla_fast.data.folders import class_folder_root, letter_folders, split_folders, visible_folders
+from dvla_fast.data.listing import Found, Listing, References, Split
+from dvla_fast.data.lists import class_lists, csv_lists, json_lists
 from dvla_fast.data.shapes import KINDS
+from dvla_fast.data.split_pickles import pickles_here
 from dvla_fast.data.splits import (
     SPLITS,
     SplitList,
     candidates,
     class_names,
-    composed,
     load_split_list,
 )
-from dvla_fast.errors import DataError
+from dvla_fast.errors import DataError, DVLAError
 from dvla_fast.semantics.bank import normalised_name
 
-# Names of training and test classes, as people call them; those of validation in any case.
-_SPLIT_NAMES = (("train", "test"), ("base", "novel"))
-_VAL_NAMES = ("val", "valid", "validation")
 _MADE = ("digits", *KINDS)  # data sets without a folder
+_LOOKED_INTO = 20  # folders in which a data set is looked for, for a message
 
 
-def list_data(root: str | Path, splits: str = "", *, strict: bool = True) -> Listing:
+def list_data(
+    root: str | Path, splits: str = "", *, strict: bool = True, absent_ok: bool = False
+) -> Listing:
     """Recognise the layout of a data set and list its images.
 
     Args:
-        root: the data set's folder.
+        root: the data set's folder, or one that holds it and no other folder.
         splits: bundled split list or path of a JSON file; empty: as the folders say, or the one
             bundled list that fits.
-        strict: raise on missing classes and classes of fewer than two images; else list them.
+        strict: raise on missing classes, classes of fewer than two images and missing images; else
+            list them.
+        absent_ok: list images that a list names and that are missing, strict or not.
 
     Raises:
         DataError: nothing recognised, several split lists fit, classes missing or in two splits,
@@ -56,20 +58,64 @@ def list_data(root: str | Path, splits: str = "", *, strict: bool = True) -> Lis
     if root.is_file() or not root.is_dir():
         raise DataError(_no_folder(root))
     wanted = load_split_list(splits) if splits else None
-    for recognise in _RECOGNISERS:
-        found = recognise(root)
-        if found is not None:
-            break
-    else:
-        raise DataError(
-            f"{root}: no data set here: it must hold the folders train/ and test/ (or base/ and "
-            "novel/), and may hold val/ (or valid/, validation/), with one folder of images per "
-            "class in each; or one folder of images per class, and --data.splits names the split; "
-            "docs/data.md has all layouts"
-        )
-    if "" in found.classes:
-        return _divide(root, found, wanted, strict)
-    return _as_found(root, found, wanted, strict)
+    listed = wanted is not None
+    found = _recognised(root, listed)
+    inner = visible_folders(root) if found is None else []
+    if len(inner) == 1:
+        found = _recognised(inner[0], listed)
+    if found is None:
+        raise DataError(_nothing(root, inner))
+    divide = _divide if "" in found.classes else _as_found
+    listing = divide(root, found, wanted, strict)
+    if strict and listing.absent and not absent_ok:
+        raise DataError(_absent_images(listing))
+    return listing
+
+
+def _recognised(root: Path, listed: bool = False) -> Found | None:
+    """What the first layout that fits holds; ``listed``: a split list is named."""
+    recognisers: tuple[Callable[[Path], Found | None], ...] = (
+        *archives.RECOGNISERS,
+        csv_lists,
+        json_lists,
+        class_lists,
+        partial(split_folders, listed=listed),
+        class_folder_root,
+        letter_folders,
+    )
+    found = (recognise(root) for recognise in recognisers)
+    return next((item for item in found if item is not None), None)
+
+
+def _nothing(root: Path, inner: Sequence[Path]) -> str:
+    """Say what a data set looks like, and which of the folders inside does."""
+    fitting = [f"{folder.name}/" for folder in inner[:_LOOKED_INTO] if _looks_like_one(folder)]
+    hint = f"; give one of the folders in it that are: {', '.join(fitting[:5])}" if fitting else ""
+    return (
+        f"{root}: no data set here{hint}: it must hold the folders train/ and test/ (or base/ and "
+        "novel/), and may hold val/ (or valid/, validation/), with one folder of images per "
+        "class in each; or one folder of images per class, and --data.splits names the split; "
+        "docs/data.md has all layouts"
+    )
+
+
+def _looks_like_one(folder: Path) -> bool:
+    if pickles_here(folder):  # gigabytes to read
+        return True
+    try:
+        return _recognised(folder) is not None
+    except DVLAError:
+        return False
+
+
+def _absent_images(listing: Listing) -> str:
+    first, table = next(iter(listing.absent.items()))
+    images = sum(len(split) for split in listing.splits.values())
+    return (
+        f"{first}: listed in {table.name}, but not there ({len(listing.absent)} of {images} listed "
+        f"images are missing); {listing.remedy}; 'dvla-fast data check' names more, 'dvla-fast "
+        "data prepare --skip_unreadable' makes a cache without them"
+    )
 
 
 def _no_folder(root: Path) -> str:
@@ -82,194 +128,6 @@ def _no_folder(root: Path) -> str:
         "train/, val/, test/ (or base/, val/, novel/), one folder per class in each; docs/data.md "
         "has all layouts"
     )
-
-
-def class_folders(folder: Path) -> dict[str, References]:
-    """Map class folders to their images; folders named like ``.cache`` are none.
-
-    Names are in Unicode's composed form (NFC), whatever the file system made of them.
-
-    Raises:
-        DataError: two folders have one name in that form.
-    """
-    found: dict[str, References] = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith((".", "__")):
-            name = composed(path.name)
-            if name in found:
-                raise DataError(
-                    f"{folder}: two folders are called {name!r}, in different Unicode forms; "
-                    "rename or merge them"
-                )
-            found[name] = sorted(item for item in path.iterdir() if is_image(item))
-    return found
-
-
-def _split_paths(folder: Path, suffix: str = "") -> dict[str, Path] | None:
-    """The folder (or file with that suffix) of each split; None without those of train and test.
-
-    Raises:
-        DataError: two of validation classes.
-    """
-    there: Callable[[Path], bool] = Path.is_file if suffix else Path.is_dir
-    for train, test in _SPLIT_NAMES:
-        paths = {"train": folder / f"{train}{suffix}", "test": folder / f"{test}{suffix}"}
-        if not all(map(there, paths.values())):
-            continue
-        wanted = {f"{name}{suffix}" for name in _VAL_NAMES}
-        val = sorted(p for p in folder.iterdir() if p.name.casefold() in wanted and there(p))
-        if len(val) > 1:
-            raise DataError(
-                f"{val[0]} and {val[1]}: both are called like validation classes; merge them, or "
-                "rename the one that is something else"
-            )
-        if val:
-            paths["val"] = val[0]
-        return {split: paths[split] for split in SPLITS if split in paths}
-    return None
-
-
-def _split_folders(root: Path) -> Found | None:
-    folders = _split_paths(root)
-    if folders is None:
-        return None
-    classes = {split: class_folders(folder) for split, folder in folders.items()}
-    for split, folder in folders.items():
-        if not classes[split]:
-            raise DataError(
-                f"{folder}: no class folders; it must hold one folder of images per class"
-            )
-    where = {split: str(folder) for split, folder in folders.items()}
-    names = "/, ".join(folder.name for folder in folders.values())
-    return Found(f"folders {names}/", dict(classes), where=where)
-
-
-def _class_folder_root(root: Path) -> Found | None:
-    for name in ("Images", "images", "train", "."):
-        folder = root / name
-        if folder.is_dir():
-            classes = {key: items for key, items in class_folders(folder).items() if items}
-            if len(classes) >= 2:
-                return Found("class folders", {"": classes}, where={"": str(folder)})
-    return None
-
-
-def _list_files(root: Path, suffix: str) -> dict[str, Path] | None:
-    """The list file of each split that has one; None without those of train and test."""
-    for folder in (root, root / "split", root / "splits"):
-        paths = _split_paths(folder, suffix)
-        if paths is not None:
-            return paths
-    return None
-
-
-def _csv_lists(root: Path) -> Found | None:
-    """``train.csv`` with the columns filename,label (Ravi and Larochelle; DN4; FEAT)."""
-    files = _list_files(root, ".csv")
-    if files is None:
-        return None
-    rows = {split: _csv_rows(path) for split, path in files.items()}
-    where = {split: str(path) for split, path in files.items()}
-    classes = _resolve(root, rows, files)
-    return Found("CSV lists over a folder of images", classes, where=where)
-
-
-def _csv_rows(path: Path) -> list[tuple[str, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            lines = [row for row in csv.reader(stream) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: no list in UTF-8 ({error}); save it as UTF-8") from error
-    if lines and lines[0][:2] == ["filename", "label"]:
-        lines = lines[1:]
-    bad = next((row for row in lines if not all(map(_is_name, (*row, "")[:2]))), None)
-    if bad is not None or not lines:
-        got = f"{bad!r:.200}" if bad else "none"
-        raise DataError(f"{path}: expected lines of filename,label, got {got}")
-    return [(row[0], row[1]) for row in lines]
-
-
-def _is_name(text: str) -> bool:
-    return (
-        bool(text.strip())
-        and all(len(part.encode("utf-8", "replace")) <= 255 for part in text.split("/"))
-        and len(text) <= 2000
-    )
-
-
-def _json_lists(root: Path) -> Found | None:
-    """``base.json`` with label_names, image_names, image_labels (A Closer Look; FWT)."""
-    files = _list_files(root, ".json")
-    if files is None:
-        return None
-    rows = {split: _json_rows(path) for split, path in files.items()}
-    where = {split: str(path) for split, path in files.items()}
-    return Found("JSON lists of images", _resolve(root, rows, files), where=where)
-
-
-def _json_rows(path: Path) -> list[tuple[str, str]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-        labels, numbers = content["label_names"], content["image_labels"]
-        images = content["image_names"]
-        if not all(isinstance(items, list) for items in (labels, numbers, images)):
-            raise TypeError("one of them is no list")
-        if not all(isinstance(name, str) and _is_name(name) for name in (*labels, *images)):
-            raise TypeError("a name is no text, empty or longer than a path can be")
-        if not numbers or min(numbers) < 0:
-            raise ValueError("no images, or a negative label")
-        return [(image, labels[label]) for image, label in zip(images, numbers, strict=True)]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise DataError(
-            f"{path}: expected the lists label_names, image_names and image_labels "
-            f"({error!r}); make it again with the script that made it"
-        ) from error
-
-
-def _resolve(
-    root: Path, rows: Mapping[str, list[tuple[str, str]]], files: Mapping[str, Path]
-) -> dict[str, Mapping[str, References]]:
-    """Find the listed files: as named, under root, under images/, or in their class's folder."""
-    first, label = next(iter(rows.values()))[0]
-    forms: list[Callable[[str, str], Path]] = [
-        lambda name, _: root / name,  # an absolute name stays as it is
-        lambda name, _: root / "images" / name,
-        lambda name, label: root / label / name,
-        lambda name, label: root / "images" / label / name,
-    ]
-    form = next((form for form in forms if form(first, label).is_file()), forms[1])
-    classes: dict[str, dict[str, list[Path]]] = {}
-    missing: list[Path] = []
-    seen: dict[str, str] = {}  # by the path without its detours
-    for split, pairs in rows.items():
-        classes[split] = {}
-        for name, label in pairs:
-            path = within(root, form(name, label), files[split])
-            place = f"{split}, class {label!r}"
-            known = os.path.normpath(path)
-            if known in seen:
-                raise DataError(
-                    f"{path}: listed in {seen[known]} and again in {place}; keep one of the lines"
-                )
-            seen[known] = place
-            if not path.is_file():
-                missing.append(path)
-            classes[split].setdefault(composed(label), []).append(path)
-    if missing:
-        raise DataError(
-            f"{missing[0]}: listed, but not there ({len(missing)} of {len(seen)} listed images are "
-            "missing); restore the images, or correct the lists"
-        )
-    return dict(classes)
-
-
-_RECOGNISERS: tuple[Callable[[Path], Found | None], ...] = (
-    *archives.RECOGNISERS,
-    _csv_lists,
-    _json_lists,
-    _split_folders,
-    _class_folder_root,
-)
 
 
 def _divide(root: Path, found: Found, wanted: SplitList | None, strict: bool) -> Listing:
@@ -404,7 +262,9 @@ def _listing(
             found.reduced,
             found.file_order,
         )
-    return Listing(root, found.layout, splits, known, missing, ignored)
+    used = {item for split in splits.values() for item in split.references} if found.absent else {}
+    absent = {path: table for path, table in found.absent.items() if path in used}
+    return Listing(root, found.layout, splits, known, missing, ignored, absent, found.remedy)
 
 
 def _as_image_folder(classes: Mapping[str, References]) -> dict[str, References]:
@@ -420,22 +280,22 @@ def _files(items: References) -> TypeGuard[Sequence[Path]]:
 
 
 def _check_classes(found: Found, names: Mapping[str, str]) -> None:
-    """Stop on a class in two splits, on names that differ in case alone, and on empty classes.
+    """Stop on a class in two splits, on two spellings of one name, and on empty classes.
 
     Args:
-        names: class key -> readable name. Those of two splits are compared as evaluation compares
-            them with the classes that were trained on.
+        names: class key -> readable name. They are compared as evaluation compares them with the
+            classes that were trained on.
     """
     _check_crossing(found, names)
     for split in SPLITS:
         where = found.where.get(split, split)
         seen: dict[str, str] = {}
         for key, items in found.classes.get(split, {}).items():
-            twin = seen.setdefault(key.casefold(), key)
+            twin = seen.setdefault(normalised_name(names[key]), key)
             if twin != key:
                 raise DataError(
-                    f"{where}: the classes {twin!r} and {key!r} have the same name but for its "
-                    "case; rename or merge them"
+                    f"{where}: the classes {twin!r} and {key!r} have the same name, but for case, "
+                    "spaces, '_' and '-'; rename or merge them"
                 )
             if len(items) < 2:
                 folder = Path(where) / key

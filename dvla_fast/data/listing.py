@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dvla_fast.data.splits import SplitList
+
+EXTRACT = "extract the archive again"  # the remedy where published files are missing
 
 # The images of one class: files, or row numbers of an array of decoded images.
 References = Sequence[Path] | Sequence[int]
@@ -37,6 +39,11 @@ def within(root: Path, path: Path, table: Path) -> Path:
         f"{table}: names {str(path)!r}, outside of {root}; correct the list, or put the images (or "
         "a link to their folder) below it"
     )
+
+
+def not_there(files: Iterable[Path], table: Path) -> dict[Path, Path]:
+    """Return those of the files a list names that do not exist, each with the list."""
+    return {path: table for path in files if not path.is_file()}
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,8 @@ class Listing:
         splits: by name: train, val, test; those without any class are left out.
         missing: classes of the split list that are not on disk, by split.
         ignored: classes on disk that the split list does not use.
+        absent: images of the splits that a list names and that are not there, each with that list.
+        remedy: what to do about them.
     """
 
     root: Path
@@ -96,6 +105,8 @@ class Listing:
     split_list: SplitList | None = None
     missing: dict[str, tuple[str, ...]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    absent: Mapping[Path, Path] = field(default_factory=dict)
+    remedy: str = ""
 
     @property
     def name(self) -> str:
@@ -146,6 +157,8 @@ class Found:
         file_order: where images come decoded, those of a class are in the order of the names of
             the files that they were.
         incomplete: what a split list of the whole archive would need besides; empty: nothing.
+        absent: those of the images that are not there, each with the list that names it.
+        remedy: what to do about them.
     """
 
     layout: str
@@ -156,3 +169,5 @@ class Found:
     incomplete: str = ""
     reduced: bool = False
     file_order: bool = True
+    absent: Mapping[Path, Path] = field(default_factory=dict)
+    remedy: str = ""

@@ -34,6 +34,14 @@ _FORMS = {
     "CIFAR_FS_{}.pickle": ("CIFAR-FS", _THREE),
     "FC100_{}.pickle": ("FC100", _THREE),
 }
+_TIERED = ("{}_images_png.pkl", "{}_images.npz")
+
+
+def pickles_here(root: Path) -> bool:
+    """Tell by their names alone whether a folder holds pickles of a data set known here."""
+    names = [form.format(part) for form, (_, parts) in _FORMS.items() for part in parts.values()]
+    names += [form.format(split) for form in _TIERED for split in SPLITS]
+    return any((root / name).is_file() for name in names)
 
 
 def pickled_splits(root: Path) -> Found | None:
@@ -124,7 +132,7 @@ def tiered_imagenet_pickles(root: Path) -> Found | None:
     """
     where: dict[str, Path] = {}
     for split in SPLITS:
-        for form in ("{}_images_png.pkl", "{}_images.npz"):
+        for form in _TIERED:
             if (root / form.format(split)).is_file():
                 where.setdefault(split, root / form.format(split))
     if not where or not all((root / f"{split}_labels.pkl").is_file() for split in where):

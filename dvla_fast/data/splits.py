@@ -10,12 +10,14 @@ import functools
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dvla_fast.errors import DataError, MissingDependencyError
+from dvla_fast.semantics.bank import normalised_name
 
 FORMAT = "dvla-fast-splits/1"
 SPLITS = ("train", "val", "test")
@@ -219,17 +221,26 @@ def class_names(keys: Iterable[str], known: SplitList | None = None) -> tuple[st
 
     From the split list where it knows them, else from the key itself: ``003.Sooty_Albatross``
     (CUB), ``n02085620-Chihuahua`` (Stanford Dogs), ``n01532829`` (WordNet id, through timm's
-    ImageNet tables). A name that several classes share gets its key appended. Keys of an unknown
-    data set that are none of these are kept as they are.
+    ImageNet tables). A name that several classes share gets its key appended, also where names
+    differ in case alone (the wnids of ``Cardigan`` and ``cardigan``). Keys of an unknown data set
+    that are none of these are kept as they are: two spellings of a name stay one name.
 
     Raises:
         MissingDependencyError: WordNet ids, and timm is not installed.
         DataError: a WordNet id that timm's ImageNet tables do not know.
     """
+    keys = tuple(keys)
     names = [_class_name(key, known) for key in keys]
+    forms = Counter(map(normalised_name, names))
     return tuple(
-        f"{name} ({key})" if names.count(name) > 1 else name for name, key in zip(names, keys)
+        f"{name} ({key})" if forms[normalised_name(name)] > 1 and not _spells(key, name) else name
+        for name, key in zip(names, keys)
     )
+
+
+def _spells(key: str, name: str) -> bool:
+    """Whether a key says no more than the name does: appended, it would tell nothing apart."""
+    return name in (key, key.replace("_", " "))
 
 
 def _class_name(key: str, known: SplitList | None) -> str:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dvla_fast.data.decode import as_rgb, open_rgb, pillow, to_square
+from dvla_fast.data.folders import class_folders
 from dvla_fast.data.images import unit_range
-from dvla_fast.data.layouts import class_folders
 from dvla_fast.engine.build import build_model, described_by, encode_texts, pick_device
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import SemanticsConfig

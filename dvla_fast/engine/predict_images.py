@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dvla_fast.data.decode import decode, is_image
-from dvla_fast.data.layouts import class_folders
+from dvla_fast.data.folders import class_folders
 from dvla_fast.engine.classifier import FewShotClassifier
 from dvla_fast.engine.logging import Progress
 from dvla_fast.engine.settings import UsageError

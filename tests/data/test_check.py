@@ -80,6 +80,13 @@ def test_class_in_two_splits_under_two_spellings(tree: Path) -> None:
     assert problem.startswith("class 'red_panda' of test is also 'Red Panda' of train")
 
 
+def test_two_spellings_within_a_split(tree: Path) -> None:
+    shutil.move(tree / "test/h", tree / "test/red panda")
+    shutil.move(tree / "test/i", tree / "test/Red_Panda")
+    (problem,) = check(tree, decode_images=False).problems
+    assert problem == "class 'red panda' of test is also 'Red_Panda' of test; keep each class once"
+
+
 def test_a_data_set_is_called_like_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,7 +181,7 @@ def test_annotations_of_cars_that_are_no_numbers(
     kinds = [("relative_im_path", object), ("class", object), ("test", object)]
     table = np.array([("car_ims/1.jpg", label, 0)], dtype=kinds)
     content = {"annotations": table, "class_names": np.array(["a", "b"], dtype=object)}
-    monkeypatch.setattr("dvla_fast.data.archives._mat", lambda path: content)
+    monkeypatch.setattr("dvla_fast.data.cars._mat", lambda path: content)
     with pytest.raises(DataError, match=r"cars_annos\.mat: damaged annotations .* get the file"):
         list_data(tmp_path, "cars_dn4_130_17_49")
 

@@ -96,26 +96,9 @@ def test_split_folders_of_a_published_split(tmp_path: Path, names: tuple[str, ..
     assert "house finch" in listing.splits["train"].names
 
 
-@pytest.mark.parametrize("name", ["valid", "validation", "Val", "Validation"])
-def test_names_of_validation_classes(tmp_path: Path, name: str) -> None:
-    trees.split_folders(tmp_path, {"train": "ab", name: "cd", "test": "ef"})
-    listing = list_data(tmp_path)
-    assert listing.splits["val"].keys == ("c", "d")
-    assert listing.layout == f"folders train/, {name}/, test/"
-    (tmp_path / "VAL").mkdir()
-    with pytest.raises(DataError, match=r"VAL and .*: both are called like validation classes"):
-        list_data(tmp_path)
-
-
 def test_layout_says_which_folders_are_there(tmp_path: Path) -> None:
     trees.split_folders(tmp_path, {"base": "ab", "novel": "cd"})
     assert list_data(tmp_path).layout == "folders base/, novel/"
-
-
-def test_a_list_of_validation_classes_by_another_name(tmp_path: Path) -> None:
-    trees.csv_lists(tmp_path, load_split_list("miniimagenet_ravi"))
-    (tmp_path / "val.csv").rename(tmp_path / "validation.csv")
-    assert sizes(list_data(tmp_path))["val"] == (16, 32)
 
 
 def test_named_split_must_match_the_folders(tmp_path: Path) -> None:
@@ -145,7 +128,7 @@ def test_csv_lists(tmp_path: Path) -> None:
         list_data(tmp_path)
     (tmp_path / "test.csv").write_text("\n".join(lines[:-1]))
     (tmp_path / "images" / f"{known.splits['val'][0]}{1:08d}.jpg").unlink()
-    with pytest.raises(DataError, match=r"1\.jpg: listed, but not there \(1 of 200"):
+    with pytest.raises(DataError, match=r"1\.jpg: listed in val\.csv, but not there \(1 of 200"):
         list_data(tmp_path)
 
 
@@ -323,7 +306,7 @@ def test_chestx_is_for_evaluation_only(tmp_path: Path) -> None:
     assert (len(data.base), len(data.monitor), len(data.novel)) == (0, 0, 14)
     assert data.normalise(data.novel.images).isfinite().all()
     (tmp_path / "images_001/images/00000001_000.png").unlink()
-    with pytest.raises(DataError, match=r"1 of the images.*extract all image archives"):
+    with pytest.raises(DataError, match=r"1_000\.png: .*1 of 14 .*extract all image archives"):
         list_data(tmp_path)
 
 
@@ -367,6 +350,39 @@ def test_names_that_differ_in_case(tmp_path: Path) -> None:
     trees.split_folders(tmp_path, {"train": ["Dog", "dog"], "test": ["cat", "cow"]})
     with pytest.raises(DataError, match="'Dog' and 'dog' have the same name"):
         list_data(tmp_path)
+
+
+def test_two_spellings_within_a_split(tmp_path: Path) -> None:
+    trees.split_folders(tmp_path, {"train": ["cat", "cow"], "test": ["Red_Panda", "red panda"]})
+    with pytest.raises(DataError, match=r"test: the classes 'Red_Panda' and 'red panda' have the"):
+        list_data(tmp_path)
+
+
+def test_two_spellings_within_a_split_list(tmp_path: Path) -> None:
+    """Appending the keys would only hide that these are one."""
+    trees.class_folders(tmp_path / "photos", ["cat", "cow", "Red_Panda", "Red Panda"], 3)
+    path = tmp_path / "mine.json"
+    splits = {"train": ["cat", "cow"], "test": ["Red_Panda", "Red Panda"]}
+    path.write_text(json.dumps({"splits": splits}))
+    with pytest.raises(DataError, match=r"'Red_Panda' and 'Red Panda' have the same name"):
+        list_data(tmp_path / "photos", str(path))
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        ["n02012849", "n03126707"],  # crane, twice
+        ["n02113186", "n02963159"],  # Cardigan, the dog, and cardigan
+        ["001.Cat", "002.cat"],
+    ],
+)
+def test_numbers_tell_classes_of_one_name_apart(tmp_path: Path, test: list[str]) -> None:
+    pytest.importorskip("timm")
+    trees.split_folders(tmp_path / "within", {"train": "ab", "test": test})
+    names = list_data(tmp_path / "within").splits["test"].names
+    assert all(name.endswith(f" ({key})") for name, key in zip(names, test))
+    trees.split_folders(tmp_path / "across", {"train": test[:1], "test": test[1:]})
+    assert sizes(list_data(tmp_path / "across")) == {"train": (1, 4), "test": (1, 4)}
 
 
 def test_one_class_under_two_spellings(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from dvla_fast.data import list_data, prepare_cache
-from dvla_fast.data.cache import map_images
+from dvla_fast.data.cache_index import map_images
 from dvla_fast.data.decode import decode
 
 BATCH, SIZE, IMAGES = 64, 224, 512

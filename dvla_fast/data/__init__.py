@@ -1,6 +1,7 @@
 """Data sets and episodes: images in memory, class splits, and a seeded few-shot sampler."""
 
-from dvla_fast.data.cache import is_cache, open_cache, prepare_cache
+from dvla_fast.data.cache import open_cache, prepare_cache
+from dvla_fast.data.cache_index import is_cache
 from dvla_fast.data.check import check_data
 from dvla_fast.data.digits import DIGIT_SPLIT, load_digits
 from dvla_fast.data.episodes import EpisodeBatch, EpisodeSampler

@@ -14,7 +14,6 @@ import errno
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +24,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dvla_fast.data.cache_index import (
+    FORMAT,
+    IMAGES,
+    INDEX,
+    index_checksum,
+    is_cache,
+    map_images,
+    read_index,
+)
 from dvla_fast.data.cache_journal import JOURNAL, SETTINGS, keep_settings, read_entries
 from dvla_fast.data.decode import decode, pillow
 from dvla_fast.data.equal import in_two_splits, row_hash, warn_of_shared
@@ -39,8 +47,6 @@ from dvla_fast.files import state_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-FORMAT = "dvla-fast-cache/3"  # raised with the layout, and with the pixels that images decode to
-_IMAGES, _INDEX = "images.bin", "index.json"
 _ANY_NAME = "surrogateescape"  # names of files may hold bytes that are no UTF-8
 # Images of a chunk: the unit of decoding in parallel, of checksums, and of what a kill can cost.
 CHUNK = 128
@@ -55,14 +61,6 @@ class Prepared:
     decoded: int
     reused: int
     skipped: tuple[str, ...] = ()
-
-
-def is_cache(path: str | Path) -> bool:
-    """Tell whether a folder is a finished cache, be it one that lost its images since."""
-    index = Path(path) / _INDEX
-    if not index.is_file() or (Path(path) / _IMAGES).is_file():
-        return index.is_file()
-    return b'"dvla-fast-cache/' in index.read_bytes()[:100]  # an index.json may be another's
 
 
 def prepare_cache(
@@ -187,7 +185,7 @@ class _Builder:
             entries = read_entries(self.partial)
             settings = (str(self.listing.root.resolve()), self.image_size, self.option)
             keep_settings(self.partial, settings, lambda: all(map(self._fits, entries)))
-            self.fd = os.open(self.partial / _IMAGES, os.O_RDWR | os.O_CREAT, 0o666)
+            self.fd = os.open(self.partial / IMAGES, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 # All the space now, not a full disk after hours.
                 before = os.fstat(self.fd).st_size
@@ -282,8 +280,8 @@ class _Builder:
         index = self._index(keep, tuple(bad[row] for row in sorted(bad)))
         index["sha256"] = self._compact(keep)
         warn_of_shared(str(self.listing.root), index["shared"])
-        index["index_sha256"] = _index_checksum(index)
-        with open(self.partial / _INDEX, "w", encoding="utf-8") as stream:
+        index["index_sha256"] = index_checksum(index)
+        with open(self.partial / INDEX, "w", encoding="utf-8") as stream:
             json.dump(index, stream, allow_nan=False)
             stream.flush()
             os.fsync(stream.fileno())
@@ -381,53 +379,6 @@ def _write(fd: int, images: NDArray[np.uint8], offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _index_checksum(index: dict[str, Any]) -> str:
-    content = {key: value for key, value in index.items() if key != "index_sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def read_index(path: str | Path) -> dict[str, Any]:
-    """Read and check the index of a cache, and the size of its images.
-
-    Raises:
-        DataError: damaged, of another format, or its image file has the wrong length.
-    """
-    path = Path(path)
-    remedy = "remove the folder and run 'dvla-fast data prepare' again"
-    try:
-        index = json.loads((path / _INDEX).read_text(encoding="utf-8"))
-        if index["format"] != FORMAT:
-            made = f"cache format {index['format']!r:.80}, not {FORMAT}"
-            raise DataError(f"{path}: made by another version of dvla-fast ({made}); {remedy}")
-        sound = index["index_sha256"] == _index_checksum(index)
-        expected = index["images"] * 3 * index["image_size"] ** 2
-        actual = (path / _IMAGES).stat().st_size
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error) if isinstance(error, OSError) else repr(error)
-        raise DataError(f"{path}: cannot read this cache ({reason}); {remedy}") from error
-    if not sound:
-        raise DataError(f"{path / _INDEX}: changed since it was written; {remedy}")
-    if actual != expected:
-        raise DataError(f"{path / _IMAGES}: {actual} bytes, expected {expected}; {remedy}")
-    return index
-
-
-def map_images(path: str | Path) -> torch.Tensor:
-    """Map a cache's images, all splits in order: uint8 (N, 3, S, S), never to be written to.
-
-    Raises:
-        DataError: as ``read_index``.
-    """
-    index = read_index(path)
-    shape = (index["images"], 3, index["image_size"], index["image_size"])
-    mapped = np.memmap(Path(path) / _IMAGES, np.uint8, "r", shape=shape)
-    with warnings.catch_warnings():
-        # torch warns that the array is read-only. A writable private map would count as memory in
-        # full, and a large cache would then not open; nothing writes to stored images.
-        warnings.filterwarnings("ignore", message=".*not writable.*")
-        return torch.from_numpy(mapped)
-
-
 def open_cache(
     path: str | Path, image_size: int, holdout: float = 0.25, split_seed: int = 0, splits: str = ""
 ) -> FewShotData:
@@ -495,7 +446,7 @@ def verify_cache(path: str | Path, look: Callable[[bytes], None] = lambda chunk:
     index = read_index(path)
     problems = []
     stride = 3 * index["image_size"] ** 2
-    with open(path / _IMAGES, "rb") as stream:
+    with open(path / IMAGES, "rb") as stream:
         for number, expected in enumerate(index["sha256"]):
             chunk = stream.read(CHUNK * stride)
             look(chunk)
@@ -503,7 +454,7 @@ def verify_cache(path: str | Path, look: Callable[[bytes], None] = lambda chunk:
                 first = number * CHUNK
                 last = min(first + CHUNK, index["images"]) - 1
                 problems.append(
-                    f"{path / _IMAGES}: images {first} to {last} differ from their checksum; "
+                    f"{path / IMAGES}: images {first} to {last} differ from their checksum; "
                     "remove the folder and run 'dvla-fast data prepare' again"
                 )
     if Path(index["root"]).is_dir():

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dvla_fast.data.cache import is_cache, read_index, verify_cache
+from dvla_fast.data.cache import verify_cache
+from dvla_fast.data.cache_index import is_cache, read_index
 from dvla_fast.data.decode import IMAGE_SUFFIXES, is_image, open_rgb
 from dvla_fast.data.equal import Place, crosses, equal_rows, places_text, row_hash
 from dvla_fast.data.folders import visible_folders

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dvla_fast.data import is_cache, list_data, load_split_list
-from dvla_fast.data.cache import read_index
+from dvla_fast.data.cache_index import read_index
 from dvla_fast.data.splits import SplitList, candidates, class_names
 from dvla_fast.engine.build import bank_encoder, build_bank, build_data, pick_device
 from dvla_fast.engine.config import DataConfig

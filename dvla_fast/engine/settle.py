@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from dvla_fast.data import is_cache, split_list_names
-from dvla_fast.data.cache import read_index
+from dvla_fast.data.cache_index import read_index
 from dvla_fast.data.shapes import BANKS, KINDS
 from dvla_fast.engine.config import DataConfig, PretrainConfig
 from dvla_fast.engine.settings import UsageError, from_mapping, to_dict

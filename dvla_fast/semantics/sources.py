@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvla_fast.data.cache import is_cache, map_images, read_index
+from dvla_fast.data.cache_index import is_cache, map_images, read_index
 from dvla_fast.data.images import ImageSet
 from dvla_fast.data.layouts import list_data
 from dvla_fast.data.splits import SPLITS

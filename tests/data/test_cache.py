@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from dvla_fast.data import cache, load_data, load_split_list, prepare_cache
+from dvla_fast.data.cache_index import is_cache
 from dvla_fast.data.decode import decode
 from dvla_fast.errors import DataError, OutputError
 from tests.data import trees
@@ -198,7 +199,7 @@ def test_a_cache_that_lost_its_images_is_named(tree: Path, tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"cannot read this cache .*images\.bin.*prepare' again"):
         load_data(str(tmp_path / "cache"), 16)
     (tree / "index.json").write_text("[]")  # of somebody else
-    assert not cache.is_cache(tree)
+    assert not is_cache(tree)
 
 
 def test_changed_file_is_decoded_again(

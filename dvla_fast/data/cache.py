@@ -59,8 +59,8 @@ class Prepared:
 def is_cache(path: str | Path) -> bool:
     """Tell whether a folder is a finished cache, be it one that lost its images since."""
     index = Path(path) / _INDEX
-    if not index.is_file() or (Path(path) / _IMAGES).is_file():
-        return index.is_file()
+    if not os.path.isfile(index) or os.path.isfile(Path(path) / _IMAGES):
+        return os.path.isfile(index)
     return b'"dvla-fast-cache/' in index.read_bytes()[:100]  # an index.json may be another's
 
 

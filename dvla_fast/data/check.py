@@ -14,7 +14,7 @@ import numpy as np
 
 from dvla_fast.data.cache import is_cache, read_index, verify_cache
 from dvla_fast.data.decode import IMAGE_SUFFIXES, is_image, open_rgb
-from dvla_fast.data.folders import visible_folders
+from dvla_fast.data.folders import reading, visible_folders
 from dvla_fast.data.layouts import list_data
 from dvla_fast.data.listing import Listing, Split
 from dvla_fast.data.splits import candidates
@@ -296,7 +296,9 @@ def _images_in(folders: Iterable[Path]) -> int:
 
 
 def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__")))
+    with reading(folder):
+        inside = folder.iterdir()
+        return sorted(path for path in inside if not path.name.startswith((".", "__")))
 
 
 def _check_images(

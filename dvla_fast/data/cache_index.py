@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ IMAGES, INDEX = "images.bin", "index.json"
 def is_cache(path: str | Path) -> bool:
     """Tell whether a folder is a finished cache, be it one that lost its images since."""
     index = Path(path) / INDEX
-    if not index.is_file() or (Path(path) / IMAGES).is_file():
-        return index.is_file()
+    if not os.path.isfile(index) or os.path.isfile(Path(path) / IMAGES):
+        return os.path.isfile(index)
     return b'"dvla-fast-cache/' in index.read_bytes()[:100]  # an index.json may be another's
 
 

@@ -16,7 +16,7 @@ from dvla_fast.data.cache import verify_cache
 from dvla_fast.data.cache_index import is_cache, read_index
 from dvla_fast.data.decode import IMAGE_SUFFIXES, is_image, open_rgb
 from dvla_fast.data.equal import Place, crosses, equal_rows, places_text, row_hash
-from dvla_fast.data.folders import visible_folders
+from dvla_fast.data.folders import reading, visible_folders
 from dvla_fast.data.layouts import list_data
 from dvla_fast.data.listing import Listing, Split
 from dvla_fast.data.load import enlarged_note
@@ -294,7 +294,9 @@ def _images_in(folders: Iterable[Path]) -> int:
 
 
 def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__")))
+    with reading(folder):
+        inside = folder.iterdir()
+        return sorted(path for path in inside if not path.name.startswith((".", "__")))
 
 
 def _check_images(

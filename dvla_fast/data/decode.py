@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,8 @@ def open_rgb(path: Path) -> tuple[Any, str, int]:
     """
     Image = pillow()
     remedy = "replace or remove the file"
-    if not path.is_file() and path.exists():  # a pipe, which would never end
+    # os.path says no where it may not look
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe, which would never end
         raise DataError(f"{path}: cannot read this image (it is no file); {remedy}")
     try:
         with Image.open(path) as image:
@@ -62,7 +64,7 @@ def open_rgb(path: Path) -> tuple[Any, str, int]:
         reason: object = error
         if isinstance(error, FileNotFoundError):
             reason, remedy = "no such file", "restore the file"
-        elif path.is_file() and path.stat().st_size == 0:
+        elif os.path.isfile(path) and path.stat().st_size == 0:
             reason = "the file is empty, 0 bytes"
         raise DataError(f"{path}: cannot read this image ({reason}); {remedy}") from error
     return rgb, mode, min(rgb.size)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dvla_fast.data.decode import is_image
@@ -17,10 +18,24 @@ _VAL_NAMES = ("val", "valid", "validation")
 _KNOWN = frozenset((*_VAL_NAMES, *(name for pair in _SPLIT_NAMES for name in pair)))
 
 
+@contextmanager
+def reading(place: Path) -> Iterator[None]:
+    """Name the file or folder that may not be read, and what to do about it (DataError)."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or place}: cannot be read ({error.strerror or error}); get the right "
+            "to read it and to enter its folder (chmod u+rx, where they are yours), or move it "
+            "elsewhere"
+        ) from error
+
+
 def visible_folders(folder: Path) -> list[Path]:
     """The folders in a folder, sorted; those named like ``.cache`` or ``__MACOSX`` are none."""
-    inside = sorted(folder.iterdir())
-    return [path for path in inside if path.is_dir() and not path.name.startswith((".", "__"))]
+    with reading(folder):
+        inside = [path for path in folder.iterdir() if not path.name.startswith((".", "__"))]
+        return sorted(path for path in inside if path.is_dir())
 
 
 def class_folders(folder: Path) -> dict[str, References]:
@@ -29,7 +44,7 @@ def class_folders(folder: Path) -> dict[str, References]:
     Names are in Unicode's composed form (NFC), whatever the file system made of them.
 
     Raises:
-        DataError: two folders have one name in that form.
+        DataError: two folders have one name in that form, or one cannot be read.
     """
     found: dict[str, References] = {}
     for path in visible_folders(folder):
@@ -39,7 +54,8 @@ def class_folders(folder: Path) -> dict[str, References]:
                 f"{folder}: two folders are called {name!r}, in different Unicode forms; "
                 "rename or merge them"
             )
-        found[name] = sorted(item for item in path.iterdir() if is_image(item))
+        with reading(path):
+            found[name] = sorted(item for item in path.iterdir() if is_image(item))
     return found
 
 
@@ -111,6 +127,10 @@ def class_folder_root(root: Path) -> Found | None:
     return None
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def letter_folders(root: Path) -> Found | None:
     """Places as published: class folders below their first letter, ``data_256/f/field/wild/``.
 
@@ -122,7 +142,7 @@ def letter_folders(root: Path) -> Found | None:
             continue
         classes: dict[str, References] = {}
         for letter in letters:
-            for place, _, names in os.walk(letter):
+            for place, _, names in os.walk(letter, onerror=_raise):
                 images = sorted(path for name in names if is_image(path := Path(place, name)))
                 if images and place != str(letter):
                     key = "-".join(Path(place).relative_to(letter).parts)

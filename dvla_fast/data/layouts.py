@@ -7,6 +7,7 @@ folder of images, folders of splits, and one folder of classes that a split list
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,13 @@ import numpy as np
 
 from dvla_fast.data import archives
 from dvla_fast.data.decode import IMAGE_SUFFIXES
-from dvla_fast.data.folders import class_folder_root, letter_folders, split_folders, visible_folders
+from dvla_fast.data.folders import (
+    class_folder_root,
+    letter_folders,
+    reading,
+    split_folders,
+    visible_folders,
+)
 from dvla_fast.data.listing import Found, Listing, References, Split
 from dvla_fast.data.lists import class_lists, csv_lists, json_lists
 from dvla_fast.data.shapes import KINDS
@@ -51,11 +58,11 @@ def list_data(
 
     Raises:
         DataError: nothing recognised, several split lists fit, classes missing or in two splits,
-            or files missing that a list names.
+            files missing that a list names, or folders that cannot be read.
         MissingDependencyError: Pillow, scipy (for .mat files) or timm is needed and not installed.
     """
     root = Path(root)
-    if root.is_file() or not root.is_dir():
+    if not os.path.isdir(root):  # unlike Path.is_dir, says no where it may not look
         raise DataError(_no_folder(root))
     wanted = load_split_list(splits) if splits else None
     listed = wanted is not None
@@ -84,7 +91,8 @@ def _recognised(root: Path, listed: bool = False) -> Found | None:
         letter_folders,
     )
     found = (recognise(root) for recognise in recognisers)
-    return next((item for item in found if item is not None), None)
+    with reading(root):
+        return next((item for item in found if item is not None), None)
 
 
 def _nothing(root: Path, inner: Sequence[Path]) -> str:
@@ -121,7 +129,7 @@ def _absent_images(listing: Listing) -> str:
 def _no_folder(root: Path) -> str:
     if str(root) in _MADE:
         return f"{root}: comes with dvla-fast, and has no folder to read; --data.dataset takes it"
-    if root.is_file():
+    if os.path.isfile(root):
         return f"{root}: is a file; extract the archive first and give its folder"
     return (
         f"{root}: no such folder; give 'digits' or the root of a data set with the folders "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -99,3 +100,31 @@ def test_class_in_two_splits(tree: Path) -> None:
     shutil.copytree(tree / "train" / "a", tree / "test" / "a")
     with pytest.raises(DataError, match=r"share 1 class.*'a'"):
         load_data(str(tree), image_size=16)
+
+
+def test_folders_that_may_not_be_read(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made so here, as root may read everything."""
+    for name in ("b", "test", tree.name):
+        whole = Path.iterdir
+
+        def iterdir(self: Path, name: str = name, whole=whole):
+            if self.name == name:
+                raise PermissionError(13, "Permission denied", str(self))
+            return whole(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "iterdir", iterdir)
+            with pytest.raises(DataError, match=rf"{name}: cannot be read \(Permission"):
+                load_data(str(tree), image_size=16)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("place", ["train/b", "train", "."])
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+def test_modes_of_folders(tree: Path, place: str, mode: int) -> None:
+    (tree / place).chmod(mode)
+    try:
+        with pytest.raises(DataError, match=r"cannot (be read|read this)"):
+            load_data(str(tree), image_size=16)
+    finally:
+        (tree / place).chmod(0o755)

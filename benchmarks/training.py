@@ -33,7 +33,7 @@ from dvla_fast.engine import metatune, pretrain
 from dvla_fast.engine.build import build_pretrain_model
 from dvla_fast.engine.config import AugmentConfig, ExecutionConfig, MetatuneConfig, PretrainConfig
 from dvla_fast.engine.distributed import Processes
-from dvla_fast.engine.execution import Execution
+from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.memory import keep_freed_memory
 from dvla_fast.engine.metatune_steps import Step
@@ -171,7 +171,7 @@ def our_pretraining(setting: Setting, execution: ExecutionConfig) -> Iterator[in
     torch.manual_seed(0)
     model = build_pretrain_model(setting.spec, CLASSES, RECIPE.drop_path)
     run.prepare(model["backbone"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE.lr, weight_decay=0.05)
+    optimizer = adamw(model.parameters(), lr=RECIPE.lr, weight_decay=0.05)
     epoch = pretrain.Epoch(RECIPE, model, setting.data, optimizer, run, CLASSES)
     state = TrainingState(None, "pretrain", {}, {}, optimizer, np.random.default_rng(0))  # type: ignore[arg-type]
     while True:
@@ -236,7 +236,7 @@ def our_metatuning(setting: Setting, execution: ExecutionConfig, episodes: int) 
     run.prepare(model)
     model.train()
     gates = GateTraining(config, model)
-    optimizer = torch.optim.AdamW(metatune.parameter_groups(model, config, gates.baseline))
+    optimizer = adamw(metatune.parameter_groups(model, config, gates.baseline))
     step = Step(config, model, setting.data, setting.texts, optimizer, gates, run, 0)
     gates.begin_epoch()
     number = 0

@@ -187,15 +187,21 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], info: Mapping[str, Any]
 ) -> None:
-    """Restore what ``pack_optimizer`` split."""
+    """Restore what ``pack_optimizer`` split, each tensor in the memory format of its parameter."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
+            like = parameters[int(index)]
+            if tensor.shape == like.shape:
+                tensor = torch.empty_like(like, dtype=tensor.dtype, device="cpu").copy_(tensor)
             state.setdefault(int(index), {})[key] = tensor
     for index, entries in info["scalars"].items():
         state.setdefault(int(index), {}).update(entries)
-    optimizer.load_state_dict({"state": state, "param_groups": info["groups"]})
+    kind = {"fused": optimizer.defaults.get("fused")}  # how it is computed is not the file's matter
+    groups = [{**group, **kind} for group in info["groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def pack_rng(generator: np.random.Generator) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Training that diverges ends with where it did, the likely cause and what to do.
 
 NaN and infinity show up in several places: in a loss, in the policy's check of its inputs, in an
-optimiser whose step overflows, in validation, in the weights that a checkpoint would hold.
+validation, in the weights that a checkpoint would hold.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DivergenceWatch:
         """Around optimiser steps, of which ``state.step`` are done.
 
         Raises:
-            TrainingError: the body met NaN, infinity or an overflow. Other errors pass.
+            TrainingError: the body met NaN or infinity. Other errors pass.
         """
         try:
             yield
@@ -91,13 +91,11 @@ class DivergenceWatch:
 
 
 def _trouble(error: Exception) -> str:
-    """What NaN, infinity or overflow an error speaks of; "" for any other error."""
+    """What NaN or infinity an error speaks of; "" for any other error."""
     if isinstance(error, TrainingError):
         return "features or weights became NaN or infinite"
     if isinstance(error, ValueError) and "NaN" in str(error):  # the policy's check of its inputs
         if str(error).startswith("reward "):
             return f"{error} (by its formula, or because features became so)"
         return "features became NaN or infinite"
-    if type(error) is RuntimeError and "overflow" in str(error):  # the optimiser's own arithmetic
-        return "the optimiser's step overflowed"
     return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,20 @@ from torch import Tensor, nn
 from dvla_fast.engine.config import ExecutionConfig
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.settings import UsageError
+
+
+def adamw(parameters: Any, **options: float) -> torch.optim.AdamW:
+    """AdamW that updates all parameters in one pass.
+
+    On the CPU, and on GPUs in a few launches, several times as fast as PyTorch's default. It reads
+    parameters, gradients and averages by their place in memory: all of a parameter have one memory
+    format (autograd sees to the gradients, ``checkpoint.unpack_optimizer`` to what was saved).
+
+    Args:
+        parameters, options: as ``torch.optim.AdamW`` takes them.
+    """
+    return torch.optim.AdamW(parameters, fused=True, **options)  # type: ignore[arg-type]
+
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 

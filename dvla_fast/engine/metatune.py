@@ -30,7 +30,7 @@ from dvla_fast.engine.build import (
 from dvla_fast.engine.config import MetatuneConfig, MetatuneRun
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.divergence import DivergenceWatch
-from dvla_fast.engine.execution import Execution
+from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.inputs import run_inputs
 from dvla_fast.engine.leaks import check_seen_images
@@ -110,7 +110,7 @@ def metatune(
         Path of the checkpoint that validated best on monitor episodes.
 
     Raises:
-        TrainingError: loss, features or weights became NaN or infinite, or a step overflowed; the
+        TrainingError: loss, features or weights became NaN or infinite; the
             last good checkpoint stays.
         UsageError: settings of the gates' learning that do not fit together.
 
@@ -170,7 +170,7 @@ def _state(
 ) -> TrainingState:
     """Begin the state of the stage, with its optimiser and what its checkpoints say of it."""
     groups = parameter_groups(model, config, gates.baseline)
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    optimizer = adamw(groups, weight_decay=config.weight_decay)
     state = TrainingState(
         folder, "metatune", spec, {"model": model, **gates.modules}, optimizer, rng
     )

@@ -33,7 +33,7 @@ from dvla_fast.engine.build import (
 from dvla_fast.engine.config import PretrainConfig, PretrainRun
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.divergence import DivergenceWatch
-from dvla_fast.engine.execution import Execution
+from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.inputs import run_inputs
 from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.monitor import (
@@ -118,7 +118,7 @@ def pretrain(
         Path of the checkpoint that validated best.
 
     Raises:
-        TrainingError: loss, features or weights became NaN or infinite, or a step overflowed; the
+        TrainingError: loss, features or weights became NaN or infinite; the
             last good checkpoint stays.
         UsageError: settings that do not fit together.
     """
@@ -170,9 +170,7 @@ def _state(
     facts: dict[str, Any],
 ) -> TrainingState:
     """Begin the state of the stage, with its optimiser and what its checkpoints say of it."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, weight_decay=config.weight_decay
-    )
+    optimizer = adamw(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     state = TrainingState(folder, "pretrain", spec, {"model": model}, optimizer, rng)
     state.facts = {
         "dataset": data.name,

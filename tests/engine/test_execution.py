@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
 from dvla_fast.data import FewShotData
@@ -23,10 +24,10 @@ from dvla_fast.engine.build import (
     model_spec,
     seed_everything,
 )
-from dvla_fast.engine.checkpoint import load_checkpoint
+from dvla_fast.engine.checkpoint import load_checkpoint, pack_optimizer, unpack_optimizer
 from dvla_fast.engine.config import AugmentConfig, DataConfig, DemoRun, ExecutionConfig
 from dvla_fast.engine.distributed import Processes
-from dvla_fast.engine.execution import Execution
+from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune_steps import Step
@@ -81,6 +82,35 @@ def test_same_training(
     assert {k: (v.dtype, v.shape) for k, v in others.items()} == {
         k: (v.dtype, v.shape) for k, v in weights.items()
     }
+
+
+def test_the_optimiser_in_one_pass_takes_pytorchs_steps(tmp_path: Path) -> None:
+    """In channels last, and after its state was in a file, which has one format for all."""
+    images = torch.randn(4, 3, 5, 5)
+
+    def network() -> torch.nn.Conv2d:
+        torch.manual_seed(0)
+        return torch.nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+
+    def step(layer: torch.nn.Conv2d, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        layer(images.contiguous(memory_format=torch.channels_last)).square().sum().backward()
+        optimizer.step()
+
+    usual, ours, resumed = network(), network(), network()
+    theirs = torch.optim.AdamW(usual.parameters(), lr=0.1)
+    mine = adamw(ours.parameters(), lr=0.1)
+    for _ in range(2):
+        step(usual, theirs), step(ours, mine)
+    tensors, info = pack_optimizer(mine)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "state")
+    resumed.load_state_dict(ours.state_dict())
+    again = adamw(resumed.parameters(), lr=0.1)
+    unpack_optimizer(again, load_file(tmp_path / "state"), info)
+    for layer, optimizer in ((usual, theirs), (ours, mine), (resumed, again)):
+        step(layer, optimizer)
+    torch.testing.assert_close(ours.weight, usual.weight)
+    assert torch.equal(resumed.weight, ours.weight)
 
 
 def test_unknown_precision() -> None:

@@ -257,11 +257,11 @@ def test_nan_of_an_own_reward_is_told_with_its_name(
         run_metatune(folder, few_digits, tiny, start)
 
 
-@pytest.mark.parametrize(("rate", "broken"), [(1e38, "the optimiser's step overflowed"),
-                                              (1e30, "became NaN or infinite")])  # fmt: skip
+@pytest.mark.parametrize("rate", [1e38, 1e30])
 def test_rates_that_no_training_survives(
-    tmp_path: Path, few_digits: FewShotData, tiny: DemoRun, rate: float, broken: str
+    tmp_path: Path, few_digits: FewShotData, tiny: DemoRun, rate: float
 ) -> None:
+    broken = "became NaN or infinite"
     folder = RunFolder(tmp_path / "run", {"seed": 0})
     start = run_pretrain(folder, few_digits, tiny)
     tiny.metatune.lr = tiny.pretrain.lr = rate

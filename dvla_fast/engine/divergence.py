@@ -1,6 +1,6 @@
 """Training that diverges ends with where it did, the likely cause and what to do.
 
-NaN and infinity show up in several places: in a loss, in the policy's check of its inputs, in an
+NaN and infinity show up in several places: in a loss, in the policy's check of its inputs, in
 validation, in the weights that a checkpoint would hold.
 """
 

@@ -8,6 +8,7 @@ that is resumed needs only a counter.
 from __future__ import annotations
 
 import hashlib
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -65,10 +66,21 @@ class EpisodeSampler:
         seed: int,
         not_as_query: Tensor | None = None,
     ) -> None:
-        for name, value in (("way", way), ("shot", shot), ("query", query)):
-            if value < 1:
+        for name, value in (("way", way), ("shot", shot), ("query", query), ("seed", seed)):
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected a whole number, got {value!r}")
+            if name == "seed" and value < 0:
+                raise DataError(f"seed must be at least 0, got {value}")
+            if name != "seed" and value < 1:
                 raise DataError(f"{name} must be at least 1, got {value}")
         labels = images.labels.cpu().numpy()
+        if len(labels) != len(images.images):
+            raise DataError(f"{images.name}: {len(images.images)} images, but {len(labels)} labels")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(images.class_names):
+            raise DataError(
+                f"{images.name}: labels from {labels.min()} to {labels.max()}, but "
+                f"{len(images.class_names)} class names"
+            )
         counts = np.bincount(labels, minlength=len(images.class_names))
         if len(counts) < way:
             raise DataError(

@@ -7,7 +7,8 @@ Nothing is trained here. Supports become class prototypes, and queries go to the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -47,19 +48,52 @@ class Classification(NamedTuple):
         return [self.class_names[index] for index in self.probabilities.argmax(1).tolist()]
 
 
+class _Learned(NamedTuple):
+    """Classes and what stands for them; replaced as a whole."""
+
+    class_names: tuple[str, ...]
+    features: Tensor
+    labels: Tensor
+    layers: tuple[LayerTrace, ...]
+    text: TextTokens | None
+
+
 class FewShotClassifier:
     """A checkpoint ready to learn classes and classify images; see :meth:`load`.
 
+    A model of one's own does as well, with a description of how it was trained::
+
+        {
+            "kind": "metatune",  # its gates were trained; "pretrain": learn() takes no bank
+            "model": {"backbone": {"image_size": 84, "in_channels": 3}},
+            "normalisation": {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]},  # of [0, 1]
+            "semantics": {"encoder": "hashed-ngram", "dim": 512},  # that wrote its texts' vectors
+        }
+
+    Several threads may classify at once, and while another one learns: each call works with the
+    classes that were known when it began.
+
     Args:
-        model: the model, on the device to work on.
-        description: what its checkpoint says: model, normalisation, semantics, kind.
+        model: the model, on the device to work on. Whatever its mode, it works here as in
+            evaluation, and has its mode again afterwards.
+        description: as above, or what a checkpoint of ``dvla-fast`` says of itself.
+
+    Raises:
+        ValueError: the description lacks ``kind`` or ``model`` with its ``backbone``.
     """
 
     def __init__(self, model: DVLA, description: Mapping[str, Any]) -> None:
-        self.model = model.eval()
+        self.model = model
         self.description = dict(description)
-        self.device = next(model.parameters()).device
-        backbone = description["model"]["backbone"]
+        weight = next(model.parameters())
+        self.device, self._dtype = weight.device, weight.dtype
+        try:
+            backbone, _ = description["model"]["backbone"], description["kind"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"description: lacks {error}; expected kind, model with its backbone, "
+                "normalisation and semantics"
+            ) from error
         self.image_size = int(backbone.get("image_size", 224))
         self.channels = int(backbone.get("in_channels", 3))
         statistics = description.get("normalisation") or {"mean": [0.0], "std": [1.0]}
@@ -67,10 +101,12 @@ class FewShotClassifier:
             torch.tensor(statistics[name], device=self.device)[:, None, None]
             for name in ("mean", "std")
         )
-        self.class_names: tuple[str, ...] = ()
-        self._features, self._labels = torch.empty(0), torch.empty(0)
-        self._layers: tuple[LayerTrace, ...] = ()
-        self._text: TextTokens | None = None
+        self._learned: _Learned | None = None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes that were learned, in their order."""
+        return () if self._learned is None else self._learned.class_names
 
     @classmethod
     def load(cls, checkpoint: str | Path, device: str = "auto") -> FewShotClassifier:
@@ -91,7 +127,7 @@ class FewShotClassifier:
             load_weights(model, tensors, "model.", checkpoint)
         else:
             load_weights(model.backbone, tensors, "model.backbone.", checkpoint)
-        return cls(model.to(pick_device(device)), info)
+        return cls(model.eval().to(pick_device(device)), info)
 
     @torch.inference_mode()
     def learn(
@@ -142,12 +178,12 @@ class FewShotClassifier:
         every = [image for group in given.values() for image in group]
         labels = [label for label, group in enumerate(given.values()) for _ in group]
         marks = torch.tensor([labels], device=self.device)
-        features, layers = self.model.support_features(
-            self._read(every).unsqueeze(0), marks, text, way=len(given), sample=False
-        )
+        with _evaluating(self.model):
+            features, layers = self.model.support_features(
+                self._read(every).unsqueeze(0), marks, text, way=len(given), sample=False
+            )
         # All or nothing: what was learned before is whole until then.
-        self._features, self._layers, self._labels = features, layers, marks
-        self._text, self.class_names = text, tuple(given)
+        self._learned = _Learned(tuple(given), features, marks, layers, text)
         return self
 
     @torch.inference_mode()
@@ -162,30 +198,31 @@ class FewShotClassifier:
             TypeError: ``images`` is no list, or something in it no image.
             DataError: an image that cannot be read.
         """
-        if not self.class_names:
+        known = self._learned
+        if known is None:
             raise ValueError("classify: learn(...) some classes first")
         _check_list(images, "classify: images")
         if not len(images):
             raise ValueError("classify: no images were given")
         if batch < 1:
             raise ValueError(f"classify: batch: expected 1 or more images, got {batch}")
-        parts = []
-        if self.model.text_scope == "candidate" and self._text is not None:
-            batch = max(1, batch // len(self.class_names))
-        for first in range(0, len(images), batch):
-            logits = self.model.query_logits(
-                self._features, self._labels,
-                self._read(images[first : first + batch]).unsqueeze(0),
-                self._text, self._layers, way=len(self.class_names),
-            )  # fmt: skip
-            parts.append(logits[0].softmax(-1).float().cpu())
-        return Classification(self.class_names, torch.cat(parts))
+        parts, way = [], len(known.class_names)
+        if self.model.text_scope == "candidate" and known.text is not None:
+            batch = max(1, batch // way)
+        with _evaluating(self.model):
+            for first in range(0, len(images), batch):
+                query = self._read(images[first : first + batch]).unsqueeze(0)
+                logits = self.model.query_logits(
+                    known.features, known.labels, query, known.text, known.layers, way=way
+                )
+                parts.append(logits[0].softmax(-1).float().cpu())
+        return Classification(known.class_names, torch.cat(parts))
 
     def _read(self, images: Sequence[Picture]) -> Tensor:
         """Network input (n, C, H, W) of images."""
         squares = np.stack([self._square(image) for image in images])
         pixels = unit_range(torch.from_numpy(squares).to(self.device))
-        return (pixels - self._mean) / self._std
+        return ((pixels - self._mean) / self._std).to(self._dtype)
 
     def _square(self, image: Picture) -> NDArray[np.uint8]:
         square = to_square(_rgb(image), self.image_size)
@@ -218,7 +255,24 @@ class FewShotClassifier:
             config, bank if isinstance(bank, SemanticBank) else str(bank), names, self.device
         )
         check_semantics(described, self.description, "the checkpoint")
-        return texts.episodes(torch.arange(len(names), device=self.device)[None])
+        chosen = texts.episodes(torch.arange(len(names), device=self.device)[None])
+        return chosen._replace(
+            tokens=chosen.tokens.to(self._dtype),
+            class_embedding=chosen.class_embedding.to(self._dtype),
+        )
+
+
+@contextmanager
+def _evaluating(model: DVLA) -> Iterator[None]:
+    """Put a model into evaluation mode, and its modules back into theirs."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _ungated(info: Mapping[str, Any]) -> dict[str, Any]:

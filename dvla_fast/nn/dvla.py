@@ -48,6 +48,7 @@ class DVLA(nn.Module):
         fixed_alpha: the gate of policy "fixed".
 
     Raises:
+        TypeError: ``backbone`` is none.
         ValueError: options that do not fit the backbone or each other.
     """
 
@@ -67,6 +68,11 @@ class DVLA(nn.Module):
         fixed_alpha: float = 0.5,
     ) -> None:
         super().__init__()
+        if not isinstance(backbone, GatedBackbone):
+            raise TypeError(
+                f"backbone: expected a GatedBackbone, got {type(backbone).__name__}; "
+                "dvla_fast.nn.build_backbone makes one, docs/backbones.md says how to write one"
+            )
         self.gated_layers = _checked_layers(backbone, gated_layers)
         if text_scope not in TEXT_SCOPES:
             raise ValueError(f"text_scope: unknown {text_scope!r}; expected one of {TEXT_SCOPES}")
@@ -125,7 +131,7 @@ class DVLA(nn.Module):
 
         Args:
             support: (E, S, C, H, W).
-            support_labels: (E, S) int64 in [0, way); the range is not read.
+            support_labels: (E, S) int64 in [0, way), with every class.
             query: (E, Q, C, H, W).
             text: the episodes' texts; None: visual prototypes only, no gate runs.
             way: classes of an episode.
@@ -138,7 +144,9 @@ class DVLA(nn.Module):
             from_prefix: ``support`` and ``query`` are maps of :meth:`prefix`, not images.
 
         Raises:
-            TypeError, ValueError: arguments that do not fit together.
+            TypeError, ValueError: arguments that do not fit together; where values are checked
+                (:func:`dvla_fast.functional.set_value_checks`), labels out of range or a class
+                without supports.
         """
         check_episodes(support, support_labels, query, way)
         if text is not None:
@@ -202,7 +210,7 @@ class DVLA(nn.Module):
         Raises:
             TypeError, ValueError: arguments that do not fit together.
         """
-        check_episodes(support, support_labels, support, way)
+        check_episodes(support, support_labels, support, way, whole=False)
         start = self.gated_layers[0] if from_prefix else None
         if text is None:
             return self._through(support, None, start), ()
@@ -243,7 +251,7 @@ class DVLA(nn.Module):
         Raises:
             TypeError, ValueError: arguments that do not fit together.
         """
-        check_learned(features, support_labels, query, layers)
+        check_learned(features, support_labels, query, layers, way)
         expected = () if text is None else self.gated_layers
         if tuple(trace.location for trace in layers) != expected:
             raise ValueError(

@@ -15,8 +15,13 @@ if TYPE_CHECKING:
     from dvla_fast.nn.episode import LayerTrace, TextTokens
 
 
-def check_episodes(support: Tensor, labels: Tensor, query: Tensor, way: int) -> None:
-    """Raises TypeError or ValueError unless images and labels are those of episodes."""
+def check_episodes(
+    support: Tensor, labels: Tensor, query: Tensor, way: int, whole: bool = True
+) -> None:
+    """Raises TypeError or ValueError unless images and labels are those of episodes.
+
+    ``whole``: a class without supports is wrong, too.
+    """
     check_images("support", support)
     check_images("query", query)
     if query.dtype != support.dtype:
@@ -28,20 +33,31 @@ def check_episodes(support: Tensor, labels: Tensor, query: Tensor, way: int) -> 
         )
     if min(episodes, count, query.shape[1]) < 1:
         raise ValueError("support, query: an episode needs at least one image of each")
-    _check_labels(labels, (episodes, count))
     if way < 1:
         raise ValueError(f"way: expected a positive number, got {way}")
+    check_labels(labels, (episodes, count), way, whole)
 
 
-def _check_labels(labels: Tensor, shape: tuple[int, ...]) -> None:
+def check_labels(labels: Tensor, shape: tuple[int, ...], way: int, whole: bool = True) -> None:
+    """Likewise for the supports' labels: below ``way``, and where ``whole`` of every class."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"support_labels: expected a tensor, got {type(labels).__name__}")
     if labels.dtype != torch.int64:
         raise TypeError(f"support_labels: expected int64, got {labels.dtype}")
     if tuple(labels.shape) != shape:
         raise ValueError(f"support_labels: shape {tuple(labels.shape)}, expected {shape}")
+    if value_checks(labels.device) and not _extension.transforming():
+        known = (labels >= 0) & (labels < way)
+        require(known, f"support_labels: expected values in [0, {way})")
+        if whole:
+            of_class = labels.unsqueeze(-1) == torch.arange(way, device=labels.device)
+            require(of_class.any(1), "support_labels: a class of an episode has no support")
 
 
 def check_images(name: str, images: Tensor) -> None:
     """Likewise for the supports or the queries alone."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(images).__name__}")
     if images.dim() != 5:
         raise ValueError(
             f"{name}: shape {tuple(images.shape)}, expected (episodes, images, C, H, W)"
@@ -54,7 +70,7 @@ def check_images(name: str, images: Tensor) -> None:
 
 
 def check_learned(
-    features: Tensor, labels: Tensor, query: Tensor, layers: Sequence[LayerTrace]
+    features: Tensor, labels: Tensor, query: Tensor, layers: Sequence[LayerTrace], way: int
 ) -> None:
     """Likewise for queries whose supports went through before."""
     check_images("query", query)
@@ -64,7 +80,7 @@ def check_learned(
         raise ValueError(
             f"features: shape {tuple(features.shape)}, expected ({len(query)}, supports, d)"
         )
-    _check_labels(labels, tuple(features.shape[:2]))
+    check_labels(labels, tuple(features.shape[:2]), way)
     for trace in layers:
         if trace.support_before.shape[:2] != labels.shape:
             raise ValueError(
@@ -75,6 +91,8 @@ def check_learned(
 
 def check_text(text: TextTokens, episodes: int, way: int, text_dim: int, by_class: bool) -> None:
     """Likewise for their texts; ``by_class``: whether those of a class are taken apart."""
+    if not hasattr(text, "levels"):
+        raise TypeError(f"text: expected TextTokens, got {type(text).__name__}")
     tokens = text.tokens
     if tokens.dim() != 3 or tokens.shape[0] != episodes or tokens.shape[2] != text_dim:
         raise ValueError(

@@ -23,7 +23,8 @@ def level_scales(
     if len(weights) != len(layers):
         raise ValueError(f"level_weights: {len(weights)} pairs for {len(layers)} gated layers")
     for pair in weights:
-        if len(pair) != 2 or not all(0 <= x < float("inf") for x in pair) or sum(pair) == 0:
+        two = isinstance(pair, Sequence) and len(pair) == 2
+        if not two or not all(0 <= x < float("inf") for x in pair) or sum(pair) == 0:
             raise ValueError(
                 f"level_weights: expected two finite weights >= 0, not both 0, got {pair}"
             )

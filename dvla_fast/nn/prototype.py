@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dvla_fast.nn.episode_checks import check_labels
 from dvla_fast.reference import in_own_precision
 
 
@@ -48,7 +49,9 @@ def prototype_logits(
         (E, Q, way), at least float32: rounding in half types turns close classes into ties.
 
     Raises:
-        TypeError, ValueError: shapes or dtypes do not fit together.
+        TypeError, ValueError: shapes or dtypes do not fit together; where values are checked
+            (:func:`dvla_fast.functional.set_value_checks`), labels out of range or a class without
+            supports.
     """
     _check(support_features, support_labels, query_features, way, temperature)
     wide = torch.promote_types(support_features.dtype, query_features.dtype)
@@ -77,13 +80,8 @@ def _check(support: Tensor, labels: Tensor, query: Tensor, way: int, temperature
             f"query_features: shape {tuple(query.shape)} does not fit support_features"
             f" {tuple(support.shape)}"
         )
-    if labels.dtype != torch.int64:
-        raise TypeError(f"support_labels: expected int64, got {labels.dtype}")
-    if labels.shape != support.shape[:2]:
-        raise ValueError(
-            f"support_labels: shape {tuple(labels.shape)}, expected {tuple(support.shape[:2])}"
-        )
     if way < 1:
         raise ValueError(f"way: expected a positive number, got {way}")
+    check_labels(labels, tuple(support.shape[:2]), way)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a positive finite number, got {temperature}")

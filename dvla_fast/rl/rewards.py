@@ -91,6 +91,9 @@ def weighted_rewards(
     expected = (len(inputs.output.layers), inputs.output.logits.shape[0])
     parts = {name: _REWARDS[name](inputs) for name in weights}
     for name, part in parts.items():
+        if not isinstance(part, Tensor) or not part.is_floating_point():
+            kind = part.dtype if isinstance(part, Tensor) else type(part).__name__
+            raise TypeError(f"reward {name!r}: expected a floating tensor, got {kind}")
         if tuple(part.shape) != expected:
             raise ValueError(
                 f"reward {name!r}: shape {tuple(part.shape)}, expected (layers, episodes) ="

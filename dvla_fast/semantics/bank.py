@@ -99,6 +99,11 @@ class ClassEntry:
     extra: Mapping[str, Any] = field(default_factory=dict)
     stored: StoredCount | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("attributes", "candidates", "images"):
+            if isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}: expected a tuple of texts, got one text")
+
     @property
     def proposals(self) -> tuple[str, ...]:
         """What top-k selection chooses from: the candidates, or else the attributes."""

@@ -31,6 +31,7 @@ _FUNCTION_WORDS = frozenset(
         *("that", "the", "their", "then", "there", "this", "to", "under", "which", "with"),
     )
 )
+_UNIT = 1e-3  # how far from 1 the norm of a unit vector may be
 _BIGRAM_WEIGHT = 0.5
 _CHARACTER_WEIGHT = 0.25
 HASHED_DIM = 512
@@ -57,6 +58,34 @@ class TextEncoder(Protocol):
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Encode n phrases into float32 unit vectors (n, dim) on the CPU."""
         ...
+
+
+def encode_checked(encoder: TextEncoder, texts: Sequence[str]) -> Tensor:
+    """Encode texts, and hold the encoder to what ``TextEncoder`` says of its vectors.
+
+    Raises:
+        BankError: as the encoder; or its answer is no float tensor (n, dim) of finite unit vectors
+            (a vector of zeros counts as "nothing known").
+    """
+    vectors = encoder.encode(texts)
+    expected = (len(texts), encoder.dim)
+    if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
+        kind = vectors.dtype if isinstance(vectors, Tensor) else type(vectors).__name__
+        raise BankError(f"text encoder {encoder.name!r}: gives {kind}, expected a float tensor")
+    if tuple(vectors.shape) != expected:
+        raise BankError(
+            f"text encoder {encoder.name!r}: gives shape {tuple(vectors.shape)}, expected "
+            f"{expected}"
+        )
+    norms = vectors.double().norm(dim=-1)
+    off = ~(((norms - 1).abs() < _UNIT) | (norms == 0))  # NaN is off
+    if bool(off.any()):
+        first = int(off.nonzero()[0])
+        raise BankError(
+            f"text encoder {encoder.name!r}: the vector of {texts[first]!r:.60} has norm "
+            f"{float(norms[first]):.4g}, expected 1: normalise what encode() returns"
+        )
+    return vectors
 
 
 class LimitedEncoder:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dvla_fast.errors import BankError
 from dvla_fast.semantics.bank import SemanticBank
-from dvla_fast.semantics.encoders import TextEncoder
-from dvla_fast.semantics.topk import progressive_top_k, template_text
+from dvla_fast.semantics.encoders import TextEncoder, encode_checked
+from dvla_fast.semantics.topk import check_template, progressive_top_k, template_text
 from dvla_fast.semantics.vectors import ClassVectors, read_stored
 
 if TYPE_CHECKING:
@@ -99,6 +99,8 @@ class EncodedTexts:
         """
         from dvla_fast.nn import TextTokens
 
+        if classes.dim() != 2:
+            raise ValueError(f"classes: shape {tuple(classes.shape)}, expected (episodes, way)")
         episodes, way = classes.shape
         per_class = self.tokens.shape[1]
         tokens = self.tokens[classes].reshape(episodes, way * per_class, -1)
@@ -155,6 +157,7 @@ def choose_attributes(
     Warns:
         UserWarning: no class has ``top_k`` attributes.
     """
+    check_template(template)
     if bank.vectors:
         raise BankError(f"{bank.source}: has vectors and no words")
     names = bank.resolve(class_names)
@@ -193,8 +196,14 @@ def encode_bank(
         top_k, template: which attributes; see ``choose_attributes``.
 
     Raises:
-        BankError: a class missing from the bank, or a text that the encoder cannot read whole.
+        BankError: no classes, one missing from the bank, a text that the encoder cannot read whole,
+            or vectors that are no unit vectors.
+        TypeError: one name in the place of a list of names.
     """
+    if isinstance(class_names, str):
+        raise TypeError(f"class_names: expected a list of names, got {class_names!r}")
+    if not len(class_names):
+        raise BankError(f"{bank.source}: no classes were asked for")
     try:
         if bank.vectors:
             return stored_tokens(bank, class_names, top_k)
@@ -205,7 +214,7 @@ def encode_bank(
             for chosen, entry in zip(attributes, entries)
             for text in (*chosen, entry.description)
         ]
-        vectors = encoder.encode(texts)
+        vectors = encode_checked(encoder, texts)
     except BankError as error:
         if str(error).startswith(bank.source):
             raise
@@ -225,7 +234,8 @@ def encode_names(
     Raises:
         BankError: a class missing from the bank, or a name that the encoder cannot read whole.
     """
-    vectors = encoder.encode([template_text(name) for name in bank.resolve(class_names)])
+    texts = [template_text(name) for name in bank.resolve(class_names)]
+    vectors = encode_checked(encoder, texts)
     classes = [ClassVectors(row[:0], row) for row in vectors.split(1)]
     return _assemble(class_names, classes, encoder.dim)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dvla_fast.errors import BankError
-from dvla_fast.semantics.encoders import TextEncoder
+from dvla_fast.semantics.encoders import TextEncoder, encode_checked
 
 TEMPLATES = ("all", "last")
 # Cosines are compared after rounding, so that equal ones are equal however they were summed.
@@ -33,6 +33,12 @@ class Selection(NamedTuple):
 
     order: tuple[int, ...]
     scores: tuple[tuple[float, ...], ...]
+
+
+def check_template(template: str) -> None:
+    """Refuse a template that is not known (ValueError)."""
+    if template not in TEMPLATES:
+        raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
 
 
 def template_text(class_name: str, chosen: Sequence[str] = (), template: str = "all") -> str:
@@ -68,7 +74,7 @@ def progressive_top_k(
     """
     _check(class_names, candidates, k, template)
     unique = {text: row for row, text in enumerate(dict.fromkeys(chain.from_iterable(candidates)))}
-    vectors = encoder.encode(list(unique)) if unique else torch.zeros(0, encoder.dim)
+    vectors = encode_checked(encoder, list(unique)) if unique else torch.zeros(0, encoder.dim)
     longest = max(map(len, candidates), default=0)
     index = torch.zeros(len(candidates), longest, dtype=torch.int64)
     mask = torch.zeros(len(candidates), longest, dtype=torch.bool)
@@ -138,7 +144,7 @@ def one_by_one_top_k(
     _check(class_names, candidates, k, template)
     result = []
     for name, proposed in zip(class_names, candidates):
-        vectors = [encoder.encode([text])[0].double() for text in proposed]
+        vectors = [encode_checked(encoder, [text])[0].double() for text in proposed]
         order: list[int] = []
         scores: list[list[float]] = [[] for _ in proposed]
         for _ in range(min(k, len(proposed))):
@@ -158,7 +164,7 @@ def one_by_one_top_k(
 
 def _encode_templates(encoder: TextEncoder, texts: list[str], template: str) -> Tensor:
     try:
-        return encoder.encode(texts)
+        return encode_checked(encoder, texts)
     except BankError as error:
         remedy = "choose fewer (top_k)" + (", or template 'last'" if template == "all" else "")
         raise BankError(f"the template of top-k selection: {error}; {remedy}") from error
@@ -169,7 +175,9 @@ def _check(
 ) -> None:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    if template not in TEMPLATES:
-        raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
+    check_template(template)
+    for name, texts in zip(class_names, candidates):
+        if isinstance(texts, str):
+            raise TypeError(f"candidates: expected a list of texts of {name!r}, got one text")
     if len(class_names) != len(candidates):
         raise ValueError(f"{len(class_names)} class names, but {len(candidates)} lists")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -80,3 +83,24 @@ def test_too_few_images(images: ImageSet) -> None:
 def test_nothing_to_draw(images: ImageSet, way: int, shot: int, query: int) -> None:
     with pytest.raises(DataError, match="at least 1"):
         EpisodeSampler(images, way, shot, query, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [("seed", None, TypeError), ("seed", 1.5, TypeError), ("seed", -1, DataError),
+     ("way", 2.0, TypeError)],
+)  # fmt: skip
+def test_numbers_that_name_no_list(
+    images: ImageSet, name: str, value: Any, error: type[Exception]
+) -> None:
+    given = {"way": 2, "shot": 1, "query": 1, "seed": 0, name: value}
+    with pytest.raises(error, match=name):
+        EpisodeSampler(images, **given)
+
+
+def test_labels_that_do_not_fit_the_images(images: ImageSet) -> None:
+    for labels in (images.labels + 1, images.labels - 1):
+        with pytest.raises(DataError, match=r"labels from -?\d to \d, but 4 class names"):
+            EpisodeSampler(replace(images, labels=labels), 2, 1, 1, 0)
+    with pytest.raises(DataError, match=r"images, but .* labels"):
+        EpisodeSampler(replace(images, images=images.images[:3]), 2, 1, 1, 0)

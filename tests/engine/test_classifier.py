@@ -56,10 +56,11 @@ def test_says_what_the_model_says(make_checkpoint: Callable, text_scope: str) ->
 
     supports = prepare([image for group in SUPPORTS.values() for image in group])
     labels = torch.tensor([[0, 0, 1, 2, 2, 2]])
-    assert classifier._text is not None
+    known = classifier._learned
+    assert known is not None
     with torch.inference_mode():
         expected = classifier.model(
-            supports, labels, prepare(queries), classifier._text, way=3, sample=False
+            supports, labels, prepare(queries), known.text, way=3, sample=False
         ).logits[0]
         plain = classifier.model(supports, labels, prepare(queries), way=3).logits[0]
     torch.testing.assert_close(got.probabilities, expected.softmax(-1), rtol=1e-4, atol=1e-5)
@@ -295,3 +296,58 @@ def test_wrong_inputs(make_checkpoint: Callable, tmp_path: Path) -> None:
         classifier.classify([np.zeros((16, 16, 3))])
     with pytest.raises(DataError, match="no such file"):
         classifier.classify([tmp_path / "nowhere.png"])
+
+
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
+def test_the_models_mode_changes_nothing(make_checkpoint: Callable, text_scope: str) -> None:
+    """A model of a training loop: batches are not normalised by their own statistics here."""
+    path = make_checkpoint(text_scope=text_scope)
+    classifier = dvla_fast.FewShotClassifier.load(path, "cpu").learn(SUPPORTS, BANK)
+    queries = pictures(4, 9)
+    expected = classifier.classify(queries).probabilities
+    before = {key: value.clone() for key, value in classifier.model.state_dict().items()}
+    classifier.model.train()
+    frozen = next(part for part in classifier.model.modules() if not list(part.children()))
+    frozen.eval()
+    got = classifier.learn(SUPPORTS, BANK).classify(queries)
+    torch.testing.assert_close(got.probabilities, expected)
+    assert classifier.model.training
+    assert not frozen.training
+    for key, value in classifier.model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_classes_learned_while_others_are_classified(make_checkpoint: Callable) -> None:
+    """What a call began with is what it answers with."""
+    classifier = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu").learn(SUPPORTS, BANK)
+    queries = pictures(3, 4)
+    expected = classifier.classify(queries)
+    read, calls = classifier._read, []
+
+    def learns_between(images: Any) -> torch.Tensor:
+        if not calls:
+            calls.append(images)
+            classifier.learn({"owl": pictures(1, 7), "jay": pictures(1, 8)})
+        return read(images)
+
+    classifier._read = learns_between  # type: ignore[method-assign]
+    got = classifier.classify(queries, batch=1)
+    assert got.class_names == expected.class_names
+    torch.testing.assert_close(got.probabilities, expected.probabilities)
+    assert classifier.class_names == ("owl", "jay")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_dtype(make_checkpoint: Callable, dtype: torch.dtype) -> None:
+    loaded = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu")
+    expected = loaded.learn(SUPPORTS, BANK).classify(pictures(2, 3))
+    again = dvla_fast.FewShotClassifier(loaded.model.to(dtype), loaded.description)
+    got = again.learn(SUPPORTS, BANK).classify(pictures(2, 3))
+    tolerance = 1e-5 if dtype == torch.float64 else 0.1
+    torch.testing.assert_close(got.probabilities, expected.probabilities, atol=tolerance, rtol=0)
+
+
+def test_a_description_that_lacks_its_entries(make_checkpoint: Callable) -> None:
+    model = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu").model
+    with pytest.raises(ValueError, match="description: lacks 'model'"):
+        dvla_fast.FewShotClassifier(model, {})

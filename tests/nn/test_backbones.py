@@ -351,3 +351,11 @@ def test_small_backbone_attends_as_pytorch(
     pairs = (torch.autograd.grad(out, leaves, weight) for out in (got, want))
     for mine, theirs in zip(*pairs, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_locations_of_a_subclass_may_be_lists() -> None:
+    backbone = SmallConvAttention(image_size=8, width=8, depths=(1, 1, 1), num_heads=2)
+    backbone.locations = [[2, 0]]  # type: ignore[assignment,list-item]
+    calls: list[Location] = []
+    backbone(torch.randn(1, 1, 8, 8), lambda location, _tokens: calls.append(location))
+    assert calls == [(2, 0)]

@@ -264,6 +264,22 @@ def test_wrong_constructions(match: str, options: dict) -> None:
         DVLA(backbone, **{"text_dim": TEXT_DIM, "num_heads": 2, **options})
 
 
+def test_a_backbone_that_is_none() -> None:
+    with pytest.raises(TypeError, match="backbone: expected a GatedBackbone, got Linear"):
+        DVLA(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        (r"location \(2,\): no such", {"gated_layers": [2, 1]}),
+        ("level_weights: expected two", {"level_weights": [0.7, 0.3]}),
+    ],
+)
+def test_numbers_where_pairs_are_meant(match: str, options: dict) -> None:
+    test_wrong_constructions(match, options)
+
+
 @pytest.mark.parametrize(
     ("error", "match", "changed"),
     [
@@ -272,6 +288,15 @@ def test_wrong_constructions(match: str, options: dict) -> None:
         (ValueError, "at least one image", {"query": torch.randn(2, 0, 1, 8, 8)}),
         (TypeError, "support_labels", {"support_labels": torch.zeros(2, 3)}),
         (ValueError, "support_labels: shape", {"support_labels": torch.zeros(3).long()}),
+        (TypeError, "support_labels: expected a tensor", {"support_labels": [[0, 1, 2]] * 2}),
+        (
+            ValueError,
+            r"expected values in \[0, 3\)",
+            {"support_labels": torch.ones(2, 3).long().cumsum(1)},
+        ),
+        (ValueError, "has no support", {"support_labels": torch.zeros(2, 3).long()}),
+        (TypeError, "query: expected a tensor", {"query": np.zeros((2, 6, 1, 8, 8))}),
+        (TypeError, "text: expected TextTokens, got Tensor", {"text": torch.zeros(2, 3, 4)}),
         (ValueError, "way", {"way": 0}),
         (ValueError, "text.tokens: shape", {"text": make_text(1, 3)}),
         (ValueError, "text.class_embedding: shape", {"text": make_text(2, 2)}),

@@ -182,3 +182,16 @@ def test_a_normal_forward_pays_nothing(
     with pytest.raises(AssertionError, match="explain was called"):
         explain_episodes(model, support, labels, query, text, way=2)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_lies_at_masked_places_is_not_seen(make_gate: MakeGate, bad: float) -> None:
+    gate = make_gate().eval()
+    z, text, image_mask, text_mask = cases(True)
+    masks = {"image_mask": image_mask, "text_mask": text_mask}
+    clean = gate.explain(z, text, **masks)
+    z = z.masked_fill(~image_mask.unsqueeze(-1), bad)
+    text = text.masked_fill(~text_mask.unsqueeze(-1), bad)
+    found = gate.explain(z, text, **masks)
+    for name in ("image", "text", "alpha"):
+        torch.testing.assert_close(getattr(found, name), getattr(clean, name))

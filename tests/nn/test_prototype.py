@@ -41,9 +41,13 @@ def test_uneven_shots_and_absent_classes() -> None:
     features = torch.tensor([[[2.0, 0.0], [4.0, 0.0], [0.0, 3.0]]])
     means = prototypes(features, torch.tensor([[0, 0, 2]]), way=3)
     assert means.tolist() == [[[3.0, 0.0], [0.0, 0.0], [0.0, 3.0]]]
-    logits = prototype_logits(features, torch.tensor([[0, 0, 2]]), features, way=3)
-    assert logits.isfinite().all()
-    assert logits.argmax(-1).tolist() == [[0, 0, 2]]
+    with pytest.raises(ValueError, match="a class of an episode has no support"):
+        prototype_logits(features, torch.tensor([[0, 0, 2]]), features, way=3)  # 0 could win
+    for wrong in ([[1, 2, 3]], [[0, -1, 1]]):
+        with pytest.raises(ValueError, match=r"support_labels: expected values in \[0, 3\)"):
+            prototype_logits(features, torch.tensor(wrong), features, way=3)
+    logits = prototype_logits(features, torch.tensor([[0, 0, 1]]), features, way=2)
+    assert logits.argmax(-1).tolist() == [[0, 0, 1]]
 
 
 def test_half_features_are_classified_in_float32() -> None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dvla_fast.errors import BankError
 from dvla_fast.semantics import (
+    ClassEntry,
     HashedNGramEncoder,
     SemanticBank,
     build_encoder,
     encode_bank,
     load_bank,
 )
+from dvla_fast.semantics.topk import progressive_top_k
 
 
 def test_vectors_are_unit_and_related_phrases_are_closer() -> None:
@@ -103,3 +108,48 @@ def test_classes_with_fewer_attributes_are_masked() -> None:
 def test_bank_error_names_the_bank() -> None:
     with pytest.raises(BankError, match=r"digits\.json.*'owl'"):
         encode_bank(load_bank("digits"), ["owl"], HashedNGramEncoder())
+
+
+class Answering(HashedNGramEncoder):
+    """An encoder of somebody's own, whose answers are changed."""
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__(32)
+        self.change = change
+
+    def encode(self, texts: Sequence[str]) -> Any:
+        return self.change(super().encode(texts))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: 3 * x, "has norm 3, expected 1: normalise"),
+        (lambda x: x * torch.nan, "has norm nan, expected 1"),
+        (lambda x: x[:-1], "gives shape"),
+        (lambda x: x[:, :8], "gives shape"),
+        (lambda x: x.numpy(), "gives ndarray, expected a float tensor"),
+        (lambda x: x.int(), "gives torch.int32, expected a float tensor"),
+    ],
+)
+def test_an_encoder_is_held_to_its_word(change: Callable[[Tensor], Any], words: str) -> None:
+    bank, encoder = load_bank("digits"), Answering(change)
+    for top_k in (0, 2):
+        with pytest.raises(BankError, match=words):
+            encode_bank(bank, ["one", "two"], encoder, top_k=top_k)
+
+
+def test_what_is_asked_of_a_bank_is_checked_first() -> None:
+    bank, encoder = load_bank("digits"), HashedNGramEncoder(32)
+    with pytest.raises(ValueError, match="template must be one of all, last, got 'lasst'"):
+        encode_bank(bank, ["one"], encoder, template="lasst")
+    with pytest.raises(TypeError, match="class_names: expected a list of names, got 'one'"):
+        encode_bank(bank, "one", encoder)
+    with pytest.raises(BankError, match="no classes were asked for"):
+        encode_bank(bank, [], encoder)
+    with pytest.raises(TypeError, match="attributes: expected a tuple of texts, got one text"):
+        ClassEntry(attributes="fur", description="")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="candidates: expected a list of texts of 'a'"):
+        progressive_top_k(["a"], ["abc"], encoder, 1)
+    with pytest.raises(ValueError, match=r"classes: shape \(2,\), expected"):
+        encode_bank(bank, ["one", "two"], encoder).episodes(torch.tensor([0, 1]))

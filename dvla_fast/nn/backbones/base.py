@@ -120,7 +120,7 @@ class GatedBackbone(nn.Module):
         Raises:
             ValueError: a location that does not exist, or extra tokens where they cannot ride.
         """
-        gated = self.locations if locations is None else self.check_locations(locations)
+        gated = self.check_locations(self.locations if locations is None else locations)
         if start is None:
             x, rest = images, self.blocks
         else:
@@ -158,7 +158,7 @@ class GatedBackbone(nn.Module):
         """
         checked: list[Location] = []
         for pair in locations:
-            location = tuple(pair)
+            location = tuple(pair) if isinstance(pair, Sequence) else (pair,)
             if len(location) != 2 or location not in self.widths:
                 raise ValueError(
                     f"location {location}: no such (stage, block); stages 1 to"

@@ -72,6 +72,7 @@ GPU_TESTS = [
     f"tests/{name}.py"
     for name in (
         "kernels/test_dual_attention_backward", "kernels/test_dual_attention_forward",
+        "kernels/test_dual_attention_fuzz",
         "kernels/test_beta_policy_kernel", "kernels/test_gate_policy_kernel",
         "kernels/test_dual_attention_tune", "ops/test_beta_policy", "ops/test_dual_attention_cuda",
         "ops/test_gate_policy_cuda", "ops/test_gated_attention_cuda", "ops/test_replay_cuda",

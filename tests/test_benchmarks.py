@@ -123,8 +123,9 @@ def test_a_backend_that_cannot_run_a_case_is_skipped(message: str) -> None:
     def call() -> list[torch.Tensor]:
         raise RuntimeError(message)
 
-    with pytest.raises(pytest.skip.Exception, match=f"cannot run this: {message.splitlines()[0]}$"):
-        first_results("2xSDPA+lerp cudnn", call)
+    for provider in ("2xSDPA+lerp cudnn", "FlexAttention"):
+        with pytest.raises(pytest.skip.Exception, match=f"this: {message.splitlines()[0]}$"):
+            first_results(provider, call)
     with pytest.raises(RuntimeError, match=r"No available|cuDNN"):
         first_results("dvla_fast", call)
 

@@ -44,21 +44,27 @@ PROBE_SECONDS = 60
 MOST_PROCESSES = 8
 SHOWN_FAILURES = 20
 # Steps in order, each with the most it may take of the time left when it begins. The benchmarks
-# are apart, so that autotuning the compiled peers, which takes longest, can cost no other.
+# are apart, so that compiling and autotuning peers, which takes longest, can cost no other.
 SHARE = {
-    "tests": 0.4,
+    "tests": 0.35,
     "memcheck": 0.15,
     "racecheck": 0.15,
-    "kernels": 0.2,
-    "eager": 0.4,
-    "long": 0.3,
-    "policy": 0.4,
+    "kernels": 0.3,
+    "eager": 0.3,
+    "long": 0.25,
+    "gate": 0.3,
+    "policy": 0.3,
+    "compiled": 0.5,
     "graph": 1.0,
 }
 SANITIZERS = ("memcheck", "racecheck")
-ATTENTION, POLICY = "benchmarks/test_dual_attention_gpu.py", "benchmarks/test_policy_gpu.py"
+ATTENTION, POLICY, GATE = (
+    f"benchmarks/test_{name}_gpu.py" for name in ("dual_attention", "policy", "gate")
+)
 BENCHMARKS = {
     "policy": [POLICY],
+    "gate": [GATE, "-k", "test_eager"],
+    "compiled": [GATE, ATTENTION, "-k", "test_compiled"],
     **{name: [ATTENTION, "-k", f"test_{name}"] for name in ("eager", "long", "graph")},
 }
 # Every file with a test marked gpu; each process would collect the others too.
@@ -66,10 +72,11 @@ GPU_TESTS = [
     f"tests/{name}.py"
     for name in (
         "kernels/test_dual_attention_backward", "kernels/test_dual_attention_forward",
+        "kernels/test_dual_attention_fuzz",
         "kernels/test_beta_policy_kernel", "kernels/test_gate_policy_kernel",
         "kernels/test_dual_attention_tune", "ops/test_beta_policy", "ops/test_dual_attention_cuda",
-        "ops/test_gate_policy_cuda", "ops/test_replay_cuda", "ops/test_value_checks",
-        "engine/test_execution",
+        "ops/test_gate_policy_cuda", "ops/test_gated_attention_cuda", "ops/test_replay_cuda",
+        "ops/test_value_checks", "nn/test_gate_cuda", "engine/test_execution",
     )
 ]  # fmt: skip
 # What the sanitizers look at: odd sizes, masks, no keys; the two of ops/test_beta_policy are CUDA.
@@ -126,9 +133,9 @@ def command(name: str, rows: Path) -> list[str]:
         return [*PYTEST, *in_parallel(), *options, *GPU_TESTS]
     if name in SANITIZERS:
         return [*under_sanitizer(name), *PYTEST, *SMALL]
-    if name == "kernels":  # compiles ours for the benchmarks, which find them in Triton's cache
-        options = ["--benchmark-disable", "-k", "dvla_fast"]
-        return [*PYTEST, *in_parallel(), *options, ATTENTION, POLICY]
+    if name == "kernels":  # compiles for the benchmarks, which find in caches what is ready then
+        options = ["--benchmark-disable", "-k", "dvla_fast or compiled"]
+        return [*PYTEST, *in_parallel(), *options, ATTENTION, POLICY, GATE]
     options = ["--benchmark-only", "--benchmark-quiet", f"--rows={rows}"]
     return [*PYTEST, *options, *BENCHMARKS[name]]
 

@@ -1,4 +1,4 @@
-"""dual_attention on a GPU beside its PyTorch peers: eager, as replayed graphs, long sequences.
+"""dual_attention on a GPU beside its PyTorch peers: eager, compiled, as graphs, long sequences.
 
 Groups and checks as in ``test_dual_attention.py``, whose shapes these are. Times are of whole
 calls, launches included: up to 20 in a row between two synchronisations. Peak memory is what one
@@ -13,11 +13,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import peers
-from benchmarks.test_dual_attention import SHAPES, TOLERANCE, Shape, first_group, inputs, run
+from benchmarks.test_dual_attention import (
+    COMPILED,
+    SHAPES,
+    TOLERANCE,
+    Shape,
+    first_group,
+    inputs,
+    run,
+)
 from dvla_fast import reference
 from dvla_fast.functional import dual_attention
 
@@ -36,6 +45,12 @@ CASES = [
     *((torch.float16, shape) for shape in FEW_SHOT),
     *((torch.float32, shape) for shape in GRAPHS),
 ]
+# Compiling takes seconds, too: the same again, float32 for one, and long ones without matmul.
+COMPILED_CASES = [
+    *((torch.bfloat16, shape, provider) for shape in GRAPHS for provider in COMPILED),
+    *((torch.bfloat16, shape, provider) for shape in LONG[:2] for provider in list(COMPILED)[1:]),
+    *((torch.float32, GRAPHS[1], provider) for provider in list(COMPILED)[:2]),
+]
 MODES = ["forward", "forward+backward"]
 SDPA = {
     "2xSDPA+lerp flash": SDPBackend.FLASH_ATTENTION,
@@ -44,6 +59,9 @@ SDPA = {
 }
 EAGER = ["dvla_fast", "matmul+softmax", *SDPA]
 ITERATIONS, ROUND_SECONDS = 20, 0.02
+# The kernels of compiled peers are tuned by the process that times them: what another one found,
+# which compiled them beside others, may not be the fastest.
+torch._inductor.config.autotune_local_cache = False
 
 
 def synchronised_clock() -> float:
@@ -101,6 +119,8 @@ def attention_of(provider: str) -> Callable[..., Tensor]:
         return dual_attention
     if provider == "matmul+softmax":
         return peers.matmul_softmax
+    if provider in COMPILED:
+        return peers.compiled(COMPILED[provider])
     if provider == "torch.compile max-autotune":
         torch.compiler.reset()
         return torch.compile(
@@ -125,14 +145,14 @@ def peak_mib(call: Callable[[], object]) -> float:
 
 
 def first_results(provider: str, call: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """Results of a call; skips where a backend of PyTorch's cannot run the case, and says why.
+    """Results of a call; skips where an attention of PyTorch's cannot run the case, and says why.
 
     Which error that is depends on the backend: no kernel, no plan, a shape that it refuses.
     """
     try:
         return call()
     except RuntimeError as error:
-        if provider not in SDPA:
+        if provider not in (*SDPA, "FlexAttention"):
             raise
         pytest.skip(f"{provider} cannot run this: {str(error).strip().splitlines()[0]}")
 
@@ -176,6 +196,12 @@ def test_eager(benchmark, shape: Shape, dtype: torch.dtype, mode: str, provider:
 @pytest.mark.parametrize("shape", GRAPHS, ids=str)
 def test_graph(benchmark, shape: Shape, mode: str, provider: str) -> None:
     measure(benchmark, shape, torch.bfloat16, mode, provider, graph=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("dtype", "shape", "provider"), COMPILED_CASES, ids=str)
+def test_compiled(benchmark, shape: Shape, dtype: torch.dtype, mode: str, provider: str) -> None:
+    measure(benchmark, shape, dtype, mode, provider, graph=False)
 
 
 @pytest.mark.parametrize("provider", ["dvla_fast", *SDPA])

@@ -40,6 +40,7 @@ CASES = [
 PROVIDERS = [OURS, "eager matmul", "eager SDPA", "torch.compile"]
 # Largest error allowed, as a share of the largest exact value.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+CHECKED_IMAGES = 80  # the others are computed alike
 SECONDS_A_ROW = 0.7
 # Calls before a row is timed. Memory that the system hands out for the first time is slow, on
 # virtual machines most of all, and the results of 1280 images take hundreds of MiB.
@@ -62,7 +63,7 @@ def implementation(name: str) -> gate_peers.Layer:
 
 
 @functools.lru_cache(maxsize=1)
-def inputs(case: Case) -> tuple[RLAGate, Tensor, Tensor, list[Tensor]]:
+def inputs(case: Case, device: str = "cpu") -> tuple[RLAGate, Tensor, Tensor, list[Tensor]]:
     """A gate whose policy has left its start, tokens, and gradients of image tokens and H."""
     gen = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
@@ -70,10 +71,21 @@ def inputs(case: Case) -> tuple[RLAGate, Tensor, Tensor, list[Tensor]]:
     torch.nn.init.normal_(gate.policy.network.out.weight, std=0.1)
 
     def rand(tokens: int, width: int, images: int = case.images) -> Tensor:
-        return torch.randn(images, tokens, width, generator=gen).bfloat16().float()
+        return torch.randn(images, tokens, width, generator=gen).bfloat16().float().to(device)
 
+    gate = gate.bfloat16().float().to(device)
     gradients = [rand(case.keys, case.width), rand(case.rows, case.width)]
-    return gate.bfloat16().float(), rand(case.keys, case.width), rand(case.rows, 512, 1), gradients
+    return gate, rand(case.keys, case.width), rand(case.rows, 512, 1), gradients
+
+
+def arguments(
+    case: Case, dtype: torch.dtype, backward: bool, device: str = "cpu", images: int | None = None
+) -> tuple[RLAGate, Tensor, Tensor, list[Tensor], bool]:
+    """What follows the layer in :func:`run`, of the first images or of all."""
+    gate, image_tokens, text_tokens, gradients = inputs(case, device)
+    leaf = image_tokens[:images].to(dtype, copy=True).requires_grad_(backward)
+    gradients = [g[:images].to(dtype) for g in gradients]
+    return copy.deepcopy(gate).to(dtype), leaf, text_tokens.to(dtype), gradients, backward
 
 
 def run(
@@ -96,22 +108,18 @@ def run(
 
 
 @functools.lru_cache(maxsize=1)
-def exact(case: Case) -> list[Tensor]:
-    """Results and gradients in float64, of 80 images at most: the others are computed alike."""
-    gate, image_tokens, text_tokens, gradients = inputs(case)
-    few = [x[:80].double() for x in (image_tokens, *gradients)]
-    gate = copy.deepcopy(gate).double()
-    leaf = few[0].requires_grad_()
-    return run(gate_peers.eager_matmul, gate, leaf, text_tokens.double(), few[1:], True)
+def exact(case: Case, device: str = "cpu") -> list[Tensor]:
+    """Results and gradients in float64, of the images that are checked."""
+    return run(
+        gate_peers.eager_matmul, *arguments(case, torch.float64, True, device, CHECKED_IMAGES)
+    )
 
 
-def check(layer: gate_peers.Layer, case: Case, dtype: torch.dtype, backward: bool) -> None:
-    gate, image_tokens, text_tokens, gradients = inputs(case)
-    leaf = image_tokens[:80].to(dtype).requires_grad_(backward)
-    gate = copy.deepcopy(gate).to(dtype)
-    few = [x[:80] for x in gradients]
-    results = run(layer, gate, leaf, text_tokens.to(dtype), few, backward)
-    for got, want in zip(results, exact(case)):
+def check(
+    layer: gate_peers.Layer, case: Case, dtype: torch.dtype, backward: bool, device: str = "cpu"
+) -> None:
+    results = run(layer, *arguments(case, dtype, backward, device, CHECKED_IMAGES))
+    for got, want in zip(results, exact(case, device)):
         error = (got.double() - want).abs().max() / want.abs().max()
         assert error < TOLERANCE[dtype], f"wrong by {error:.2g}: not timed"
 
@@ -124,13 +132,10 @@ def test_gate(benchmark, case: Case, dtype: torch.dtype, mode: str, provider: st
     backward = mode == "forward+backward"
     layer = implementation(provider)
     check(layer, case, dtype, backward)
-    gate, image_tokens, text_tokens, gradients = inputs(case)
-    gate = copy.deepcopy(gate).to(dtype)
-    leaf = image_tokens.to(dtype, copy=True).requires_grad_(backward)
-    arguments = (gate, leaf, text_tokens.to(dtype), [g.to(dtype) for g in gradients], backward)
+    given = arguments(case, dtype, backward)
 
     def call(name: str) -> list[Tensor]:
-        return run(ours if name == OURS else layer, *arguments)
+        return run(ours if name == OURS else layer, *given)
 
     benchmark.extra_info["peak_mib"] = peak_mib(lambda: call(provider))
     benchmark.group = f"RLAGate {case} {str(dtype)[6:]} {mode}"

@@ -3,13 +3,15 @@
     python -m benchmarks.tune                         # default shapes, bfloat16 and float32
     python -m benchmarks.tune --dtypes float16 --shapes 1,80,8,24,196,45 25,1,8,48,49,77
     python -m benchmarks.tune --seconds 500           # as many classes as fit
+    python -m benchmarks.tune --dtypes float32 --precision tf32x3
 
 Each shape T,G,H,D,N,P (text groups, images a group, heads, head dimension, image tokens, query and
-text tokens) stands for a class of calls: its dtype's size, padded head dimension, and query rows
-and keys up to the next limit. For each class and kernel the candidate tiles are compiled, checked
-against float64 and timed inside a CUDA graph; the fastest becomes a row of the section of this
-GPU's generation in kernels/dual_attention/launch_table.json, which is written after each class.
-Half types share their rows. For the default shapes more than 800 kernels are compiled.
+text tokens) stands for a class of calls: its dtype's size, precision of float32 products, padded
+head dimension, and query rows and keys up to the next limit. For each class and kernel the
+candidate tiles are compiled, checked against float64 and timed inside a CUDA graph; the fastest
+becomes a row of the section of this GPU's generation in kernels/dual_attention/launch_table.json,
+which is written after each class. Half types share their rows. For the default shapes more than
+800 kernels are compiled.
 """
 
 from __future__ import annotations
@@ -47,6 +49,12 @@ DEFAULT_SHAPES = [
     Shape(2, 8, 8, 64, 2048, 512),
 ]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Largest error of float32 results, as a share of the largest exact value.
+FLOAT32_TOLERANCE = {
+    "ieee": TOLERANCE[torch.float32],
+    "tf32x3": TOLERANCE[torch.float32],
+    "tf32": 1e-2,
+}
 ROW_LIMITS = (16, 32, 64, 128)
 KEY_LIMITS = (64, 256, 1024)
 REPEATS = 20
@@ -60,23 +68,30 @@ class Class(NamedTuple):
 
     kernel: str
     element_size: int
+    precision: str | None
     head_dim: int
     max_rows: int | None
     max_keys: int | None
 
 
-def class_of(kernel: str, shape: Shape, dtype: torch.dtype, device: launch.Device) -> Class | None:
+def class_of(
+    kernel: str, shape: Shape, dtype: torch.dtype, device: launch.Device, precision: str = "ieee"
+) -> Class | None:
     """The class of a shape, or None where the kernel has no part in it on this device."""
+    if precision == "tf32x3" and shape.width > launch.LARGEST_TF32X3_HEAD_DIM:
+        return None  # what runs is "ieee"
     max_rows = next((limit for limit in ROW_LIMITS if shape.rows <= limit), None)
     max_keys = next((limit for limit in KEY_LIMITS if max(shape.keys, shape.rows) <= limit), None)
     element_size = torch.empty(0, dtype=dtype).element_size()
     head_dim = launch.padded(shape.width)
     whole = launch.find_tile(
-        "backward", element_size, head_dim, shape.rows, max(shape.keys, shape.rows), device
-    )
+        "backward", element_size, precision, head_dim, shape.rows, max(shape.keys, shape.rows),
+        device,
+    )  # fmt: skip
     if kernel.startswith("backward") and (kernel == "backward") != (whole is not None):
         return None
-    return Class(kernel, element_size, head_dim, max_rows, max_keys)
+    known = precision if dtype == torch.float32 else None
+    return Class(kernel, element_size, known, head_dim, max_rows, max_keys)
 
 
 def candidates(target: Class) -> Iterator[Tile]:
@@ -114,17 +129,18 @@ def tune(
     measure: Measure,
     report: Callable[[str], None],
     deadline: float = math.inf,
+    precision: str = "ieee",
 ) -> Iterator[dict[str, Any]]:
     """The fastest tile of each class as a row of the table, as soon as it is known.
 
     Classes without one are left out, and those that are not done by the deadline, which is a time
-    of ``time.monotonic``.
+    of ``time.monotonic``. The measure runs float32 products in the precision.
     """
     members: dict[Class, list[tuple[Shape, torch.dtype]]] = {}
     for shape in shapes:
         for dtype in dtypes:
             for kernel in KERNELS:
-                target = class_of(kernel, shape, dtype, device)
+                target = class_of(kernel, shape, dtype, device, precision)
                 if target is not None:
                     members.setdefault(target, []).append((shape, dtype))
     for number, (target, calls) in enumerate(members.items(), start=1):
@@ -178,18 +194,21 @@ def forced(kernel: str, tile: Tile) -> Iterator[None]:
 
 
 def measure_on_gpu(
-    kernel: str, shape: Shape, dtype: torch.dtype, tile: Tile
+    kernel: str, shape: Shape, dtype: torch.dtype, tile: Tile, precision: str = "ieee"
 ) -> tuple[float, int] | None:
     """Checks one candidate against float64 on the first group, then times it in a CUDA graph."""
     from triton.runtime.errors import OutOfResources
 
     tensors, grad_out, saved, expected = problem(shape, dtype)
-    scale = shape.width**-0.5
+    scale, products = shape.width**-0.5, {"precision": precision}
+    tolerance = TOLERANCE.get(dtype, 5e-2)
+    if dtype == torch.float32:
+        tolerance = FLOAT32_TOLERANCE[precision]
 
     def call(save: bool = False) -> tuple[torch.Tensor, ...]:
         if kernel == "forward":
-            return dual_attention.forward(*tensors, None, None, scale, save)[:1]
-        return dual_attention.backward(grad_out, *tensors, None, None, *saved, scale)
+            return dual_attention.forward(*tensors, None, None, scale, save, **products)[:1]
+        return dual_attention.backward(grad_out, *tensors, None, None, *saved, scale, **products)
 
     compiled_variants(kernel).clear()  # shared_bytes counts those of this tile
     with forced(kernel, tile):
@@ -201,7 +220,7 @@ def measure_on_gpu(
         wanted = expected[:1] if kernel == "forward" else expected[1:]
         for got, want in zip(results, wanted, strict=True):
             error = (got[: want.shape[0]].double() - want).abs().max() / want.abs().max()
-            if not error < TOLERANCE.get(dtype, 5e-2):
+            if not error < tolerance:
                 return None
         return seconds_a_call(call), shared_bytes(kernel)
 
@@ -286,6 +305,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"]
     )
+    parser.add_argument(
+        "--precision",
+        choices=list(launch.PRECISIONS),
+        default="ieee",
+        help="how float32 products run, as set_float32_precision has it (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, default=launch.TABLE, help="table to write into")
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="begin no measurement after this long"
@@ -300,9 +325,10 @@ def main(arguments: list[str] | None = None) -> int:
         options.shapes or DEFAULT_SHAPES,
         [DTYPES[name] for name in options.dtypes],
         device,
-        measure_on_gpu,
+        functools.partial(measure_on_gpu, precision=options.precision),
         lambda line: print(line, file=sys.stderr, flush=True),
         deadline,
+        options.precision,
     )
     rows = []
     for row in found:

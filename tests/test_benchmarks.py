@@ -74,33 +74,45 @@ def test_a_bound_and_our_other_backends_are_no_peers() -> None:
 
 @pytest.fixture(scope="module")
 def gpu_rows() -> list[str]:
-    """The rows that GPUs get, in the order in which they are measured."""
-    files = [f"benchmarks/test_{name}_gpu.py" for name in ("dual_attention", "policy")]
+    """The rows that GPUs get, as file::test, in the order in which a file measures them."""
+    files = [f"benchmarks/test_{name}_gpu.py" for name in ("dual_attention", "policy", "gate")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *files, "--collect-only", "-q", "-p", "no:cacheprovider"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    return [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
+    return [line.rpartition("/")[2] for line in done.stdout.splitlines() if "::" in line]
 
 
 def test_what_matters_most_on_a_gpu_comes_first(gpu_rows: list[str]) -> None:
-    """Half types before float32; of the policy, what has to be compiled first last."""
-    eager = [row for row in gpu_rows if row.startswith("test_eager")]
+    """Half types before float32, few images before many; of the policy, what compiles last."""
+    eager = [row for row in gpu_rows if row.startswith("test_dual_attention_gpu.py::test_eager")]
     dtypes = [row.partition("torch.")[2].partition("-")[0] for row in eager]
     assert list(dict.fromkeys(dtypes)) == ["bfloat16", "float16", "float32"]
     assert dtypes == sorted(dtypes, key=["bfloat16", "float16", "float32"].index)
-    policy = [row.partition("[")[0] for row in gpu_rows if row.startswith(("test_beta", "test_g"))]
-    policy = [name for name in dict.fromkeys(policy) if name != "test_graph"]
+    for test in ("test_eager", "test_compiled"):
+        gate = [row for row in gpu_rows if row.startswith(f"test_gate_gpu.py::{test}")]
+        assert "torch.bfloat16-B80-d192" in gate[0]
+        assert gate == sorted(gate, key=lambda row: "B1280" in row)
+    policy = [
+        row.partition("::")[2].partition("[")[0]
+        for row in gpu_rows
+        if row.startswith("test_policy_gpu.py")
+    ]
+    policy = list(dict.fromkeys(policy))
     first = ["test_beta_eager", "test_beta_bound", "test_gate_eager"]
     assert policy[:3] == first
     assert policy[-1] == "test_gate_compiled"
 
 
 def test_few_gpu_rows_wait_for_torch_compile(gpu_rows: list[str]) -> None:
-    """Each takes seconds to begin, with autotuning up to a minute."""
-    compiled = [row for row in gpu_rows if "torch.compile" in row]
-    assert len([row for row in compiled if "max-autotune" in row]) <= 6
-    assert len(compiled) <= 12
+    """Each takes seconds to begin though other processes compiled it, with autotuning a minute."""
+    autotuned = [row for row in gpu_rows if "max-autotune" in row]
+    assert len(autotuned) <= 6
+    compiled = [row for row in gpu_rows if "compiled[" in row]
+    assert not [
+        row for row in gpu_rows if "torch.compile" in row and row not in autotuned + compiled
+    ]
+    assert len(compiled) <= 50
     assert any("1600" in row for row in compiled)
 
 
@@ -111,8 +123,9 @@ def test_a_backend_that_cannot_run_a_case_is_skipped(message: str) -> None:
     def call() -> list[torch.Tensor]:
         raise RuntimeError(message)
 
-    with pytest.raises(pytest.skip.Exception, match=f"cannot run this: {message.splitlines()[0]}$"):
-        first_results("2xSDPA+lerp cudnn", call)
+    for provider in ("2xSDPA+lerp cudnn", "FlexAttention"):
+        with pytest.raises(pytest.skip.Exception, match=f"this: {message.splitlines()[0]}$"):
+            first_results(provider, call)
     with pytest.raises(RuntimeError, match=r"No available|cuDNN"):
         first_results("dvla_fast", call)
 

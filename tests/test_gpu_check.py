@@ -272,17 +272,39 @@ def test_tests_share_the_cores(found: bool, monkeypatch: pytest.MonkeyPatch) -> 
     assert "-n" not in gpu_check.command("eager", Path("rows"))
 
 
-@pytest.fixture(scope="module")
-def gpu_tests() -> list[str]:
-    """The names of all tests marked gpu, as a machine without optional packages collects them."""
+def collected(*options: str) -> list[str]:
+    """The names of the tests chosen, as a machine without optional packages collects them."""
     code = f"import pytest, sys; sys.modules.update(dict.fromkeys({OPTIONAL})); pytest.main()"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", code, "-q", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider"],
+        [sys.executable, "-c", code, "-q", "--collect-only", "-p", "no:cacheprovider", *options],
         cwd=ROOT, capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
     assert "ERROR" not in done.stdout, done.stdout[-3000:]
     return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+@pytest.fixture(scope="module")
+def gpu_tests() -> list[str]:
+    """The names of all tests marked gpu."""
+    return collected("-m", "gpu")
+
+
+@pytest.mark.slow
+def test_every_gpu_row_belongs_to_one_step() -> None:
+    pytest.importorskip("triton")
+    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("benchmarks/test_*_gpu.py"))
+    rows_of = dict.fromkeys(gpu_check.BENCHMARKS, 0)
+    for row in collected(*files):
+        path, _, test = row.partition("::")
+        steps = []
+        for name, arguments in gpu_check.BENCHMARKS.items():
+            taken, _, word = " ".join(arguments).partition(" -k ")
+            if path in taken.split() and word in test:
+                steps.append(name)
+        assert len(steps) == 1, f"{row}: {steps}"
+        rows_of[steps[0]] += 1
+    assert all(rows_of.values()), rows_of
 
 
 @pytest.mark.slow

@@ -20,9 +20,10 @@ def set_float32_precision(name: str | None) -> None:
     """How the Triton kernels multiply float32 numbers, for the whole process.
 
     ``"ieee"``: float32 arithmetic. ``"tf32x3"``: tensor cores, three products to nearly float32
-    accuracy. ``"tf32"``: tensor cores, 10 bits of mantissa. ``None`` (default) follows PyTorch's
-    own setting for matrix products: ``"tf32"`` where ``torch.set_float32_matmul_precision("high")``
-    or ``torch.backends.cuda.matmul.fp32_precision = "tf32"`` allow it, else ``"ieee"``. Also from
+    accuracy, up to head dimension 128. ``"tf32"``: tensor cores, 10 bits of mantissa. ``None``
+    (default) follows PyTorch's own setting for matrix products: ``"tf32"`` where
+    ``torch.set_float32_matmul_precision("high")`` or
+    ``torch.backends.cuda.matmul.fp32_precision = "tf32"`` allow it, else ``"ieee"``. Also from
     outside: ``DVLA_FAST_FLOAT32_PRECISION``. Read whenever an op runs, compiled graphs included;
     a CUDA graph keeps what held at its capture.
 

@@ -8,10 +8,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .launch import LARGEST_HEAD_DIM, Launch, Problem
+from .launch import (
+    LARGEST_HEAD_DIM,
+    LARGEST_TF32X3_HEAD_DIM,
+    PRECISIONS,
+    Launch,
+    Problem,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-PRECISIONS = ("ieee", "tf32x3", "tf32")
 _INT32_MAX = 2**31 - 1
 _VECTOR_BYTES = 16
 
@@ -26,8 +31,11 @@ def layouts_of(tensors: Sequence[Tensor | None]) -> tuple[Layout | None, ...]:
     return tuple(None if x is None else (x.shape, x.stride()) for x in tensors)
 
 
-def problem_of(layouts: Sequence[Layout | None], element_size: int) -> Problem:
-    """The sizes that a launch is chosen by, from query, image_key, image_value and text_key."""
+def problem_of(layouts: Sequence[Layout | None], dtype: torch.dtype, precision: str) -> Problem:
+    """What a launch is chosen by, from query, image_key, image_value and text_key.
+
+    Raises TypeError or ValueError where no kernel exists.
+    """
     query, image_key, _, text_key, *_ = layouts
     assert query is not None
     assert image_key is not None
@@ -36,8 +44,9 @@ def problem_of(layouts: Sequence[Layout | None], element_size: int) -> Problem:
     batch, _, image_keys, _ = image_key[0]
     text_keys = text_key[0][2]
     return Problem(
-        element_size, groups, batch // groups, heads, rows, image_keys, text_keys, head_dim
-    )
+        dtype.itemsize, groups, batch // groups, heads, rows, image_keys, text_keys, head_dim,
+        _arithmetic(dtype, head_dim, precision),
+    )  # fmt: skip
 
 
 def strides_of(layouts: Sequence[Layout | None], element_size: int) -> tuple[int, list[int]]:
@@ -78,8 +87,8 @@ def needs_wide_offsets(layouts: Sequence[Layout | None], launch: Launch) -> bool
     )
 
 
-def check_supported(dtype: torch.dtype, head_dim: int, precision: str) -> None:
-    """Raises TypeError or ValueError where no kernel exists."""
+def _arithmetic(dtype: torch.dtype, head_dim: int, precision: str) -> str:
+    """How the products of a call run; raises TypeError or ValueError where no kernel exists."""
     if dtype not in DTYPES:
         raise TypeError(f"query: dtype {dtype} has no Triton kernel; supported: {DTYPES}")
     if head_dim > LARGEST_HEAD_DIM:
@@ -87,7 +96,9 @@ def check_supported(dtype: torch.dtype, head_dim: int, precision: str) -> None:
             f"query: head dimension {head_dim}; the Triton kernel takes up to {LARGEST_HEAD_DIM}"
         )
     if precision not in PRECISIONS:
-        raise ValueError(f"precision: {precision!r} is not one of {PRECISIONS}")
+        raise ValueError(f"precision: {precision!r} is not one of {tuple(PRECISIONS)}")
+    too_wide = precision == "tf32x3" and head_dim > LARGEST_TF32X3_HEAD_DIM
+    return "ieee" if too_wide or dtype != torch.float32 else precision
 
 
 def options_of(launch: Launch) -> dict[str, Any]:

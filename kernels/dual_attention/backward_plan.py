@@ -13,7 +13,6 @@ import triton.language as tl
 
 from .arguments import (
     Layout,
-    check_supported,
     needs_wide_offsets,
     options_of,
     problem_of,
@@ -48,8 +47,8 @@ def plan(
     precision: str,
 ) -> Plan:
     element_size = dtype.itemsize
-    problem = problem_of(layouts[1:], element_size)
-    check_supported(dtype, problem.head_dim, precision)
+    problem = problem_of(layouts[1:], dtype, precision)
+    precision = problem.precision
     launch = choose("backward", problem, device)
     all_rows = launch is not None
     launch = launch or choose("backward_rows", problem, device)

@@ -46,7 +46,6 @@ from ..launching import Recorder, Step, run
 from .arguments import (
     Layout,
     by_token,
-    check_supported,
     layouts_of,
     needs_wide_offsets,
     options_of,
@@ -232,7 +231,8 @@ def forward(
     Args:
         save: also return what a backward needs; else the last four results are empty.
         precision: how float32 products run: ``"ieee"`` (float32 arithmetic), ``"tf32x3"`` (tensor
-            cores, three products to nearly float32 accuracy) or ``"tf32"``. Ignored by half types.
+            cores, three products to nearly float32 accuracy; ``"ieee"`` above head dimension 128)
+            or ``"tf32"``. Ignored by half types.
         recorder: is told the launch, which is all there is to a call.
 
     Returns:
@@ -280,12 +280,10 @@ def _plan(
     precision: str,
 ) -> tuple[tuple[int], tuple[float, ...], dict[str, Any]]:
     """Grid, the numbers that follow the tensors, and constants with options by name."""
-    element_size = dtype.itemsize
-    problem = problem_of(layouts, element_size)
-    check_supported(dtype, problem.head_dim, precision)
+    problem = problem_of(layouts, dtype, precision)
     launch = choose("forward", problem, device)
     assert launch is not None
-    unit, strides = strides_of(layouts, element_size)
+    unit, strides = strides_of(layouts, dtype.itemsize)
     numbers = (
         *strides,
         # Rounded to float32 once: each rounding here errs in all scores, in the same direction.
@@ -302,7 +300,7 @@ def _plan(
         "HAS_IMAGE_MASK": layouts[6] is not None,
         "HAS_TEXT_MASK": layouts[7] is not None,
         "SAVE": save,
-        "PRECISION": precision,
+        "PRECISION": problem.precision,
         "INDEX": tl.int64 if needs_wide_offsets(layouts, launch) else tl.int32,
         "UNIT": unit,
         **options_of(launch),

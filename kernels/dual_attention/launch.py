@@ -6,13 +6,15 @@ for each GPU generation that was tuned (``python -m benchmarks.tune`` writes it)
 whose rows were chosen by compiling candidates ahead of time: tiles that spill at most a few
 registers and fit the shared memory of every GPU from sm_80 on.
 
-A row serves the calls of its kernel, element size and padded head dimension with at most
-``max_rows`` query rows and ``max_keys`` keys (null: any), on devices that have its shared memory,
-unless half of its tile would be padding. The first such row is taken, the device's section first.
+A row serves the calls of its kernel, element size, precision (null for half types, which know none)
+and padded head dimension with at most ``max_rows`` query rows and ``max_keys`` keys (null: any), on
+devices that have its shared memory, unless half of its tile would be padding. The first such row is
+taken, the device's section first.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +33,13 @@ KERNELS = ("forward", "backward", "backward_rows", "backward_keys")
 # Dot operands are at least 16 wide.
 SMALLEST_BLOCK = 16
 LARGEST_HEAD_DIM = 256
+
+# How float32 products run, each with the precisions of the rows that serve it, in order. One
+# product of rounded operands fits where float32 arithmetic does; three take twice the registers.
+PRECISIONS = {"ieee": ("ieee",), "tf32x3": ("tf32x3",), "tf32": ("tf32", "ieee")}
+# Three products keep both parts of their operands in registers: with wider heads no tile is small
+# enough, a thread would spill kilobytes.
+LARGEST_TF32X3_HEAD_DIM = 128
 
 # A grid of this many programs per processor hides latency; past it, a program takes several
 # images of its group, and the text attention is computed once for all of them.
@@ -75,6 +84,7 @@ class Problem:
     image_keys: int
     text_keys: int
     head_dim: int
+    precision: str = "ieee"
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,9 @@ def choose(kernel: str, problem: Problem, device: Device) -> Launch | None:
     """The launch of ``kernel``, or None where the table has no row for such a problem."""
     keys = max(problem.image_keys, problem.text_keys)
     block_d = padded(problem.head_dim)
-    tile = find_tile(kernel, problem.element_size, block_d, problem.rows, keys, device)
+    tile = find_tile(
+        kernel, problem.element_size, problem.precision, block_d, problem.rows, keys, device
+    )
     if tile is None:
         return None
     programs = problem.groups * problem.group_size * problem.heads * -(-problem.rows // tile.rows)
@@ -138,14 +150,21 @@ def choose(kernel: str, problem: Problem, device: Device) -> Launch | None:
 
 
 def find_tile(
-    kernel: str, element_size: int, block_d: int, rows: int, keys: int, device: Device
+    kernel: str,
+    element_size: int,
+    precision: str,
+    block_d: int,
+    rows: int,
+    keys: int,
+    device: Device,
 ) -> Tile | None:
     """The first row of the table that serves, in the device's section or else in the default."""
-    for section in (device.generation, "default"):
+    served = PRECISIONS[precision] if element_size == 4 else (None,)
+    for section, of in itertools.product((device.generation, "default"), served):
         for row in table_rows(section):
             if (
-                (row["kernel"], row["element_size"], row["head_dim"])
-                == (kernel, element_size, block_d)
+                (row["kernel"], row["element_size"], row["precision"], row["head_dim"])
+                == (kernel, element_size, of, block_d)
                 and (row["max_rows"] is None or rows <= row["max_rows"])
                 and row["rows"] <= padded(rows)
                 and (row["max_keys"] is None or keys <= row["max_keys"])
@@ -173,7 +192,8 @@ def write_section(
 
     def class_of(row: dict[str, Any]) -> tuple[Any, ...]:
         limits = (row[key] if row[key] is not None else 2**31 for key in ("max_rows", "max_keys"))
-        return (row["kernel"], row["element_size"], row["head_dim"], *limits)
+        precision = row["precision"] or ""
+        return (row["kernel"], row["element_size"], precision, row["head_dim"], *limits)
 
     new = {class_of(row) for row in rows}
     kept = [row for row in table.get(section, {}).get("rows", ()) if class_of(row) not in new]

@@ -298,6 +298,20 @@ def test_tensor_core_float32_stays_near_float32() -> None:
 
 
 @gpu_only
+@pytest.mark.parametrize("dim", [16, 24, 48, 128, 200])
+@pytest.mark.parametrize("rows", [9, 45, 130])
+def test_every_tile_of_three_products(rows: int, dim: int) -> None:
+    """The launch table has rows of its own for them, which a GPU has to have the memory for."""
+    case = make((2, 2, 1, rows, 49, 17, dim), torch.float32)
+    mask_some(case)
+    got = (case.run(precision="tf32x3")[0], *case.gradients(precision="tf32x3"))
+    exact = (case.plain(torch.float64)[0], *case.plain_gradients(torch.float64))
+    for name, mine, right in zip(("out", *NAMES), got, exact, strict=True):
+        error = (mine.double() - right).abs().max()
+        assert error <= 1e-5 * right.abs().max().clamp_min(1.0), name
+
+
+@gpu_only
 @pytest.mark.parametrize("images", [1, 4])
 def test_inside_a_cuda_graph(images: int, path: str) -> None:
     case = make((1, images, 8, 45, 196, 9, 24), torch.float16)

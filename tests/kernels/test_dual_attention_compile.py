@@ -49,8 +49,9 @@ class Variant:
         row = launch.table_rows("default")[self.row]
         tile = "x".join(str(row[key]) for key in ("rows", "keys", "warps", "stages"))
         masks = "masks" if self.masks else "plain"
-        dtype = f"{TYPE_NAMES[self.dtype]}-d{row['head_dim']}"
-        return f"{row['kernel']}-sm{self.arch}-{dtype}-{tile}-G{self.images}-{masks}"
+        numbers = "tf32x3" if row["precision"] == "tf32x3" else TYPE_NAMES[self.dtype]
+        kind = f"{numbers}-d{row['head_dim']}"
+        return f"{row['kernel']}-sm{self.arch}-{kind}-{tile}-G{self.images}-{masks}"
 
     def compile(self) -> tuple[Any, dict[str, Any]]:
         """(compiled kernel, launch options)."""
@@ -61,6 +62,7 @@ class Variant:
             head_dim=HEAD_DIMS[row["head_dim"]],
             masks=self.masks,
             images=self.images,
+            precision=row["precision"] or "ieee",
         )
         return compile_for(self.arch, kernel, values, options), options
 
@@ -69,7 +71,8 @@ def variants() -> Iterator[Any]:
     """Every row for sm_90, masked and with a shared text, in bfloat16 or float32.
 
     The few-shot head dimensions also for sm_80 and sm_100, without masks and one image a text, in
-    float16 or float32. Outside the half types at the model's own sizes most are marked slow.
+    float16 or float32; three tf32 products for sm_80 with masks, where they spill most, and for
+    sm_100 with 64 rows alone. Outside the half types at the model's own sizes most are slow.
     """
     for index, row in enumerate(launch.table_rows("default")):
         half, few_shot = row["element_size"] == 2, row["head_dim"] in (32, 64)
@@ -78,7 +81,10 @@ def variants() -> Iterator[Any]:
         )
         typical = few_shot and row["rows"] == 64
         chosen = [(Variant(90, bfloat16, index, True, 4), few_shot if half else typical)]
-        if few_shot:
+        if few_shot and row["precision"] == "tf32x3":
+            archs = (80, 100) if typical else (80,)
+            chosen += [(Variant(arch, torch.float32, index, True, 4), False) for arch in archs]
+        elif few_shot:
             quick = half and typical
             chosen += [(Variant(arch, float16, index, False, 1), quick) for arch in (80, 100)]
         for variant, quick in chosen:
@@ -99,7 +105,7 @@ def test_within_budget(variant: Variant) -> None:
     used = resources(compiled)
     recorded = json.loads(BUDGET.read_text())
     budget, same = recorded["variants"][variant.name], triton.__version__ == recorded["triton"]
-    assert used["stack"] <= budget["stack"] + STACK_SLACK, (used, budget)
+    assert used["stack"] <= budget["stack"] + STACK_SLACK * (1 if same else 2), (used, budget)
     slack = SHARED_SLACK if same else OTHER_RELEASE_SLACK
     assert used["shared"] <= budget["shared"] * slack, (used, budget)
     assert used["registers"] * options["num_warps"] * 32 <= REGISTERS_PER_PROCESSOR, used
@@ -155,6 +161,23 @@ def test_float32_products(precision: str, instruction: str) -> None:
         ptx = compile_for(80, *step).asm["ptx"]
         assert instruction in ptx
         assert (".tf32" in ptx) == (precision != "ieee")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", launch.KERNELS)
+def test_one_tf32_product_fits_where_float32_arithmetic_does(kernel: str) -> None:
+    """Both have the same rows."""
+    for row in launch.table_rows("default"):
+        if (row["kernel"], row["precision"], row["head_dim"]) != (kernel, "ieee", 32):
+            continue
+        (step, *_) = ahead_of_time.steps_of(
+            row, torch.float32, head_dim=24, masks=True, images=4, precision="tf32"
+        )
+        compiled = compile_for(90, *step)
+        used = resources(compiled)
+        assert ".tf32" in compiled.asm["ptx"]
+        assert used["shared"] <= row["shared"], row
+        assert used["stack"] <= STACK_SLACK, row
 
 
 def test_wide_offsets_and_no_save_compile() -> None:

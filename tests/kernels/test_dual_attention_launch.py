@@ -13,7 +13,9 @@ pytest.importorskip("triton")
 
 from dvla_fast.kernels import dual_attention
 
+arguments = importlib.import_module("dvla_fast.kernels.dual_attention.arguments")
 forward = importlib.import_module("dvla_fast.kernels.dual_attention.forward")
+backward = importlib.import_module("dvla_fast.kernels.dual_attention.backward")
 launch = importlib.import_module("dvla_fast.kernels.dual_attention.launch")
 
 EPISODE = {
@@ -26,17 +28,19 @@ EPISODE = {
     "text_keys": 45,
     "head_dim": 24,
 }
-ROW = {"kernel": "forward", "element_size": 2, "head_dim": 32, "max_rows": None, "max_keys": None,
-       "rows": 16, "keys": 64, "warps": 4, "stages": 2, "shared": 1}  # fmt: skip
+ROW = {"kernel": "forward", "element_size": 2, "precision": None, "head_dim": 32,
+       "max_rows": None, "max_keys": None, "rows": 16, "keys": 64, "warps": 4, "stages": 2,
+       "shared": 1}  # fmt: skip
 
 
-def choose(kernel: str = "forward", **changes: int) -> Any:
+def choose(kernel: str = "forward", **changes: Any) -> Any:
     return launch.choose(kernel, launch.Problem(**{**EPISODE, **changes}), launch.Device())
 
 
 def find(**changes: Any) -> Any:
     device = launch.Device(changes.pop("generation", "default"), shared=changes.pop("shared", 200))
-    shape = {"kernel": "forward", "element_size": 2, "block_d": 32, "rows": 9, "keys": 196}
+    shape = {"kernel": "forward", "element_size": 2, "precision": "ieee", "block_d": 32,
+             "rows": 9, "keys": 196}  # fmt: skip
     return launch.find_tile(**{**shape, **changes}, device=device)
 
 
@@ -66,12 +70,22 @@ def test_padded(length: int, padded: int) -> None:
     assert launch.padded(length) == padded
 
 
-@pytest.mark.parametrize("element_size", [2, 4])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float16, "ieee"), *((torch.float32, name) for name in launch.PRECISIONS)],
+)
 @pytest.mark.parametrize("head_dim", [1, 16, 24, 48, 80, 200, 256])
 @pytest.mark.parametrize("rows", [1, 16, 45, 77, 1000])
-def test_every_shape_has_a_launch(element_size: int, head_dim: int, rows: int) -> None:
+def test_every_shape_has_a_launch(
+    dtype: torch.dtype, precision: str, head_dim: int, rows: int
+) -> None:
     """On the smallest device too; without one for all rows in a tile there is one for blocks."""
-    sizes = {"element_size": element_size, "head_dim": head_dim, "rows": rows}
+    sizes: dict[str, Any] = {
+        "element_size": dtype.itemsize,
+        "head_dim": head_dim,
+        "rows": rows,
+        "precision": arguments._arithmetic(dtype, head_dim, precision),
+    }
     streamed = choose("backward", **sizes) is None
     for kernel in (
         "forward",
@@ -113,6 +127,8 @@ def test_images_of_a_program(changes: dict[str, int], images: int) -> None:
 def test_rows_are_well_formed() -> None:
     for row in launch.table_rows("default"):
         assert row.keys() == ROW.keys()
+        known = [None] if row["element_size"] == 2 else launch.PRECISIONS
+        assert row["precision"] in known
         assert row["kernel"] in launch.KERNELS
         assert row["max_rows"] is None or row["max_rows"] <= row["rows"]
         assert row["shared"] > 0
@@ -141,6 +157,43 @@ def test_section_of_the_device_comes_first(table: dict[str, list[dict[str, Any]]
     assert find(generation="sm_90").warps == 8
     assert find(generation="sm_90", rows=50).warps == 4
     assert find(generation="sm_80").warps == 4
+
+
+def test_rows_of_a_precision(table: dict[str, list[dict[str, Any]]]) -> None:
+    """Those of float32 arithmetic serve one tf32 product too, after its own."""
+    row = {**ROW, "element_size": 4}
+    table["default"] = [
+        {**row, "precision": "ieee", "warps": 1},
+        {**row, "precision": "tf32x3", "warps": 2},
+    ]
+    table["sm_90"] = [{**row, "precision": "tf32", "warps": 4}]
+
+    def warps(precision: str, generation: str) -> int:
+        return find(element_size=4, precision=precision, generation=generation).warps
+
+    assert [warps(name, "sm_80") for name in ("ieee", "tf32x3", "tf32")] == [1, 2, 1]
+    assert [warps(name, "sm_90") for name in ("ieee", "tf32x3", "tf32")] == [1, 2, 4]
+    table["default"].pop()
+    assert find(element_size=4, precision="tf32x3") is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "precision", "runs"),
+    [
+        (torch.float32, 128, "tf32x3", "tf32x3"),
+        (torch.float32, 129, "tf32x3", "ieee"),
+        (torch.float32, 256, "tf32", "tf32"),
+        (torch.bfloat16, 24, "tf32x3", "ieee"),  # one kernel whatever is set
+    ],
+)
+def test_arithmetic_that_runs(dtype: torch.dtype, head_dim: int, precision: str, runs: str) -> None:
+    q, k = (torch.empty(1, 1, n, head_dim, dtype=dtype, device="meta") for n in (2, 3))
+    inputs = (q, k, k, k, k, torch.ones(1, 1, device="meta"), None, None)
+    results = forward._allocate(q, 1, True)
+    *_, constants = forward.step(inputs, results, 1.0, True, precision)
+    assert constants["PRECISION"] == runs
+    steps, _ = backward.steps((q, *inputs), results[1:], (*inputs[:6],), 1.0, precision)
+    assert {step[-1]["PRECISION"] for step in steps} == {runs}
 
 
 def test_dtype_without_a_kernel() -> None:

@@ -47,7 +47,8 @@ def test_candidates_cover_the_default_tile() -> None:
         target = tune.class_of("forward", EPISODE, dtype, DEVICE)
         tiles = list(tune.candidates(target))
         assert len(set(tiles)) == len(tiles) > 5
-        assert launch.find_tile("forward", dtype.itemsize, 32, 45, 196, launch.Device()) in tiles
+        default = launch.find_tile("forward", dtype.itemsize, "ieee", 32, 45, 196, launch.Device())
+        assert default in tiles
         assert all(tile.rows <= 64 for tile in tiles)
 
 
@@ -76,9 +77,9 @@ def test_fastest_candidate_wins_and_serves(table: Path) -> None:
     assert all((row["warps"], row["stages"], row["shared"]) == (8, 1, 8000) for row in rows)
 
     launch.write_section(table, "sm_90", FACTS, rows)
-    assert launch.find_tile("forward", 2, 32, 45, 196, DEVICE) == launch.Tile(64, 32, 8, 1)
-    default = launch.find_tile("forward", 2, 32, 9, 196, launch.Device())
-    assert launch.find_tile("forward", 2, 32, 9, 196, DEVICE) == default
+    assert launch.find_tile("forward", 2, "ieee", 32, 45, 196, DEVICE) == launch.Tile(64, 32, 8, 1)
+    default = launch.find_tile("forward", 2, "ieee", 32, 9, 196, launch.Device())
+    assert launch.find_tile("forward", 2, "ieee", 32, 9, 196, DEVICE) == default
 
 
 def test_a_candidate_must_run_every_shape_of_its_class() -> None:
@@ -132,24 +133,58 @@ def test_a_class_that_is_cut_off_is_left_alone(monkeypatch: pytest.MonkeyPatch) 
     assert lines[-1] == "no time left: 1 classes left as they were"
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "device_of", lambda device: DEVICE)
+    monkeypatch.setattr(tune, "facts", lambda: FACTS)
+
+
 def test_the_table_is_written_after_each_class(
-    table: Path, monkeypatch: pytest.MonkeyPatch
+    table: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measure(kernel: str, *rest: Any) -> Any:
+    def measure(kernel: str, *rest: Any, precision: str) -> Any:
         if kernel == "backward":
             raise KeyboardInterrupt
         return most_warps_fastest(kernel, *rest)
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(launch, "device_of", lambda device: DEVICE)
     monkeypatch.setattr(tune, "measure_on_gpu", measure)
-    monkeypatch.setattr(tune, "facts", lambda: FACTS)
     shape = "1,80,8,24,196,45"
     with pytest.raises(KeyboardInterrupt):
         tune.main(["--output", str(table), "--shapes", shape, "--dtypes", "float16"])
     (row,) = json.loads(table.read_text())["sm_90"]["rows"]
     assert row["kernel"] == "forward"
+
+
+def test_a_precision_is_tuned_apart(
+    table: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows serve it alone; where it does not run, nothing is measured."""
+    asked = []
+
+    def measure(*what: Any, precision: str) -> Any:
+        asked.append(precision)
+        return most_warps_fastest(*what)
+
+    monkeypatch.setattr(tune, "measure_on_gpu", measure)
+    shapes = ["--shapes", "1,80,8,24,196,45", "1,80,8,160,196,45"]
+    tune.main(["--output", str(table), *shapes, "--dtypes", "float32", "--precision", "tf32x3"])
+    assert set(asked) == {"tf32x3"}
+    rows = json.loads(table.read_text())["sm_90"]["rows"]
+    assert {(row["precision"], row["head_dim"]) for row in rows} == {("tf32x3", 32)}
+    before = launch.find_tile("forward", 4, "ieee", 32, 45, 196, launch.Device())
+    assert launch.find_tile("forward", 4, "tf32x3", 32, 45, 196, DEVICE) == launch.Tile(
+        64, 32, 8, 1
+    )
+    assert launch.find_tile("forward", 4, "ieee", 32, 45, 196, DEVICE) == before
+
+
+def test_half_types_are_tuned_for_every_precision() -> None:
+    for precision in launch.PRECISIONS:
+        target = tune.class_of("forward", EPISODE, torch.float16, DEVICE, precision)
+        assert target is not None
+        assert target.precision is None
 
 
 def test_shared_bytes_are_the_most_of_all_variants(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ def _release(version: str) -> tuple[int, int]:
         ("dual_attention_forward", "not float16"),
         ("dual_attention_backward", "streamed"),
         ("dual_attention_backward", "not streamed"),
+        ("dual_attention_fuzz", ""),
         ("beta_policy_kernel", ""),
         ("gate_policy_kernel", ""),
     ],

@@ -135,17 +135,33 @@ def test_gradcheck_with_broadcast_concentration(backend: str) -> None:
 
 
 @needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("with_kappa", [False, True])
 @pytest.mark.parametrize("mode", ["draw", "replay", "mean"])
-def test_opcheck(with_kappa: bool, mode: str) -> None:
-    logits = torch.randn(6, requires_grad=True)
-    kappa = torch.full((6,), 2.0, requires_grad=True) if with_kappa else None
-    action = torch.randn(6) if mode == "replay" else None
+def test_opcheck(mode: str, with_kappa: bool, dtype: torch.dtype) -> None:
+    logits = torch.randn(4, 3, dtype=dtype).t().requires_grad_()
+    kappa = torch.full((3, 1), 2.0, dtype=dtype, requires_grad=True) if with_kappa else None
+    action = torch.randn(3, 4, dtype=dtype) if mode == "replay" else None
     key = torch.tensor([1, 2]) if mode == "draw" else None
     op = torch.ops.dvla_fast.beta_policy_forward.default
     torch.library.opcheck(op, (logits, kappa, 2.0, action, key, False))
     detached = None if kappa is None else kappa.detach()
     torch.library.opcheck(op, (logits.detach(), detached, 2.0, action, key, True))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("with_kappa", [False, True])
+@pytest.mark.parametrize("used", ["log_prob", "entropy", "both"])
+def test_opcheck_backward(used: str, with_kappa: bool, dtype: torch.dtype) -> None:
+    logits, ops = torch.randn(3, 4, dtype=dtype), torch.ops.dvla_fast
+    kappa = torch.full((3, 1), 2.0, dtype=dtype) if with_kappa else None
+    *_, derivatives = ops.beta_policy_forward.default(logits, kappa, 2.0, logits, None, True)
+    log_prob, entropy = (
+        torch.randn(3, 4, dtype=dtype) if used in (name, "both") else None
+        for name in ("log_prob", "entropy")
+    )
+    torch.library.opcheck(ops.beta_policy_backward.default, (derivatives, log_prob, entropy))
 
 
 @needs_extension

@@ -270,13 +270,19 @@ def test_unused_results(backend: str) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+OPCHECK_DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
 @pytest.mark.parametrize("backend", [CPP])
+@pytest.mark.parametrize("dtype", OPCHECK_DTYPES, ids=str)
 @pytest.mark.parametrize("case", [CASES[3], CASES[4]], ids=str)
 @pytest.mark.parametrize("save", [False, True], ids=["alone", "saving"])
-def test_opcheck(case: Case, save: bool, backend: str) -> None:
-    tensors, masks = make(case, torch.float32), tuple(make_masks(case).values())
-    pooling = (*masks, case.per_decision, case.state_images or 0)
-    rest = (10.0, torch.zeros(case.decisions), None, save)
+def test_opcheck(case: Case, save: bool, dtype: torch.dtype, backend: str) -> None:
+    """Tokens of every dtype; the network of half tokens is float32."""
+    wide = torch.promote_types(dtype, torch.float32)
+    tensors = [*make(case, dtype)[:2], *make(case, wide)[2:]]
+    pooling = (*make_masks(case).values(), case.per_decision, case.state_images or 0)
+    rest = (10.0, torch.zeros(case.decisions, dtype=wide), None, save)
     forward = torch.ops.dvla_fast.gate_policy_forward.default
     if not save:
         for weights in (tensors[2:], [None] * 4):
@@ -287,7 +293,7 @@ def test_opcheck(case: Case, save: bool, backend: str) -> None:
     arguments = (*tensors[:2], *pooling, *tensors[2:], *rest)
     torch.library.opcheck(forward, arguments)
     *_, state, hidden, derivatives = forward(*arguments)
-    grads = torch.randn(case.decisions), None, torch.randn(state.shape)
+    grads = torch.randn(case.decisions, dtype=wide), None, torch.randn(state.shape, dtype=wide)
     backward = torch.ops.dvla_fast.gate_policy_backward.default
     saved = (tensors[2], tensors[4], state, hidden, derivatives)
     torch.library.opcheck(backward, (*grads, *tensors[:2], *pooling, *saved))

@@ -25,19 +25,29 @@ from torch import Tensor
 
 from dvla_fast.functional import gated_attention
 
+# Of the layer and of the image tokens.
+DTYPES = [
+    *((dtype, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
+    *((dtype, torch.float32) for dtype in (torch.bfloat16, torch.float16)),
+]
+
 
 @pytest.mark.parametrize("backend", [CPP])
 @pytest.mark.parametrize("save", [False, True], ids=["alone", "saving"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("dtype", "tokens"), DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [PROJECTED[1], ABSORBED[1]], ids=str)
-def test_opcheck(shape: Shape, dtype: torch.dtype, save: bool, backend: str) -> None:
+def test_opcheck(
+    shape: Shape, dtype: torch.dtype, tokens: torch.dtype, save: bool, backend: str
+) -> None:
     masks, tensors = make_masks(shape).values(), make(shape, dtype)
+    tensors[1] = tensors[1].to(tokens)
     forward = torch.ops.dvla_fast.gated_attention_forward.default
     torch.library.opcheck(forward, (*tensors, *masks, 0.3, save))
     if save:
         saved = forward(*tensors, *masks, 0.3, True)[2:]
         backward = torch.ops.dvla_fast.gated_attention_backward.default
-        for grads in (make_grads(shape, dtype), [None, make_grads(shape, dtype)[1]]):
+        updated, fused = make_grads(shape, tokens)[0], make_grads(shape, dtype)[1]
+        for grads in ([updated, fused], [None, fused]):
             torch.library.opcheck(backward, (*grads, *tensors, *masks, *saved, 0.3))
         torch.library.opcheck(backward, (*grads, *tensors, *masks, *saved, 0.3, False))
     else:

@@ -53,7 +53,8 @@ def dual_attention(
             caller's word: it is not read, which would stall a GPU.
         image_mask: (B, N) bool, True = attend. A path with no key left contributes exactly 0.
         text_mask: (T, S) bool, likewise.
-        scale: factor of the scores, a finite float32 number; default D^-1/2.
+        scale: factor of the scores, a finite float32 number; default D^-1/2. A constant of a
+            compiled graph: each value makes a graph of its own.
         backend: ``"triton"``, ``"cpp"`` or ``"reference"``; default the best for the inputs.
 
     Returns:

@@ -118,8 +118,10 @@ def gate_policy(
         hidden_bias: (K,).
         out_weight: (1, K).
         out_bias: (1,).
-        concentration: κ > 0, a number. For a learned one compose :func:`gate_state`, a network and
-            :func:`dvla_fast.functional.beta_policy`, which differentiates by it.
+        concentration: κ > 0, a number; in a compiled graph a constant of it: each value makes a
+            graph of its own. For a learned one, or one that changes there, compose
+            :func:`gate_state`, a network and :func:`dvla_fast.functional.beta_policy`, which
+            differentiates by it.
         action_logit: (A,), evaluate these stored actions instead of drawing.
         deterministic: take the policy's mean instead of drawing.
         generator: see :func:`dvla_fast.functional.beta_policy`.

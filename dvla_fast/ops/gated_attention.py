@@ -68,7 +68,8 @@ def gated_attention(
         out_weight: (C, H·D), dtype of ``query``.
         image_mask: (B, N) bool, True = attend. A path with no key left contributes exactly 0.
         text_mask: (T, P) bool, True = a token: masked ones are not attended, and have H = 0.
-        scale: factor of the scores, a finite float32 number; default D^-1/2.
+        scale: factor of the scores, a finite float32 number; default D^-1/2. A constant of a
+            compiled graph: each value makes a graph of its own.
         backend: ``"cpp"``, ``"triton"`` (products around the Triton attention) or ``"reference"``;
             default the best for the inputs.
 

@@ -162,9 +162,12 @@ def test_documented_command(page: str, command: str) -> None:
 
 
 @pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda value: value[:20])
-def test_documented_example(page: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_example(
+    page: str, code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from dvla_fast.rl import rewards
 
+    monkeypatch.chdir(tmp_path)  # where examples leave their files
     monkeypatch.setattr(rewards, "_REWARDS", dict(rewards._REWARDS))  # examples may register some
     exec(compile(code, page, "exec"), {})
 

@@ -6,15 +6,17 @@ Nothing is trained here. Supports become class prototypes, and queries go to the
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dvla_fast.data.decode import as_rgb, open_rgb, pillow, to_square
 from dvla_fast.data.folders import class_folders
@@ -262,17 +264,31 @@ class FewShotClassifier:
         )
 
 
+_modes = threading.Lock()
+# How many calls work with a model now, and the modules that were in training before the first.
+_working: WeakKeyDictionary[DVLA, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+
+
 @contextmanager
 def _evaluating(model: DVLA) -> Iterator[None]:
-    """Put a model into evaluation mode, and its modules back into theirs."""
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
+    """Put a model into evaluation mode, and its modules back into theirs when no call is left."""
+    with _modes:
+        count, training = _working.get(model, (0, []))
+        if not count:
+            training = [module for module in model.modules() if module.training]
+            if training:
+                model.eval()
+        _working[model] = count + 1, training
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _modes:
+            count, training = _working.pop(model)
+            if count > 1:
+                _working[model] = count - 1, training
+            else:
+                for module in training:
+                    module.training = True
 
 
 def _ungated(info: Mapping[str, Any]) -> dict[str, Any]:

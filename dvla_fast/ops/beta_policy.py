@@ -147,7 +147,7 @@ def draw_key(device: torch.device, generator: torch.Generator | None = None) -> 
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
     source = device if generator is None else generator.device
     key = torch.randint(_LARGEST_INT64, (2,), device=source, generator=generator)
-    return key if source == device else key.to(device, non_blocking=True)
+    return key if source == device else key.to(device, non_blocking=source.type == "cpu")
 
 
 def _choose(device: torch.device, backend: str | None) -> str:

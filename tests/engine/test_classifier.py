@@ -16,6 +16,7 @@ import torch
 import dvla_fast
 from dvla_fast.cli import main
 from dvla_fast.engine.build import encode_texts
+from dvla_fast.engine.classifier import _evaluating
 from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.errors import BankError, CheckpointError, DataError
 from dvla_fast.nn.dvla import TEXT_SCOPES
@@ -351,3 +352,15 @@ def test_a_description_that_lacks_its_entries(make_checkpoint: Callable) -> None
     model = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu").model
     with pytest.raises(ValueError, match="description: lacks 'model'"):
         dvla_fast.FewShotClassifier(model, {})
+
+
+def test_calls_that_overlap_leave_the_mode_to_the_last(make_checkpoint: Callable) -> None:
+    classifier = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu").learn(SUPPORTS, BANK)
+    model = classifier.model.train()
+    first, second = _evaluating(model), _evaluating(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not any(module.training for module in model.modules())  # the second still works
+    second.__exit__(None, None, None)
+    assert all(module.training for module in model.modules())

@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status, as above."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    processes = os.environ.get("WORLD_SIZE")
     given = [argument for argument in given if argument != "--debug"]
     try:
         with speaking():
@@ -71,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "that has begun with --resume"
             )
         return fail(f"{type(error).__name__}: {message} (--debug shows the traceback)")
+    finally:
+        if processes is not None:
+            os.environ["WORLD_SIZE"] = processes  # a command that runs alone changes it
 
 
 def _dispatch(given: list[str], owns_process: bool) -> int:

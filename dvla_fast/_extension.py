@@ -124,8 +124,13 @@ def runs_plainly() -> bool:
 
 
 def transforming() -> bool:
-    """Whether tensors stand for others (torch.compile, torch.func) and have no values to check."""
-    return torch.compiler.is_compiling() or functorch_active()
+    """Whether tensors stand for others (torch.compile, torch.func, make_fx, fake tensors).
+
+    Then they have no values to check.
+    """
+    if torch.compiler.is_compiling() or functorch_active():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def functorch_active() -> bool:

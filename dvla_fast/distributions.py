@@ -27,10 +27,11 @@ _with_slope_of_draw = first_order_term("MeanConcentrationBeta.rsample")
 class MeanConcentrationBeta(Distribution):
     """Beta distribution of a gate α in (0, 1), parametrised by mean and concentration.
 
+    Parameters of half types are widened to float32.
+
     Args:
         logits: log(p/(1 − p)) of the mean, any shape; give this or ``mean``.
         mean: p in (0, 1).
-        (Half types are widened to float32.)
         concentration: κ > 0, broadcasts with the other.
         validate_args: check parameters and values (default: PyTorch's global setting).
 

@@ -67,6 +67,6 @@ def warn_of_shared(name: str, shared: Sequence[str]) -> None:
         warnings.warn(
             f"{name}: {len(shared)} image(s) are in two splits, e.g. {shared[0]}: what is trained "
             "on, or selected by, would be evaluated as novel; keep one of each ('dvla-fast data "
-            "check' names all)",
+            "check' names more)",
             stacklevel=2,
         )

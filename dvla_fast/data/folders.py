@@ -13,7 +13,8 @@ from dvla_fast.data.splits import SPLITS, composed
 from dvla_fast.errors import DataError
 
 # Names of training and test classes, as people call them; the first pair that is there counts.
-_SPLIT_NAMES = (("train", "test"), ("base", "novel"), ("train", "novel"), ("base", "test"))
+_MIXED = (("train", "novel"), ("base", "test"))
+_SPLIT_NAMES = (("train", "test"), ("base", "novel"), *_MIXED)
 _VAL_NAMES = ("val", "valid", "validation")
 _KNOWN = frozenset((*_VAL_NAMES, *(name for pair in _SPLIT_NAMES for name in pair)))
 
@@ -105,6 +106,8 @@ def split_folders(root: Path, listed: bool = False) -> Found | None:
         filled = {key: items for key, items in classes["train"].items() if items}
         return Found("class folders", {"": filled}, where={"": str(folders["train"])})
     if flat:
+        if (folders["train"].name.casefold(), folders["test"].name.casefold()) in _MIXED:
+            return None  # two classes that are called so
         raise DataError(
             f"{flat[0]}: no class folders; it must hold one folder of images per class, or "
             "--data.splits names a list that divides the classes of the training folder"

@@ -17,6 +17,7 @@ from typing import TypeGuard
 import numpy as np
 
 from dvla_fast.data import archives
+from dvla_fast.data.cache_index import is_cache
 from dvla_fast.data.decode import IMAGE_SUFFIXES
 from dvla_fast.data.folders import (
     class_folder_root,
@@ -37,10 +38,11 @@ from dvla_fast.data.splits import (
     load_split_list,
 )
 from dvla_fast.errors import DataError, DVLAError
-from dvla_fast.semantics.bank import normalised_name
+from dvla_fast.semantics.names import normalised_name
 
 _MADE = ("digits", *KINDS)  # data sets without a folder
-_LOOKED_INTO = 20  # folders in which a data set is looked for, for a message
+# Folders in which a data set is looked for, for a message, and of those that are named there.
+_LOOKED_INTO, _SHOWN = 20, 3
 
 
 def list_data(
@@ -67,7 +69,7 @@ def list_data(
     wanted = load_split_list(splits) if splits else None
     listed = wanted is not None
     found = _recognised(root, listed)
-    inner = visible_folders(root) if found is None else []
+    inner = _inner(root) if found is None else []
     if len(inner) == 1:
         found = _recognised(inner[0], listed)
     if found is None:
@@ -77,6 +79,12 @@ def list_data(
     if strict and listing.absent and not absent_ok:
         raise DataError(_absent_images(listing))
     return listing
+
+
+def _inner(root: Path) -> list[Path]:
+    """The folders in which a data set may lie: caches of it, finished or not, are none."""
+    folders = visible_folders(root)
+    return [path for path in folders if path.suffix != ".partial" and not is_cache(path)]
 
 
 def _recognised(root: Path, listed: bool = False) -> Found | None:
@@ -97,8 +105,9 @@ def _recognised(root: Path, listed: bool = False) -> Found | None:
 
 def _nothing(root: Path, inner: Sequence[Path]) -> str:
     """Say what a data set looks like, and which of the folders inside does."""
-    fitting = [f"{folder.name}/" for folder in inner[:_LOOKED_INTO] if _looks_like_one(folder)]
-    hint = f"; give one of the folders in it that are: {', '.join(fitting[:5])}" if fitting else ""
+    fitting = (f"{folder.name}/" for folder in inner[:_LOOKED_INTO] if _looks_like_one(folder))
+    shown = ", ".join(itertools.islice(fitting, _SHOWN))
+    hint = f"; give one of the folders in it that are, such as {shown}" if shown else ""
     return (
         f"{root}: no data set here{hint}: it must hold the folders train/ and test/ (or base/ and "
         "novel/), and may hold val/ (or valid/, validation/), with one folder of images per "

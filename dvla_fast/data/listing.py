@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,9 +136,15 @@ class Listing:
         reference = split.references[index]
         if not isinstance(reference, Path):
             return f"{Path(split.where).name}[{reference}]"
-        if reference.is_relative_to(self.root):
-            return reference.relative_to(self.root).as_posix()
+        for root in (self.root, *self._real_roots):
+            if reference.is_relative_to(root):
+                return reference.relative_to(root).as_posix()
         return str(reference)
+
+    @cached_property
+    def _real_roots(self) -> tuple[Path, Path]:
+        """The root as lists with absolute paths may have it."""
+        return Path(os.path.abspath(self.root)), self.root.resolve()
 
     def image_ids(self, split: Split) -> tuple[str, ...]:
         """Name all images of a split, in order."""

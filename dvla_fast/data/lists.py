@@ -55,6 +55,8 @@ def csv_lists(root: Path) -> Found | None:
     for split, (named, pairs) in tables.items():
         name, label = pairs[0]
         if not (named or is_image(Path(name)) or images.find(split, name, label).is_file()):
+            if split_paths(root) is not None:
+                return None  # the splits are folders, and the tables say something else of them
             raise DataError(
                 f"{files[split]}: its first line ({name!r:.100}, {label!r:.100}) names no columns "
                 f"known here and no file; {_EXPECTED}"

@@ -39,13 +39,13 @@ from dvla_fast.semantics.bank import (
     bundled_banks,
     entry_problem,
     format_json,
-    normalised_name,
     parse_json,
     read_bank_json,
 )
 from dvla_fast.semantics.characters import printable
 from dvla_fast.semantics.check import check_bank
 from dvla_fast.semantics.importing import Published, read_published, save_published
+from dvla_fast.semantics.names import normalised_name
 from dvla_fast.semantics.topk import Selection, progressive_top_k
 from dvla_fast.semantics.vectors import CachedEncoder, make_room, vectors_path
 

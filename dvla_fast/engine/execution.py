@@ -23,8 +23,19 @@ def adamw(parameters: Any, **options: float) -> torch.optim.AdamW:
 
     Args:
         parameters, options: as ``torch.optim.AdamW`` takes them.
+
+    Raises:
+        ValueError: a parameter whose numbers do not lie side by side in memory.
     """
-    return torch.optim.AdamW(parameters, fused=True, **options)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(parameters, fused=True, **options)  # type: ignore[arg-type]
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.stride() != torch.empty_like(parameter, device="meta").stride():
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} is a view with gaps (strides "
+                    f"{parameter.stride()}), which cannot be trained here; make it contiguous()"
+                )
+    return optimizer
 
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}

@@ -18,7 +18,7 @@ from dvla_fast.nn.episode_checks import check_episodes, check_learned, check_tex
 from dvla_fast.nn.gate import RLAGate
 from dvla_fast.nn.gate_pass import GatePass, per_layer
 from dvla_fast.nn.level_weights import level_scales
-from dvla_fast.nn.prototype import prototype_logits
+from dvla_fast.nn.prototype import nearest_prototypes
 
 TEXT_SCOPES = ("episode", "class", "candidate")
 
@@ -167,7 +167,7 @@ class DVLA(nn.Module):
             queries = self._through(query, pass_.observe_query, start)
         else:
             queries = self._candidates(pass_, query, from_prefix)
-        logits = prototype_logits(seen, support_labels, queries, way, self.temperature)
+        logits = nearest_prototypes(seen, support_labels, queries, way, self.temperature)
         return EpisodeOutput(logits, tuple(pass_.traces), support_labels, support_labels)
 
     def supports_are_independent(self, alpha: Any = None) -> bool:
@@ -273,7 +273,7 @@ class DVLA(nn.Module):
             else:
                 pass_ = GatePass(self, text, counts, way, options, alpha, None, layers)
                 queries = self._candidates(pass_, query, from_prefix)
-        return prototype_logits(features, support_labels, queries, way, self.temperature)
+        return nearest_prototypes(features, support_labels, queries, way, self.temperature)
 
     def _through(self, images: Tensor, gate: Any, start: Location | None) -> Tensor:
         """Features (E, n, feature_dim) of images (E, n, C, H, W), gated where a gate is given."""
@@ -311,7 +311,7 @@ class DVLA(nn.Module):
         traces: tuple[LayerTrace, ...],
     ) -> EpisodeOutput:
         support, query = features.split(counts, dim=1)
-        logits = prototype_logits(support, labels, query, way, self.temperature)
+        logits = nearest_prototypes(support, labels, query, way, self.temperature)
         return EpisodeOutput(logits, traces, labels)
 
 

@@ -54,6 +54,17 @@ def prototype_logits(
             supports.
     """
     _check(support_features, support_labels, query_features, way, temperature)
+    return nearest_prototypes(support_features, support_labels, query_features, way, temperature)
+
+
+def nearest_prototypes(
+    support_features: Tensor,
+    support_labels: Tensor,
+    query_features: Tensor,
+    way: int,
+    temperature: float,
+) -> Tensor:
+    """:func:`prototype_logits` of what was checked already."""
     wide = torch.promote_types(support_features.dtype, query_features.dtype)
     wide = torch.promote_types(wide, torch.float32)
     with in_own_precision(support_features):

@@ -12,8 +12,10 @@ _CPU = torch.device("cpu")
 
 
 def set_value_checks(enabled: bool | None) -> None:
-    """Checks of tensors' values in ``beta_policy`` and ``gate_policy``, of the labels that rewards
-    read and of the rewards that ``EMABaseline`` takes in, for the whole process.
+    """Checks of tensors' values, for the whole process.
+
+    Looked at are those of ``beta_policy`` and ``gate_policy``, the labels that ``DVLA``,
+    ``prototype_logits`` and rewards read, and the rewards that ``EMABaseline`` takes in.
 
     ``True``: on every device. A CPU raises ``ValueError``. On a GPU the kernel itself stops with a
     device-side assertion, which costs no synchronisation and shows as a RuntimeError of some later

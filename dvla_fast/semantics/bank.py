@@ -29,8 +29,6 @@ import difflib
 import hashlib
 import json
 import math
-import re
-import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,6 +37,7 @@ from typing import Any, NamedTuple
 from dvla_fast.errors import BankError
 from dvla_fast.files import write_text_atomic
 from dvla_fast.semantics.characters import is_unicode
+from dvla_fast.semantics.names import normalised_name
 
 FORMAT = "dvla-fast-bank/2"
 FORMATS = ("dvla-fast-bank/1", FORMAT)
@@ -346,13 +345,6 @@ def parse_json(text: str, where: str) -> Any:
         raise BankError(
             f"{where}: not valid JSON ({at}); the file is damaged or not a semantic bank"
         ) from error
-
-
-def normalised_name(name: str) -> str:
-    """Reduce a class name to what counts when names are compared."""
-    name = unicodedata.normalize("NFC", name)  # names of files on a Mac are in NFD
-    name = re.sub(r"^(?:\d{3}\.|n\d{8}-)(?=.)", "", name.strip())
-    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 
 def format_json(value: Any, indent: int = 0) -> str:

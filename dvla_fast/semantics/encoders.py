@@ -78,7 +78,8 @@ def encode_checked(encoder: TextEncoder, texts: Sequence[str]) -> Tensor:
             f"{expected}"
         )
     norms = vectors.double().norm(dim=-1)
-    off = ~(((norms - 1).abs() < _UNIT) | (norms == 0))  # NaN is off
+    allowed = max(_UNIT, torch.finfo(vectors.dtype).eps)
+    off = ~(((norms - 1).abs() < allowed) | (norms == 0))  # NaN is off
     if bool(off.any()):
         first = int(off.nonzero()[0])
         raise BankError(

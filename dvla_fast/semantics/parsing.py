@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dvla_fast.errors import LanguageModelError
-from dvla_fast.semantics.bank import normalised_name
 from dvla_fast.semantics.characters import whole_characters
 from dvla_fast.semantics.language_models.base import Answer
+from dvla_fast.semantics.names import normalised_name
 
 MAX_WORDS, MAX_CHARACTERS = 16, 160  # of an attribute
 MAX_ATTRIBUTES = 64

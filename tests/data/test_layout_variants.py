@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from dvla_fast.data import check_data, list_data
+from dvla_fast.data import check_data, list_data, prepare_cache
+from dvla_fast.data.cache import verify_cache
 from dvla_fast.data.splits import SPLITS, load_split_list
 from dvla_fast.errors import DataError
 from tests.data import trees
@@ -136,7 +138,7 @@ def test_folders_inside_that_are_data_sets_are_named(tmp_path: Path) -> None:
     trees.split_folders(tmp_path / "images")
     (tmp_path / "notes").mkdir()
     trees.dump(tmp_path / "mini/mini-imagenet-cache-train.pkl", {})
-    message = r"no data set here; give one of the folders in it that are: images/, mini/: it must"
+    message = r"no data set here; give one of the folders in it that are, such as images/, mini/"
     with pytest.raises(DataError, match=message):
         list_data(tmp_path)
     (tmp_path / "photos/deep/deeper").mkdir(parents=True)
@@ -213,3 +215,33 @@ def test_places_by_letters(tmp_path: Path, top: str) -> None:
     split = listing.splits["train"]
     place = split.keys.index("field-cultivated")
     assert split.source(2 * place) == tmp_path / top / "f/field/cultivated/00000000.jpg"
+
+
+@pytest.mark.parametrize("name", ["cache", "cache.partial"])
+def test_a_cache_beside_the_inner_folder_hides_nothing(tmp_path: Path, name: str) -> None:
+    trees.split_folders(tmp_path / "set" / "inner")
+    prepare_cache(tmp_path / "set", tmp_path / "set" / "cache", 8)
+    if name == "cache.partial":
+        (tmp_path / "set" / "cache").rename(tmp_path / "set" / name)
+        (tmp_path / "set" / name / "index.json").unlink()
+    assert list_data(tmp_path / "set").layout.startswith("folders train/")
+    if name == "cache":
+        assert verify_cache(tmp_path / "set" / "cache") == []
+
+
+def test_tables_of_something_else_beside_split_folders(tmp_path: Path) -> None:
+    trees.split_folders(tmp_path)
+    for name in ("Train.csv", "Test.csv"):
+        (tmp_path / name).write_text("Width,Height,Roi\n27,26,5\n")
+    assert list_data(tmp_path).layout == "folders train/, val/, test/"
+
+
+def test_classes_that_are_called_like_splits(tmp_path: Path) -> None:
+    trees.class_folders(tmp_path / "books", ("train", "novel", "poem", "drama"), 2)
+    path = tmp_path / "mine.json"
+    path.write_text(
+        json.dumps({"splits": {"train": ["train", "novel"], "test": ["poem", "drama"]}})
+    )
+    listing = list_data(tmp_path / "books", str(path))
+    assert listing.layout == "class folders"
+    assert listing.splits["train"].keys == ("novel", "train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from dvla_fast.data import ImageSet, list_data, load_data, load_split_list, prepare_cache
+from dvla_fast.data.cache import verify_cache
 from dvla_fast.engine.config import EvaluateRun
 from dvla_fast.engine.episode_lists import AuthorsEpisodeSampler
 from dvla_fast.engine.evaluate import _samplers
@@ -94,3 +96,22 @@ def test_a_linked_data_set_and_its_cache_are_one(tmp_path: Path) -> None:
     folder, cached = (load_data(str(tmp_path / name), 8) for name in ("birds", "cache"))
     assert (folder.name, cached.name) == ("birds", "birds")
     assert folder.novel.ids == cached.novel.ids
+
+
+@pytest.mark.parametrize("given", ["link", "relative"])
+def test_lists_of_absolute_paths_below_another_name_of_the_folder(
+    tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tmp_path / "real"
+    for split, keys in (("base", "ab"), ("novel", "cd")):
+        trees.class_folders(real / "images", keys, 2, ord(keys[0]))
+        names = [str(real / f"images/{key}/{key}_{n}.jpg") for key in keys for n in range(2)]
+        content = {"label_names": list(keys), "image_names": names, "image_labels": [0, 0, 1, 1]}
+        (real / f"{split}.json").write_text(json.dumps(content))
+    (tmp_path / "link").symlink_to(real)
+    monkeypatch.chdir(tmp_path)
+    root = "link" if given == "link" else "real"
+    prepare_cache(root, "cache", 8)
+    assert load_data("cache", 8).novel.ids[0] == "images/c/c_0.jpg"
+    assert verify_cache("cache") == []
+    assert prepare_cache(real, "cache", 8).decoded == 0

@@ -113,6 +113,11 @@ def test_the_optimiser_in_one_pass_takes_pytorchs_steps(tmp_path: Path) -> None:
     assert torch.equal(resumed.weight, ours.weight)
 
 
+def test_a_parameter_with_gaps_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \(4, 5\) is a view with gaps"):
+        adamw([torch.nn.Parameter(torch.randn(4, 10)[:, ::2])])
+
+
 def test_unknown_precision() -> None:
     with pytest.raises(UsageError, match="precision: 'float16' is unknown; choose one of float32"):
         Execution(ExecutionConfig(precision="float16"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dvla_fast.nn import prototype_logits, prototypes
 
@@ -113,3 +115,14 @@ def test_float64_queries_keep_their_precision() -> None:
     labels = torch.zeros(1, 2, dtype=torch.int64)
     logits = prototype_logits(torch.randn(1, 2, 3), labels, torch.randn(1, 2, 3).double(), 1)
     assert logits.dtype == torch.float64
+
+
+def test_without_values_there_is_nothing_to_check() -> None:
+    features, labels = torch.randn(1, 3, 4), torch.tensor([[0, 1, 1]])
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in (features, labels)]
+        assert prototype_logits(*fake, fake[0], 2).shape == (1, 3, 2)
+    traced = make_fx(lambda x, y: prototype_logits(x, y, x, 2), tracing_mode="symbolic")
+    torch.testing.assert_close(
+        traced(features, labels)(features, labels), prototype_logits(features, labels, features, 2)
+    )

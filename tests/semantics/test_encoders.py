@@ -153,3 +153,8 @@ def test_what_is_asked_of_a_bank_is_checked_first() -> None:
         progressive_top_k(["a"], ["abc"], encoder, 1)
     with pytest.raises(ValueError, match=r"classes: shape \(2,\), expected"):
         encode_bank(bank, ["one", "two"], encoder).episodes(torch.tensor([0, 1]))
+
+
+def test_unit_vectors_of_bfloat16_are_unit_vectors() -> None:
+    normed = Answering(lambda x: torch.nn.functional.normalize(x.bfloat16(), dim=-1))
+    assert encode_bank(load_bank("digits"), ["one", "two"], normed).tokens.isfinite().all()

@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from importlib.machinery import PathFinder
 
+import setuptools
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (the hooks not overridden below)
 from target import site_packages
+
+# Without build isolation nothing compares this with pyproject.toml, and older releases call its
+# license invalid.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"setuptools {setuptools.__version__} is too old to build dvla-fast: "
+        "pip install --upgrade 'setuptools>=77'"
+    )
 
 
 def get_requires_for_build_wheel(config_settings=None):

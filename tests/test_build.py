@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -36,6 +37,14 @@ def test_the_backend_asks_for_torch_only_where_there_is_none(
     monkeypatch.setattr(backend, "site_packages", lambda: [str(folder)])
     wanted = backend._torch()
     assert any(requirement.startswith("torch") for requirement in wanted) != has_torch
+
+
+def test_an_old_setuptools_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "build_tools"))
+    monkeypatch.delitem(sys.modules, "backend", raising=False)
+    monkeypatch.setattr("setuptools.__version__", "68.1.2")
+    with pytest.raises(SystemExit, match=r"setuptools 68\.1\.2 is too old .*setuptools>=77"):
+        importlib.import_module("backend")
 
 
 def test_one_floor_for_python_and_for_torch() -> None:

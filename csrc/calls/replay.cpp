@@ -101,7 +101,12 @@ Call::Call(int64_t op) {
 }
 
 void Call::add(const at::Tensor& tensor) {
-  const bool aligned = address_of(tensor) % kAlignment == 0;
+  const uint64_t address = address_of(tensor);
+  const bool aligned = address % kAlignment == 0;
+  // A parameter is known by its address, so which inputs share one is part of what was recorded.
+  size_t first = 0;
+  while (first < tensors_.size() && address_of(*tensors_[first]) != address) ++first;
+  key_.push_back(static_cast<int64_t>(first));
   key_.push_back(tensor.dim());
   key_.append(tensor.sizes().begin(), tensor.sizes().end());
   key_.append(tensor.strides().begin(), tensor.strides().end());

@@ -177,6 +177,23 @@ def test_another_call_is_not_taken_for_it(changed: Any, gpu: FakeGPU) -> None:
     assert replays(gpu, "dual_attention_forward", *other)
 
 
+def test_inputs_that_are_one_tensor(gpu: FakeGPU) -> None:
+    """Their launches would be taken for those of a call whose inputs differ, and read one twice."""
+    arguments = attention(Shape(2, 1, 2, 9, 9, 9, 24))
+    q, k, *_ = arguments
+    one = with_one(arguments, 2, k)  # K is V
+    more = with_one(with_one(one, 3, q), 4, q)  # and the text's K and V are Q
+    for first in (one, more, arguments):
+        assert not replays(gpu, "dual_attention_forward", *first)
+        assert replays(gpu, "dual_attention_forward", *first)
+    sent = [int.from_bytes(value, "little") for value in gpu.by_replay[0].values[:5]]
+    assert sent == [x.data_ptr() for x in arguments[:5]]
+    backward = policy_backward(policy())
+    both = with_one(backward, 1, backward[0])  # (log_prob + entropy).sum().backward()
+    assert not replays(gpu, "gate_policy_backward", *both)
+    assert not replays(gpu, "gate_policy_backward", *backward)
+
+
 def test_precision_of_float32_products(gpu: FakeGPU) -> None:
     from dvla_fast.ops.dual_attention_cuda import set_float32_precision
 

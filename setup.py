@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_tools"))
 
-from native import build, find_torch, tool  # noqa: E402
+from native import build, find_torch, nvcc, tool  # noqa: E402
 
 
 def notice(text: str) -> None:
@@ -76,7 +76,7 @@ class CMakeBuild(build_ext):
             what
             for what, there in (
                 ("a CUDA build of torch", torch.version.cuda),
-                ("nvcc", os.environ.get("CUDACXX") or shutil.which("nvcc")),
+                ("nvcc", nvcc(torch.version.cuda)),
             )
             if not there
         ]

@@ -6,8 +6,8 @@
 runs every test marked ``gpu``, compute-sanitizer (memcheck and racecheck, where it works) over
 small cases, and the GPU benchmarks, and writes benchmarks/results/<gpu>.json: GPU, driver,
 versions, build, commit, date, what each step said, and every row. The file is written anew after
-each step, so a run that is killed leaves what it has. A step whose time is over is cut off and
-keeps its finished rows. Exit status 1 unless every step that can run here passed.
+each step; rows of a step that is killed are in a file beside it, .rows. A step whose time is over
+is cut off and keeps its finished rows. Exit status 1 unless every step that can run here passed.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ BUDGET_SECONDS = 570
 LEAST_SECONDS = 5  # in less not even torch is imported
 GRACE_SECONDS = 15  # for pytest to write its report after an interrupt
 PROBE_SECONDS = 60
-MOST_PROCESSES = 8
+MOST_PROCESSES = 16
 SHOWN_FAILURES = 20
 # Steps in order, each with the most it may take of the time left when it begins. The benchmarks
 # are apart, so that compiling and autotuning peers, which takes longest, can cost no other.
 SHARE = {
-    "tests": 0.35,
-    "memcheck": 0.15,
-    "racecheck": 0.15,
+    "tests": 0.3,
     "kernels": 0.3,
     "eager": 0.3,
+    "policy": 0.25,
     "long": 0.25,
-    "gate": 0.3,
-    "policy": 0.3,
-    "compiled": 0.5,
-    "graph": 1.0,
+    "graph": 0.45,
+    "gate": 0.35,
+    "compiled": 0.45,
+    "memcheck": 0.5,
+    "racecheck": 1.0,
 }
 SANITIZERS = ("memcheck", "racecheck")
 ATTENTION, POLICY, GATE = (
@@ -109,15 +109,19 @@ PYTEST = [
 ]  # fmt: skip
 
 
+def processes() -> int:
+    """In how many tests run that are not timed: one without pytest-xdist."""
+    if importlib.util.find_spec("xdist") is None:
+        return 1
+    return min(MOST_PROCESSES, os.cpu_count() or 1)
+
+
 def in_parallel() -> list[str]:
-    """Options of pytest for tests that are not timed, where pytest-xdist is installed.
+    """Options of pytest for tests that are not timed.
 
     Tests are dealt out one by one: the backward's file alone compiles more than 200 kernels.
     """
-    if importlib.util.find_spec("xdist") is None:
-        return []
-    processes = min(MOST_PROCESSES, os.cpu_count() or 1)
-    return ["-n", str(processes), "--dist", "worksteal"]
+    return ["-n", str(processes()), "--dist", "worksteal"] if processes() > 1 else []
 
 
 def under_sanitizer(tool: str) -> list[str]:
@@ -134,10 +138,20 @@ def command(name: str, rows: Path) -> list[str]:
     if name in SANITIZERS:
         return [*under_sanitizer(name), *PYTEST, *SMALL]
     if name == "kernels":  # compiles for the benchmarks, which find in caches what is ready then
-        options = ["--benchmark-disable", "-k", "dvla_fast or compiled"]
+        options = ["--benchmark-disable", "-k", "dvla_fast or compile"]
         return [*PYTEST, *in_parallel(), *options, ATTENTION, POLICY, GATE]
     options = ["--benchmark-only", "--benchmark-quiet", f"--rows={rows}"]
     return [*PYTEST, *options, *BENCHMARKS[name]]
+
+
+def environment(name: str) -> dict[str, str]:
+    """What a step sees beside this process's variables."""
+    if name in SANITIZERS:  # one pool of memory would hide an access past a tensor's end
+        return {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    if name in ("tests", "kernels"):  # Inductor starts one compiler a core in each process
+        threads = max(1, (os.cpu_count() or 1) // processes())
+        return {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+    return {}
 
 
 def run(
@@ -183,15 +197,13 @@ def junit_results(report: Path) -> dict[str, Any]:
     return {**counts, "failed": failed}
 
 
-def check(name: str, seconds: float, folder: Path) -> dict[str, Any]:
-    """Runs one step: its outcome, and what its tests said."""
+def check(name: str, seconds: float, folder: Path, rows: Path) -> dict[str, Any]:
+    """Runs one step: its outcome, and what its tests said; rows are appended to a file."""
     if seconds < LEAST_SECONDS:
         return {"outcome": "skipped: no time left", "seconds": 0}
     report = folder / f"{name}.xml"
-    # Without the caching allocator: one pool would hide an access past a tensor's end.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if name in SANITIZERS else {}
-    step = [*command(name, folder / "rows"), f"--junitxml={report}"]
-    result = {**run(name, step, seconds, **environment), **junit_results(report)}
+    step = [*command(name, rows), f"--junitxml={report}"]
+    result = {**run(name, step, seconds, **environment(name)), **junit_results(report)}
     if result["outcome"] == "passed" and result.get("tests") == result.get("skipped"):
         result["outcome"] = "failed: no test ran"
     return result
@@ -251,7 +263,6 @@ def file_name(gpu: str) -> str:
 
 
 def write(record: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     temporary.replace(path)
@@ -288,23 +299,37 @@ def arguments_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def measured(rows: Path) -> list[dict[str, Any]]:
+    """The rows of the benchmarks; of a step that was killed, the last may be cut off."""
+    *lines, _ = rows.read_text().split("\n")
+    return [json.loads(line) for line in lines]
+
+
 def run_steps(record: dict[str, Any], path: Path, steps: Sequence[str], deadline: float) -> None:
-    """Fills the record and writes it before the first step and after each."""
+    """Fills the record and writes it before the first step, after each, and where it is ended."""
     checks = record["checks"] = {}
-    record["medians"] = []
-    write(record, path)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder, "rows")
-        rows.touch()
-        for name, share in SHARE.items():
-            if name not in steps:
-                checks[name] = {"outcome": "not run: not asked for", "seconds": 0}
-            elif name in SANITIZERS and (problem := sanitizer_problem()):
-                checks[name] = {"outcome": f"not run: {problem}", "seconds": 0}
-            else:
-                checks[name] = check(name, share * (deadline - time.monotonic()), Path(folder))
-            record["medians"] = [json.loads(row) for row in rows.read_text().splitlines()]
-            write(record, path)
+    rows = path.with_suffix(".rows")
+
+    def keep() -> None:
+        record["medians"] = measured(rows)
+        write(record, path)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows.write_text("")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, share in SHARE.items():
+                keep()
+                if name not in steps:
+                    checks[name] = {"outcome": "not run: not asked for", "seconds": 0}
+                elif name in SANITIZERS and (problem := sanitizer_problem()):
+                    checks[name] = {"outcome": f"not run: {problem}", "seconds": 0}
+                else:
+                    seconds = share * (deadline - time.monotonic())
+                    checks[name] = check(name, seconds, Path(folder), rows)
+    finally:
+        keep()
+        rows.unlink()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -191,9 +191,9 @@ def test_eager(benchmark, shape: Shape, dtype: torch.dtype, mode: str, provider:
     measure(benchmark, shape, dtype, mode, provider, graph=False)
 
 
-@pytest.mark.parametrize("provider", ["dvla_fast", "torch.compile max-autotune"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", GRAPHS, ids=str)
+@pytest.mark.parametrize("provider", ["dvla_fast", "torch.compile max-autotune"])
 def test_graph(benchmark, shape: Shape, mode: str, provider: str) -> None:
     measure(benchmark, shape, torch.bfloat16, mode, provider, graph=True)
 

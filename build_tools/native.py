@@ -38,6 +38,23 @@ def tool(name: str) -> str:
         return shutil.which(name) or ""
 
 
+def nvcc(cuda: str | None) -> str:
+    """CUDA's compiler: CUDACXX, on PATH, or that of an installation of torch's generation of CUDA.
+
+    Args:
+        cuda: torch's version of CUDA. What is found on no path may be another program's, years old.
+    """
+    if found := os.environ.get("CUDACXX") or shutil.which("nvcc"):
+        return found
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    for home in filter(None, homes if cuda else []):
+        if found := shutil.which("nvcc", path=str(Path(home, "bin"))):
+            said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+            if f"release {cuda.split('.')[0]}." in said.stdout:
+                return found
+    return ""
+
+
 def build(folder: Path, output: Path, targets: tuple[str, ...] = (), **options: str) -> None:
     """Configures and compiles in ``folder``; the results go into the package folder ``output``.
 
@@ -71,7 +88,10 @@ def build(folder: Path, output: Path, targets: tuple[str, ...] = (), **options: 
         configure += ["-G", "Ninja"]
         definitions["CMAKE_MAKE_PROGRAM"] = ninja
     configure += [f"-D{name}={value}" for name, value in definitions.items()]
-    subprocess.run(configure, check=True)
+    environment = os.environ
+    if options.get("DVLA_CUDA") == "ON":
+        environment = {**os.environ, "CUDACXX": nvcc(torch.version.cuda)}
+    subprocess.run(configure, check=True, env=environment)
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     make = [cmake, "--build", str(folder), "--parallel", jobs]
     subprocess.run([*make, *(["--target", *targets] if targets else [])], check=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from text_encoders import (  # noqa: F401  (fixtures)
@@ -29,3 +31,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def memory_given_back() -> Iterator[None]:
+    """For tests that take gigabytes of a GPU which other processes share."""
+    yield
+    torch.cuda.empty_cache()

@@ -47,6 +47,31 @@ def test_an_old_setuptools_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         importlib.import_module("backend")
 
 
+@pytest.mark.parametrize(
+    ("release", "cuda", "found"),
+    [("13.1", "13.0", True), ("12.9", "13.0", False), ("13.0", None, False)],
+)
+def test_nvcc_that_is_on_no_path(
+    release: str, cuda: str | None, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "build_tools"))
+    from native import nvcc
+
+    compiler = tmp_path / "cuda" / "bin" / "nvcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.write_text(
+        f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.88\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", "/bin")
+    monkeypatch.setenv("CUDA_HOME", str(compiler.parents[1]))
+    assert (nvcc(cuda) == str(compiler)) == found
+    monkeypatch.setenv("CUDACXX", "/elsewhere/nvcc")
+    assert nvcc(cuda) == "/elsewhere/nvcc"
+
+
 def test_one_floor_for_python_and_for_torch() -> None:
     """What pyproject.toml asks for is what the build installs and the documentation says."""
     stated = (ROOT / "pyproject.toml").read_text()

@@ -171,7 +171,7 @@ def step_of(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
     # The root that pytest would find, and names count from, depends on where the project lies.
     step = [*gpu_check.PYTEST, f"--rootdir={folder}", str(path)]
     monkeypatch.setattr(gpu_check, "command", lambda *_: step)
-    return gpu_check.check("tests", 60, folder)
+    return gpu_check.check("tests", 60, folder, folder / "rows")
 
 
 def test_failed_tests_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +241,27 @@ def test_whole_record(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert written["medians"] == [ROW, ROW]
 
 
+def test_a_check_that_is_ended_keeps_its_rows(
+    gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that was half written is none."""
+    output = tmp_path / "h200.json"
+
+    def check(name: str, seconds: float, folder: Path, rows: Path) -> dict:
+        if name == "eager":
+            rows.write_text(json.dumps(ROW) + "\n" + json.dumps(ROW)[:20])
+            sys.exit(1)  # as on SIGTERM
+        return {"outcome": "passed", "seconds": 1.0}
+
+    monkeypatch.setattr(gpu_check, "check", check)
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--output", str(output)])
+    record = json.loads(output.read_text())
+    assert record["medians"] == [ROW]
+    assert list(record["checks"]) == ["tests", "kernels"]
+    assert list(tmp_path.iterdir()) == [output]
+
+
 def test_steps_that_are_not_run_say_why(
     gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,7 +289,9 @@ def test_tests_share_the_cores(found: bool, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(gpu_check.os, "cpu_count", lambda: 16)
     command = gpu_check.command("tests", Path("rows"))
     assert ("-n" in command) == found
-    assert not found or command[command.index("-n") + 1] == "8"
+    assert not found or command[command.index("-n") + 1] == "16"
+    threads = gpu_check.environment("tests")["TORCHINDUCTOR_COMPILE_THREADS"]
+    assert threads == ("1" if found else "16")
     assert "-n" not in gpu_check.command("eager", Path("rows"))
 
 

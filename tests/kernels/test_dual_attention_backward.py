@@ -257,6 +257,7 @@ def test_wide_offsets_give_the_same_bits(path: str, monkeypatch: pytest.MonkeyPa
     assert_same_bits(case.gradients(), expected)
 
 
+@pytest.mark.usefixtures("memory_given_back")
 @pytest.mark.parametrize(
     ("axis", "keys", "stride"),
     [

@@ -171,6 +171,7 @@ def test_wide_offsets_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(torch.equal(a, b) for a, b in zip(case.run(), expected, strict=True))
 
 
+@pytest.mark.usefixtures("memory_given_back")
 @pytest.mark.parametrize(
     ("axis", "keys", "stride"),
     [

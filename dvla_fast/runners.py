@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,9 @@ def _counter(progress: Any, stage: str) -> Any:
     return advance
 
 
-def _bank_command(name: str) -> Callable[[Any], int]:
+def _bank_command(name: str, module: str = "bank_commands") -> Callable[[Any], int]:
     def run(config: Any) -> int:
-        from dvla_fast.engine import bank_commands
-
-        status: int = getattr(bank_commands, name)(config)
+        status: int = getattr(import_module(f"dvla_fast.engine.{module}"), name)(config)
         return status
 
     return run
@@ -226,7 +225,7 @@ RUNNERS = {
     "semantics edit": _bank_command("edit"),
     "semantics encode": _bank_command("encode"),
     "semantics check": _bank_command("check"),
-    "semantics import": _bank_command("import_published"),
+    "semantics import": _bank_command("import_published", "bank_import"),
     "ablate": _ablate,
     "evaluate": _evaluate,
     "predict": _predict,

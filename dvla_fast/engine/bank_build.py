@@ -11,10 +11,12 @@ from typing import Any
 from dvla_fast.data import load_digits
 from dvla_fast.data.images import FewShotData
 from dvla_fast.data.shapes import load_shapes
+from dvla_fast.data.splits import class_names
 from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.logging import Progress
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.settle import MADE_SIZES, sized
+from dvla_fast.engine.text_options import check_template
 from dvla_fast.engine.tool_config import LanguageModelConfig, SemanticsBuild
 from dvla_fast.errors import DataError
 from dvla_fast.semantics import build_encoder
@@ -27,7 +29,6 @@ from dvla_fast.semantics.language_models import (
 )
 from dvla_fast.semantics.sources import folder_classes, image_set_classes, named_classes
 from dvla_fast.semantics.stages import ClassSource, Prompts
-from dvla_fast.semantics.topk import TEMPLATES
 
 _BACKENDS = ("openai", "transformers", "files")
 
@@ -36,11 +37,7 @@ def build(config: SemanticsBuild) -> int:
     """Build or continue the bank; returns the exit status: 1 where a class failed."""
     if not config.output:
         raise UsageError("semantics build needs --output, the JSON file of the bank")
-    if config.construct.template not in TEMPLATES:
-        raise UsageError(
-            f"--construct.template {config.construct.template!r} is unknown; choose one of "
-            f"{', '.join(TEMPLATES)}"
-        )
+    check_template(config.construct.template, "--construct.template")
     output = Path(config.output)
     prompts = Prompts.load(config.construct.candidates_prompt, config.construct.description_prompt)
     model = build_language_model(config.language_model)
@@ -70,8 +67,13 @@ def build(config: SemanticsBuild) -> int:
             progress=_Bars(progress),
         )
     _print_usage(config, model, built.reused)
-    if built.bank is not None:
+    if built.lost:
+        print(
+            f"bank        {output} is as it was: it has {len(built.lost)} class(es) that failed now"
+        )
+    elif built.bank is not None:
         print(f"bank        {output}, {len(built.bank.classes)} of {len(classes)} classes")
+    if built.bank is not None:
         print(f"answers     {journal_path(output)}")
     if not built.failures:
         print(f"next        dvla-fast semantics show {shlex.quote(str(output))}")
@@ -142,7 +144,9 @@ def find_classes(config: SemanticsBuild) -> tuple[list[ClassSource], dict[str, A
                 f"{path}: cannot read the class names ({reason}); give --construct.classes a text "
                 "file with one name a line"
             ) from error
-        return named_classes(line for line in lines if line.strip()), {"classes": path.name}
+        # a wnid, or a number before the name, tells a model nothing
+        named = class_names(line.strip() for line in lines if line.strip())
+        return named_classes(named), {"classes": path.name}
     record: dict[str, Any] = {
         # a path need not be UTF-8, a bank is
         "dataset": os.fsencode(config.data.dataset).decode(errors="replace"),

@@ -14,23 +14,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dvla_fast.data import is_cache, list_data, load_split_list
+from dvla_fast.data import is_cache, list_data
 from dvla_fast.data.cache_index import read_index
-from dvla_fast.data.splits import SplitList, candidates, class_names
 from dvla_fast.engine.build import bank_encoder, build_bank, build_data, pick_device
 from dvla_fast.engine.config import DataConfig
 from dvla_fast.engine.logging import Progress
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.settle import MADE_SIZES
+from dvla_fast.engine.text_options import check_template
 from dvla_fast.engine.tool_config import (
     SemanticsCheck,
     SemanticsDiff,
     SemanticsEdit,
     SemanticsEncode,
-    SemanticsImport,
     SemanticsShow,
 )
-from dvla_fast.errors import BankError, OutputError
+from dvla_fast.errors import BankError
 from dvla_fast.files import write_atomic, write_text_atomic
 from dvla_fast.semantics import ClassEntry, SemanticBank, encode_bank
 from dvla_fast.semantics.bank import (
@@ -44,7 +43,6 @@ from dvla_fast.semantics.bank import (
 )
 from dvla_fast.semantics.characters import printable
 from dvla_fast.semantics.check import check_bank
-from dvla_fast.semantics.importing import Published, read_published, save_published
 from dvla_fast.semantics.names import normalised_name
 from dvla_fast.semantics.topk import Selection, progressive_top_k
 from dvla_fast.semantics.vectors import CachedEncoder, make_room, vectors_path
@@ -58,6 +56,7 @@ def show(config: SemanticsShow) -> int:
     """Show a bank in short, or all that it knows of one class."""
     from rich.console import Console
 
+    check_template(config.template, "--template")
     bank = build_bank(config.bank)
     console = Console(highlight=False)
     if not config.class_name:
@@ -123,29 +122,33 @@ def _candidate_table(entry: ClassEntry, selection: Selection | None) -> Any:
         chosen = list(entry.attributes)
         scores = [item.scores for item in entry.candidates] or [() for _ in texts]
     numbers = [[s for s in row if s is not None] for row in scores]
-    best = [row[-1] for text, row in zip(texts, numbers) if text in chosen and row]
+    last = [row[-1] for text, row in zip(texts, numbers) if chosen and text == chosen[-1] and row]
     top = max((abs(value) for row in numbers for value in row), default=0.0) or 1.0
     table = Table("", "candidate", "score", "by round", "kept")
     for text, row in zip(texts, numbers):
         bar = "█" * round(_BAR * max(row[-1], 0.0) / top) if row else ""
         rounds = " ".join(f"{value:.3f}" for value in row)
-        fate, why = _fate(text, chosen, row, best)
+        fate, why = _fate(text, chosen, row, last)
         table.add_row(fate, _plain(text), bar, rounds, why)
     return table
 
 
 def _fate(
-    text: str, chosen: Sequence[str], row: Sequence[float], best: Sequence[float]
+    text: str, chosen: Sequence[str], row: Sequence[float], last: Sequence[float]
 ) -> tuple[str, str]:
-    """Say in which round a candidate was kept, or why it was not."""
+    """Say in which round a candidate was kept, or why it was not.
+
+    Args:
+        last: the score of what the last round kept, where it is recorded.
+    """
     if text in chosen:
         place = chosen.index(text) + 1
         return str(place), f"kept in round {place}"
     if not chosen:
         return "", "nothing chosen yet: all are used"
-    if not row or not best:
+    if not row or not last:
         return "–", "dropped (no score recorded)"
-    return "–", f"dropped: {row[-1]:.3f} in the last round, where {min(best):.3f} was kept"
+    return "–", f"dropped: {row[-1]:.3f} in the last round, where {last[0]:.3f} was kept"
 
 
 def diff(config: SemanticsDiff) -> int:
@@ -153,6 +156,7 @@ def diff(config: SemanticsDiff) -> int:
     first, second = build_bank(config.first), build_bank(config.second)
     theirs = {normalised_name(name): name for name in second.classes}
     lines = _other(first.kind, second.kind, "made from")
+    lines += _changed_keys(first.provenance, second.provenance)
     matched = set()
     for name, entry in first.classes.items():
         twin = name if name in second.classes else theirs.get(normalised_name(name))
@@ -184,7 +188,26 @@ def _changes(first: ClassEntry, second: ClassEntry) -> list[str]:
             lines.append(f"~ {kind}s reordered: {moved}")
     if first.description != second.description:
         lines += [f"- description {first.description!r}", f"+ description {second.description!r}"]
-    return lines + _other(first.stored, second.stored, "vectors")
+    lines += _other(first.stored, second.stored, "vectors")
+    scores = [{c.text: c.scores for c in e.candidates} for e in (first, second)]
+    scored = scores[0].keys() & scores[1].keys()
+    rescored = sum(scores[0][text] != scores[1][text] for text in scored)
+    lines += [f"~ scores of {rescored} candidates"] if rescored else []
+    lines += ["~ the model's answers"] if first.answers != second.answers else []
+    return lines + [f"~ {key}" for key in _differing(first.extra, second.extra)]
+
+
+def _changed_keys(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Say what of the provenance differs, but for what the kind of bank already says."""
+    keys = [key for key in _differing(first, second) if key != "kind"]
+    return [f"~ provenance: {', '.join(keys)}"] if keys else []
+
+
+def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    keys = dict.fromkeys([*first, *second])
+    return [
+        key for key in keys if (key in first, first.get(key)) != (key in second, second.get(key))
+    ]
 
 
 def _other(before: object, after: object, what: str) -> list[str]:
@@ -282,6 +305,7 @@ def _in_editor(content: bytes, slug: str) -> tuple[bytes, str | None]:
 
 def encode(config: SemanticsEncode) -> int:
     """Encode a bank's texts into the file beside it: those that are not there yet."""
+    check_template(config.template, "--template")
     bank = build_bank(config.bank)
     if bank.vectors:
         raise BankError(f"{bank.source}: has vectors and no words; there is nothing to encode")
@@ -302,11 +326,11 @@ def encode(config: SemanticsEncode) -> int:
         for start in range(0, len(missing), _BATCH):
             part = missing[start : start + _BATCH]
             encoder.add(part)
-            encoder.save(prune=False)  # what a kill may cost
+            encoder.save()  # what a kill may cost
             progress.advance(len(part))
         # what is left: the templates of top-k selection, one round after another
         encode_bank(bank, list(bank.classes), encoder, top_k=config.top_k, template=config.template)
-    held = encoder.save()
+    held = encoder.save(prune=config.prune)
     print(
         f"vectors     {encoder.path}: {held} of {encoder.name}, length {encoder.dim} "
         f"({encoder.encoded} encoded now)"
@@ -348,54 +372,3 @@ def _data_set(config: DataConfig) -> tuple[list[str], dict[str, Sequence[str]]]:
     listing = list_data(config.dataset, config.splits)
     names = [name for split in listing.splits.values() for name in split.names]
     return names, {name: listing.image_ids(split) for name, split in listing.splits.items()}
-
-
-def import_published(config: SemanticsImport) -> int:
-    """Make a bank of published vectors."""
-    if not config.output:
-        raise UsageError("semantics import needs --output, the JSON file of the bank")
-    output = Path(config.output)
-    if output.suffix != ".json":
-        raise UsageError(f"--output {output}: must end in .json; the vectors go beside it")
-    for file in (output, vectors_path(output)):
-        if file.exists():
-            raise OutputError(f"{file}: exists; give --output another name, or move it away")
-    published = read_published([config.path, *([config.attributes] if config.attributes else [])])
-    known = _split_list(published, config.splits)
-    keys = list(dict.fromkeys([*(known.keys if known else ()), *published.classes]))
-    readable = dict(zip(sorted(keys), class_names(sorted(keys), known)))
-    bank = save_published(published, output, readable.__getitem__, config.encoder)
-    low, high = published.norms
-    assert bank.vectors is not None
-    print(
-        f"bank        {output}: {len(bank.classes)} classes, length {bank.vectors.dim}, encoder "
-        f"{bank.vectors.encoder}; norms were {low:.3g} to {high:.3g}, now 1"
-    )
-    for line in _coverage(published, known):
-        print(line)
-    return 0
-
-
-def _split_list(published: Published, name: str) -> SplitList | None:
-    if name:
-        return load_split_list(name)
-    found = [item for item in candidates(published.classes) if item.keys & set(published.classes)]
-    lacking = {item.name: len(item.keys - set(published.classes)) for item in found}
-    return min(found, key=lambda item: (lacking[item.name], -len(item.keys)), default=None)
-
-
-def _coverage(published: Published, known: SplitList | None) -> list[str]:
-    """Say which classes of the split list the files lack, and which it does not know."""
-    if known is None:
-        return ["split list  none fits these classes; their keys are the names"]
-    lines = [f"split list  {known.name}{f' ({known.title})' if known.title else ''}"]
-    for split, keys in known.splits.items():
-        missing = [key for key in keys if key not in published.classes]
-        if missing:
-            lines.append(
-                f"missing     {len(missing)} of {len(keys)} {split} classes: {', '.join(missing)}"
-            )
-    strangers = [key for key in published.classes if key not in known.keys]
-    if strangers:
-        lines.append(f"unknown     {len(strangers)} classes not in that list: {strangers[:8]}")
-    return lines

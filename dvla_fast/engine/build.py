@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from dvla_fast.data import FewShotData, ImageSet, load_data
 from dvla_fast.data.shapes import BANKS, KINDS, load_shapes, make_classes
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
-from dvla_fast.engine.config import DataConfig, ModelConfig, SemanticsConfig, TextOptions
+from dvla_fast.engine.config import DataConfig, ModelConfig, SemanticsConfig
 from dvla_fast.engine.description import REMEDY
 from dvla_fast.engine.settings import UsageError, differences
 from dvla_fast.engine.settle import sized
+from dvla_fast.engine.text_options import EncoderOptions, check_template
 from dvla_fast.errors import CheckpointError, DataError, DVLAError, TrainingError
 from dvla_fast.nn import DVLA, build_backbone
 from dvla_fast.semantics import (
@@ -38,7 +39,6 @@ from dvla_fast.semantics import (
 )
 from dvla_fast.semantics.encoders import check_dim, encoder_identity
 from dvla_fast.semantics.tokens import PARTS, encode_names, shuffled_sources, stored_tokens
-from dvla_fast.semantics.topk import TEMPLATES
 from dvla_fast.semantics.vectors import CachedEncoder, vectors_path
 
 # Of ModelConfig: what describes the backbone and its start, and not the gates.
@@ -213,11 +213,7 @@ def encode_texts(
 
     For parts ``shuffled`` the caller exchanges the names (:func:`text_sources`).
     """
-    if config.template not in TEMPLATES:
-        raise UsageError(
-            f"semantics.template: {config.template!r} is unknown; choose one of "
-            f"{', '.join(TEMPLATES)}"
-        )
+    check_template(config.template, "semantics.template")
     if config.parts not in PARTS:
         raise UsageError(
             f"semantics.parts: {config.parts!r} is unknown; choose one of {', '.join(PARTS)}"
@@ -258,7 +254,7 @@ def encode_texts(
 
 
 def bank_encoder(
-    config: TextOptions, bank: SemanticBank, device: torch.device, *, cache: bool = False
+    config: EncoderOptions, bank: SemanticBank, device: torch.device, *, cache: bool = False
 ) -> TextEncoder:
     """Build the encoder of a bank's texts, over the vectors beside the bank where there are any.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from dvla_fast.engine.settings import about, one_of, option, repeated
+from dvla_fast.engine.text_options import TextOptions
 
 # What data sets call their splits, and what they are called here: "monitor" selects checkpoints,
 # and is a held-out share of the base classes' images where a data set has no val.
@@ -61,34 +62,6 @@ class DataConfig:
         "auto",
         "keep a cache's images in GPU memory: yes, no, or auto: where they fit in half of it",
     )
-
-
-@dataclass
-class TextOptions:
-    """How texts are chosen and encoded."""
-
-    encoder: str = option(
-        "hashed-ngram",
-        "text encoder: hashed-ngram, open_clip:MODEL/TAG_OR_FILE or transformers:NAME_OR_FOLDER",
-    )
-    dim: int = option(
-        0, "length of a text vector; 0: the encoder's own (hashed-ngram: any, 512 if 0)", 0
-    )
-    top_k: int = option(
-        0,
-        "attributes that progressive selection chooses of each class; 0: the bank's own choice",
-        0,
-    )
-    template: str = option(
-        "all", "chosen attributes that the template of that selection names: all, or the last"
-    )
-    parts: str = option(
-        "all",
-        "texts of a class that the gates read: all (attributes and description), attributes, "
-        "description, name ('A photo of a NAME' alone), or shuffled (all, of another class of its "
-        "split: a control)",
-    )
-    truncate: bool = option(False, "cut texts longer than the encoder reads instead of failing")
 
 
 @dataclass

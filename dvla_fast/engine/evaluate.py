@@ -28,7 +28,7 @@ from dvla_fast.engine.build import (
     seed_everything,
 )
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
-from dvla_fast.engine.config import EvaluateConfig, EvaluateRun
+from dvla_fast.engine.config import EvaluateConfig, EvaluateRun, SemanticsConfig
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.inductive import EpisodeTexts
 from dvla_fast.engine.inputs import images_fingerprint, pixel_facts
@@ -415,6 +415,18 @@ def _find_texts(
     """Encode the texts that the gates of checkpoints (path -> description) read."""
     split, device = config.evaluate.split, data.base.device
     if config.evaluate.construct:
+        default = SemanticsConfig()
+        given = [
+            f"semantics.{name}"
+            for name in ("bank", "encoder", "dim", "top_k", "template", "parts", "truncate")
+            if getattr(config.semantics, name) != getattr(default, name)
+        ]
+        if given:
+            warnings.warn(
+                f"{', '.join(given)}: not used, for the texts are written as "
+                f"{config.evaluate.construct} says",
+                stacklevel=3,
+            )
         run = config.output if config.resume else ""
         written = EpisodeTexts(config.evaluate.construct, data.split(split), run)
         none = torch.zeros(len(written.images), dtype=torch.bool)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dvla_fast.engine.config import LARGEST_SEED, DataConfig, TextOptions
+from dvla_fast.engine.config import LARGEST_SEED, DataConfig
 from dvla_fast.engine.settings import about, option, positional
+from dvla_fast.engine.text_options import EncoderOptions, SelectionOptions
 
 
 @dataclass
@@ -106,7 +107,7 @@ class CompareRun:
 
 
 @dataclass
-class SemanticsShow(TextOptions):
+class SemanticsShow(SelectionOptions):
     """Everything `dvla-fast semantics show` does."""
 
     bank: str = positional("name of a bundled or made bank, or path of a bank JSON file")
@@ -130,15 +131,20 @@ class SemanticsEdit:
 
 
 @dataclass
-class SemanticsEncode(TextOptions):
+class SemanticsEncode(SelectionOptions):
     """Everything `dvla-fast semantics encode` does."""
 
     bank: str = positional("bundled bank name, or path of a bank JSON file")
+    prune: bool = option(
+        False,
+        "take away this encoder's vectors of texts that the bank, with this top_k and template, "
+        "does not need",
+    )
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
 
 
 @dataclass
-class SemanticsCheck(TextOptions):
+class SemanticsCheck(EncoderOptions):
     """Everything `dvla-fast semantics check` does."""
 
     bank: str = positional("bundled bank name, or path of a bank JSON file")

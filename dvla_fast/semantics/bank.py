@@ -29,6 +29,7 @@ import difflib
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -483,7 +484,7 @@ def _is_text(value: Any) -> bool:
 def _is_score(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value is None
-    return math.isfinite(value)
+    return abs(value) <= sys.float_info.max  # an int may be larger than any float
 
 
 def _some(items: list[str], separator: str = ", ", limit: int = 8) -> str:

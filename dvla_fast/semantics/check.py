@@ -65,6 +65,7 @@ def check_bank(
             read_stored(bank)
         except BankError as error:
             report.problems.append(str(error))
+        _add(report.notes, _half_classes(bank))
     else:
         _add(report.problems, _texts(bank, encoder))
         _add(report.notes, _unknown_keys(bank))
@@ -105,6 +106,16 @@ def _texts(bank: SemanticBank, encoder: TextEncoder | None) -> list[str]:
                     f"{encoder.name if encoder else ''} reads {limit}: {text[:50]!r}..."
                 )
     return problems
+
+
+def _half_classes(bank: SemanticBank) -> list[str]:
+    """Say which classes lack a level of text that others have."""
+    lines = []
+    for level in ("attributes", "description"):
+        lacking = [name for name, e in bank.classes.items() if not getattr(e.stored, level)]
+        if len(lacking) < len(bank.classes):
+            lines += [f"{name!r} has no {level}, which other classes have" for name in lacking]
+    return lines
 
 
 def _candidates(entry: Any) -> tuple[str, ...]:

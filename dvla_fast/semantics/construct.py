@@ -18,7 +18,7 @@ import torch
 
 from dvla_fast.errors import LanguageModelError, OutputError
 from dvla_fast.files import write_text_atomic
-from dvla_fast.semantics.bank import ClassEntry, SemanticBank
+from dvla_fast.semantics.bank import ClassEntry, SemanticBank, load_bank
 from dvla_fast.semantics.encoders import TextEncoder
 from dvla_fast.semantics.journal import Journal, JournaledModel
 from dvla_fast.semantics.language_models.base import LanguageModel, ShownImage
@@ -62,11 +62,13 @@ class Built:
         bank: the finished classes; None when there is none.
         failures: the others, with the reason.
         reused: answers taken from the journal.
+        lost: classes that failed now, and are in the file: it stays as it was.
     """
 
     bank: SemanticBank | None
     failures: dict[str, Failure] = field(default_factory=dict)
     reused: int = 0
+    lost: tuple[str, ...] = ()
 
 
 def journal_path(output: str | Path) -> Path:
@@ -88,7 +90,8 @@ def construct_bank(
 ) -> Built:
     """Write the bank of these classes to ``output``; the same call continues a build.
 
-    A class that fails is left out, and asked about again by the next call; the others are written.
+    A class that fails is left out, and asked about again by the next call; the others are written,
+    but never in the place of a bank that has the class.
 
     Args:
         classes: names, and the images that may be shown.
@@ -100,22 +103,36 @@ def construct_bank(
         DataError: a class without a name, or named twice.
         LanguageModelError: the model cannot be used (any more); answers so far are kept.
         OutputError: bank or journal cannot be written, another process builds this bank, or the
-            file at ``output`` is not as the build left it: it may have been edited by hand.
+            file at ``output`` is not as the build left it (it may have been edited by hand) or has
+            classes that are not asked for.
     """
     check_classes(classes)
     prompts, settings = prompts or Prompts.load(), settings or Settings()
     output = Path(output)
     with Journal(journal_path(output)) as journal:
         _check_own(output, journal)
+        before = _classes_at(output)
+        if others := [name for name in before if name not in {item.name for item in classes}]:
+            raise OutputError(
+                f"{output}: has {len(others)} class(es) that this build does not ask for "
+                f"({', '.join(map(repr, others[:5]))}), and would lose them: give --output another "
+                "file, ask for all classes at once, or move the file away"
+            )
         asked = JournaledModel(model, journal)
         bank, failures = _construct(
             classes, asked, encoder, prompts, settings, output.stem, provenance, progress
         )
-        if bank is not None:
+        lost = tuple(name for name in before if name in failures)
+        if bank is not None and not lost:
             text = bank.to_json()
             journal.mark(_mark(text.encode()))  # before the file: what is there is on record
             write_text_atomic(output, text)
-        return Built(bank, failures, asked.reused)
+        return Built(bank, failures, asked.reused, lost)
+
+
+def _classes_at(output: Path) -> list[str]:
+    """Return the classes of the bank at a path; none where there is no file."""
+    return list(load_bank(output).classes) if output.exists() else []
 
 
 def _check_own(output: Path, journal: Journal) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dvla_fast.errors import BankError
 from dvla_fast.semantics.bank import ClassEntry, SemanticBank, StoredCount, StoredVectors
+from dvla_fast.semantics.names import normalised_name
 from dvla_fast.semantics.vectors import (
     ClassVectors,
     vectors_path,
@@ -86,6 +87,7 @@ def read_published(paths: Iterable[str | Path]) -> Published:
         raise BankError(
             f"{', '.join(files)}: vectors of lengths {widths}; one bank has vectors of one encoder"
         )
+    attributes = _joined(attributes, descriptions)
     norms = torch.cat([vectors.norm(dim=1) for vectors in every])
     none = torch.zeros(0, widths[0])
     classes = {
@@ -96,6 +98,17 @@ def read_published(paths: Iterable[str | Path]) -> Published:
     return Published(
         classes, widths[0], encoder, (float(norms.min()), float(norms.max())), files, meta
     )
+
+
+def _joined(attributes: dict[str, Tensor], descriptions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the attributes by the keys of the descriptions, which may be spelled otherwise."""
+    keys = {normalised_name(key): key for key in descriptions}
+    joined = {key: vectors for key, vectors in attributes.items() if key in descriptions}
+    for key, vectors in attributes.items():
+        twin = keys.get(normalised_name(key), key)
+        if key not in joined:
+            joined[key if twin in joined else twin] = vectors
+    return joined
 
 
 def save_published(
@@ -112,7 +125,7 @@ def save_published(
         encoder: name of the encoder, where it is known better.
 
     Raises:
-        BankError: two keys of one name.
+        BankError: two keys of one name, or a key that is none.
         OutputError: a file cannot be written.
     """
     from dvla_fast import __version__
@@ -121,6 +134,8 @@ def save_published(
     named: dict[str, ClassVectors] = {}
     for key, vectors in published.classes.items():
         name = class_name(key)
+        if not name.strip():
+            raise BankError(f"{', '.join(published.files)}: a class has no name")
         if name in named:
             raise BankError(f"{', '.join(published.files)}: two classes are called {name!r}")
         named[name] = vectors
@@ -198,8 +213,9 @@ def _levels(content: Any, path: Path) -> dict[str, dict[str, Tensor]]:
             if not isinstance(intrinsic, dict):
                 raise BankError(f"{path}: class {key!r} has no 'intrinsic' vectors; {_FORMS}")
             for level, name in (("attributes", "local"), ("descriptions", "global")):
-                if intrinsic.get(name) is not None:
-                    raw[level][key] = intrinsic[name]
+                value = intrinsic.get(name)
+                if value is not None and not _is_empty(value):  # a class without attributes
+                    raw[level][key] = value
     else:
         for level, name in (
             ("attributes", "attribute_features"),
@@ -213,6 +229,10 @@ def _levels(content: Any, path: Path) -> dict[str, dict[str, Tensor]]:
         level: {str(key): _vectors(value, level, str(key), path) for key, value in each.items()}
         for level, each in raw.items()
     }
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2 and len(value) == 0
 
 
 def _vectors(value: Any, level: str, key: str, path: Path) -> Tensor:

@@ -96,16 +96,17 @@ class CachedEncoder:
             tensors, info = _read(path)
             if info["kind"] != "cache":
                 raise BankError(f"{path}: holds the vectors of a bank without words; move it away")
-            self._load(tensors)
+            self._rows = self._stored(tensors)
 
-    def _load(self, tensors: Mapping[str, Tensor]) -> None:
+    def _stored(self, tensors: Mapping[str, Tensor]) -> dict[bytes, tuple[Tensor, bool]]:
+        """Return this encoder's vectors, and whether each text was cut, by the text's key."""
         names = [f"{self.identity}|{part}" for part in _PARTS]
         if not all(name in tensors for name in names):
-            return
+            return {}
         keys, vectors, truncated = (tensors[name] for name in names)
         if not len(keys) == len(vectors) == len(truncated):
             raise BankError(_damaged(self.path, "its parts have different lengths"))
-        self._rows = {
+        return {
             bytes(key): (vector, bool(cut))
             for key, vector, cut in zip(keys.numpy(), vectors, truncated.tolist())
         }
@@ -163,11 +164,12 @@ class CachedEncoder:
         self._cut += len(cut)
         return torch.stack([vector for vector, _ in rows]) if rows else torch.zeros(0, self.dim)
 
-    def save(self, *, prune: bool = True) -> int:
+    def save(self, *, prune: bool = False) -> int:
         """Write this encoder's vectors beside those of other encoders.
 
         Args:
-            prune: only those used so far: what an edit has left behind goes.
+            prune: only those used so far: what an edit has left behind goes, and what other
+                settings of the selection use. Else what another process wrote meanwhile stays.
 
         Returns:
             The number of vectors of this encoder in the file.
@@ -178,6 +180,8 @@ class CachedEncoder:
         make_room(self.path)
         tensors = _read(self.path)[0] if self.path.exists() else {}
         others = {k: v for k, v in tensors.items() if k.rpartition("|")[0] != self.identity}
+        if not prune:
+            self._rows = self._stored(tensors) | self._rows
         used = {key: self._rows[key] for key in sorted(self._used if prune else self._rows)}
         if used:
             values = (

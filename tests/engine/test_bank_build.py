@@ -131,6 +131,15 @@ def test_one_split_and_class_names_alone(photos: Path, tmp_path: Path) -> None:
     assert not any(images_of(request) for request in server.requests)
 
 
+def test_keys_in_a_list_of_classes_get_their_names(tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("n02085620-Chihuahua\n003.Sooty_Albatross\ncrow\n")
+    with serve(answer) as server:
+        assert build(server.url, tmp_path / "a.json", f"--construct.classes={names}") == 0
+    assert list(load_bank(tmp_path / "a.json").classes) == ["Chihuahua", "Sooty Albatross", "crow"]
+    assert not any("n02085620" in prompt for prompt in server.prompts())
+
+
 @pytest.mark.parametrize("dataset", ["digits", "shapes"])
 def test_made_data_sets(dataset: str, tmp_path: Path) -> None:
     with serve(answer) as server:
@@ -176,6 +185,11 @@ def test_classes_that_fail(
         assert build(server.url, path, f"--data.dataset={photos}") == 0
         assert len(server.requests) == 2
     assert list(load_bank(path).classes) == [*sorted(NAMES), "eagle", "heron"]
+    capsys.readouterr()
+    with serve(refusing) as server:  # a bank that has the class is not replaced by one without
+        assert build(server.url, path, f"--data.dataset={photos}", "--construct.images=0") == 1
+    assert "is as it was: it has 1 class(es) that failed now" in capsys.readouterr().out
+    assert "owl" in load_bank(path).classes
 
 
 def test_transformers_back_end(

@@ -74,6 +74,15 @@ def test_show_a_class(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("wide")
+def test_a_dropped_candidate_beside_what_the_last_round_kept(
+    birds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    birds.write_text(birds.read_text().replace("[0.31, 0.5]", "[0.31, 0.7]"))
+    text = run(capsys, "show", birds, "sooty_albatross")
+    assert "dropped: 0.100 in the last round, where 0.700 was kept" in text
+
+
+@pytest.mark.usefixtures("wide")
 def test_show_a_selection_made_now(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, "show", birds, "jay")
     assert "nothing chosen yet" in text
@@ -143,6 +152,25 @@ def test_diff_of_what_decides_about_leaks(
         "Sooty Albatross:",
         "  - image 'train/albatross/3.jpg'",
         "  + image 'train/albatross/4.jpg'",
+    ]
+
+
+def test_diff_of_where_texts_come_from(
+    birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = json.loads(json.dumps(BIRDS))
+    other["provenance"]["model"] = "another"
+    entry = other["classes"]["Sooty Albatross"]
+    entry["candidates"][0]["scores"] = [0.125]
+    entry["answers"] = {"candidates": "[]"}
+    entry["dropped"] = [{"text": "a beak", "reason": "repeated"}]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert run(capsys, "diff", birds, tmp_path / "other.json").splitlines() == [
+        "~ provenance: model",
+        "Sooty Albatross:",
+        "  ~ scores of 1 candidates",
+        "  ~ the model's answers",
+        "  ~ dropped",
     ]
 
 
@@ -297,11 +325,23 @@ def test_encode(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "(1 encoded now)" in run(capsys, "encode", birds, "--dim=32")
     # with top-k: every candidate, and one template a class and round
     text = run(capsys, "encode", birds, "--dim=32", "--top_k=2")
-    assert "12 of hashed-ngram" in " ".join(text.split())
+    assert "13 of hashed-ngram" in " ".join(text.split())
     assert "(0 encoded now)" in run(capsys, "encode", birds, "--dim=32", "--top_k=2")
+    # what other settings use stays, and what an edit has left behind goes where that is asked for
+    text = run(capsys, "encode", birds, "--dim=32")
+    assert "13 of hashed-ngram" in " ".join(text.split())
+    assert "(0 encoded now)" in run(capsys, "encode", birds, "--dim=32", "--top_k=2")
+    text = run(capsys, "encode", birds, "--dim=32", "--prune")
+    assert "6 of hashed-ngram" in " ".join(text.split())
     assert "longer than the 77 words" in run(capsys, "encode", long_bank(birds), status=1)
     with pytest.warns(UserWarning, match="longer than the 77 words"):
         assert "cut         1 texts" in run(capsys, "encode", long_bank(birds), "--truncate")
+
+
+@pytest.mark.parametrize("command", ["encode", "show"])
+def test_an_unknown_template(command: str, birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, command, birds, "--top_k=2", "--template=zzz", status=2)
+    assert "--template: 'zzz' is unknown; choose one of all, last" in text
 
 
 def test_encode_where_nothing_can_be_written(

@@ -164,6 +164,16 @@ def test_episodes_of_fewer_attributes_are_padded(checkpoint: Path) -> None:
     assert torch.equal(text.tokens[0, 1:3], torch.zeros(2, 16))
 
 
+def test_settings_of_a_bank_that_is_not_read_are_told(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inductive, "build_language_model", lambda config: Scripted())
+    written = dataclasses.replace(EVALUATE, construct=settings_file(tmp_path, images=0))
+    given = SemanticsConfig(top_k=2, encoder="open_clip:none")
+    with pytest.warns(UserWarning, match=r"semantics\.encoder, semantics\.top_k: not used"):
+        evaluate(checkpoint, tmp_path / "run", evaluate=written, semantics=given)
+
+
 def test_wrong_settings_fail_before_the_folder_is_made(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text("language_model: {backend: oracle}")

@@ -53,6 +53,10 @@ def test_missing_classes_are_named() -> None:
             {"candidates": ["x", {"text": "y", "scores": [math.nan]}], "description": "A bird."},
             "candidate number 2 with scores",
         ),
+        (
+            {"candidates": ["x", {"text": "y", "scores": [10**400]}], "description": "A bird."},
+            "candidate number 2 with scores",
+        ),
         ({**GOOD, "answers": "red"}, "'answers' that are not an object"),
         ({**GOOD, "images": [3]}, "'images' that are not a list of image ids"),
         ({**GOOD, "description": "A bird \ud83d."}, "'jay' holds half a character"),

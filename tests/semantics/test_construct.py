@@ -190,6 +190,22 @@ def test_failed_classes_are_asked_about_again_and_the_others_kept(tmp_path: Path
     assert "failed" not in load_bank(path).provenance
 
 
+def test_a_finished_class_is_never_lost(tmp_path: Path) -> None:
+    path = tmp_path / "b.json"
+    construct_bank(CLASSES, Scripted(), ENCODER, path)
+    before = path.read_bytes()
+    with pytest.raises(OutputError, match=r"has 2 class\(es\) .* not ask for \('Crow', 'Owl'\)"):
+        construct_bank([ClassSource("Gull"), ClassSource("Tit")], Scripted(), ENCODER, path)
+    settings = Settings(top_k=3)  # another bank, in which one fails
+    model = spoil("description", "Gull", "no")
+    built = construct_bank(CLASSES, model, ENCODER, path, settings=settings)
+    assert (list(built.failures), built.lost) == (["Gull"], ("Gull",))
+    assert path.read_bytes() == before
+    built = construct_bank(CLASSES, Scripted(), ENCODER, path, settings=settings)
+    assert built.lost == ()
+    assert len(load_bank(path).classes["Gull"].attributes) == 3
+
+
 def test_finished_bank_asks_nothing_and_another_k_only_descriptions(tmp_path: Path) -> None:
     path = tmp_path / "b.json"
     construct_bank(CLASSES, Scripted(), ENCODER, path, settings=Settings(top_k=2))

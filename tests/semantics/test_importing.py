@@ -53,6 +53,42 @@ def test_descriptions_and_attributes_of_two_files(tmp_path: Path) -> None:
     assert_unit(texts.class_embedding)
 
 
+def test_levels_of_one_class_are_one_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Keys of two files may differ in case; a class without attributes is told."""
+    first = save(tmp_path / "s.pth", {"semantic_feature": features("owl", "blue_jay", "wren")})
+    second = save(tmp_path / "a.pth", {"attribute_features": features("Blue Jay", "owl", count=3)})
+    output = tmp_path / "birds.json"
+    assert main(["semantics", "import", str(first), f"--attributes={second}",
+                 f"--output={output}"]) == 0  # fmt: skip
+    text = capsys.readouterr().out
+    assert "3 classes" in text
+    assert "no attributes1 classes: wren" in text.replace("  ", "")
+    stored = {name: entry.stored for name, entry in load_bank(output).classes.items()}
+    assert stored == {"owl": (3, 1), "blue_jay": (3, 1), "wren": (0, 1)}
+    assert main(["semantics", "check", str(output)]) == 0
+    assert "note: 'wren' has no attributes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--splits=cifar_fs"]], ids=["found", "named"])
+@pytest.mark.parametrize("spelled", [str.upper, lambda key: key.replace("_", " ")])
+def test_classes_of_a_split_list_in_any_spelling(
+    spelled: Any, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dvla_fast.data import load_split_list
+
+    keys = sorted(load_split_list("cifar_fs").keys)
+    path = save(tmp_path / "s.pth", {"semantic_feature": features(*map(spelled, keys[1:]))})
+    arguments = ["semantics", "import", str(path), f"--output={tmp_path / 'c.json'}", *options]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "split list  c" in text
+    assert "1 of 64 train classes: apple" in text
+    assert text.count("missing") == 1
+    assert "unknown" not in text
+
+
 def test_half_precision_and_other_lengths(tmp_path: Path) -> None:
     content = {"semantic_feature": features("owl", dim=768, dtype=torch.float16)}
     bank = save_published(read_published([save(tmp_path / "x.pth", content)]), tmp_path / "b.json")
@@ -101,6 +137,16 @@ class Harmful:
         return Path.touch, (Path(Harmful.target),)
 
     target = ""
+
+
+def test_a_class_without_a_name_or_attributes(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.pth", {"semantic_feature": features("owl", " ")})
+    with pytest.raises(BankError, match=r"x\.pth: a class has no name"):
+        save_published(read_published([path]), tmp_path / "b.json")
+    assert not (tmp_path / "b.json").exists()
+    entry = {"intrinsic": {"local": torch.zeros(0, 6), "global": torch.ones(1, 6)}}
+    path = save(tmp_path / "y.pth", {"classes": {"owl": entry}, "meta": {}})
+    assert len(read_published([path]).classes["owl"].attributes) == 0
 
 
 def test_pickles_are_data_alone(tmp_path: Path) -> None:

@@ -59,8 +59,17 @@ def test_an_edit_encodes_only_what_changed(bank: Path) -> None:
     assert inner.seen == ["small eyes"]
     assert torch.equal(changed[1], tokens[1])
     assert not torch.equal(changed[0, 1], tokens[0, 1])
-    assert second.save() == 6  # the old text is gone
+    assert second.save(prune=True) == 6  # the old text is gone
     assert cached(bank, inner).missing(["big eyes", "small eyes"]) == ["big eyes"]
+
+
+def test_what_another_process_wrote_meanwhile_stays(bank: Path) -> None:
+    first, second = cached(bank, Counting()), cached(bank, Counting())
+    first.encode(["big eyes"])
+    second.encode(["small eyes"])
+    first.save()
+    assert second.save() == 2
+    assert cached(bank, Counting()).missing(["big eyes", "small eyes"]) == []
 
 
 def test_a_full_cache_needs_no_encoder(bank: Path) -> None:

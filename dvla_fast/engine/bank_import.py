@@ -1,0 +1,98 @@
+"""What ``dvla-fast semantics import`` does: published vectors to a bank, and what they lack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dvla_fast.data import load_split_list
+from dvla_fast.data.splits import SplitList, bundled_split_lists, class_names
+from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.tool_config import SemanticsImport
+from dvla_fast.errors import OutputError
+from dvla_fast.semantics.bank import SemanticBank
+from dvla_fast.semantics.importing import Published, read_published, save_published
+from dvla_fast.semantics.names import normalised_name
+from dvla_fast.semantics.vectors import vectors_path
+
+_SHOWN = 8
+
+
+def import_published(config: SemanticsImport) -> int:
+    """Make a bank of published vectors."""
+    if not config.output:
+        raise UsageError("semantics import needs --output, the JSON file of the bank")
+    output = Path(config.output)
+    if output.suffix != ".json":
+        raise UsageError(f"--output {output}: must end in .json; the vectors go beside it")
+    for file in (output, vectors_path(output)):
+        if file.exists():
+            raise OutputError(f"{file}: exists; give --output another name, or move it away")
+    published = read_published([config.path, *([config.attributes] if config.attributes else [])])
+    known = load_split_list(config.splits) if config.splits else _best_list(published)
+    keys = sorted({*(known.keys if known else ()), *published.classes})
+    readable = dict(zip(keys, class_names(keys, known)))
+    bank = save_published(published, output, readable.__getitem__, config.encoder)
+    low, high = published.norms
+    assert bank.vectors is not None
+    print(
+        f"bank        {output}: {len(bank.classes)} classes, length {bank.vectors.dim}, encoder "
+        f"{bank.vectors.encoder}; norms were {low:.3g} to {high:.3g}, now 1"
+    )
+    for line in [*_half_classes(bank), *_coverage(published, known)]:
+        print(line)
+    return 0
+
+
+def _best_list(published: Published) -> SplitList | None:
+    """Return the bundled list of which most classes are there, if it is more than half."""
+    forms = _forms(published.classes)
+    fits = []
+    for known in bundled_split_lists():
+        lacking = sum(normalised_name(key) not in forms for key in known.keys)
+        if 2 * lacking < len(known.keys):
+            fits.append((lacking, -len(known.keys), known.name, known))
+    return min(fits)[-1] if fits else None
+
+
+def _forms(keys: object) -> set[str]:
+    return {normalised_name(key) for key in keys}  # type: ignore[attr-defined]
+
+
+def _half_classes(bank: SemanticBank) -> list[str]:
+    """Say which classes lack a level of text that others have."""
+    lines = []
+    for level in ("attributes", "description"):
+        lacking = [name for name, e in bank.classes.items() if not getattr(e.stored, level)]
+        if 0 < len(lacking) < len(bank.classes):
+            lines.append(f"no {level}".ljust(12) + f"{len(lacking)} classes: {_some(lacking)}")
+    return lines
+
+
+def _coverage(published: Published, known: SplitList | None) -> list[str]:
+    """Say which classes of the split list the files lack, and which it does not know.
+
+    Files have a class's key, or its name, in any spelling: so a bank finds them, too.
+    """
+    if known is None:
+        return ["split list  none fits these classes; --splits names one"]
+    lines = [f"split list  {known.name}{f' ({known.title})' if known.title else ''}"]
+    keys = sorted(known.keys)
+    names = dict(zip(keys, class_names(keys, known)))
+    there = _forms(published.classes)
+    for split, classes in known.splits.items():
+        missing = [key for key in classes if not _forms((key, names[key])) & there]
+        if missing:
+            lines.append(
+                f"missing     {len(missing)} of {len(classes)} {split} classes: "
+                f"{', '.join(missing)}"
+            )
+    listed = _forms([*names, *names.values()])
+    strangers = [key for key in published.classes if normalised_name(key) not in listed]
+    if strangers:
+        lines.append(f"unknown     {len(strangers)} classes not in that list: {_some(strangers)}")
+    return lines
+
+
+def _some(names: list[str]) -> str:
+    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -6,17 +6,14 @@ Nothing is trained here. Supports become class prototypes, and queries go to the
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dvla_fast.data.decode import as_rgb, open_rgb, pillow, to_square
 from dvla_fast.data.folders import class_folders
@@ -24,6 +21,7 @@ from dvla_fast.data.images import unit_range
 from dvla_fast.engine.build import build_model, described_by, encode_texts, pick_device
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import SemanticsConfig
+from dvla_fast.engine.modes import evaluating
 from dvla_fast.engine.trained_texts import check_semantics
 from dvla_fast.errors import CheckpointError, DataError
 from dvla_fast.nn import DVLA, LayerTrace, TextTokens
@@ -180,7 +178,7 @@ class FewShotClassifier:
         every = [image for group in given.values() for image in group]
         labels = [label for label, group in enumerate(given.values()) for _ in group]
         marks = torch.tensor([labels], device=self.device)
-        with _evaluating(self.model):
+        with evaluating(self.model):
             features, layers = self.model.support_features(
                 self._read(every).unsqueeze(0), marks, text, way=len(given), sample=False
             )
@@ -211,7 +209,7 @@ class FewShotClassifier:
         parts, way = [], len(known.class_names)
         if self.model.text_scope == "candidate" and known.text is not None:
             batch = max(1, batch // way)
-        with _evaluating(self.model):
+        with evaluating(self.model):
             for first in range(0, len(images), batch):
                 query = self._read(images[first : first + batch]).unsqueeze(0)
                 logits = self.model.query_logits(
@@ -262,33 +260,6 @@ class FewShotClassifier:
             tokens=chosen.tokens.to(self._dtype),
             class_embedding=chosen.class_embedding.to(self._dtype),
         )
-
-
-_modes = threading.Lock()
-# How many calls work with a model now, and the modules that were in training before the first.
-_working: WeakKeyDictionary[DVLA, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
-
-
-@contextmanager
-def _evaluating(model: DVLA) -> Iterator[None]:
-    """Put a model into evaluation mode, and its modules back into theirs when no call is left."""
-    with _modes:
-        count, training = _working.get(model, (0, []))
-        if not count:
-            training = [module for module in model.modules() if module.training]
-            if training:
-                model.eval()
-        _working[model] = count + 1, training
-    try:
-        yield
-    finally:
-        with _modes:
-            count, training = _working.pop(model)
-            if count > 1:
-                _working[model] = count - 1, training
-            else:
-                for module in training:
-                    module.training = True
 
 
 def _ungated(info: Mapping[str, Any]) -> dict[str, Any]:

@@ -235,6 +235,8 @@ class _SyncBatchNorm2d(nn.BatchNorm2d):
             return
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        keep = 0.1 if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, keep)
-        self.running_var.lerp_(unbiased, keep)
+        share = self.momentum  # of what is new
+        if share is None:  # the mean over all batches so far
+            share = 0.0 if self.num_batches_tracked is None else 1 / int(self.num_batches_tracked)
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(unbiased, share)

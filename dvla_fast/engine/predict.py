@@ -14,7 +14,6 @@ Three plans, chosen by what a feature depends on; all give the model's own numbe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from dvla_fast.data import EpisodeBatch, EpisodeSampler, FewShotData, ImageSet
 from dvla_fast.engine.build import check_weights, split_classes
 from dvla_fast.engine.logging import Progress
+from dvla_fast.engine.modes import evaluating
 from dvla_fast.errors import TrainingError
 from dvla_fast.nn import DVLA, TextTokens, prototype_logits
 from dvla_fast.semantics import EncodedTexts
@@ -70,7 +70,7 @@ def image_features(
     Raises:
         TrainingError: a feature is NaN or infinite.
     """
-    with _evaluating(backbone):
+    with evaluating(backbone), torch.inference_mode():
         chunks = images.chunks(batch or _image_batch(images))
         parts: list[Tensor] = []
         for chunk in chunks:
@@ -187,7 +187,7 @@ class EpisodePredictor:
         Raises:
             TrainingError: features or logits are NaN or infinite.
         """
-        with _evaluating(self.model):
+        with evaluating(self.model), torch.inference_mode():
             self._fill(sampler, episodes, progress)
             results = {}
             for name in self.modes:
@@ -198,7 +198,7 @@ class EpisodePredictor:
         self, sampler: EpisodeSampler, episodes: int, progress: Progress | None = None
     ) -> None:
         """Compute the images of a list's episodes, as :meth:`predict` does first."""
-        with _evaluating(self.model):
+        with evaluating(self.model), torch.inference_mode():
             self._fill(sampler, episodes, progress)
 
     def visual(
@@ -218,7 +218,7 @@ class EpisodePredictor:
         """
         if not self._plain:
             raise ValueError("visual: build the predictor with visual=True")
-        with _evaluating(self.model):
+        with evaluating(self.model), torch.inference_mode():
             self._fill(sampler, episodes, progress)
             return predict_visual(self._tables["plain"], sampler, episodes, temperature)
 
@@ -402,15 +402,3 @@ def _batches(
 ) -> Iterator[EpisodeBatch]:
     for first in range(0, episodes, size):
         yield sampler.batch(first, min(size, episodes - first)).to(device)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; the mode from before afterwards."""
-    training = module.training
-    module.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        module.train(training)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dvla_fast.data import FewShotData
 from dvla_fast.engine.config import AugmentConfig, MetatuneConfig
+from dvla_fast.engine.modes import evaluating
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.nn import DVLA
 from dvla_fast.nn.backbones.base import Location
@@ -49,11 +50,10 @@ class PrefixMaps:
         """Return the maps (N, C, H, W) of a split; ``model`` must hold the frozen backbone."""
         key = (split, model.gated_layers[0])
         if key not in self._maps:
-            training = model.backbone.training
-            model.backbone.eval()
             chunks = self.data.split(split).chunks(_BATCH)
-            self._maps[key] = torch.cat([model.prefix(self.data.normalise(c)) for c in chunks])
-            model.backbone.train(training)
+            with evaluating(model.backbone):
+                maps = [model.prefix(self.data.normalise(chunk)) for chunk in chunks]
+            self._maps[key] = torch.cat(maps)
             while sum(maps.nbytes for maps in self._maps.values()) > self.cache_mib * 2**20:
                 if len(self._maps) == 1:
                     break

@@ -87,5 +87,5 @@ def collapsed_layers(
     return [
         index
         for index, (mean, share) in enumerate(zip(alpha_mean, shares, strict=True))
-        if not (min(mean, 1 - mean) >= COLLAPSE_EDGE and share <= COLLAPSE_SHARE)
+        if not (min(mean, 1 - mean) >= COLLAPSE_EDGE and share < COLLAPSE_SHARE)
     ]

@@ -16,8 +16,8 @@ import torch
 import dvla_fast
 from dvla_fast.cli import main
 from dvla_fast.engine.build import encode_texts
-from dvla_fast.engine.classifier import _evaluating
 from dvla_fast.engine.config import SemanticsConfig
+from dvla_fast.engine.modes import evaluating
 from dvla_fast.errors import BankError, CheckpointError, DataError
 from dvla_fast.nn.dvla import TEXT_SCOPES
 from dvla_fast.semantics import SemanticBank
@@ -357,7 +357,7 @@ def test_a_description_that_lacks_its_entries(make_checkpoint: Callable) -> None
 def test_calls_that_overlap_leave_the_mode_to_the_last(make_checkpoint: Callable) -> None:
     classifier = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu").learn(SUPPORTS, BANK)
     model = classifier.model.train()
-    first, second = _evaluating(model), _evaluating(model)
+    first, second = evaluating(model), evaluating(model)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)

@@ -168,6 +168,21 @@ def test_shared_statistics_keep_their_digits(monkeypatch: pytest.MonkeyPatch) ->
     assert bool(half.isfinite().all())
 
 
+def test_shared_statistics_of_all_batches_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a momentum BatchNorm keeps the mean over batches."""
+    monkeypatch.setattr(distributed.distributed, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(distributed.distributed, "get_world_size", lambda: 1)
+    plain = torch.nn.BatchNorm2d(3, momentum=None)
+    shared = copy.deepcopy(plain)
+    shared.__class__ = distributed._SyncBatchNorm2d
+    for _ in range(3):
+        images = torch.randn(4, 3, 8, 8)
+        plain(images)
+        shared(images)
+    torch.testing.assert_close(shared.running_mean, plain.running_mean)
+    torch.testing.assert_close(shared.running_var, plain.running_var)
+
+
 NORMS = """
 import sys
 import torch

@@ -170,10 +170,14 @@ def test_predictor_leaves_the_training_mode(
     few_digits: FewShotData, texts: EncodedTexts, make_model: Callable[..., DVLA]
 ) -> None:
     model = make_model().train()
+    frozen = next(part for part in model.modules() if isinstance(part, torch.nn.BatchNorm2d)).eval()
+    before = [part.training for part in model.modules()]
     EpisodePredictor(model, few_digits, texts, "novel").predict(
         EpisodeSampler(few_digits.novel, 5, 1, 2, 0), 2
     )
+    assert [part.training for part in model.modules()] == before
     assert model.training
+    assert not frozen.training
 
 
 def test_paired_result_has_the_promised_fields(

@@ -98,5 +98,6 @@ def test_collapse() -> None:
     assert collapsed_layers([1.0, 0.5], [0.6, 0.001], discrete=True) == [1]
     # By state at one end or the other: the mean and the spread of α look alive.
     assert collapsed_layers([0.5, 0.5], [-9e3, -0.5], False, [1.0, 0.3]) == [0]
+    assert collapsed_layers([0.5, 0.5], [-0.5, -0.5], False, [0.9, 0.89]) == [0]
     for discrete in (True, False):
         assert collapsed_layers([math.nan], [math.nan], discrete) == [0]

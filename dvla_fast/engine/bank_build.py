@@ -107,6 +107,7 @@ def build_language_model(config: LanguageModelConfig) -> LanguageModel:
             batch_size=config.batch_size,
             temperature=config.temperature,
             seed=config.seed,
+            max_tokens=config.max_tokens,
         )
     if config.backend == "openai":
         return OpenAIServer(
@@ -119,6 +120,7 @@ def build_language_model(config: LanguageModelConfig) -> LanguageModel:
             temperature=config.temperature,
             seed=config.seed,
             structured=config.structured,
+            max_tokens=config.max_tokens,
         )
     raise UsageError(
         f"--language_model.backend {config.backend!r} is unknown; choose one of "

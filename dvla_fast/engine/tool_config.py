@@ -178,6 +178,9 @@ class LanguageModelConfig:
     )
     temperature: float = option(0.0, "0: the most likely answer; higher: more varied", 0)
     seed: int = option(0, "seed of answers, for back ends that have one", 0, LARGEST_SEED)
+    max_tokens: int = option(
+        1024, "longest answer, the thinking of a model included (openai, transformers)", 1
+    )
     answers: str = option("", "the .json or .jsonl file of answers (files)")
     base_url: str = option("", "address of the server; empty: OPENAI_BASE_URL (openai)")
     api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the key (openai)")

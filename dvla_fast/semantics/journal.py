@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from dvla_fast.errors import DataError, LanguageModelError, OutputError
-from dvla_fast.semantics.language_models.base import Answer, LanguageModel, Request, Usage
+from dvla_fast.semantics.language_models.base import (
+    MAX_TOKENS,
+    Answer,
+    LanguageModel,
+    Request,
+    Usage,
+)
 
 FORMAT = "dvla-fast-answers/1"
 
@@ -200,7 +206,7 @@ class JournaledModel:
             request.prompt,
             [image.digest for image in request.images],
             request.schema,
-            request.max_tokens,
+            request.max_tokens or MAX_TOKENS,  # another limit of the model is in its identity
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -202,6 +202,8 @@ def _plain(answer: Answer) -> str:
         raise LanguageModelError(f"the model refused: {_quote(text or 'no reason given')}")
     if not text:
         reason = "all its tokens went into thinking" if answer.text.strip() else "no text"
+        if answer.finish == "length":
+            reason += f"{_stopped(answer)}: raise --language_model.max_tokens"
         raise LanguageModelError(f"the answer is empty ({reason})")
     refusal = _REFUSAL.search(text[:300])
     if refusal and "[" not in text:

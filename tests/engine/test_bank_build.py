@@ -16,6 +16,7 @@ from dvla_fast.engine import bank_build
 from dvla_fast.engine.build import build_data
 from dvla_fast.engine.config import DataConfig
 from dvla_fast.engine.leaks import seen_images
+from dvla_fast.engine.tool_config import LanguageModelConfig
 from dvla_fast.semantics import load_bank
 from tests.data.trees import split_folders
 from tests.semantics.loopback import Reply, images_of, prompt_of, serve
@@ -119,6 +120,20 @@ def test_path_of_a_data_set_need_not_be_utf8(photos: Path, tmp_path: Path) -> No
     with serve(answer) as server:
         assert build(server.url, tmp_path / "b.json", f"--data.dataset={root}") == 0
     assert load_bank(tmp_path / "b.json").provenance["dataset"].endswith("caf\ufffd")
+
+
+def test_another_length_of_answers_asks_anew(photos: Path, tmp_path: Path) -> None:
+    more = [f"--data.dataset={photos}", "--construct.images=0", "--language_model.max_tokens=77"]
+    with serve(answer) as server:
+        assert build(server.url, tmp_path / "a.json", *more[:2]) == 0
+        assert build(server.url, tmp_path / "a.json", *more) == 0
+        sent = [request["max_tokens"] for request in server.requests]
+        assert sent == [1024] * 14 + [77] * 14
+        assert build(server.url, tmp_path / "a.json", *more) == 0
+        assert len(server.requests) == 28
+    assert load_bank(tmp_path / "a.json").provenance["language_model"]["max_tokens"] == 77
+    local = LanguageModelConfig(backend="transformers", max_tokens=77)
+    assert bank_build.build_language_model(local).identity["max_tokens"] == 77
 
 
 def test_one_split_and_class_names_alone(photos: Path, tmp_path: Path) -> None:

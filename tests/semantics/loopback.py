@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
+from dvla_fast.semantics.language_models.base import Request
+from dvla_fast.semantics.language_models.openai_server import OpenAIServer
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -18,7 +21,7 @@ class Reply:
 
     text: str | None = ""
     status: int = 200
-    finish: str = "stop"
+    finish: str | None = "stop"
     refusal: str | None = None
     error: Mapping[str, Any] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -31,7 +34,10 @@ Behaviour = Callable[[dict[str, Any], int], Reply]
 
 
 class Loopback:
-    """The running server: its address, and the requests that came."""
+    """The running server: its address, and the requests that came.
+
+    ``listing``: what it says in the place of its models.
+    """
 
     def __init__(self, behave: Behaviour, models: tuple[str, ...], key: str) -> None:
         self.behave, self.models, self.key = behave, models, key
@@ -40,6 +46,7 @@ class Loopback:
         self.most = 0
         self.lock = threading.Lock()
         self.url = ""
+        self.listing: Reply | None = None
 
     def prompts(self) -> list[str]:
         return [prompt_of(request) for request in self.requests]
@@ -57,6 +64,29 @@ def images_of(request: dict[str, Any]) -> list[str]:
     if isinstance(content, str):
         return []
     return [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+
+
+def model(server: Loopback, waits: list[float] | None = None, **options: Any) -> OpenAIServer:
+    kept: list[float] = [] if waits is None else waits
+    return OpenAIServer(
+        options.pop("model", "tiny-vl"), base_url=server.url, wait=kept.append, **options
+    )
+
+
+def ask(server: Loopback, *prompts: str, **options: Any) -> list[Any]:
+    language_model = model(server, **options)
+    requests = [Request(prompt, (), "candidates", prompt) for prompt in prompts]
+    found = dict(language_model.answers(requests))
+    return [found[index] for index in range(len(prompts))]
+
+
+def echo(request: dict[str, Any], number: int) -> Reply:
+    return Reply(f"about {prompt_of(request)}")
+
+
+def first(reply: Reply, then: Callable[[dict[str, Any], int], Reply] = echo) -> Any:
+    """A fault on the first request only."""
+    return lambda request, number: reply if number == 0 else then(request, number)
 
 
 def _body(reply: Reply, request: dict[str, Any]) -> dict[str, Any]:
@@ -89,6 +119,9 @@ def serve(
         def log_message(self, *_: Any) -> None: ...
 
         def do_GET(self) -> None:
+            if state.listing is not None:
+                self.send(state.listing, {})
+                return
             if state.key and self.headers["Authorization"] != f"Bearer {state.key}":
                 self.send(Reply(status=401), {})
                 return

@@ -97,3 +97,27 @@ def test_missing_files(tmp_path: Path) -> None:
         AnswerFile(tmp_path / "none.json")
     with pytest.raises(LanguageModelError, match=r"needs --language_model\.answers"):
         AnswerFile("")
+
+
+@pytest.mark.parametrize("name", [["a"], {"a": 1}, 7, None])
+def test_class_that_is_no_name(name: object, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    row = {"stage": "candidates", "class": name, "answer": "x"}
+    path.write_text("\n" + json.dumps(row))
+    with pytest.raises(
+        LanguageModelError, match=r"a\.jsonl, line 2: class .* is no name; expected"
+    ):
+        AnswerFile(path)
+
+
+def test_class_names_are_compared_in_composed_form(tmp_path: Path) -> None:
+    composed, apart = "Aig\u00fcille", "Aigu\u0308ille"
+    whole, lines = tmp_path / "a.json", tmp_path / "a.jsonl"
+    whole.write_text(json.dumps({"candidates": {apart: "x"}}))
+    lines.write_text(json.dumps({"stage": "candidates", "class": composed, "answer": "x"}))
+    for path in (whole, lines):
+        for name in (composed, apart):
+            assert answer_all(AnswerFile(path), [request("candidates", name)])[0].text == "x"
+    whole.write_text(json.dumps({"candidates": {apart: "x", composed: "y"}}))
+    with pytest.raises(LanguageModelError, match="for the second time; keep one"):
+        AnswerFile(whole)

@@ -345,6 +345,8 @@ def test_key_holds_all_that_an_answer_depends_on(other: Request) -> None:
     assert journaled.key(request) == journaled.key(Request("?", (image(0),), "s", "a"))
     assert journaled.key(request) != journaled.key(other)
     assert journaled.key(request) != JournaledModel(Scripted(name="x"), Journal()).key(request)
+    # answers from before a model had a limit of its own are found again
+    assert journaled.key(Request("a")) == journaled.key(Request("a", max_tokens=1024))
 
 
 def test_texts_of_an_episode(tmp_path: Path) -> None:

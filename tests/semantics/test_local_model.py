@@ -255,3 +255,56 @@ def test_unreadable_image_fails_its_own_request(loaded: TransformersModel, tmp_p
     assert isinstance(found[0], Answer)
     assert isinstance(found[2], Answer)
     assert "bad.jpg" in str(found[1])
+
+
+def test_request_that_cannot_be_read_fails_alone(loaded: TransformersModel) -> None:
+    strip = ShownImage("strip.png", np.zeros((2, 512, 3), np.uint8))  # refused: 256 to 1
+    for bad, reason in (
+        (Request("?", (strip,), "candidates", "Eel", max_tokens=1), "aspect ratio"),
+        (Request("<|image_pad|>", (image(3),), "candidates", "Eel", max_tokens=1), "image_pad"),
+    ):
+        good = [Request("?", (image(seed),), max_tokens=1) for seed in (0, 1)]
+        found = dict(loaded.answers([good[0], bad, good[1]]))
+        assert isinstance(found[0], Answer)
+        assert isinstance(found[2], Answer)
+        assert isinstance(found[1], LanguageModelError)
+        assert str(found[1]).startswith("candidates of 'Eel': ")
+        assert reason in str(found[1])
+        assert str(found[1]).endswith(f"; images shown: {bad.images[0].id}")
+
+
+def test_memory_that_runs_out_beside_an_unreadable_request(
+    loaded: TransformersModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def generate(**inputs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loaded._model, "generate", generate)
+    bad = ShownImage("bad.jpg", tmp_path / "bad.jpg")
+    requests = [Request("?", (shown,), max_tokens=1) for shown in (bad, image(0))]
+    with pytest.raises(LanguageModelError, match="does not fit"):
+        list(loaded.answers(requests))
+
+
+def test_length_of_answers_can_be_set(text_model: Path) -> None:
+    model = TransformersModel(str(text_model), device_map="cpu", max_tokens=3)
+    answers = answer_all(model, [Request("Hello"), Request("Hello", max_tokens=5)])
+    assert [answer.output_tokens for answer in answers] == [3, 5]
+    assert model.identity["max_tokens"] == 3
+    assert "max_tokens" not in TransformersModel(str(text_model)).identity  # as earlier versions
+    with pytest.raises(ValueError, match="max_tokens must be at least 1"):
+        TransformersModel(max_tokens=0)
+
+
+def test_other_weights_in_a_folder_are_another_model(tmp_path: Path) -> None:
+    folder = save_tiny_text_model(tmp_path)
+    before = TransformersModel(str(folder)).identity
+    assert TransformersModel(str(folder)).identity == before
+    (folder / "README.md").write_text("no part of the model")
+    assert TransformersModel(str(folder)).identity == before
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert TransformersModel(str(folder)).identity != before
+    assert "files_sha256" not in TransformersModel("a/name-on-the-hub").identity

@@ -153,6 +153,10 @@ def test_endless_lists_end() -> None:
     ("answer", "message"),
     [
         (Answer(""), r"the answer is empty \(no text\)"),
+        (
+            Answer("", "length"),
+            r"empty \(no text; the model stopped at its length limit: raise --language_model.max_t",
+        ),
         (Answer("<think>so much to think about"), "went into thinking"),
         (Answer("", "refusal"), "the model refused: 'no reason given'"),
         (Answer("No.", "refusal"), "the model refused: 'No.'"),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # How an answer ended: by itself, at the limit of tokens, or with a refusal.
 Finish = Literal["stop", "length", "refusal"]
+# Tokens of the longest answer, where nothing else is asked for.
+MAX_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Request:
         images: shown before the text, in this order.
         stage, subject: which step asks ("candidates", "description"), about which class.
         schema: JSON schema of the answer, for back ends that can enforce one.
-        max_tokens: longest answer.
+        max_tokens: longest answer; None: the model's own limit.
     """
 
     prompt: str
@@ -103,7 +105,7 @@ class Request:
     stage: str = ""
     subject: str = ""
     schema: Mapping[str, Any] | None = field(default=None, hash=False)
-    max_tokens: int = 1024
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Answer:
     Attributes:
         text: as it came, but for halves of surrogate pairs, which no file can hold.
         finish: how it ended; a refusal's text may be empty.
-        input_tokens, output_tokens: None where the back end does not count.
+        input_tokens, output_tokens: None where the back end does not count, or not in numbers.
         model: the name that the back end gives for itself; may be more exact than the one asked.
     """
 
@@ -124,9 +126,11 @@ class Answer:
     model: str = ""
 
     def __post_init__(self) -> None:
-        """Make text and model such that they can be written."""
+        """Make text and model such that they can be written, and counts such that they add up."""
         object.__setattr__(self, "text", whole_characters(self.text))
         object.__setattr__(self, "model", whole_characters(self.model))
+        object.__setattr__(self, "input_tokens", _count(self.input_tokens))
+        object.__setattr__(self, "output_tokens", _count(self.output_tokens))
 
 
 @dataclass
@@ -186,6 +190,19 @@ class LanguageModel(Protocol):
                 were under way are yielded before.
         """
         ...
+
+
+def limit_record(max_tokens: int) -> dict[str, int]:
+    """Return what an identity says of the limit: nothing of the usual one, as earlier versions."""
+    return {} if max_tokens == MAX_TOKENS else {"max_tokens": max_tokens}
+
+
+def _count(value: Any) -> int | None:
+    """Return a count of tokens, which some servers send as a text."""
+    try:
+        return int(value)
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 def answer_all(model: LanguageModel, requests: Sequence[Request]) -> list[Answer]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ STAGES = ("candidates", "description")
 class AnswerFile:
     """Back end ``files``: looks answers up by stage and class name.
 
-    An answer is a text as a model would write it, or a JSON list or object.
+    An answer is a text as a model would write it, or a JSON list or object. Class names are
+    compared in Unicode's composed form (NFC), as names of files on a Mac are not in it.
 
     Args:
         path: ``.json``, one object by stage and class, or ``.jsonl``, one answer a line.
@@ -69,7 +71,12 @@ class AnswerFile:
             if stage not in STAGES or not isinstance(answers, dict):
                 raise LanguageModelError(f"{self.path}: {stage!r} is no stage's answers; {_FORM}")
             for name, answer in answers.items():
-                found[stage, name] = _text(answer)
+                key = stage, _composed(name)
+                if key in found:
+                    raise LanguageModelError(
+                        f"{self.path}: {stage} of {name!r} for the second time; keep one of them"
+                    )
+                found[key] = _text(answer)
         return found
 
     def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -90,18 +97,20 @@ class AnswerFile:
             where = f"{self.path}, line {number}"
             try:
                 row = json.loads(line)
-                key = row["stage"], row["class"]
-                answer = row["answer"]
+                stage, name, answer = row["stage"], row["class"], row["answer"]
             except json.JSONDecodeError as error:
                 raise LanguageModelError(f"{where}: not valid JSON ({error.msg})") from error
             except (KeyError, TypeError) as error:
                 raise LanguageModelError(f"{where}: no answer; {_FORM}") from error
-            if key[0] not in STAGES:
+            if stage not in STAGES:
                 raise LanguageModelError(
-                    f"{where}: stage {key[0]!r} is unknown; use {' or '.join(STAGES)}"
+                    f"{where}: stage {stage!r} is unknown; use {' or '.join(STAGES)}"
                 )
+            if not isinstance(name, str):
+                raise LanguageModelError(f"{where}: class {name!r} is no name; {_FORM}")
+            key = stage, _composed(name)
             if key in found:
-                raise LanguageModelError(f"{where}: {key[0]} of {key[1]!r} for the second time")
+                raise LanguageModelError(f"{where}: {stage} of {name!r} for the second time")
             found[key] = _text(answer)
         return found
 
@@ -113,7 +122,7 @@ class AnswerFile:
     ) -> Iterator[tuple[int, Answer | LanguageModelError]]:
         """Look the answers up; a class that the file lacks is an error of that class alone."""
         for index, request in enumerate(requests):
-            text = self._answers.get((request.stage, request.subject))
+            text = self._answers.get((request.stage, _composed(request.subject)))
             if text is None:
                 self.usage.failures += 1
                 about = f"{request.stage} answer for class {request.subject!r}"
@@ -122,6 +131,10 @@ class AnswerFile:
             answer = Answer(text, model=self.path.name)
             self.usage.count(answer)
             yield index, answer
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _text(answer: Any) -> str:

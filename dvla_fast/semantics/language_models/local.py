@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,11 +11,22 @@ from typing import Any
 import torch
 
 from dvla_fast.errors import DataError, LanguageModelError, MissingDependencyError
-from dvla_fast.semantics.language_models.base import Answer, Request, Usage
+from dvla_fast.semantics.language_models.base import (
+    MAX_TOKENS,
+    Answer,
+    Request,
+    Usage,
+    limit_record,
+)
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 # Weights are not all: room for the activations and the cache of keys and values.
 _HEADROOM = 1.1
+# Files of a saved model that decide its answers.
+_SAVED = (".json", ".jinja", ".safetensors", ".bin")
+# What reading one request raises: an image of a shape that the processor does not take, a text with
+# one of its own marks.
+_UNFIT = (DataError, ValueError, TypeError, IndexError)
 
 
 class TransformersModel:
@@ -27,6 +39,7 @@ class TransformersModel:
         dtype: ``auto`` (as saved), ``bfloat16``, ``float16`` or ``float32``.
         batch_size: requests of one forward pass; halved by itself where the memory is too small.
         temperature: 0: the most likely answer; else sampled, with ``seed`` set before each batch.
+        max_tokens: longest answer, thinking included, where a request does not say.
 
     Raises:
         MissingDependencyError: transformers (or accelerate, for ``auto``) is not installed.
@@ -42,12 +55,15 @@ class TransformersModel:
         batch_size: int = 4,
         temperature: float = 0.0,
         seed: int = 0,
+        max_tokens: int = MAX_TOKENS,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if min(batch_size, max_tokens) < 1:
+            raise ValueError(
+                f"batch_size and max_tokens must be at least 1, got {batch_size} and {max_tokens}"
+            )
         self.name = model or DEFAULT_MODEL
         self.device_map, self.batch_size = device_map, batch_size
-        self.temperature, self.seed = temperature, seed
+        self.temperature, self.seed, self.max_tokens = temperature, seed, max_tokens
         self._dtype = None if dtype == "auto" else _dtype(dtype)  # None: as saved
         self._model: Any = None
         self._processor: Any = None
@@ -58,6 +74,8 @@ class TransformersModel:
             "dtype": dtype,
             "temperature": temperature,
             "seed": seed,
+            **limit_record(max_tokens),
+            **_saved_files(Path(self.name)),
         }
         self.usage = Usage()
 
@@ -121,7 +139,7 @@ class TransformersModel:
                 batch, indices = indices[: self.batch_size], indices[self.batch_size :]
                 try:
                     answers = self._generate([requests[index] for index in batch])
-                except DataError:  # an image that cannot be read: find its request
+                except _UNFIT:  # e.g. an image that cannot be read: find its request
                     yield from self._one_by_one(requests, batch)
                     continue
                 except (RuntimeError, MemoryError) as error:
@@ -139,9 +157,13 @@ class TransformersModel:
         for index in batch:
             try:
                 (answer,) = self._generate([requests[index]])
-            except DataError as error:
-                yield index, self._failed(str(error))
+            except _UNFIT as error:
+                yield index, self._unfit(requests[index], error)
                 continue
+            except (RuntimeError, MemoryError) as error:
+                if _out_of_memory(error):
+                    self._smaller([index], error)  # which raises
+                raise
             self.usage.count(answer)
             yield index, answer
 
@@ -158,6 +180,18 @@ class TransformersModel:
         self.batch_size = max(1, len(batch) // 2)
         self.usage.retries += 1
         return batch
+
+    def _unfit(self, request: Request, error: Exception) -> LanguageModelError:
+        if isinstance(error, DataError):
+            return self._failed(str(error))
+        shown = ", ".join(image.id for image in request.images)
+        images = f"; images shown: {shown}" if shown else ""
+        failed = self._failed(
+            f"{request.stage or 'request'} of {request.subject!r}: {self.name} cannot read this "
+            f"({_short(error)}){images}"
+        )
+        failed.__cause__ = error
+        return failed
 
     def _failed(self, message: str) -> LanguageModelError:
         self.usage.failures += 1
@@ -230,7 +264,7 @@ class TransformersModel:
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
         if self.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.temperature}
-        longest = max(item.max_tokens for item in requests)
+        longest = max(item.max_tokens or self.max_tokens for item in requests)
         gpus = range(torch.cuda.device_count())
         with torch.random.fork_rng(gpus, enabled=self.temperature > 0):  # nobody else's draws move
             if self.temperature > 0:
@@ -246,7 +280,7 @@ class TransformersModel:
         answers = []
         rows = zip(requests, inputs["attention_mask"], output[:, start:].tolist())
         for request, prompt, written in rows:
-            written = written[: request.max_tokens]
+            written = written[: request.max_tokens or self.max_tokens]
             stops = [place for place, token in enumerate(written) if token in ends]
             kept = written[: stops[0]] if stops else written
             answers.append(
@@ -282,6 +316,27 @@ class TransformersModel:
                 [message], tokenize=False, add_generation_prompt=True
             )
         )
+
+
+def _saved_files(folder: Path) -> dict[str, str]:
+    """Return what an identity says of a folder: other weights in it are another model.
+
+    A hash of name, size and end of each file: reading all weights would take as long as loading.
+    """
+    if not folder.is_dir():
+        return {}
+    content = hashlib.sha256()
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.suffix not in _SAVED or not path.is_file():
+                continue
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                file.seek(max(0, size - 65536))
+                content.update(f"{path.name!r} {size} ".encode() + file.read())
+    except OSError:
+        return {}  # loading says what is wrong
+    return {"files_sha256": content.hexdigest()}
 
 
 def free_memory() -> int:

@@ -21,7 +21,7 @@ from dvla_fast.errors import DataError
 # Episodes are drawn in blocks of this many, each from its own counter-based stream: a whole block
 # is one vectorised draw, and any block can be drawn without those before it. Part of the meaning
 # of a seed: never change it.
-_BLOCK = 128
+BLOCK = 128
 
 
 class EpisodeBatch(NamedTuple):
@@ -127,15 +127,15 @@ class EpisodeSampler:
             )
 
     def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw one block: classes (_BLOCK, way) and image positions (_BLOCK, way, shot + query)."""
+        """Draw one block: classes (BLOCK, way) and image positions (BLOCK, way, shot + query)."""
         if self._cached is not None and self._cached[0] == number:
             return self._cached[1]
         stream = np.random.SeedSequence(
             self.seed, spawn_key=(self.way, self.shot, self.query, number)
         )
         rng = np.random.Generator(np.random.Philox(stream))
-        classes = rng.random((_BLOCK, len(self._counts))).argsort(1, kind="stable")[:, : self.way]
-        keys = rng.random((_BLOCK, self.way, self._table.shape[1]))
+        classes = rng.random((BLOCK, len(self._counts))).argsort(1, kind="stable")[:, : self.way]
+        keys = rng.random((BLOCK, self.way, self._table.shape[1]))
         keys[np.arange(keys.shape[2]) >= self._counts[classes][..., None]] = 2.0  # padding: last
         if self._barred is not None:
             self._bar(keys, classes)
@@ -147,20 +147,19 @@ class EpisodeSampler:
     def _bar(self, keys: np.ndarray, classes: np.ndarray) -> None:
         """Move barred images behind the queries, unless they are among the supports."""
         assert self._barred is not None
-        barred = self._barred[self._table[classes]]  # [_BLOCK, way, longest]
-        barred &= np.arange(keys.shape[2]) < self._counts[classes][..., None]
+        barred = self._barred[self._table[classes]]  # [BLOCK, way, longest]
         supports = keys.argsort(2, kind="stable")[..., : self.shot]
         np.put_along_axis(barred, supports, False, axis=2)
-        keys[barred] += 1.0  # in [1, 2): after the others, before the padding
+        keys[barred] += 1.0  # in [1, 2): after the others
 
     def batch(self, start: int, count: int) -> EpisodeBatch:
         """Return the episodes numbered start .. start + count - 1, on the CPU."""
         if start < 0 or count < 1:
             raise ValueError(f"start must be >= 0 and count >= 1, got {start} and {count}")
         classes, chosen = [], []
-        for number in range(start // _BLOCK, (start + count - 1) // _BLOCK + 1):
-            first = max(0, start - number * _BLOCK)
-            last = min(_BLOCK, start + count - number * _BLOCK)
+        for number in range(start // BLOCK, (start + count - 1) // BLOCK + 1):
+            first = max(0, start - number * BLOCK)
+            last = min(BLOCK, start + count - number * BLOCK)
             block_classes, block_chosen = self._block(number)
             classes.append(block_classes[first:last])
             chosen.append(block_chosen[first:last])
@@ -177,8 +176,8 @@ class EpisodeSampler:
     def fingerprint(self, episodes: int) -> str:
         """Return the SHA-256 of the first ``episodes`` episodes, to compare lists across runs."""
         digest = hashlib.sha256()
-        for start in range(0, episodes, _BLOCK):
-            batch = self.batch(start, min(_BLOCK, episodes - start))
+        for start in range(0, episodes, BLOCK):
+            batch = self.batch(start, min(BLOCK, episodes - start))
             for tensor in (batch.classes, batch.support, batch.query):
                 digest.update(tensor.numpy().astype("<i8").tobytes())
         return digest.hexdigest()

@@ -21,7 +21,7 @@ from dvla_fast.errors import DataError
 
 # Channel statistics of ImageNet, for collections that are only evaluated on and have no base
 # classes: statistics of the images under evaluation would be knowledge of the test set.
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load_images(
@@ -153,5 +153,6 @@ def assemble(
     if statistics is None and len(base):
         statistics = channel_statistics(base.images)
     elif statistics is None:
-        statistics = torch.tensor(_IMAGENET_MEAN), torch.tensor(_IMAGENET_STD)
+        mean, std = IMAGENET_STATISTICS
+        statistics = torch.tensor(mean), torch.tensor(std)
     return FewShotData(name, base, monitor, novel, kind, *statistics, split_list=split_list)

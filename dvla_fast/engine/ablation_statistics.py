@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from dvla_fast.engine.statistics import _stats
+from dvla_fast.engine.statistics import scipy_stats
 
 FORMULA = (
     "estimate ± t(0.975, v) * SE; SE of the pigeonhole bootstrap over seeds and episodes (Owen "
@@ -70,7 +70,7 @@ def crossed_interval(parts: Sequence[Any], draws: int = 4000, seed: int = 0) -> 
         # Without any spread only "no difference" can be said.
         known = estimate if abs(estimate) < 1e-9 else None
         return {**result, "low": known, "high": known, "p_value": 1.0}
-    student = _stats().t(freedom)
+    student = scipy_stats().t(freedom)
     half = float(student.ppf(0.975)) * error
     p = float(2 * student.sf(abs(estimate) / error))
     return {**result, "low": estimate - half, "high": estimate + half, "p_value": p}

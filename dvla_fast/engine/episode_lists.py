@@ -6,11 +6,11 @@ import numpy as np
 from torch import Tensor
 
 from dvla_fast.data import EpisodeSampler, ImageSet
+from dvla_fast.data.episodes import BLOCK
 from dvla_fast.engine.settings import UsageError
 
 EPISODE_LISTS = ("own", "authors")
 _SEEDS = 2**32  # that RandomState knows
-_BLOCK = 128  # episodes that EpisodeSampler asks _block for at a time
 
 
 class AuthorsEpisodeSampler(EpisodeSampler):
@@ -34,9 +34,9 @@ class AuthorsEpisodeSampler(EpisodeSampler):
 
     def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         while len(self._drawn) <= number:
-            classes = np.empty((_BLOCK, self.way), dtype=np.int64)
-            chosen = np.empty((_BLOCK, self.way, self.shot + self.query), dtype=np.int64)
-            for episode in range(_BLOCK):
+            classes = np.empty((BLOCK, self.way), dtype=np.int64)
+            chosen = np.empty((BLOCK, self.way, self.shot + self.query), dtype=np.int64)
+            for episode in range(BLOCK):
                 drawn = self._stream.choice(len(self._counts), self.way, replace=False)
                 classes[episode] = drawn
                 for label, name in enumerate(drawn):

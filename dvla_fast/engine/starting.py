@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dvla_fast.data import FewShotData
+from dvla_fast.data.load import IMAGENET_STATISTICS
 from dvla_fast.engine.build import load_backbone
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import ModelConfig
@@ -22,7 +23,7 @@ from dvla_fast.nn import DVLA, GatedBackbone, build_backbone, clip_statistics, h
 # The authors meta-tune and evaluate with ImageNet's, and on CIFAR-FS and FC100 with CIFAR's; SP
 # (Semantic Prompt, their network's origin) has its own.
 STATISTICS = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "imagenet": IMAGENET_STATISTICS,
     "cifar": ((0.5071, 0.4866, 0.4409), (0.2009, 0.1984, 0.2023)),
     "sp": ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),
 }

@@ -61,7 +61,7 @@ def paired_difference(first: Tensor, second: Tensor) -> dict[str, float | None]:
         return {"difference": mean, "ci95": None, "p_value": None}
     if np.ptp(difference) < 1e-6:  # rounding of float32 apart, the t statistic is 0/0 or infinite
         return _without_spread(mean, 1e-6)
-    result = _stats().ttest_1samp(difference, 0.0)
+    result = scipy_stats().ttest_1samp(difference, 0.0)
     low, high = result.confidence_interval(0.95)
     return {
         "difference": mean,
@@ -81,7 +81,7 @@ def checkpoint_interval(accuracies: list[float]) -> dict[str, Any]:
     std = half = None
     if len(values) > 1:
         std = float(values.std(ddof=1))
-        half = float(_stats().t.ppf(0.975, len(values) - 1)) * std / math.sqrt(len(values))
+        half = float(scipy_stats().t.ppf(0.975, len(values) - 1)) * std / math.sqrt(len(values))
     return {
         "accuracies": [float(value) for value in values],
         "accuracy": float(values.mean()),
@@ -111,7 +111,7 @@ def unpaired_difference(first: Sequence[float], second: Sequence[float]) -> dict
         return _without_spread(mean, 1e-9)
     with warnings.catch_warnings():  # of one group without spread, which shared_note tells
         warnings.filterwarnings("ignore", "Precision loss occurred", RuntimeWarning)
-        result = _stats().ttest_ind(a, b, equal_var=False)
+        result = scipy_stats().ttest_ind(a, b, equal_var=False)
     low, high = result.confidence_interval(0.95)
     return {"difference": mean, "ci95": float(high - low) / 2, "p_value": float(result.pvalue)}
 
@@ -156,10 +156,11 @@ def points(half: float | None, digits: int = 2) -> str:
 
 def require_scipy() -> None:
     """Raise MissingDependencyError now rather than after the episodes."""
-    _stats()
+    scipy_stats()
 
 
-def _stats() -> Any:
+def scipy_stats() -> Any:
+    """Return ``scipy.stats`` (MissingDependencyError where SciPy is not installed)."""
     try:
         from scipy import stats
     except ImportError as error:

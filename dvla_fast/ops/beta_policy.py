@@ -233,10 +233,7 @@ class _BetaPolicy(torch.autograd.Function):
         grad_logits, grad_kappa = _BetaPolicyBackward.apply(
             ctx.kernels, *ctx.saved_tensors, grad_log_prob, grad_entropy
         )
-        if ctx.kappa_shape is not None:
-            grad_kappa = grad_kappa.sum_to_size(ctx.kappa_shape)
-        if ctx.kappa_shape is None:
-            grad_kappa = None
+        grad_kappa = None if ctx.kappa_shape is None else grad_kappa.sum_to_size(ctx.kappa_shape)
         return grad_logits, grad_kappa, None, None, None, None, None
 
 

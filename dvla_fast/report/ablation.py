@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dvla_fast.pictures import require_matplotlib
-from dvla_fast.report.plots import _BLUE, _GREY, _GRID, _INK, _MUTED, _ORANGE, _STYLE
+from dvla_fast.report.plots import BLUE, GREY, GRID, INK, MUTED, ORANGE, STYLE
 
 _LEVEL = 0.05
 
@@ -205,14 +205,14 @@ def plot_ablation(summary: Mapping[str, Any], output: str | Path) -> None:
     places, heads, labels = _places(summary)
     shots = summary["shots"]
     height = 1.6 + 0.23 * max(places.values(), default=0)
-    with context(_STYLE):
+    with context(STYLE):
         figure = Figure(figsize=(3.4 + 3.9 * len(shots), height), dpi=150, facecolor="white")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, len(shots), sharey=True, squeeze=False)[0]
         for column, axis in enumerate(axes):
             _forest(axis, summary, column, places)
             axis.set_ylim(max(places.values(), default=0) + 1, -0.5)
-        axes[0].set_yticks(list(labels), list(labels.values()), fontsize=8.5, color=_INK)
+        axes[0].set_yticks(list(labels), list(labels.values()), fontsize=8.5, color=INK)
         for place, title in heads.items():
             axes[0].annotate(
                 title, (0, place), xycoords=("axes fraction", "data"), xytext=(-8, 0),
@@ -227,7 +227,7 @@ def plot_ablation(summary: Mapping[str, Any], output: str | Path) -> None:
             f"{summary['dataset']}, {summary['way']}-way, {summary['episodes']} paired episodes, "
             f"{seeds} seed{'s' if seeds > 1 else ''}; 95 % intervals{over}; "
             f"filled: p < {_LEVEL} after Holm{note}",
-            fontsize=7.5, color=_MUTED,
+            fontsize=7.5, color=MUTED,
         )  # fmt: skip
         figure.tight_layout(rect=(0, 0.35 / height, 1, 1))
         figure.savefig(output, format="png")
@@ -260,7 +260,7 @@ def _paired(row: Mapping[str, Any], seeds: int) -> str:
 
 def _forest(axis: Any, summary: Mapping[str, Any], column: int, places: Mapping[str, int]) -> None:
     shot = summary["shots"][column]
-    axis.axvline(0, color=_MUTED, linewidth=1)
+    axis.axvline(0, color=MUTED, linewidth=1)
     for row in summary["rows"]:
         result = row["results"][column]
         if row["variant"] == summary["reference"]:
@@ -272,8 +272,8 @@ def _forest(axis: Any, summary: Mapping[str, Any], column: int, places: Mapping[
             continue
         place, estimate = places[row["variant"]], 100 * difference["estimate"]
         stands = difference["p_holm"] < _LEVEL
-        colour = _GREY if not stands else (_BLUE if estimate > 0 else _ORANGE)
-        ink = colour if stands else _MUTED
+        colour = GREY if not stands else (BLUE if estimate > 0 else ORANGE)
+        ink = colour if stands else MUTED
         if difference["low"] is not None:
             ends = [100 * difference["low"], 100 * difference["high"]]
             axis.plot(ends, [place, place], color=ink, linewidth=1.6)
@@ -282,5 +282,5 @@ def _forest(axis: Any, summary: Mapping[str, Any], column: int, places: Mapping[
             markerfacecolor=colour if stands else "white",
         )  # fmt: skip
     axis.set_xlabel("difference in accuracy, points")
-    axis.grid(axis="y", color=_GRID, linewidth=0.4)
+    axis.grid(axis="y", color=GRID, linewidth=0.4)
     axis.tick_params(axis="y", length=0)

@@ -75,11 +75,8 @@ class Run:
             if pairs and GATED_LAYERS(pairs):
                 return [f"stage {stage}, block {block}" for stage, block in pairs]
         rows = [row for row in self.metrics.get("metatune", []) if "alpha_mean" in row]
-        return (
-            [f"gated layer {index + 1}" for index in range(len(rows[0]["alpha_mean"]))]
-            if (rows)
-            else []
-        )
+        layers = len(rows[0]["alpha_mean"]) if rows else 0
+        return [f"gated layer {index + 1}" for index in range(layers)]
 
 
 def read_runs(paths: Sequence[str]) -> tuple[list[Run], list[str]]:
@@ -237,7 +234,7 @@ def _kind(run: Run) -> str:
     parts = [key for key in ("pretrain", "metatune", "evaluate") if key in run.config]
     if len(parts) == 3:
         return "demo"
-    return parts[-1] if parts else "unknown"  # a metatune run has settings of pretrain too
+    return parts[-1] if parts else "unknown"
 
 
 def _metrics(run: Run) -> dict[str, list[dict[str, Any]]]:

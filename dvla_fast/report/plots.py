@@ -16,16 +16,16 @@ from dvla_fast.engine.statistics import points
 from dvla_fast.pictures import require_matplotlib
 
 # Colour-blind safe (Okabe and Ito); grey for what is only there to compare with.
-_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#D55E00", "#009E73", "#8E5BA6", "#9AA5B1"
-_LAYER_COLOURS = (_BLUE, _ORANGE, _GREEN, _PURPLE)
-_INK, _MUTED, _GRID = "#1F2933", "#616E7C", "#E4E7EB"
-_STYLE = {
+BLUE, ORANGE, _GREEN, _PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#8E5BA6", "#9AA5B1"
+_LAYER_COLOURS = (BLUE, ORANGE, _GREEN, _PURPLE)
+INK, MUTED, GRID = "#1F2933", "#616E7C", "#E4E7EB"
+STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _MUTED,
-    "axes.titlecolor": _INK,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "axes.titlesize": 11,
@@ -34,10 +34,10 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _GRID,
+    "grid.color": GRID,
     "grid.linewidth": 0.8,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "legend.frameon": False,
     "legend.fontsize": 9,
     "lines.linewidth": 2.0,
@@ -67,7 +67,7 @@ def plot_run(
     pretrain = read_metrics(folder, "pretrain")
     metatune = read_metrics(folder, "metatune")
     layers = [f"stage {stage}, block {block}" for stage, block in summary["gated_layers"]]
-    with context(_STYLE):
+    with context(STYLE):
         figure = Figure(figsize=(13.2, 7.8), dpi=150, facecolor="white")
         FigureCanvasAgg(figure)  # no global state: safe in threads and without a display
         rows = figure.add_gridspec(
@@ -100,7 +100,7 @@ def _title(figure: Any, data: FewShotData, summary: Mapping[str, Any]) -> None:
         0.055, 0.922,
         f"Novel classes, learned gate:  {scores}     ({results[0]['episodes']:,} episodes each, "
         "mean and 95 % interval)",
-        fontsize=10.5, color=_MUTED, va="center",
+        fontsize=10.5, color=MUTED, va="center",
     )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def _percent(values: Sequence[float]) -> list[float]:
 def _pretraining(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.set_title("1  Pre-training on the base classes")
     steps, accuracy = _curve(rows, "accuracy")
-    (line,) = axis.plot(steps, _percent(accuracy), color=_BLUE, label="training accuracy")
+    (line,) = axis.plot(steps, _percent(accuracy), color=BLUE, label="training accuracy")
     steps, held_out = _curve(rows, "monitor_episode_accuracy")
     (dots,) = axis.plot(
         steps, _percent(held_out), "o-", color=_GREEN, markersize=4, linewidth=1.4,
@@ -126,7 +126,7 @@ def _pretraining(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     other = axis.twinx()
     other.grid(False)
     steps, loss = _curve(rows, "loss")
-    (grey,) = other.plot(steps, loss, color=_GREY, linewidth=1.6, label="loss (right)")
+    (grey,) = other.plot(steps, loss, color=GREY, linewidth=1.6, label="loss (right)")
     other.set_ylabel("loss")
     other.set_ylim(0, None)
     other.spines["right"].set_visible(True)
@@ -136,7 +136,7 @@ def _pretraining(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 def _metatuning(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.set_title("2  Meta-tuning: episode accuracy")
     steps, accuracy = _curve(rows, "accuracy")
-    axis.plot(steps, _percent(accuracy), color=_BLUE, label="training episodes, gate sampled")
+    axis.plot(steps, _percent(accuracy), color=BLUE, label="training episodes, gate sampled")
     steps, held_out = _curve(rows, "monitor_accuracy")
     axis.plot(
         steps, _percent(held_out), "o-", color=_GREEN, markersize=4, linewidth=1.4,
@@ -160,7 +160,7 @@ def _rewards(axis: Any, rows: Sequence[Mapping[str, Any]], layers: Sequence[str]
     ):
         axis.plot(steps, reward, color=colour, label=layer)
         axis.plot(steps, baseline, color=colour, linewidth=1.2, linestyle=(0, (4, 3)))
-    axis.plot([], [], color=_GREY, linewidth=1.2, linestyle=(0, (4, 3)), label="baseline")
+    axis.plot([], [], color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), label="baseline")
     axis.set(xlabel="epoch", ylabel="reward")
     axis.legend(loc="lower right")
 
@@ -174,15 +174,15 @@ def _gates(axis: Any, rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) 
         high = [m + s for m, s in zip(mean, spread, strict=True)]
         axis.fill_between(steps, low, high, color=colour, alpha=0.16, linewidth=0)
         axis.plot(steps, mean, color=colour, label=layer)
-    axis.axhline(0.5, color=_GREY, linewidth=1, linestyle=(0, (2, 3)))
+    axis.axhline(0.5, color=GREY, linewidth=1, linestyle=(0, (2, 3)))
     axis.set(xlabel="epoch", ylabel="α", ylim=(0, 1))
     axis.text(
         0.99, 0.97, "↑ text asks the image", transform=axis.transAxes, ha="right", va="top",
-        color=_MUTED, fontsize=9,
+        color=MUTED, fontsize=9,
     )  # fmt: skip
     axis.text(
         0.99, 0.03, "↓ text attends to itself", transform=axis.transAxes, ha="right",
-        va="bottom", color=_MUTED, fontsize=9,
+        va="bottom", color=MUTED, fontsize=9,
     )  # fmt: skip
     axis.legend(loc="lower left")
 
@@ -198,7 +198,7 @@ def _results(axis: Any, results: Sequence[Mapping[str, Any]]) -> None:
         offset = 0.13 * (index - (len(results) - 1) / 2)
         for row, name in enumerate(names):
             value = result["methods"][name]
-            colour = _ORANGE if name == LEARNED else _GREY
+            colour = ORANGE if name == LEARNED else GREY
             x, y = 100 * value["accuracy"], len(names) - 1 - row - offset
             axis.errorbar(
                 x, y, xerr=100 * (value["ci95"] or 0.0), fmt=marks[index % 4], color=colour,
@@ -207,7 +207,7 @@ def _results(axis: Any, results: Sequence[Mapping[str, Any]]) -> None:
             )  # fmt: skip
             axis.annotate(
                 f"{x:.1f}", (x, y), xytext=(0, 7), textcoords="offset points", ha="center",
-                fontsize=8.5, color=_INK if name == LEARNED else _MUTED,
+                fontsize=8.5, color=INK if name == LEARNED else MUTED,
             )  # fmt: skip
     axis.set_yticks(range(len(names)), [_wrap(labels.get(name, name)) for name in names][::-1])
     axis.tick_params(axis="y", length=0)
@@ -237,7 +237,7 @@ def _samples(figure: Any, box: Any, data: FewShotData) -> None:
     figure.text(
         box.x0, box.y1 + 0.0135, "6  What it sees", fontsize=11, fontweight="bold", va="bottom"
     )
-    groups = ((data.base, "learned in training", _MUTED), (data.novel, "never seen", _ORANGE))
+    groups = ((data.base, "learned in training", MUTED), (data.novel, "never seen", ORANGE))
     width = (box.width - 4 * pad) / 5
     height = width * figure.get_figwidth() / figure.get_figheight()
     for row, (images, caption, colour) in enumerate(groups):
@@ -252,5 +252,5 @@ def _samples(figure: Any, box: Any, data: FewShotData) -> None:
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
             for spine in axis.spines.values():
-                spine.set(visible=True, color=_GRID)
+                spine.set(visible=True, color=GRID)
             axis.set_xlabel(name, fontsize=9, labelpad=3)

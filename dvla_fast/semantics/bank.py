@@ -53,8 +53,8 @@ _HALF = "holds half a character (a lone surrogate such as \\ud83d); correct it"
 class Candidate:
     """A proposed attribute.
 
-    ``scores[i]`` is its cosine with the template of selection round i (METHOD.md §2); none after
-    the round that chose it.
+    ``scores[i]`` is its cosine with the template of selection round i (docs/method.md §2); none
+    after the round that chose it.
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""Banks from the vectors that others published (METHOD.md §8).
+"""Banks from the vectors that others published (docs/semantics.md).
 
 Files read, all of them dictionaries saved by ``torch.save``:
 

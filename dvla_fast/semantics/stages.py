@@ -1,4 +1,4 @@
-"""The three steps from class names and support images to texts (METHOD.md §2), each on its own.
+"""The three steps from class names and images to texts (docs/method.md §2), each on its own.
 
 ``candidate_attributes`` asks a language model, ``select_attributes`` runs progressive top-k with a
 text encoder, ``describe`` asks again. Each takes what the one before returns, for many classes at

@@ -1,4 +1,4 @@
-"""Progressive top-k selection of attributes (METHOD.md §2).
+"""Progressive top-k selection of attributes (docs/method.md §2).
 
 Round i scores every attribute not yet chosen by its cosine with an encoded template, T0 = "A photo
 of a {class}", and takes the best; the next template names what was chosen: all of it, or only the

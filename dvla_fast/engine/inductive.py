@@ -116,11 +116,11 @@ class EpisodeTexts:
     def __call__(self, batch: EpisodeBatch) -> TextTokens:
         """The text tokens of a batch of episodes, on the split's device."""
         assert self._semantics is not None, "open was not called"
-        parts = []
+        episodes = []
         for classes, support in zip(batch.classes.tolist(), batch.support.cpu()):
             names = [self.images.class_names[index] for index in classes]
-            parts.append(self._semantics.texts(names, self._shown(support, len(names))))
-        return _together(parts, self.images.device)
+            episodes.append((names, self._shown(support, len(names))))
+        return _together(self._semantics.all_texts(episodes), self.images.device)
 
     def _shown(self, support: Tensor, way: int) -> Sequence[Any]:
         construct = self.config.construct

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from dvla_fast.nn import TextTokens
 
 STAGES = ("candidates", "selection", "description")
+# Class names, and of each class the images that may be shown.
+Episode = tuple[Sequence[str], Sequence[Sequence[ShownImage]]]
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,8 @@ def construct_bank(
                 "file, ask for all classes at once, or move the file away"
             )
         asked = JournaledModel(model, journal)
-        bank, failures = _construct(
-            classes, asked, encoder, prompts, settings, output.stem, provenance, progress
-        )
+        made = _construct(classes, asked, encoder, prompts, settings, progress)
+        bank, failures = made.bank(classes, output.stem, provenance)
         lost = tuple(name for name in before if name in failures)
         if bank is not None and not lost:
             text = bank.to_json()
@@ -198,18 +199,43 @@ class EpisodeSemantics:
             DataError: a class without a name, or named twice.
             LanguageModelError: a class that has no texts: an episode cannot go without one.
         """
-        classes = [
-            ClassSource(name, tuple(shown)) for name, shown in zip(class_names, images, strict=True)
-        ]
-        check_classes(classes)
-        bank, failures = _construct(
-            classes, self.model, self.encoder, self.prompts, self.settings, "episode"
-        )
+        return self.banks([(class_names, images)])[0]
+
+    def banks(self, episodes: Sequence[Episode]) -> list[SemanticBank]:
+        """Return the banks of several episodes, as ``bank`` would give each.
+
+        All are asked about at once, so a server works on as many requests as it is allowed to.
+
+        Args:
+            episodes: class names and images of each, as of ``bank``.
+
+        Raises:
+            DataError, LanguageModelError: as ``bank``, of the first episode that has no texts.
+        """
+        split: list[list[ClassSource]] = []
+        for place, (class_names, images) in enumerate(episodes):
+            # The names of an episode differ, so no two classes have one key.
+            split.append(
+                [
+                    ClassSource(name, tuple(shown), f"{place} {name}")
+                    for name, shown in zip(class_names, images, strict=True)
+                ]
+            )
+            check_classes(split[-1])
+        together = [item for classes in split for item in classes]
+        made = _construct(together, self.model, self.encoder, self.prompts, self.settings)
+        return [self._complete(made, classes) for classes in split]
+
+    def _complete(self, made: _Made, classes: Sequence[ClassSource]) -> SemanticBank:
+        bank, failures = made.bank(classes, "episode")
         if failures or bank is None:
             name, failure = next(iter(failures.items()))
+            helps = ""
+            if failure.remedy:
+                helps = f"; what helps, in a new run (--resume keeps settings): {failure.remedy}"
             raise LanguageModelError(
                 f"an episode has no texts for {len(failures)} of its classes: {failure.stage} of "
-                f"{name!r}: {failure.message}"
+                f"{name!r}: {failure.message}{helps}"
             )
         return bank
 
@@ -217,7 +243,14 @@ class EpisodeSemantics:
         self, class_names: Sequence[str], images: Sequence[Sequence[ShownImage]]
     ) -> EncodedTexts:
         """Return the encoded texts of one episode, class by class; errors as ``bank``."""
-        return encode_bank(self.bank(class_names, images), class_names, self.encoder)
+        return self.all_texts([(class_names, images)])[0]
+
+    def all_texts(self, episodes: Sequence[Episode]) -> list[EncodedTexts]:
+        """Return the encoded texts of several episodes; arguments and errors as ``banks``."""
+        return [
+            encode_bank(bank, class_names, self.encoder)
+            for bank, (class_names, _) in zip(self.banks(episodes), episodes)
+        ]
 
     def tokens(
         self, class_names: Sequence[str], images: Sequence[Sequence[ShownImage]]
@@ -226,17 +259,61 @@ class EpisodeSemantics:
         return self.texts(class_names, images).episodes(torch.arange(len(class_names))[None])
 
 
+@dataclass
+class _Made:
+    """What the steps gave for classes, by their keys, and with what."""
+
+    model: JournaledModel
+    encoder: TextEncoder
+    prompts: Prompts
+    settings: Settings
+    proposed: StageResult[Written[Attributes]] = field(default_factory=StageResult)
+    chosen: StageResult[Chosen] = field(default_factory=StageResult)
+    described: StageResult[Written[str]] = field(default_factory=StageResult)
+
+    def bank(
+        self,
+        classes: Sequence[ClassSource],
+        name: str,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> tuple[SemanticBank | None, dict[str, Failure]]:
+        """Return the bank of these classes (None: there is no text), and the failures by name."""
+        failed = {
+            **self.proposed.failures,
+            **self.chosen.failures,
+            **self.described.failures,
+        }
+        failures = {item.name: failed[item.key] for item in classes if item.key in failed}
+        finished = [item for item in classes if item.key in self.described.done]
+        if not finished:
+            return None, failures
+        proposed, chosen, described = self.proposed.done, self.chosen.done, self.described.done
+        entries = {
+            item.name: _entry(item, proposed[item.key], chosen[item.key], described[item.key])
+            for item in finished
+        }
+        texts: list[Written[Any]] = [
+            *(proposed[item.key] for item in classes if item.key in proposed),
+            *(described[item.key] for item in finished),
+        ]
+        record = _provenance(classes, self.model, self.encoder, self.prompts, self.settings, texts)
+        if failures:
+            record["failed"] = list(failures)
+        return SemanticBank(name, entries, {**record, **(provenance or {})}), failures
+
+
 def _construct(
     classes: Sequence[ClassSource],
     model: JournaledModel,
     encoder: TextEncoder,
     prompts: Prompts,
     settings: Settings,
-    name: str,
-    provenance: Mapping[str, Any] | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-) -> tuple[SemanticBank | None, dict[str, Failure]]:
-    proposed = candidate_attributes(
+) -> _Made:
+    """Take all classes through the three steps."""
+    made = _Made(model, encoder, prompts, settings)
+    names = {item.key: item.name for item in classes}
+    made.proposed = candidate_attributes(
         model,
         classes,
         prompts,
@@ -244,37 +321,24 @@ def _construct(
         attempts=settings.attempts,
         advance=_counter(progress, "candidates", len(classes)),
     )
-    chosen: StageResult[Chosen] = StageResult()
-    described: StageResult[Written[str]] = StageResult()
-    if proposed.done:
-        candidates = {key: item.value.kept for key, item in proposed.done.items()}
-        chosen = select_attributes(candidates, encoder, settings.top_k, settings.template)
+    if made.proposed.done:
+        candidates = {key: item.value.kept for key, item in made.proposed.done.items()}
+        made.chosen = select_attributes(
+            candidates, encoder, settings.top_k, settings.template, names
+        )
         progress("selection", len(candidates), len(candidates))
-    if chosen.done:
-        described = describe(
+    if made.chosen.done:
+        made.described = describe(
             model,
-            {key: item.attributes for key, item in chosen.done.items()},
+            {key: item.attributes for key, item in made.chosen.done.items()},
             prompts,
             attempts=settings.attempts,
-            advance=_counter(progress, "description", len(chosen.done)),
+            advance=_counter(progress, "description", len(made.chosen.done)),
+            encoder=encoder,
+            names=names,
         )
-    model.forget([*proposed.unusable, *described.unusable])
-    failures = {**proposed.failures, **chosen.failures, **described.failures}
-    failures = {item.name: failures[item.name] for item in classes if item.name in failures}
-    entries = {
-        item.name: _entry(
-            item, proposed.done[item.name], chosen.done[item.name], described.done[item.name]
-        )
-        for item in classes
-        if item.name in described.done
-    }
-    if not entries:
-        return None, failures
-    texts: list[Written[Any]] = [*proposed.done.values(), *described.done.values()]
-    record = _provenance(classes, model, encoder, prompts, settings, texts)
-    if failures:
-        record["failed"] = list(failures)
-    return SemanticBank(name, entries, {**record, **(provenance or {})}), failures
+    model.forget([*made.proposed.unusable, *made.described.unusable])
+    return made
 
 
 def _counter(

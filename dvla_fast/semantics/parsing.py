@@ -7,62 +7,66 @@ rest is an error that says what came, so that the model can be asked again and a
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dvla_fast.errors import LanguageModelError
+from dvla_fast.semantics.answer_json import json_values, unescape
+from dvla_fast.semantics.answer_lists import (
+    FENCE,
+    MARK,
+    MAX_CHARACTERS,
+    MAX_WORDS,
+    bullets,
+    comparable,
+    find_lists,
+)
 from dvla_fast.semantics.characters import whole_characters
 from dvla_fast.semantics.language_models.base import Answer
 from dvla_fast.semantics.names import normalised_name
 
-MAX_WORDS, MAX_CHARACTERS = 16, 160  # of an attribute
 MAX_ATTRIBUTES = 64
-DESCRIPTION_WORDS = 60  # CLIP reads 77 tokens
+DESCRIPTION_WORDS = 60  # mostly within the 77 tokens that CLIP reads
 _FEWEST_DESCRIPTION_WORDS = 4
 
-_THINKING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
+_TAG = r"(?:think(?:ing)?|reason(?:ing)?|thoughts?|reflection)"
+_OPEN = rf"(?:<{_TAG}>|\[think\]|◁think▷)"
+_CLOSE = rf"(?:</{_TAG}>|\[/think\]|◁/think▷)"
+_THINKING = re.compile(rf"{_OPEN}.*?(?:{_CLOSE}|\Z)", re.DOTALL | re.IGNORECASE)
 # Servers whose chat template holds the opening tag leave it out of the answer.
-_OPEN_THINKING = re.compile(r"\A.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-_FENCE = re.compile(r"```[a-zA-Z]*\n?|```")
-# "3. bill" and "16: bill", but not "3.5 cm" and "16:9".
-_MARK = r"[-*•–▪◦]\s+|\(?\d{1,3}[.):](?!\d)\s*"
-_BULLET = re.compile(rf"^\s*(?:{_MARK})(.+)$")
-_LINE_BULLET = re.compile(rf"^\s*(?:{_MARK}|[a-zA-Z][.)]\s+)(.+)$")  # "a) bill" too: lines only
-# What a JSON text may end after, once it is cut off; a text that never ends runs to the end.
-_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\Z)|[\[\]{},]', re.DOTALL)
-_DEEPEST = 20
+_OPEN_THINKING = re.compile(rf"\A.*?{_CLOSE}", re.DOTALL | re.IGNORECASE)
+# gpt-oss: channels, of which the last one called "final" is the answer.
+_UP_TO_FINAL = re.compile(
+    r"\A.*<\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>", re.DOTALL
+)
+_CHANNEL = re.compile(r"<\|channel\|>.*", re.DOTALL)
+_END = re.compile(r"<\|(?:end|return|start)\|>.*", re.DOTALL)
+_BULLET = re.compile(rf"^\s*(?:{MARK})(.+)$")
 _AROUND = " \"'“”‘’*_•-–.,;:"
-_COMPLETE_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"\s*(?=[,\]])')
 _REFUSAL = re.compile(
-    r"\b(?:i['’]?m (?:very )?sorry|i am sorry|i apologi[sz]e|sorry, (?:but|i)|as an ai\b"
+    r"\b(?:i['’]?m (?:very )?sorry|i am sorry|i apologi[sz]e|as an ai\b"
     r"|i (?:cannot|can['’]?t|can not|could not|am unable|['’]m unable|am not able|won['’]t)"
     r"|(?:unable|not able) to (?:help|assist|identify|provide|comply))",
     re.IGNORECASE,
 )
+# Also said before a list: "sorry, I was slow".
+_PARDON = re.compile(r"\bsorry, (?:but|i)\b", re.IGNORECASE)
 _NOT_AN_ATTRIBUTE = re.compile(
     r"^(?:none|unknown|n/?a|null|nil|other|others|etc|attributes?|candidates?|features?|text|\W*"
     r"|attribute ?\d+)$"
     r"|^(?:the|this|these|in the|given|provided) (?:given |provided )?(?:image|photo|picture)s?\b"
-    r"|^(?:here (?:are|is)|sure|certainly|of course|based on|let me)\b"
+    r"|^(?:here (?:are|is)|sure(?!-)|certainly|of course|based on|let me)\b"
     r"|\bnot (?:visible|provided|applicable|available|possible)\b|https?://",
     re.IGNORECASE,
 )
 _LEADING = re.compile(r"^(?:it |they )?(?:has|have|having|with|its|their)\s+", re.IGNORECASE)
-_LIST_KEYS = ("attributes", "candidates", "features", "characteristics", "answer", "items", "list")
-_TEXT_KEYS = ("attribute", "text", "name", "feature", "value", "description")
-_LABEL_KEYS = ("name", "attribute", "feature", "part", "key")  # of a "value"
-# Keys that say something about the answer or the class instead of what it looks like.
-_OTHER_KEYS = frozenset(
-    (
-        *("class", "class name", "name", "label", "species", "category", "object", "id"),
-        *("description", "summary", "reason", "reasons", "reasoning", "explanation", "evidence"),
-        *("confidence", "score", "note", "notes", "comment", "source", "sources", "references"),
-    )
+# What stands before a description: "# Crow", "**Crow**", "Here is the text:"; "Sure! Here is one:".
+_HEADING = re.compile(r"\s*(?:#.*|\*\*[^*.!?]*\*\*|.*:[ *_]*)\n\s*(?=\S)")
+_PREAMBLE = re.compile(
+    r"^(?:(?:sure(?!-)|certainly|of course|here(?: is|['’]s))\b[^.:!]*[:!]\s*)+", re.I
 )
 # Frequent words of languages in Latin letters that are no English words, and of English.
 _FOREIGN = frozenset(
@@ -100,9 +104,11 @@ class Attributes:
 def parse_attributes(answer: Answer, class_name: str, minimum: int = 2) -> Attributes:
     """Read the candidate attributes of an answer.
 
-    Understood are a JSON list, an object that holds one, either inside prose or code fences, one
-    that is cut off (its complete members count), an object of parts and their texts, bulleted and
-    numbered lists, and a sentence that enumerates after "are", "include" or a colon.
+    Understood are a JSON list, an object that holds one, either inside prose or code fences, with
+    the quotes of Python, or cut off (its complete members count), an object of parts and their
+    texts, bulleted and numbered lists, a table of one column, lines of a short phrase each, and a
+    sentence that enumerates after "are", "include" or a colon. The first list that can be used
+    counts.
 
     Args:
         class_name: no attribute by itself.
@@ -113,66 +119,60 @@ def parse_attributes(answer: Answer, class_name: str, minimum: int = 2) -> Attri
             says what came.
     """
     text = _plain(answer)
-    items, cut = _items(text)
-    if items is None:
+    best: tuple[Attributes, str] | None = None
+    for items, cut in find_lists(text):
+        found = _usable(items, class_name, cut or answer.finish == "length")
+        problem = _too_few(found, items, minimum, answer)
+        if _is_foreign(" ".join(found.kept)):  # maybe the first of two languages
+            problem = f"the answer is not in English: {_quote(text)}"
+        if not problem:
+            return found
+        if best is None or len(found.kept) > len(best[0].kept):
+            best = found, problem
+    if best is None:
         raise LanguageModelError(
             f"the answer holds no list of attributes but {_quote(text)}{_stopped(answer)}"
         )
-    kept: dict[str, str] = {}
-    dropped: list[tuple[str, str]] = []
-    for item in items:
-        attribute = clean_attribute(item)
-        key = _comparable(attribute)
-        problem = _problem(attribute, class_name)
-        if problem is None and key in kept:
-            problem = "repeated"
-        if problem is None and len(kept) == MAX_ATTRIBUTES:
-            problem = f"more than {MAX_ATTRIBUTES}"
-        if problem is None:
-            kept[key] = attribute
-        else:
-            item = whole_characters(item)  # JSON in an answer may hold an escaped half
-            dropped.append((item if len(item) <= 80 else f"{item[:80]}...", problem))
-    if _is_foreign(" ".join(kept.values())):
-        raise LanguageModelError(f"the answer is not in English: {_quote(text)}")
-    if len(kept) < minimum:
-        why = "; ".join(f"{_quote(item, 40)} is {problem}" for item, problem in dropped[:4])
-        ended = _stopped(answer) or ("; it is cut off" if cut else "")
-        if not items and not ended:
-            why = "its list is empty"
-        raise LanguageModelError(
-            f"{len(kept)} usable attribute(s) in the answer, at least {minimum} needed"
-            + (f" ({why})" if why else "")
-            + ended
-        )
-    return Attributes(tuple(kept.values()), tuple(dropped), cut or answer.finish == "length")
+    raise LanguageModelError(best[1])
 
 
-def parse_description(answer: Answer, *, trim: bool = False) -> str:
+def parse_description(
+    answer: Answer, *, trim: bool = False, too_long: Callable[[str], str] = lambda text: ""
+) -> str:
     """Read the description of an answer: an object that holds it, a JSON text, or plain prose.
 
     Args:
         trim: shorten a description that is too long or cut off to its whole sentences, where at
             least one fits; else it is an error.
+        too_long: says of a text how long it is, where that is more than can be used; else "".
 
     Raises:
         LanguageModelError: a refusal, a list, too short, too long, cut off, or another language.
     """
     text = _plain(answer)
     found, cut = _description_text(text)
-    found = _one_line(found)
+    found = _PREAMBLE.sub("", _one_line(found))
     found = re.sub(r"^\W*description\W*:\s*", "", found, flags=re.IGNORECASE)
     found = found.strip(" \"'“”*_`")
     cut = cut or answer.finish == "length"
-    words = len(found.split())
+
+    def problem(part: str) -> str:
+        words = len(part.split())
+        if words > DESCRIPTION_WORDS:
+            return f"is {words} words long, at most {DESCRIPTION_WORDS} can be used"
+        return too_long(part)
+
     if _is_foreign(found):
         raise LanguageModelError(f"the description is not in English: {_quote(text)}")
-    if words > DESCRIPTION_WORDS or (cut and not re.search(r"[.!?]$", found)):
-        shorter = _whole_sentences(found)
+    unusable = problem(found)
+    if not unusable and cut and not re.search(r"[.!?]$", found):
+        unusable = "is cut off"
+    if unusable:
+        shorter = _whole_sentences(found, problem)
         if not trim or not shorter:
-            long = f"is {words} words long, at most {DESCRIPTION_WORDS} can be used"
-            what = long if words > DESCRIPTION_WORDS else "is cut off"
-            raise LanguageModelError(f"the description {what}: {_quote(text)}{_stopped(answer)}")
+            raise LanguageModelError(
+                f"the description {unusable}: {_quote(text)}{_stopped(answer)}"
+            )
         found = shorter
     if len(found.split()) < _FEWEST_DESCRIPTION_WORDS:
         raise LanguageModelError(f"the answer is no description: {_quote(text)}")
@@ -197,7 +197,8 @@ def _one_line(text: str) -> str:
 
 def _plain(answer: Answer) -> str:
     """Return the answer without its thinking; raises for a refusal or nothing."""
-    text = _OPEN_THINKING.sub("", _THINKING.sub("", answer.text)).strip()
+    text = _END.sub("", _CHANNEL.sub("", _UP_TO_FINAL.sub("", answer.text)))
+    text = _OPEN_THINKING.sub("", _THINKING.sub("", text)).strip()
     if answer.finish == "refusal":
         raise LanguageModelError(f"the model refused: {_quote(text or 'no reason given')}")
     if not text:
@@ -206,6 +207,8 @@ def _plain(answer: Answer) -> str:
             reason += f"{_stopped(answer)}: raise --language_model.max_tokens"
         raise LanguageModelError(f"the answer is empty ({reason})")
     refusal = _REFUSAL.search(text[:300])
+    if not refusal and len(bullets(text)) < 2:
+        refusal = _PARDON.search(text[:300])
     if refusal and "[" not in text:
         raise LanguageModelError(f"the model refused: {_quote(text)}")
     return text
@@ -216,160 +219,83 @@ def _stopped(answer: Answer) -> str:
     return "; the model stopped at its length limit" if answer.finish == "length" else ""
 
 
-def _items(text: str) -> tuple[list[str] | None, bool]:
-    """Find the list of an answer: (its texts, whether it was cut off)."""
-    for value, cut in _json_values(text, mend=True):
-        found = _texts(value)
-        if found is not None:
-            return found, cut
-    if re.search(r'\[\s*"', text):
-        complete = _COMPLETE_STRING.findall(text[text.index("[") :])
-        if complete:
-            return [_unescape(item) for item in complete], True
-    lines = [line for line in _FENCE.sub("", text).splitlines() if line.strip()]
-    bullets = [match[1] for line in lines if (match := _LINE_BULLET.match(line))]
-    if len(bullets) >= 2:
-        return bullets, False
-    if re.search(r'\{\s*"', text):
-        return None, True  # the commas are those of broken JSON
-    return _enumeration(" ".join(lines)), False
-
-
-def _json_values(text: str, *, mend: bool = False) -> Iterator[tuple[Any, bool]]:
-    """Yield (value, whether it was cut off) of the JSON in a text, outermost first.
-
-    Args:
-        mend: yield the complete part of lists and objects that break off, too; else only whole
-            ones, which may lie inside one that breaks off.
-    """
-    decoder = json.JSONDecoder()
-    position, tries = 0, 0
-    while tries < 50 and (match := re.compile(r"[\[{]").search(text, position)):
-        tries += 1
-        start = match.start()
-        try:
-            value, position = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):
-            position = match.end()
-            if mend and re.match(r"[\[{]\s*[\"\[{]", text[start : start + 80]):
-                value, closed = _mended(text, start)
-                if value is not None:
-                    yield value, True
-                if value is not None or not closed:
-                    return  # what lies inside belongs to something incomplete
-            continue
-        yield value, False
-
-
-def _mended(text: str, start: int) -> tuple[Any, bool]:
-    """Read the complete members of broken JSON: (value; None: there are none, its end came).
-
-    Objects inside a list are members of it only when they are whole.
-    """
-    stack: list[str] = []
-    ends: list[tuple[int, str]] = []
-    for match in _JSON_TOKEN.finditer(text, start):
-        token = match[0]
-        if token in ("[", "{"):
-            stack.append("]" if token == "[" else "}")
-            if len(stack) > _DEEPEST:
-                break
-        elif token in ("]", "}"):
-            stack.pop()
-        if token in ("]", "}", ",") and "]}" not in "".join(stack):
-            ends.append((match.start() + (token != ","), "".join(reversed(stack))))
-        if not stack:
-            break
-    for end, closing in reversed(ends[-_DEEPEST:]):
-        with contextlib.suppress(ValueError):
-            return json.loads(text[start:end] + closing), not stack
-    return None, not stack
-
-
-def _texts(value: Any) -> list[str] | None:
-    """Return the texts of a JSON value that is, or holds, a list; None: it does not."""
-    if isinstance(value, dict):
-        lists = [value[key] for key in _LIST_KEYS if isinstance(value.get(key), list)][:1]
-        about = _about_looks(value)
-        lists = lists or [item for item in about.values() if isinstance(item, list)]
-        if lists:
-            return [text for item in lists for text in _texts(item) or []]
-        return _pairs(about) if len(value) >= 2 else None
-    if not isinstance(value, list):
-        return None
-    found: list[str] = []
-    for item in value:
-        if isinstance(item, dict):
-            found += _member_texts(item)
-        elif isinstance(item, list):
-            found += _texts(item) or []
+def _usable(items: Sequence[str], class_name: str, cut: bool) -> Attributes:
+    """Tell the attributes of a list from what is dropped."""
+    kept: dict[str, str] = {}
+    dropped: list[tuple[str, str]] = []
+    for item in items:
+        attribute = clean_attribute(item)
+        key = comparable(attribute)
+        problem = _problem(attribute, class_name)
+        if problem is None and key in kept:
+            problem = "repeated"
+        if problem is None and len(kept) == MAX_ATTRIBUTES:
+            problem = f"more than {MAX_ATTRIBUTES}"
+        if problem is None:
+            kept[key] = attribute
         else:
-            found.append(item if isinstance(item, str) else json.dumps(item))
-    return found
+            item = whole_characters(item)  # JSON in an answer may hold an escaped half
+            dropped.append((item if len(item) <= 80 else f"{item[:80]}...", problem))
+    return Attributes(tuple(kept.values()), tuple(dropped), cut)
 
 
-def _member_texts(item: dict[str, Any]) -> list[str]:
-    """Return the attributes in an object of a list: usually one."""
-    labels = [item[key] for key in _LABEL_KEYS if isinstance(item.get(key), str)]
-    if labels and isinstance(item.get("value"), str):
-        return [f"{labels[0]}: {item['value']}"]
-    texts = [item[key] for key in _TEXT_KEYS if isinstance(item.get(key), str)]
-    found = texts[:1] or _texts(item) or _pairs(_about_looks(item))
-    return found or [json.dumps(item, ensure_ascii=False)]
-
-
-def _about_looks(value: dict[str, Any]) -> dict[str, Any]:
-    return {key: item for key, item in value.items() if _comparable(key) not in _OTHER_KEYS}
-
-
-def _pairs(value: dict[str, Any]) -> list[str] | None:
-    """Return {"bill": "red"} as "bill: red"; None: not all values are texts, or there are none."""
-    if not value or not all(isinstance(item, str) for item in value.values()):
-        return None
-    return [f"{key}: {item}" for key, item in value.items()]
-
-
-def _enumeration(text: str) -> list[str] | None:
-    """Read "..., are a long bill, dark wings, and a white face": at least three short parts."""
-    match = re.search(r"(?:\b(?:are|is|includes?|including|has|have)\b|:)\s+(.+)$", text)
-    sentence = match[1] if match else text
-    if re.search(r"[.!?]\s", sentence.strip()):
-        return None  # several sentences: which of it is the list would be a guess
-    parts = [re.sub(r"^and\s+", "", part.strip()) for part in re.split(r"[,;]", sentence)]
-    if len(parts) < 3 or any(not 0 < len(part.split()) <= 8 for part in parts):
-        return None
-    bullets = [_LINE_BULLET.match(part) for part in parts]
-    return [bullet[1] if all(bullets) and bullet else part for part, bullet in zip(parts, bullets)]
+def _too_few(found: Attributes, items: Sequence[str], minimum: int, answer: Answer) -> str:
+    """Say why there are fewer attributes than needed; "": there are not."""
+    if len(found.kept) >= minimum:
+        return ""
+    why = "; ".join(f"{_quote(item, 40)} is {problem}" for item, problem in found.dropped[:4])
+    ended = _stopped(answer) or ("; it is cut off" if found.cut else "")
+    if not items and not ended:
+        why = "its list is empty"
+    return (
+        f"{len(found.kept)} usable attribute(s) in the answer, at least {minimum} needed"
+        + (f" ({why})" if why else "")
+        + ended
+    )
 
 
 def _description_text(text: str) -> tuple[str, bool]:
     """Find the description of an answer: (its words, whether it was cut off)."""
-    for value, _ in _json_values(text):
-        if isinstance(value, dict):
-            texts = [item for item in value.values() if isinstance(item, str)]
-            if isinstance(value.get("description"), str):
-                return value["description"], False
-            if len(value) == 1 and texts:
-                return texts[0], False
-        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
-            return value[0], False
+    other = False
+    for value, _ in json_values(text):
+        found = _described(value)
+        if len(found.split()) >= _FEWEST_DESCRIPTION_WORDS:  # else maybe an echo of the form
+            return found, False
+        # [1] is a mark in a text
+        other = other or not _only_numbers(value)
+    if other:
         raise LanguageModelError(f"the answer holds no description but {_quote(text)}")
     match = re.search(r'"description"\s*:\s*"((?:[^"\\]|\\.)*)', text)
     if match:
-        return _unescape(match[1]), True
-    plain = _FENCE.sub("", text).strip()
+        return unescape(match[1]), True
+    plain = FENCE.sub("", text).strip()
     if plain.startswith(("{", "[")):
         raise LanguageModelError(f"the answer is broken JSON: {_quote(text)}")
-    if len([line for line in plain.splitlines() if _LINE_BULLET.match(line)]) >= 2:
+    if len(bullets(plain)) >= 2:
         raise LanguageModelError(f"the answer is a list, not a description: {_quote(text)}")
+    while heading := _HEADING.match(plain):
+        plain = plain[heading.end() :]
     return plain, False
 
 
-def _whole_sentences(text: str) -> str:
-    """Return the leading sentences that fit into ``DESCRIPTION_WORDS``; empty: none does."""
+def _described(value: Any) -> str:
+    """Return the description that a JSON value holds; "": it holds none."""
+    if isinstance(value, dict):
+        if isinstance(value.get("description"), str):
+            return str(value["description"])
+        value = list(value.values())
+    return value[0] if len(value) == 1 and isinstance(value[0], str) else ""
+
+
+def _only_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, (int, float)) for item in value)
+
+
+def _whole_sentences(text: str, problem: Callable[[str], str]) -> str:
+    """Return the leading sentences that have no ``problem``; empty: not even the first."""
     kept = ""
     for match in re.finditer(r".+?[.!?](?=\s|$)", text):
-        if len(text[: match.end()].split()) > DESCRIPTION_WORDS:
+        if problem(text[: match.end()]):
             break
         kept = text[: match.end()]
     return kept
@@ -385,16 +311,11 @@ def _problem(attribute: str, class_name: str) -> str | None:
         return "not in English"
     if not re.search(r"[A-Za-z]{2}", attribute):
         return "no words"
-    if _comparable(attribute) == _comparable(normalised_name(class_name)):
+    if comparable(attribute) == comparable(normalised_name(class_name)):
         return "the name of the class"
     if _NOT_AN_ATTRIBUTE.search(attribute) or _REFUSAL.search(attribute):
         return "not about an attribute"
     return None
-
-
-def _comparable(text: str) -> str:
-    text = re.sub(r"[\W_]+", " ", text).strip().casefold()
-    return re.sub(r"^(?:an?|the) ", "", text)
 
 
 def _other_script(text: str) -> bool:
@@ -410,13 +331,6 @@ def _is_foreign(text: str) -> bool:
     words = re.findall(r"[^\W\d_]+", text.lower())
     foreign = sum(word in _FOREIGN for word in words)
     return foreign >= 2 and foreign > sum(word in _ENGLISH for word in words)
-
-
-def _unescape(text: str) -> str:
-    try:
-        return str(json.loads(f'"{text}"'))
-    except ValueError:
-        return text.rstrip("\\")
 
 
 def _quote(text: str, length: int = 100) -> str:

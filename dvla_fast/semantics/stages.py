@@ -37,10 +37,22 @@ _DESCRIPTION_SCHEMA = {
 
 @dataclass(frozen=True)
 class ClassSource:
-    """A class to write about: its name, and the support images that may be shown (or none)."""
+    """A class to write about.
+
+    Attributes:
+        name: as a prompt has it.
+        images: support images that may be shown, or none.
+        key: what its results are kept under; the name by default. Classes of several episodes need
+            keys of their own.
+    """
 
     name: str
     images: tuple[ShownImage, ...] = ()
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        """Take the name for the key where there is none."""
+        object.__setattr__(self, "key", self.key or self.name)
 
 
 @dataclass(frozen=True)
@@ -69,10 +81,17 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a class has no texts: the stage that failed, and what went wrong there."""
+    """Why a class has no texts.
+
+    Attributes:
+        stage: that failed.
+        message: what went wrong there.
+        remedy: what helps, where asking the same again may not; else "".
+    """
 
     stage: str
     message: str
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,7 +113,7 @@ class Written(Generic[T]):
 
 @dataclass
 class StageResult(Generic[T]):
-    """Results and failures by class name.
+    """Results and failures by the keys of the classes: their names, unless they have others.
 
     ``unusable`` holds the questions of failed classes: their answers are worth asking for again.
     """
@@ -142,44 +161,51 @@ def candidate_attributes(
     for item in classes:
         prompt = prompts.candidates if item.images else prompts.by_name
         text = prompt.fill(**{"class": item.name, "count": str(count)})
-        requests[item.name] = Request(
-            text, item.images, "candidates", item.name, _ATTRIBUTES_SCHEMA
-        )
+        requests[item.key] = Request(text, item.images, "candidates", item.name, _ATTRIBUTES_SCHEMA)
 
-    def read(name: str, answer: Answer, last: bool) -> Attributes:
-        return parse_attributes(answer, name)
+    def read(key: str, answer: Answer, last: bool) -> Attributes:
+        return parse_attributes(answer, requests[key].subject)
 
     return _ask(model, requests, read, prompts.again, attempts, advance)
 
 
 def select_attributes(
-    candidates: Mapping[str, Sequence[str]], encoder: TextEncoder, k: int, template: str = "all"
+    candidates: Mapping[str, Sequence[str]],
+    encoder: TextEncoder,
+    k: int,
+    template: str = "all",
+    names: Mapping[str, str] | None = None,
 ) -> StageResult[Chosen]:
     """Step 2: progressive top-k over the candidates of all classes together.
 
     Args:
-        candidates: attributes by class name.
+        candidates: attributes by class.
         k, template: as ``progressive_top_k``.
+        names: names of the classes, where they are not the keys of ``candidates``.
     """
     result: StageResult[Chosen] = StageResult()
-    names = list(candidates)
+    keys = list(candidates)
     try:
         selections = progressive_top_k(
-            names, [candidates[name] for name in names], encoder, k, template
+            [(names or {}).get(key, key) for key in keys],
+            [candidates[key] for key in keys],
+            encoder,
+            k,
+            template,
         )
     except BankError as error:
-        if len(names) == 1:
-            result.failures[names[0]] = Failure("selection", str(error))
+        if len(keys) == 1:
+            result.failures[keys[0]] = Failure("selection", str(error))
             return result
         # A text that the encoder cannot read: find its class, and let the others go on.
-        for name in names:
-            single = select_attributes({name: candidates[name]}, encoder, k, template)
+        for key in keys:
+            single = select_attributes({key: candidates[key]}, encoder, k, template, names)
             result.done |= single.done
             result.failures |= single.failures
         return result
-    for name, selection in zip(names, selections):
-        texts = candidates[name]
-        result.done[name] = Chosen(
+    for key, selection in zip(keys, selections):
+        texts = candidates[key]
+        result.done[key] = Chosen(
             tuple(texts[place] for place in selection.order),
             tuple(Candidate(text, scores) for text, scores in zip(texts, selection.scores)),
         )
@@ -193,27 +219,50 @@ def describe(
     *,
     attempts: int = 2,
     advance: Callable[[], None] = lambda: None,
+    encoder: TextEncoder | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> StageResult[Written[str]]:
     """Step 3: ask for one fluent description of each class, made of its chosen attributes.
 
     Args:
-        attributes: chosen attributes by class name.
+        attributes: chosen attributes by class.
         attempts, advance: as ``candidate_attributes``. At the last attempt, a description that is
             too long is shortened to whole sentences.
+        encoder: that will read the descriptions; one that is longer than it reads is too long,
+            unless the encoder truncates. None: any.
+        names: as ``select_attributes``.
 
     Raises:
         LanguageModelError: nothing more can be answered at all.
     """
     requests = {}
-    for name, chosen in attributes.items():
+    for key, chosen in attributes.items():
+        name = (names or {}).get(key, key)
         listed = "\n".join(f"- {attribute}" for attribute in chosen)
         text = prompts.description.fill(**{"class": name, "attributes": listed})
-        requests[name] = Request(text, (), "description", name, _DESCRIPTION_SCHEMA)
+        requests[key] = Request(text, (), "description", name, _DESCRIPTION_SCHEMA)
 
-    def read(name: str, answer: Answer, last: bool) -> str:
-        return parse_description(answer, trim=last)
+    def read(key: str, answer: Answer, last: bool) -> str:
+        return parse_description(
+            answer, trim=last, too_long=lambda text: _too_long(text, encoder, last)
+        )
 
     return _ask(model, requests, read, prompts.again, attempts, advance)
+
+
+def _too_long(text: str, encoder: TextEncoder | None, last: bool) -> str:
+    """Say how much longer a text is than an encoder reads; "": it is not, or may be cut."""
+    limit, lengths = getattr(encoder, "max_tokens", None), getattr(encoder, "lengths", None)
+    if encoder is None or not limit or lengths is None or getattr(encoder, "truncate", False):
+        return ""
+    length, unit = lengths([text])[0], getattr(encoder, "unit", "tokens")
+    if length <= limit:
+        return ""
+    # What the model can do about it; and, when it had its chances, what a person can.
+    help_ = f"write at most {max(1, len(text.split()) * limit // length)} words"
+    if last:
+        help_ = "ask for less in construct.description_prompt, or allow the cut: construct.truncate"
+    return f"is {length} {unit} long, the {encoder.name} encoder reads {limit} {unit} ({help_})"
 
 
 def _ask(
@@ -248,7 +297,7 @@ def _ask(
             except LanguageModelError as error:
                 problems[name] = str(error)
                 if last:
-                    result.failures[name] = Failure(stage, str(error))
+                    result.failures[name] = Failure(stage, str(error), _remedy(stage))
                     result.unusable += asked[name]
                     advance()
                 continue
@@ -261,6 +310,13 @@ def _ask(
     result.done = {name: result.done[name] for name in requests if name in result.done}
     result.failures = {name: result.failures[name] for name in requests if name in result.failures}
     return result
+
+
+def _remedy(stage: str) -> str:
+    return (
+        f"allow more construct.attempts, change the prompt (construct.{stage}_prompt), or set a "
+        "language_model.temperature above 0: at 0 a model repeats its answer"
+    )
 
 
 def _repeated(request: Request, again: Prompt, problem: str) -> Request:

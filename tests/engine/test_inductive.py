@@ -101,6 +101,24 @@ def test_only_the_supports_of_the_episode_are_shown(
     assert (tmp_path / "run" / "answers.jsonl").exists()
 
 
+def test_a_whole_batch_is_asked_about_at_once(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counting(Scripted):
+        def answers(self, requests: Any) -> Any:
+            calls.append([request.stage for request in requests])
+            return super().answers(requests)
+
+    calls: list[list[str]] = []
+    monkeypatch.setattr(inductive, "build_language_model", lambda config: Counting())
+    written = dataclasses.replace(EVALUATE, construct=settings_file(tmp_path, images=1))
+    evaluate(checkpoint, tmp_path / "run", evaluate=written)
+    # 6 episodes in batches of 4
+    assert set(calls[0]) == {"candidates"}
+    assert WAY < len(calls[0]) <= 4 * WAY
+    assert len(calls) <= 4
+
+
 def test_continued_evaluation_asks_nothing_twice(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dvla_fast.errors import LanguageModelError
 from dvla_fast.semantics import build_encoder
 from dvla_fast.semantics.construct import Built, Settings, construct_bank
-from dvla_fast.semantics.language_models.base import Answer, Request, Usage
+from dvla_fast.semantics.language_models.base import Answer, Request, ShownImage, Usage
 from dvla_fast.semantics.language_models.openai_server import OpenAIServer
 from dvla_fast.semantics.stages import ClassSource
 from tests.semantics.loopback import Reply, prompt_of
@@ -57,6 +59,24 @@ class Scripted:
             if isinstance(answer, str):
                 answer = Answer(answer, "stop", 100, 10, "scripted-1")
             yield index, answer
+
+
+def image(seed: int) -> ShownImage:
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return ShownImage(f"image-{seed}", pixels)
+
+
+def spoil(stage: str, name: str, answer: Any, times: int = 99) -> Scripted:
+    """Good answers but for one class at one stage."""
+
+    def answers(request: Request) -> Any:
+        nonlocal times
+        if (request.stage, request.subject) == (stage, name) and times > 0:
+            times -= 1
+            return answer
+        return good_answer(request.stage, request.subject)
+
+    return Scripted(answers)
 
 
 def bird(request: dict[str, Any], number: int) -> Reply:

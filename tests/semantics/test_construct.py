@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
-from dvla_fast.errors import BankError, DataError, LanguageModelError, OutputError
-from dvla_fast.semantics import build_encoder, load_bank
+from dvla_fast.errors import DataError, LanguageModelError, OutputError
+from dvla_fast.semantics import (
+    HashedNGramEncoder,
+    TextEncoder,
+    build_encoder,
+    encode_bank,
+    load_bank,
+)
 from dvla_fast.semantics.construct import (
-    EpisodeSemantics,
     Settings,
     construct_bank,
     journal_path,
@@ -27,30 +34,12 @@ from dvla_fast.semantics.stages import (
     select_attributes,
 )
 from dvla_fast.semantics.topk import one_by_one_top_k
-from tests.semantics.scripted import Scripted, attributes_of, good_answer
+from tests.semantics.scripted import Scripted, attributes_of, good_answer, image, spoil
 
 NAMES = ("Crow", "Gull", "Owl")
 CLASSES = [ClassSource(name) for name in NAMES]
 ENCODER = build_encoder("hashed-ngram", 128)
 PROMPTS = Prompts.load()
-
-
-def image(seed: int) -> ShownImage:
-    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    return ShownImage(f"image-{seed}", pixels)
-
-
-def spoil(stage: str, name: str, answer: Any, times: int = 99) -> Scripted:
-    """Good answers but for one class at one stage."""
-
-    def answers(request: Request) -> Any:
-        nonlocal times
-        if (request.stage, request.subject) == (stage, name) and times > 0:
-            times -= 1
-            return answer
-        return good_answer(request.stage, request.subject)
-
-    return Scripted(answers)
 
 
 def test_candidates_of_all_classes() -> None:
@@ -128,6 +117,72 @@ def test_long_description_is_shortened_only_at_the_last_attempt() -> None:
     assert found.done["Crow"].value.startswith("The Crow is")
     found = describe(spoil("description", "Crow", long), {"Crow": ["a"]}, PROMPTS)
     assert found.done["Crow"].value.count("thick bill") == 8
+
+
+LONG = "A bird of sooty-brown, dark-edged, wedge-tipped, long-winged looks. It is large."
+
+
+def described(text: str, times: int, encoder: TextEncoder, **options: Any) -> Any:
+    model = spoil("description", "Crow", json.dumps({"description": text}), times)
+    found = describe(model, {"Crow": ["a"]}, PROMPTS, encoder=encoder, **options)
+    return found, [request.prompt for request in model.asked]
+
+
+def test_description_is_measured_by_the_encoder_that_will_read_it() -> None:
+    found, asked = described(LONG, 1, HashedNGramEncoder(64, max_tokens=14))
+    assert found.done["Crow"].value == json.loads(good_answer("description", "Crow"))["description"]
+    assert "is 15 words long, the hashed-ngram encoder reads 14 words (write at" in asked[1]
+    # the last attempt: as many whole sentences as it reads
+    found, asked = described(LONG, 99, HashedNGramEncoder(64, max_tokens=14))
+    assert len(asked) == 2
+    assert found.done["Crow"].value == LONG.partition(" It is")[0]
+    found, asked = described(LONG, 99, HashedNGramEncoder(64, max_tokens=15))
+    assert (len(asked), found.done["Crow"].value) == (1, LONG)
+
+
+def test_description_that_no_cut_between_sentences_makes_short_enough() -> None:
+    found, _ = described(LONG, 99, HashedNGramEncoder(64, max_tokens=11))
+    assert found.done == {}
+    message = found.failures["Crow"].message
+    assert "is 15 words long, the hashed-ngram encoder reads 11 words" in message
+    assert "or allow the cut: construct.truncate" in message
+    encoder = HashedNGramEncoder(64, max_tokens=11, truncate=True)
+    found, asked = described(LONG, 99, encoder)
+    assert (len(asked), found.done["Crow"].value) == (1, LONG)
+
+
+def test_encoders_that_do_not_tell_lengths_are_no_limit() -> None:
+    class Any_:
+        name, dim, truncated = "any", 4, 0
+
+        def encode(self, texts: Sequence[str]) -> Tensor:
+            return torch.ones(len(texts), 4) / 2
+
+    found, asked = described(LONG, 99, Any_())
+    assert (len(asked), found.done["Crow"].value) == (1, LONG)
+
+
+def test_bank_of_long_descriptions_can_be_encoded_by_its_own_encoder(tmp_path: Path) -> None:
+    encoder = HashedNGramEncoder(64, max_tokens=14)
+    model = spoil("description", "Crow", LONG)
+    built = construct_bank(CLASSES, model, encoder, tmp_path / "b.json", settings=Settings(top_k=1))
+    assert not built.failures
+    encode_bank(load_bank(tmp_path / "b.json"), NAMES, encoder)
+
+
+def test_classes_of_one_name_are_told_apart_by_their_keys() -> None:
+    classes = [ClassSource("Crow", (image(0),), "a"), ClassSource("Crow", (image(1),), "b")]
+    found = candidate_attributes(Scripted(), classes, PROMPTS)
+    names = dict.fromkeys("ab", "Crow")
+    assert list(found.done) == ["a", "b"]
+    candidates = {"a": attributes_of("Crow"), "b": attributes_of("Gull")}
+    chosen = select_attributes(candidates, ENCODER, 2, names=names).done
+    for key, texts in candidates.items():
+        assert chosen[key] == select_attributes({"Crow": texts}, ENCODER, 2).done["Crow"]
+    model = Scripted()
+    describe(model, {key: item.attributes for key, item in chosen.items()}, PROMPTS, names=names)
+    assert {request.subject for request in model.asked} == {"Crow"}
+    assert all("for the class Crow:" in request.prompt for request in model.asked)
 
 
 def test_bank_records_everything(tmp_path: Path) -> None:
@@ -347,47 +402,3 @@ def test_key_holds_all_that_an_answer_depends_on(other: Request) -> None:
     assert journaled.key(request) != JournaledModel(Scripted(name="x"), Journal()).key(request)
     # answers from before a model had a limit of its own are found again
     assert journaled.key(Request("a")) == journaled.key(Request("a", max_tokens=1024))
-
-
-def test_texts_of_an_episode(tmp_path: Path) -> None:
-    model = Scripted()
-    episodes = EpisodeSemantics(model, ENCODER, settings=Settings(top_k=3))
-    supports = [(image(i),) for i in range(3)]
-    tokens = episodes.tokens(NAMES, supports)
-    assert tokens.tokens.shape == (1, 3 * 4, 128)
-    assert tokens.levels.tolist() == [0, 0, 0, 1] * 3
-    shown = {item.id for request in model.asked for item in request.images}
-    assert shown == {"image-0", "image-1", "image-2"}
-    asked = len(model.asked)
-    again = episodes.texts(NAMES, supports)
-    assert len(model.asked) == asked == 6
-    assert again.class_names == NAMES
-    episodes.texts(NAMES, [(image(0),), (image(1),), (image(7),)])
-    assert {request.subject for request in model.asked[asked:]} == {"Owl"}
-
-
-def test_answers_of_episodes_outlive_the_process(tmp_path: Path) -> None:
-    path = tmp_path / "episodes.jsonl"
-    supports = [(image(i),) for i in range(3)]
-    first = EpisodeSemantics(Scripted(), ENCODER, journal=path)
-    bank = first.bank(NAMES, supports)
-    first.close()
-    model = Scripted()
-    assert EpisodeSemantics(model, ENCODER, journal=path).bank(NAMES, supports) == bank
-    assert model.asked == []
-
-
-def test_episode_cannot_go_without_a_class() -> None:
-    episodes = EpisodeSemantics(spoil("candidates", "Owl", "no"), ENCODER)
-    with pytest.raises(LanguageModelError, match="no texts for 1 of its classes: candidates of 'O"):
-        episodes.texts(NAMES, [()] * 3)
-    with pytest.raises(ValueError, match=r"shorter|longer"):
-        episodes.texts(NAMES, [()] * 2)
-
-
-def test_encoder_that_reads_too_little_is_said_so() -> None:
-    from dvla_fast.semantics import HashedNGramEncoder
-
-    encoder = HashedNGramEncoder(64, max_tokens=12)
-    with pytest.raises((LanguageModelError, BankError), match="12 words"):
-        EpisodeSemantics(Scripted(), encoder).texts(NAMES, [()] * 3)

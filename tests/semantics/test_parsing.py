@@ -41,6 +41,9 @@ def kept(text: str, **options: Any) -> tuple[str, ...]:
         "Attributes:\n\n- **long hooked bill**\n- dark brown wings.\n* white face;\n",
         "• long hooked bill\n• dark brown wings\n• white face\n\nLet me know!",
         "a) long hooked bill\nb) dark brown wings\nc) white face",
+        "+ long hooked bill\n+ dark brown wings\n+ white face",
+        "Attributes:\n\nlong hooked bill\ndark brown wings\nwhite face",
+        "| Attribute |\n|:---|\n| long hooked bill |\n| dark brown wings |\n| white face |",
         "long hooked bill, dark brown wings, white face",
         "The key attributes of the bird are long hooked bill, dark brown wings, and white face.",
         json.dumps([" Long   hooked bill. ", "\"dark brown wings\"", "white\tface"]),
@@ -48,6 +51,128 @@ def kept(text: str, **options: Any) -> tuple[str, ...]:
 )  # fmt: skip
 def test_forms_of_a_list(text: str) -> None:
     assert tuple(item.lower() for item in kept(text)) == GOOD
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        str(list(GOOD)),
+        str({"attributes": list(GOOD), "confidence": None}),
+        f"```python\n{list(GOOD)}\n```",
+        '["long hooked bill", "dark brown wings", "white face",]',
+        '["long hooked\n bill", "dark brown wings", "white face"]',
+    ],
+)
+def test_lists_that_are_nearly_json(text: str) -> None:
+    assert kept(text) == GOOD
+    assert not parse_attributes(Answer(text), "Albatross").cut
+
+
+def test_quotes_of_python() -> None:
+    assert kept("""["the bird's bill", 'a "hooked" tip']""") == (
+        "the bird's bill",
+        'a "hooked" tip',
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "['long hooked bill', 'dark brown wings', 'white fa",
+        "{'attributes': ['long hooked bill', 'dark brown wings', 'white face'",
+        "{'long hooked bill', 'dark brown wings', 'white face'}",
+        "[long hooked bill, dark brown wings, white face]",
+        "['a b': 'c d', 'e f']",
+        "[" * 50 + "'long bill', 'dark wings', 'white face'" + "]" * 50,
+    ],
+)
+def test_pieces_of_lists_are_no_attributes(text: str) -> None:
+    with pytest.raises(LanguageModelError, match="holds no list"):
+        kept(text)
+
+
+@pytest.mark.parametrize("depth", [500, 5_000, 50_000])
+def test_deep_lists_are_no_crash(depth: int) -> None:
+    with pytest.raises(LanguageModelError, match=r"holds no list|list is empty"):
+        kept("[" * depth + "]" * depth + ' {"a": 1}')
+
+
+@pytest.mark.parametrize(
+    "thinking",
+    [
+        '◁think▷ hm ["no", "not this"] ◁/think▷',
+        '[THINK]hm ["no", "not this"][/THINK]',
+        '<reasoning>["no", "not this"]</reasoning>',
+        '<thought>["no", "not this"]</thought>\n',
+        '<reflection>["no", "not this"]</reflection>',
+        '["no", "not this"]◁/think▷',
+        '<|channel|>analysis<|message|>["no", "not this"]<|end|><|start|>assistant'
+        "<|channel|>final<|message|>",
+        '<|channel|>final<|message|>["no", "not this"]<|end|><|start|>assistant'
+        "<|channel|>final <|constrain|>json<|message|>",
+    ],
+)
+def test_thinking_is_no_answer(thinking: str) -> None:
+    assert kept(thinking + json.dumps(GOOD)) == GOOD
+    assert kept(thinking + json.dumps(GOOD) + "<|return|>") == GOOD
+    assert parse_description(Answer(thinking + TEXT)) == TEXT
+
+
+@pytest.mark.parametrize("open_", ["◁think▷", "[THINK]", "<|channel|>analysis<|message|>"])
+def test_thinking_without_an_end(open_: str) -> None:
+    with pytest.raises(LanguageModelError, match="went into thinking"):
+        kept(f"{open_}{json.dumps(GOOD)}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Based on sources [1] and [2]: {}",
+        'I answer in the form {{"attributes": ["...", "..."]}}:\n{}',
+        '["uno con el pico", "dos con las alas"]\n{}',
+    ],
+)
+def test_the_first_list_that_can_be_used_counts(text: str) -> None:
+    assert kept(text.replace("{{", "{").replace("}}", "}").replace("{}", json.dumps(GOOD))) == GOOD
+
+
+def test_bullets_after_lists_without_words() -> None:
+    bulleted = "\n".join(f"- {item}" for item in GOOD)
+    assert kept(f"From [1]:\n{bulleted}") == GOOD
+    with pytest.raises(LanguageModelError, match="1 usable"):
+        kept(f'["red bill"]\n{bulleted}')  # what follows a list with words is about it
+
+
+def test_an_apology_before_a_list_is_no_refusal() -> None:
+    bulleted = "\n".join(f"- {item}" for item in GOOD)
+    assert kept(f"Here's the list you wanted, sorry, I was slow:\n{bulleted}") == GOOD
+    for text in (f"Sorry, I cannot see it. In general:\n{bulleted}", "Sorry, I do not see it."):
+        with pytest.raises(LanguageModelError, match="the model refused"):
+            kept(text)
+
+
+def test_sure_footed() -> None:
+    found = parse_attributes(Answer('["sure-footed stance", "red bill", "sure, a bill"]'), "x")
+    assert found.kept == ("sure-footed stance", "red bill")
+    assert found.dropped == (("sure, a bill", "not about an attribute"),)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "**Plumage**\nblack\n\n**Bill**\nthick",
+        "Bill\nred\nWings\nblack",
+        "A large black bird\nwith a thick bill\nand a long tail",
+        "A large black bird\nflying over the sea\nin the evening sun",
+        "It is a bird\nThey fly well\nThis is big",
+        "black plumage\nthick bill",
+        "Bill shape\nlong and hooked\n\nWing colour\ndark brown",
+        "| Part | Look |\n|---|---|\n| bill | red |\n| wings | black |",
+    ],
+)
+def test_lines_that_may_be_something_else(text: str) -> None:
+    with pytest.raises(LanguageModelError, match="holds no list"):
+        kept(text)
 
 
 def test_key_and_text_of_an_object() -> None:
@@ -104,6 +229,27 @@ def test_an_incomplete_member_is_no_attribute() -> None:
             ("yellow crown", "black mask", "white bars", "long primaries", "forked tail"),
         ),
         ('{"class": "crow", "color": "black"}', ("color: black",)),
+        (
+            '[{"name": "Plumage", "description": "dark brown overall"},'
+            ' {"attribute": "Bill", "details": "long and hooked"},'
+            ' {"attribute": "Face", "description": "a white face"},'
+            ' {"category": "Legs", "value": "pink"}, {"feature": "tail", "text": "short"}]',
+            ("Plumage: dark brown overall", "Bill: long and hooked", "a white face", "Legs: pink",
+             "tail: short"),
+        ),
+        (
+            json.dumps([{"name": "red bill", "description": "word " * 20}, {"name": "wing"}]),
+            ("red bill", "wing"),
+        ),
+        ('{"attributes": {"bill": "red", "wings": "dark"}}', ("bill: red", "wings: dark")),
+        ('{"attributes": {"bill": "red"}}', ("bill: red",)),
+        ('{"crow": {"attributes": {"bill": "red", "class": "x"}}}', ("bill: red",)),
+        (
+            '{"bill": "red", "wings": {"tip": "black", "shape": "long"}}',
+            ("bill: red", "wings tip: black", "wings shape: long"),
+        ),
+        ('{"answer": {"class": "crow", "features": ["red bill"]}}', ("red bill",)),
+        ('[{"name": "Bill", "features": ["red tip", "long hook"]}]', ("red tip", "long hook")),
         ('{"Class name": "crow", "color": "black", "confidence": 0.5}', ("color: black",)),
     ],
 )  # fmt: skip
@@ -217,6 +363,16 @@ TEXT = "A large seabird with a long hooked bill, dark wings and a white face."
         f"```json\n{json.dumps({'description': TEXT})}\n```",
         f"Sure!\n{json.dumps({'description': TEXT})}",
         TEXT.replace(" with", "\n  with"),
+        str({"description": TEXT}),
+        f"Here is the description:\n\n{TEXT}",
+        f"**Here is the description:**\n{TEXT}",
+        f"Sure! Here is a description: {TEXT}",
+        f"Certainly, here's the text: {TEXT}",
+        f"# Albatross\n\n## Looks\n{TEXT}",
+        f"**Albatross**\n \n{TEXT}",
+        f'In the form {{"description": "..."}}:\n{json.dumps({"description": TEXT})}',
+        json.dumps({"description": f"Here is the description: {TEXT}"}),
+        f'{{"attributes": ["a", "b"]}}\n{json.dumps({"description": TEXT})}',
     ],
 )
 def test_forms_of_a_description(text: str) -> None:
@@ -244,6 +400,27 @@ def test_unusable_descriptions(answer: Answer, message: str) -> None:
         parse_description(answer)
     with pytest.raises(LanguageModelError, match=message):
         parse_description(answer, trim=True)
+
+
+def test_marks_and_colons_in_a_description_stay() -> None:
+    for text in (
+        "A large seabird [1] with a long hooked bill [2, 3].",
+        "Sure-footed goat: two curved horns and a shaggy beard.",
+        "Two forms: one has dark wings, the other a white face.",
+    ):
+        assert parse_description(Answer(text)) == text
+
+
+def test_a_description_may_be_too_long_for_its_reader() -> None:
+    def too_long(text: str) -> str:
+        return "is long" if len(text) > 2 * len(TEXT) + 1 else ""
+
+    text = " ".join([TEXT] * 3)
+    with pytest.raises(LanguageModelError, match="the description is long: 'A large"):
+        parse_description(Answer(text), too_long=too_long)
+    assert parse_description(Answer(text), trim=True, too_long=too_long) == f"{TEXT} {TEXT}"
+    with pytest.raises(LanguageModelError, match="the description is long"):
+        parse_description(Answer(TEXT), trim=True, too_long=lambda text: "is long")
 
 
 def test_long_descriptions_are_trimmed_to_whole_sentences_when_asked() -> None:

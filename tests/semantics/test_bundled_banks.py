@@ -8,6 +8,7 @@ import pytest
 
 from dvla_fast.data.splits import bundled_split_lists, class_names
 from dvla_fast.semantics import HashedNGramEncoder, SemanticBank, load_bank
+from dvla_fast.semantics.topk import template_text
 
 BANKS = {
     "cub": "cub_", "dogs": "dogs_", "cars": "cars_", "cifar100": ("cifar_fs", "fc100"),
@@ -43,6 +44,40 @@ def test_texts(bank: SemanticBank) -> None:
         assert not entry.images
     descriptions = [entry.description for entry in bank.classes.values()]
     assert len(set(descriptions)) == len(descriptions)
+
+
+# Places, company, behaviour, and the photo itself: what the package's own prompts forbid to name.
+_NOT_OF_THE_CLASS = re.compile(
+    r"\b(?:settings?|photo\w*|portrait|close-up|macro|viewed|viewpoint|outdoors|indoors|flocks?"
+    r"|nests?|nesting|feeders|nearby|foreground)\b"
+    r"|(?<!green or black )\bbackground\b|\b(?:blue|wide|open) sky\b(?! reflected)"
+    r"|^(?:perched|clinging|hovering|foraging|swimming|flying|floating|soaring|gliding|singing"
+    r"|visiting|feeding|walking|nibbling|grazing|howling|resting) "
+    r"|\b(?:wagged|pumped|flicked|twitched)\b"
+)
+
+
+def test_candidates_are_about_the_class_itself(bank: SemanticBank) -> None:
+    found = [
+        (name, candidate.text)
+        for name, entry in bank.classes.items()
+        for candidate in entry.candidates
+        if _NOT_OF_THE_CLASS.search(candidate.text)
+    ]
+    assert found == []
+
+
+def test_clip_reads_every_template_of_eight_attributes(bank: SemanticBank) -> None:
+    tokenizer = pytest.importorskip("open_clip").get_tokenizer("ViT-B-16")
+
+    def length(text: str) -> int:
+        return len(tokenizer.encode(text)) + 2
+
+    for name, entry in bank.classes.items():
+        texts = sorted((item.text for item in entry.candidates), key=length)
+        # the last round's template names the seven chosen before
+        assert length(template_text(name, texts[-7:])) <= 77, name
+        assert length(entry.description) <= 77, name
 
 
 def test_provenance_says_that_no_image_was_seen(bank: SemanticBank) -> None:

@@ -53,6 +53,29 @@ def test_difference_of_differences() -> None:
     assert found["p_value"] < 1e-6
 
 
+def test_tables_are_drawn_apart() -> None:
+    """Two tables hold different episodes, even where they have equally many of equal values."""
+    table = np.random.default_rng(2).standard_normal((1, 300))
+    alone, apart = crossed_interval([table]), crossed_interval([table, -table])
+    assert apart["se"] == pytest.approx(np.sqrt(2) * alone["se"], rel=0.08)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "freedom"),
+    [
+        # variances of the mean 4/3 (2 degrees) and 1/3 (2): (5/3)² / (16/9/2 + 1/9/2)
+        ((0, 2, 4), (0, 1, 2), 50 / 17),
+        # 4/3 (2 degrees) and 7/6 (3): (5/2)² / (16/9/2 + 49/36/3)
+        ((0, 2, 4), (0, 1, 2, 5), 135 / 29),
+    ],
+)
+def test_degrees_of_freedom_are_satterthwaites(
+    rows: tuple[float, ...], columns: tuple[float, ...], freedom: float
+) -> None:
+    table = np.add.outer(rows, columns)
+    assert crossed_interval([table])["freedom"] == pytest.approx(freedom)
+
+
 def test_nothing_to_learn_from() -> None:
     assert crossed_interval([np.zeros((1, 1))])["low"] is None
     same = crossed_interval([np.zeros((3, 5))])

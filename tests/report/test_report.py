@@ -360,6 +360,11 @@ def test_an_interval_of_zero_is_one(tmp_path: Path, page: Write) -> None:
     assert "<small> ± ? %" in page(write_evaluation(tmp_path / "one", 0.7, ci95=None))
 
 
+def test_the_headline_is_in_percent(tmp_path: Path, page: Write) -> None:
+    html = page(write_evaluation(tmp_path / "run", 0.7, accuracy=0.7654, ci95=0.0123))
+    assert re.search(r"76\.5\s*<small> ± 1\.2 %", html)
+
+
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("report", "compare"):
         assert main([name, "--help"]) == 0
@@ -389,6 +394,7 @@ def test_published_numbers_are_quoted(tmp_path: Path, page: Write) -> None:
         ({"dataset": "rc-cars", "trained_on": "rc-cars", "split_list": ""}, "", None),
         ({"split_list": CUB, "trained_on": "CUB", "trained_split_list": ""}, "", None),
         ({"split_list": CUB, "trained_on": "CUB"}, "", None),
+        ({"split_list": CUB, "shot": 5}, "CUB", 95.06),
         ({"split_list": CUB, "shot": 3}, "", None),
         ({"split_list": CUB, "split": "monitor"}, "", None),
         ({"split_list": "my_list"}, "", None),
@@ -398,6 +404,14 @@ def test_published_column(result: dict, column: str, first: float | None) -> Non
     found = published_for({"way": 5, "shot": 1, "split": "novel", **result})
     assert found[0] == column
     assert (found[1][0].accuracy if found[1] else None) == first
+
+
+@pytest.mark.parametrize(("shot", "number", "half"), [(1, 81.69, 0.36), (5, 88.25, 0.28)])
+def test_published_numbers_have_their_intervals(shot: int, number: float, half: float) -> None:
+    result = {"way": 5, "shot": shot, "split": "novel", "split_list": "miniimagenet_ravi"}
+    found = {entry.source: entry for entry in published_for(result)[1]}
+    assert found["DVLA-RL, ICLR 2026, arXiv 2602.00795"][1:] == (number, half)
+    assert found["SP (Semantic Prompt)"].half is None
 
 
 def test_every_published_column_is_of_a_known_data_set() -> None:

@@ -8,15 +8,20 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from dvla_fast.data import FewShotData
+from dvla_fast.data import EpisodeSampler, FewShotData
 from dvla_fast.engine import metatune as metatune_module
 from dvla_fast.engine import metatune_steps
+from dvla_fast.engine import pretrain as pretrain_module
 from dvla_fast.engine.build import (
     backbone_spec,
     build_model,
+    build_pretrain_model,
     build_texts,
     load_backbone,
     model_spec,
@@ -25,7 +30,7 @@ from dvla_fast.engine.build import (
 from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import DemoRun, ModelConfig, PretrainConfig
 from dvla_fast.engine.divergence import DivergenceWatch
-from dvla_fast.engine.execution import Execution
+from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.monitor import (
     monitor_episodes,
@@ -65,6 +70,8 @@ def test_schedule_warms_up_then_falls_to_zero() -> None:
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] < 0.01
+    assert rates[30] == pytest.approx(0.5)  # half of the way down
+    assert rates[20] == pytest.approx((1 + 0.5**0.5) / 2)
 
 
 def test_quarter_turns_are_classes_of_their_own() -> None:
@@ -75,6 +82,62 @@ def test_quarter_turns_are_classes_of_their_own() -> None:
     assert torch.equal(new % 5, labels)
     for image, before, label in zip(turned, images, new, strict=True):
         assert torch.equal(image, before.rot90((0, 1, 3)[int(label) // 5], (1, 2)))
+
+
+def test_a_step_learns_the_mixed_labels(
+    tmp_path: Path, few_digits: FewShotData, tiny: DemoRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step of all images: mixed images go in, and the loss is that of their soft labels."""
+    outputs = 3 * len(few_digits.base.class_names)
+    mixed: list[tuple[Tensor, Tensor]] = []
+
+    def mixer(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        soft = F.one_hot(labels, outputs).float()
+        mixed.append((0.7 * images + 0.3 * images.flip(0), 0.7 * soft + 0.3 * soft.flip(0)))
+        return mixed[-1]
+
+    updates: list[tuple[Tensor, Any]] = []
+
+    def update(_: Any, loss: Tensor, _optimizer: Any, clip_norms: Any = ()) -> None:
+        updates.append((loss.detach(), clip_norms))
+
+    monkeypatch.setattr(pretrain_module, "build_mixer", lambda *_: mixer)
+    monkeypatch.setattr(Execution, "update", update)
+    config = dataclasses.replace(
+        tiny.pretrain, batch_size=len(few_digits.base), label_smoothing=0.1, clip_norm=1.5
+    )
+    model = build_pretrain_model(backbone_spec(tiny.model, 1, 16), outputs)
+    optimizer, seen = adamw(model.parameters(), lr=0.1), {}
+    model["backbone"].register_forward_hook(lambda _m, args, _out: seen.update(images=args[0]))
+    model["head"].register_forward_hook(lambda _m, _args, out: seen.update(logits=out.detach()))
+    folder, rng = RunFolder(tmp_path / "run", {}), np.random.default_rng(0)
+    state = TrainingState(folder, "pretrain", {}, {"model": model}, optimizer, rng)
+    epoch = pretrain_module.Epoch(config, model, few_digits, optimizer, Execution(), outputs)
+    row = epoch(state)
+    ((images, soft),), ((loss, limits),) = mixed, updates
+    assert torch.equal(seen["images"], images)
+    torch.testing.assert_close(loss, F.cross_entropy(seen["logits"], soft, label_smoothing=0.1))
+    ((parameters, limit),) = limits
+    assert limit == 1.5
+    assert [id(value) for value in parameters] == [id(value) for value in model.parameters()]
+    assert row["loss"] == pytest.approx(loss.item())
+
+
+def test_validation_asks_for_upright_classes_alone(few_digits: FewShotData, tiny: DemoRun) -> None:
+    """A head that is right among these, and surer of a turned class."""
+    count, labels = len(few_digits.base.class_names), few_digits.monitor.labels
+
+    class Head(nn.Module):
+        def forward(self, features: Tensor) -> Tensor:
+            assert len(features) == len(labels)
+            upright = F.one_hot(labels, count).float()
+            return torch.cat([upright, 5 * upright, 5 * upright], 1)
+
+    model = build_pretrain_model(backbone_spec(tiny.model, 1, 16), 3 * count)
+    model["head"] = Head()
+    sampler = EpisodeSampler(few_digits.monitor, 5, 1, 1, 0)
+    _, accuracy = pretrain_module._validate(model.eval(), few_digits, sampler, 2)
+    assert accuracy == 1.0
 
 
 def test_pretraining_learns(tmp_path: Path, few_digits: FewShotData, tiny: DemoRun) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from dvla_fast.nn.layers import lookup
 from dvla_fast.nn.policy import (
@@ -124,6 +125,35 @@ def test_scores_of_far_logits_are_finite() -> None:
     assert bool(score.isfinite().all())
     # κp ψ(κp) is −1 where p vanishes; the logit of the action counts for nothing there.
     torch.testing.assert_close(score.abs(), torch.ones_like(score), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("first", "second"), [(-2.0, 3.0), (3.0, -2.0)])
+def test_divergence_of_far_beta_policies_by_quadrature(first: float, second: float) -> None:
+    """E[log π − log π'] over the logit x of the action, whose tails end well within the grid."""
+    x = torch.linspace(-120, 120, 48_001, dtype=torch.float64)
+
+    def log_density(logit: float) -> torch.Tensor:
+        p = torch.tensor(logit, dtype=torch.float64).sigmoid()
+        a, b = 6 * p, 6 * (1 - p)
+        norm = torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b)
+        return norm + a * F.logsigmoid(x) + b * F.logsigmoid(-x)
+
+    ours, theirs = log_density(first), log_density(second)
+    assert torch.trapezoid(ours.exp(), x).item() == pytest.approx(1.0, rel=1e-9)
+    want = torch.trapezoid(ours.exp() * (ours - theirs), x).item()
+    outputs = torch.tensor([[[first]], [[second]]], dtype=torch.float64)
+    got = BetaPolicy(3, concentration=6.0).divergence(*outputs)
+    assert got.tolist() == pytest.approx([want], rel=1e-6)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_divergence_of_far_categorical_policies_is_the_sum(turned: bool) -> None:
+    shares = [(0.7, 0.29, 0.01), (0.05, 0.05, 0.9)]
+    first, second = reversed(shares) if turned else shares
+    want = sum(p * math.log(p / q) for p, q in zip(first, second))
+    outputs = (torch.tensor([share], dtype=torch.float64).log() + 2.0 for share in (first, second))
+    got = CategoricalPolicy(3).divergence(*outputs)
+    assert got.tolist() == pytest.approx([want])
 
 
 class _Blind(BetaPolicy):

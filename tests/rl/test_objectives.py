@@ -184,6 +184,18 @@ def test_kl_penalty_is_the_estimate_of_grpo() -> None:
         loss_fn(log_prob, zero, zero)
 
 
+def test_kl_penalty_is_finite_far_from_the_reference() -> None:
+    """Where e^200 is too large for a float32 the estimate is held; the slope is not."""
+    log_prob = row(-200.0, -200.0).requires_grad_()
+    loss_fn = PolicyLoss(entropy_weight=0.0, weight=1.0, kl_weight=1.0)
+    zero = torch.zeros(1, 2)
+    loss, figures = loss_fn(log_prob, zero, zero, reference=Reference(None, zero))
+    assert loss.isfinite()
+    assert figures["kl_reference"].isfinite().all()
+    (gradient,) = torch.autograd.grad(loss, log_prob)
+    torch.testing.assert_close(gradient, row(-200.0, -200.0) / 2)
+
+
 @pytest.mark.parametrize(
     ("mean", "old_mean"),
     [(0.7, None), (0.9, None), (0.97, None), (0.99, None), (0.7, 0.6), (0.4, 0.6)],
@@ -239,6 +251,16 @@ def test_discounted_returns_credit_what_comes_after() -> None:
     torch.testing.assert_close(gradient, discounted_returns(rewards, 0.5) / 2)
 
 
+def test_the_references_rewards_are_discounted_as_ours_are() -> None:
+    rewards, theirs = torch.randn(2, 3, 4)
+
+    def returns(x: Tensor) -> Tensor:
+        return torch.stack((x[0] + 0.5 * x[1] + 0.25 * x[2], x[1] + 0.5 * x[2], x[2]))
+
+    signal = PolicyLoss(Counterfactual(), discount=0.5).signal(rewards, Reference(theirs))
+    torch.testing.assert_close(signal, returns(rewards) - returns(theirs))
+
+
 def test_normalised_advantages() -> None:
     rewards = torch.randn(2, 50) * 7 + 3
     normal = normalise_advantage(rewards)
@@ -272,6 +294,23 @@ def test_value_network_learns_the_rewards_of_states() -> None:
         baseline(rewards, states[:1])
     with pytest.raises(ValueError, match="rewards have 8"):
         baseline(rewards, [state[:4] for state in states])
+
+
+@pytest.mark.parametrize("given", [{}, {"value_weight": 2.0}])
+def test_value_error_is_added_once_and_stops_at_the_states(given: dict[str, float]) -> None:
+    """Where no action was likely or unlikely, the squared error alone is left of the loss."""
+    baseline, zero = ValueBaseline([2, 3], hidden_dim=4), torch.zeros(2, 6)
+    for parameter in baseline.parameters():
+        torch.nn.init.normal_(parameter)
+    states = [torch.randn(6, 5, requires_grad=True), torch.randn(6, 4, 7, requires_grad=True)]
+    rewards = torch.randn(2, 6)
+    loss, figures = PolicyLoss(**given)(zero, zero, rewards, baseline, states=states)
+    error = (baseline(rewards, states) - rewards).square().mean(1)
+    torch.testing.assert_close(loss, given.get("value_weight", 0.5) * error.sum())
+    torch.testing.assert_close(figures["value_error"], error.detach())
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in baseline.parameters())
+    assert all(state.grad is None for state in states)
 
 
 def test_policy_gradient_does_not_reach_the_value_network() -> None:

@@ -1,0 +1,55 @@
+"""The best checkpoint of a training stage: ties, and a run that goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dvla_fast.engine.checkpoint import load_checkpoint
+from dvla_fast.engine.execution import adamw
+from dvla_fast.engine.logging import RunFolder
+from dvla_fast.engine.state import TrainingState
+
+
+def make_state(path: Path, resume: bool = False) -> TrainingState:
+    layer = nn.Linear(2, 1)
+    optimizer = adamw(layer.parameters(), lr=0.1)
+    layer(torch.ones(2)).sum().backward()
+    optimizer.step()
+    folder = RunFolder(path, {}, resume=resume)
+    rng = np.random.default_rng(0)
+    spec = {"backbone": {"name": "small", "image_size": 16}, "classes": 1}
+    return TrainingState(folder, "pretrain", spec, {"model": layer}, optimizer, rng)
+
+
+def save(state: TrainingState, *scores: float | None) -> None:
+    """Save after one epoch for each score."""
+    for score in scores:
+        state.epoch += 1
+        state.save(score)
+
+
+def test_a_run_that_goes_on_knows_its_best_score(tmp_path: Path) -> None:
+    first = make_state(tmp_path / "run")
+    save(first, 0.9, 0.1)
+    kept = first.best_path.read_bytes()
+    again = make_state(tmp_path / "run", resume=True)
+    assert again.restore()
+    assert (again.epoch, again.best, again.best_epoch) == (2, 0.9, 1)
+    save(again, 0.5, None)
+    assert (again.best, again.best_epoch) == (0.9, 1)
+    assert again.best_path.read_bytes() == kept
+    _, info = load_checkpoint(again.last_path)
+    assert (info["epoch"], info["best"], info["best_epoch"]) == (4, 0.9, 1)
+
+
+@pytest.mark.parametrize(("scores", "best"), [((0.5, 0.5), 2), ((0.5, 0.5, 0.4), 2)])
+def test_ties_go_to_the_later_epoch(tmp_path: Path, scores: tuple[float, ...], best: int) -> None:
+    state = make_state(tmp_path / "run")
+    save(state, *scores)
+    assert (state.best, state.best_epoch) == (0.5, best)
+    assert load_checkpoint(state.best_path)[1]["epoch"] == best

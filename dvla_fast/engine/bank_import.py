@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from dvla_fast.data import load_split_list
 from dvla_fast.data.splits import SplitList, bundled_split_lists, class_names
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.tool_config import SemanticsImport
-from dvla_fast.errors import OutputError
+from dvla_fast.errors import MissingDependencyError, OutputError
 from dvla_fast.semantics.bank import SemanticBank
 from dvla_fast.semantics.importing import Published, read_published, save_published
 from dvla_fast.semantics.names import normalised_name
@@ -45,17 +46,28 @@ def import_published(config: SemanticsImport) -> int:
 
 def _best_list(published: Published) -> SplitList | None:
     """Return the bundled list of which most classes are there, if it is more than half."""
-    forms = _forms(published.classes)
+    there = _forms(published.classes)
     fits = []
     for known in bundled_split_lists():
-        lacking = sum(normalised_name(key) not in forms for key in known.keys)
-        if 2 * lacking < len(known.keys):
-            fits.append((lacking, -len(known.keys), known.name, known))
-    return min(fits)[-1] if fits else None
+        names = _names(known)
+        lacking = sum(not _forms(both) & there for both in names.items())
+        unknown = len(there - _forms([*names, *names.values()]))
+        if 2 * lacking < len(names):
+            fits.append((lacking + unknown, -len(names), known.name))
+    return load_split_list(min(fits)[-1]) if fits else None
 
 
-def _forms(keys: object) -> set[str]:
-    return {normalised_name(key) for key in keys}  # type: ignore[attr-defined]
+def _names(known: SplitList) -> dict[str, str]:
+    """Return the names of a list's classes by their keys: the keys, where nobody tells them."""
+    keys = sorted(known.keys)
+    try:
+        return dict(zip(keys, class_names(keys, known)))
+    except MissingDependencyError:  # wnids, without timm's tables
+        return dict(zip(keys, keys))
+
+
+def _forms(names: Iterable[str]) -> set[str]:
+    return set(map(normalised_name, names))
 
 
 def _half_classes(bank: SemanticBank) -> list[str]:
@@ -76,8 +88,7 @@ def _coverage(published: Published, known: SplitList | None) -> list[str]:
     if known is None:
         return ["split list  none fits these classes; --splits names one"]
     lines = [f"split list  {known.name}{f' ({known.title})' if known.title else ''}"]
-    keys = sorted(known.keys)
-    names = dict(zip(keys, class_names(keys, known)))
+    names = _names(known)
     there = _forms(published.classes)
     for split, classes in known.splits.items():
         missing = [key for key in classes if not _forms((key, names[key])) & there]

@@ -10,30 +10,31 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 _lock = threading.Lock()
-# How many calls work with a module now, and its modules that were in training before the first.
-_working: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+# How many calls work with a part of a model now, and whether it was in training before the first.
+_working: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode, and each part back into its own when no call is left.
 
-    Parts can be in different modes, as where BatchNorm is frozen; calls of several threads overlap.
+    Parts can be in different modes, as where BatchNorm is frozen; calls of several threads overlap,
+    and some work with a part of what others work with.
     """
+    parts = list(module.modules())
     with _lock:
-        count, training = _working.get(module, (0, []))
-        if not count:
-            training = [part for part in module.modules() if part.training]
-            if training:
-                module.eval()
-        _working[module] = count + 1, training
+        for part in parts:
+            count, training = _working.get(part, (0, part.training))
+            _working[part] = count + 1, training
+        if any(part.training for part in parts):
+            module.eval()
     try:
         yield
     finally:
         with _lock:
-            count, training = _working.pop(module)
-            if count > 1:
-                _working[module] = count - 1, training
-            else:
-                for part in training:
+            for part in parts:
+                count, training = _working.pop(part)
+                if count > 1:
+                    _working[part] = count - 1, training
+                elif training:
                     part.training = True

@@ -66,8 +66,11 @@ _LEADING = re.compile(r"^(?:it |they )?(?:has|have|having|with|its|their)\s+", r
 # What stands before a description: "# Crow", "**Crow**", "Here is the text:"; "Sure! Here is one:".
 _HEADING = re.compile(r"\s*(?:#.*|\*\*[^*.!?]*\*\*|.*:[ *_]*)\n\s*(?=\S)")
 _PREAMBLE = re.compile(
-    r"^(?:(?:sure(?!-)|certainly|of course|here(?: is|['’]s))\b[^.:!]*[:!]\s*)+", re.I
+    r"^(?:(?:sure(?: thing)?|certainly|of course)[!.,]\s*"
+    r"|here(?: is|['’]s)\b[^.:!]*\b(?:description|text|sentence|summary|one)\b[^.:!]*[:!]\s*)+",
+    re.IGNORECASE,
 )
+_HEADING_WORDS = 6  # at most; without a colon, more of them may be the description
 # Frequent words of languages in Latin letters that are no English words, and of English.
 _FOREIGN = frozenset(
     (
@@ -153,7 +156,7 @@ def parse_description(
     found, cut = _description_text(text)
     found = _PREAMBLE.sub("", _one_line(found))
     found = re.sub(r"^\W*description\W*:\s*", "", found, flags=re.IGNORECASE)
-    found = found.strip(" \"'“”*_`")
+    found = found.strip(" \"'“”*_`#")
     cut = cut or answer.finish == "length"
 
     def problem(part: str) -> str:
@@ -256,13 +259,16 @@ def _too_few(found: Attributes, items: Sequence[str], minimum: int, answer: Answ
 
 def _description_text(text: str) -> tuple[str, bool]:
     """Find the description of an answer: (its words, whether it was cut off)."""
-    other = False
+    first, other = "", False
     for value, _ in json_values(text):
         found = _described(value)
         if len(found.split()) >= _FEWEST_DESCRIPTION_WORDS:  # else maybe an echo of the form
             return found, False
+        first = first or found
         # [1] is a mark in a text
         other = other or not _only_numbers(value)
+    if first:
+        return first, False
     if other:
         raise LanguageModelError(f"the answer holds no description but {_quote(text)}")
     match = re.search(r'"description"\s*:\s*"((?:[^"\\]|\\.)*)', text)
@@ -273,9 +279,13 @@ def _description_text(text: str) -> tuple[str, bool]:
         raise LanguageModelError(f"the answer is broken JSON: {_quote(text)}")
     if len(bullets(plain)) >= 2:
         raise LanguageModelError(f"the answer is a list, not a description: {_quote(text)}")
-    while heading := _HEADING.match(plain):
+    while (heading := _HEADING.match(plain)) and _is_heading(heading[0]):
         plain = plain[heading.end() :]
     return plain, False
+
+
+def _is_heading(line: str) -> bool:
+    return line.rstrip(" *_\n").endswith(":") or len(line.split()) <= _HEADING_WORDS
 
 
 def _described(value: Any) -> str:
@@ -294,7 +304,7 @@ def _only_numbers(value: Any) -> bool:
 def _whole_sentences(text: str, problem: Callable[[str], str]) -> str:
     """Return the leading sentences that have no ``problem``; empty: not even the first."""
     kept = ""
-    for match in re.finditer(r".+?[.!?](?=\s|$)", text):
+    for match in re.finditer(r"[.!?](?=\s|$)", text):
         if problem(text[: match.end()]):
             break
         kept = text[: match.end()]

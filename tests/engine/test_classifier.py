@@ -364,3 +364,11 @@ def test_calls_that_overlap_leave_the_mode_to_the_last(make_checkpoint: Callable
     assert not any(module.training for module in model.modules())  # the second still works
     second.__exit__(None, None, None)
     assert all(module.training for module in model.modules())
+    for one, other in ((model.backbone, model), (model, model.backbone)):
+        first, second = evaluating(one), evaluating(other)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert not any(module.training for module in model.backbone.modules())
+        second.__exit__(None, None, None)
+        assert all(module.training for module in model.modules())

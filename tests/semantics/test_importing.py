@@ -89,6 +89,22 @@ def test_classes_of_a_split_list_in_any_spelling(
     assert "unknown" not in text
 
 
+def test_a_file_with_the_names_of_classes_finds_their_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dvla_fast.data import load_split_list
+    from dvla_fast.data.splits import class_names
+
+    known = load_split_list("miniimagenet_ravi")
+    names = class_names(sorted(known.keys), known)
+    path = save(tmp_path / "s.pth", {"semantic_feature": features(*names)})
+    assert main(["semantics", "import", str(path), f"--output={tmp_path / 'm.json'}"]) == 0
+    text = capsys.readouterr().out
+    assert "split list  miniimagenet" in text
+    assert "missing" not in text
+    assert "unknown" not in text
+
+
 def test_half_precision_and_other_lengths(tmp_path: Path) -> None:
     content = {"semantic_feature": features("owl", dim=768, dtype=torch.float16)}
     bank = save_published(read_published([save(tmp_path / "x.pth", content)]), tmp_path / "b.json")

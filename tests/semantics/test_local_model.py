@@ -303,8 +303,14 @@ def test_other_weights_in_a_folder_are_another_model(tmp_path: Path) -> None:
     (folder / "README.md").write_text("no part of the model")
     assert TransformersModel(str(folder)).identity == before
     weights = folder / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+    whole = weights.read_bytes()
+    for place in (len(whole) - 8, len(whole) // 2, len(whole) // 3):
+        content = bytearray(whole)
+        content[place : place + 8192] = bytes(len(content[place : place + 8192]))
+        weights.write_bytes(content)
+        assert TransformersModel(str(folder)).identity != before
+    weights.write_bytes(whole)
+    assert TransformersModel(str(folder)).identity == before
+    (folder / "merges.txt").write_text("a b")
     assert TransformersModel(str(folder)).identity != before
     assert "files_sha256" not in TransformersModel("a/name-on-the-hub").identity

@@ -380,6 +380,28 @@ def test_forms_of_a_description(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        ("Of course, this bird is black: it has long legs.", "this bird is black: it has"),
+        ("Here is a crow with black wings: glossy, with a stout bill.", "Here is a crow with"),
+        ("**A large black bird with a stout bill**\nand a fan-shaped tail.", "A large black bird"),
+        ("# A large black bird with a stout bill and a tail.\nIt croaks.", "A large black bird"),
+    ],
+)
+def test_no_text_of_a_description_is_taken_for_words_around_it(text: str, start: str) -> None:
+    found = parse_description(Answer(text))
+    assert found.startswith(start)
+    assert found.endswith(text[-8:])
+
+
+def test_a_json_description_is_refused_for_what_is_wrong_with_it() -> None:
+    with pytest.raises(LanguageModelError, match="not in English"):
+        parse_description(Answer('{"description": "一只黑色的鸟，翅膀很长。"}'))
+    with pytest.raises(LanguageModelError, match="the answer is no description"):
+        parse_description(Answer('{"description": "Black bird."}'))
+
+
+@pytest.mark.parametrize(
     ("answer", "message"),
     [
         (Answer("I cannot help with that."), "refused"),

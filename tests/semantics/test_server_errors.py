@@ -6,11 +6,13 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dvla_fast.errors import LanguageModelError
+from dvla_fast.semantics.journal import Journal, JournaledModel
 from dvla_fast.semantics.language_models.base import Answer, Request, answer_all
 from dvla_fast.semantics.language_models.openai_server import OpenAIServer
 from dvla_fast.semantics.language_models.server_errors import words
@@ -234,6 +236,26 @@ def test_nonsense_from_the_first_request_on_ends_the_work(reply: Reply) -> None:
     assert re.search(
         "first 16 requests .* ended alike: .*answers so far are kept", str(caught.value)
     )
+
+
+@pytest.mark.parametrize("status", [500, 403])
+def test_answers_kept_from_before_count(status: int, tmp_path: Path) -> None:
+    """A build that goes on asks only about what has failed: neither server nor key is to blame."""
+    requests = [Request(f"{kind} {i}") for kind in ("good", "bad") for i in range(20)]
+
+    def behave(request: dict[str, Any], number: int) -> Reply:
+        failing = prompt_of(request).startswith("bad")
+        return Reply(status=status) if failing else echo(request, number)
+
+    with serve(behave) as server:
+        for _ in range(2):
+            journal = Journal(tmp_path / "answers.jsonl")
+            asked = JournaledModel(model(server, concurrency=1, retries=0), journal)
+            found = dict(asked.answers(requests))
+            journal.close()
+            answered = [index for index, answer in found.items() if isinstance(answer, Answer)]
+            assert answered == list(range(20))
+            assert len(found) == 40
 
 
 def test_few_failures_or_any_answer_do_not_end_the_work() -> None:

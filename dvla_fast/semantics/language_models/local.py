@@ -23,7 +23,8 @@ DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 # Weights are not all: room for the activations and the cache of keys and values.
 _HEADROOM = 1.1
 # Files of a saved model that decide its answers.
-_SAVED = (".json", ".jinja", ".safetensors", ".bin")
+_SAVED = (".json", ".jinja", ".safetensors", ".bin", ".txt", ".model")
+_STRETCHES, _STRETCH = 64, 4096  # of a file, spread over it
 # What reading one request raises: an image of a shape that the processor does not take, a text with
 # one of its own marks.
 _UNFIT = (DataError, ValueError, TypeError, IndexError)
@@ -321,7 +322,8 @@ class TransformersModel:
 def _saved_files(folder: Path) -> dict[str, str]:
     """Return what an identity says of a folder: other weights in it are another model.
 
-    A hash of name, size and end of each file: reading all weights would take as long as loading.
+    A hash of name, size and stretches of each file: reading all weights would take as long as
+    loading.
     """
     if not folder.is_dir():
         return {}
@@ -331,9 +333,11 @@ def _saved_files(folder: Path) -> dict[str, str]:
             if path.suffix not in _SAVED or not path.is_file():
                 continue
             size = path.stat().st_size
+            content.update(f"{path.name!r} {size} ".encode())
             with path.open("rb") as file:
-                file.seek(max(0, size - 65536))
-                content.update(f"{path.name!r} {size} ".encode() + file.read())
+                for place in range(_STRETCHES + 1):  # the last ends with the file
+                    file.seek(max(0, size - _STRETCH) * place // _STRETCHES)
+                    content.update(file.read(_STRETCH))
     except OSError:
         return {}  # loading says what is wrong
     return {"files_sha256": content.hexdigest()}

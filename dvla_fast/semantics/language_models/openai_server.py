@@ -327,6 +327,10 @@ class OpenAIServer:
                 self.usage.retries += 1
             self._pause(tries, delay, stop)
 
+    def answered_before(self) -> None:
+        """Take note of answers kept from an earlier run: key and server are good."""
+        self._answered = True
+
     def _problem(self, failed: Exception, request: Request, last: bool) -> _GivenUp:
         """Return what to raise if no retry helps; raise what none can (as ``_ask``)."""
         error, about = self._openai, self._about(request)

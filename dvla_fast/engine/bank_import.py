@@ -10,12 +10,11 @@ from dvla_fast.data.splits import SplitList, bundled_split_lists, class_names
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.tool_config import SemanticsImport
 from dvla_fast.errors import MissingDependencyError, OutputError
-from dvla_fast.semantics.bank import SemanticBank
+from dvla_fast.semantics.bank import some_of
+from dvla_fast.semantics.check import half_classes
 from dvla_fast.semantics.importing import Published, read_published, save_published
 from dvla_fast.semantics.names import normalised_name
 from dvla_fast.semantics.vectors import vectors_path
-
-_SHOWN = 8
 
 
 def import_published(config: SemanticsImport) -> int:
@@ -39,7 +38,9 @@ def import_published(config: SemanticsImport) -> int:
         f"bank        {output}: {len(bank.classes)} classes, length {bank.vectors.dim}, encoder "
         f"{bank.vectors.encoder}; norms were {low:.3g} to {high:.3g}, now 1"
     )
-    for line in [*_half_classes(bank), *_coverage(published, known)]:
+    for level, lacking in half_classes(bank).items():
+        print(f"no {level}".ljust(12) + f"{len(lacking)} classes: {some_of(lacking)}")
+    for line in _coverage(published, known):
         print(line)
     return 0
 
@@ -70,16 +71,6 @@ def _forms(names: Iterable[str]) -> set[str]:
     return set(map(normalised_name, names))
 
 
-def _half_classes(bank: SemanticBank) -> list[str]:
-    """Say which classes lack a level of text that others have."""
-    lines = []
-    for level in ("attributes", "description"):
-        lacking = [name for name, e in bank.classes.items() if not getattr(e.stored, level)]
-        if 0 < len(lacking) < len(bank.classes):
-            lines.append(f"no {level}".ljust(12) + f"{len(lacking)} classes: {_some(lacking)}")
-    return lines
-
-
 def _coverage(published: Published, known: SplitList | None) -> list[str]:
     """Say which classes of the split list the files lack, and which it does not know.
 
@@ -100,10 +91,5 @@ def _coverage(published: Published, known: SplitList | None) -> list[str]:
     listed = _forms([*names, *names.values()])
     strangers = [key for key in published.classes if normalised_name(key) not in listed]
     if strangers:
-        lines.append(f"unknown     {len(strangers)} classes not in that list: {_some(strangers)}")
+        lines.append(f"unknown     {len(strangers)} classes not in that list: {some_of(strangers)}")
     return lines
-
-
-def _some(names: list[str]) -> str:
-    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -174,7 +174,7 @@ class SemanticBank:
             else:
                 classes[name] = _entry(entry, vectors is not None)
         if problems:
-            raise BankError(f"{source}: fix these classes: {_some(problems, '; ')}")
+            raise BankError(f"{source}: fix these classes: {some_of(problems, '; ')}")
         provenance = {} if content.get("provenance") is None else content["provenance"]
         if not isinstance(provenance, dict):
             raise BankError(f"{source}: 'provenance' must be an object, got {provenance!r}")
@@ -233,7 +233,7 @@ class SemanticBank:
         ]
         if ambiguous:
             raise BankError(
-                f"{self.source}: {_some(ambiguous, '; ')}; rename the bank's classes as the data "
+                f"{self.source}: {some_of(ambiguous, '; ')}; rename the bank's classes as the data "
                 "set has them"
             )
         missing = [name for name, own in matches.items() if not own]
@@ -242,7 +242,7 @@ class SemanticBank:
             hint = f" (near {missing[0]!r}: {', '.join(map(repr, near))})" if near else ""
             raise BankError(
                 f"{self.source}: the bank lacks {len(missing)} class(es) of the data set: "
-                f"{_some(list(map(repr, missing)))}{hint}; add them to its 'classes', or give "
+                f"{some_of(list(map(repr, missing)))}{hint}; add them to its 'classes', or give "
                 "another bank"
             )
         return [matches[name][0] for name in names]
@@ -487,7 +487,8 @@ def _is_score(value: Any) -> bool:
     return abs(value) <= sys.float_info.max  # an int may be larger than any float
 
 
-def _some(items: list[str], separator: str = ", ", limit: int = 8) -> str:
+def some_of(items: list[str], separator: str = ", ", limit: int = 8) -> str:
+    """Return the first items and how many more there are."""
     rest = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
     return separator.join(items[:limit]) + rest
 

@@ -65,7 +65,8 @@ def check_bank(
             read_stored(bank)
         except BankError as error:
             report.problems.append(str(error))
-        _add(report.notes, _half_classes(bank))
+        for level, lacking in half_classes(bank).items():
+            _add(report.notes, [f"{x!r} has no {level}, which other classes have" for x in lacking])
     else:
         _add(report.problems, _texts(bank, encoder))
         _add(report.notes, _unknown_keys(bank))
@@ -108,14 +109,14 @@ def _texts(bank: SemanticBank, encoder: TextEncoder | None) -> list[str]:
     return problems
 
 
-def _half_classes(bank: SemanticBank) -> list[str]:
-    """Say which classes lack a level of text that others have."""
-    lines = []
+def half_classes(bank: SemanticBank) -> dict[str, list[str]]:
+    """Return, of a bank of vectors, the classes that lack a level of text which others have."""
+    found = {}
     for level in ("attributes", "description"):
         lacking = [name for name, e in bank.classes.items() if not getattr(e.stored, level)]
-        if len(lacking) < len(bank.classes):
-            lines += [f"{name!r} has no {level}, which other classes have" for name in lacking]
-    return lines
+        if 0 < len(lacking) < len(bank.classes):
+            found[level] = lacking
+    return found
 
 
 def _candidates(entry: Any) -> tuple[str, ...]:

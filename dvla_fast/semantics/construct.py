@@ -114,7 +114,8 @@ def construct_bank(
     with Journal(journal_path(output)) as journal:
         _check_own(output, journal)
         before = _classes_at(output)
-        if others := [name for name in before if name not in {item.name for item in classes}]:
+        wanted = {item.name for item in classes}
+        if others := [name for name in before if name not in wanted]:
             raise OutputError(
                 f"{output}: has {len(others)} class(es) that this build does not ask for "
                 f"({', '.join(map(repr, others[:5]))}), and would lose them: give --output another "

@@ -168,16 +168,17 @@ def _trained(summary: Any, accuracy: str, output: str, following: str) -> int:
 
 
 def _evaluate(config: Any) -> int:
+    from dvla_fast.engine.compare import comparison_text
     from dvla_fast.engine.demo import result_table
     from dvla_fast.engine.evaluate import run_evaluate
-    from dvla_fast.engine.records import checkpoints_table, comparison_table
+    from dvla_fast.engine.records import checkpoints_table
 
     summary = run_evaluate(config)
     print(result_table(summary["results"]))
     if spread := checkpoints_table(summary["results"]):
         print(f"\n{spread}")
     if "compared" in summary:
-        print(f"\n{comparison_table(summary['compared'])}")
+        print(f"\n{comparison_text(summary['compared'])}")
     if summary["split"] == "monitor":
         print(f"\nsplit       monitor: {summary['monitor']}")
     print(f"\nsummary     {config.output}/summary.json")

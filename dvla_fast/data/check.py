@@ -22,7 +22,7 @@ from dvla_fast.data.listing import Listing, Split
 from dvla_fast.data.load import enlarged_note
 from dvla_fast.data.splits import candidates
 from dvla_fast.errors import DataError
-from dvla_fast.semantics.names import normalised_name
+from dvla_fast.names import normalised_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -38,7 +38,7 @@ from dvla_fast.data.splits import (
     load_split_list,
 )
 from dvla_fast.errors import DataError, DVLAError
-from dvla_fast.semantics.names import normalised_name
+from dvla_fast.names import normalised_name
 
 _MADE = ("digits", *KINDS)  # data sets without a folder
 # Folders in which a data set is looked for, for a message, and of those that are named there.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dvla_fast.errors import DataError, MissingDependencyError
-from dvla_fast.semantics.names import normalised_name
+from dvla_fast.names import normalised_name
 
 FORMAT = "dvla-fast-splits/1"
 SPLITS = ("train", "val", "test")

@@ -31,6 +31,7 @@ from dvla_fast.engine.tool_config import (
 )
 from dvla_fast.errors import BankError
 from dvla_fast.files import write_atomic, write_text_atomic
+from dvla_fast.names import normalised_name
 from dvla_fast.semantics import ClassEntry, SemanticBank, encode_bank
 from dvla_fast.semantics.bank import (
     FORMAT,
@@ -43,7 +44,6 @@ from dvla_fast.semantics.bank import (
 )
 from dvla_fast.semantics.characters import printable
 from dvla_fast.semantics.check import check_bank
-from dvla_fast.semantics.names import normalised_name
 from dvla_fast.semantics.topk import Selection, progressive_top_k
 from dvla_fast.semantics.vectors import CachedEncoder, make_room, vectors_path
 

@@ -10,10 +10,10 @@ from dvla_fast.data.splits import SplitList, bundled_split_lists, class_names
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.tool_config import SemanticsImport
 from dvla_fast.errors import MissingDependencyError, OutputError
+from dvla_fast.names import normalised_name
 from dvla_fast.semantics.bank import some_of
 from dvla_fast.semantics.check import half_classes
 from dvla_fast.semantics.importing import Published, read_published, save_published
-from dvla_fast.semantics.names import normalised_name
 from dvla_fast.semantics.vectors import vectors_path
 
 

@@ -10,20 +10,14 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dvla_fast.engine.recipes import recipe_differences, training_of
-from dvla_fast.engine.records import (
-    SAME_EPISODES,
-    EpisodeRecord,
-    check_paired,
-    other_pixels,
-    read_summary,
-)
+from dvla_fast.engine.records import EpisodeRecord, read_summary
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.statistics import (
     PAIRED_INTERVAL,
@@ -40,6 +34,18 @@ from dvla_fast.errors import OutputError
 from dvla_fast.files import check_new, check_writable, json_text, write_text_atomic
 
 LEVEL = 0.05
+# Two evaluations meet the same episodes when all of these agree; what a difference means, in words.
+SAME_EPISODES = {
+    "dataset": "different data sets",
+    "split": "different splits",
+    "split_sha256": "splits of different classes or images",
+    "images_sha256": "different images (renamed, added or taken away)",
+    "way": "different numbers of classes in an episode",
+    "shot": "different numbers of supports",
+    "query": "different numbers of queries",
+    "episodes": "different numbers of episodes",
+    "episodes_sha256": "different episode lists (another seed, or another kind of list)",
+}
 
 
 class NotComparableError(OutputError):
@@ -62,6 +68,30 @@ def difference_in_episodes(first: dict[str, Any], second: dict[str, Any]) -> str
                 )
             return f"{words} ({shown[0]} and {shown[1]})"
     return None
+
+
+def check_paired(first: EpisodeRecord, second: EpisodeRecord, paths: Sequence[Any]) -> None:
+    """Check that two records hold the same classes and queries, whatever their summaries say.
+
+    Raises:
+        OutputError: they do not: a record is not that of its run.
+    """
+    for mine, theirs in ((first.classes, second.classes), (first.labels, second.labels)):
+        if not torch.equal(mine, theirs):
+            raise OutputError(
+                f"{paths[0]} and {paths[1]}: predictions on other episodes than their summaries "
+                "say; a file of one is another run's: run that evaluation again"
+            )
+
+
+def other_pixels(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
+    """Say in words that images of the same names and size have other pixels; None: not known."""
+    if first.get("image_size") != second.get("image_size"):
+        return None
+    hashes = [result.get("pixels_sha256") for result in (first, second)]
+    if None in hashes or hashes[0] == hashes[1]:
+        return None
+    return "the images have the same names but other pixels: edited, or decoded by another library"
 
 
 def _short(value: Any) -> str:
@@ -98,27 +128,52 @@ def compare_groups(
         _check_once_each(group)
         _check_one_recipe(group)
     everyone = [run for group in groups for run in group]
-    shots = sorted(set.intersection(*(set(results) for _, results in everyone)))
+    shots = _shared_shots(everyone)
+    rows = [_compare_shot(shot, groups, methods) for shot in shots]
+    return {"a": list(first), "b": list(second), "interval": PAIRED_INTERVAL, "results": rows}
+
+
+def _shared_shots(runs: Sequence[tuple[str, dict[int, dict[str, Any]]]]) -> list[int]:
+    """The shots that all runs have, once it is known that their episodes are the same."""
+    shots = sorted(set.intersection(*(set(results) for _, results in runs)))
     if not shots:
         raise NotComparableError(
             "not comparable: no number of supports is in all runs ("
-            + "; ".join(f"{path}: {sorted(results)}" for path, results in everyone)
+            + "; ".join(f"{path}: {sorted(results)}" for path, results in runs)
             + ")"
         )
-    reference, expected = everyone[0]
-    for path, results in everyone[1:]:
+    reference, expected = runs[0]
+    for path, results in runs[1:]:
         for shot in shots:
             reason = difference_in_episodes(expected[shot], results[shot])
             if reason:
                 raise NotComparableError(
-                    f"not comparable: {reference} and {path}: {reason}; a paired comparison needs "
-                    "the same data set, settings and episode list: evaluate one of the two again"
+                    f"not comparable: {reference} and {path}, {shot}-shot: {reason}; a paired "
+                    "comparison needs the same data set, settings and episode list: evaluate one "
+                    "of the two again"
                 )
         differs = other_pixels(expected[shots[0]], results[shots[0]])
         if differs:
-            warnings.warn(f"{reference} and {path}: {differs}", UserWarning, stacklevel=2)
-    rows = [_compare_shot(shot, groups, methods) for shot in shots]
-    return {"a": list(first), "b": list(second), "interval": PAIRED_INTERVAL, "results": rows}
+            warnings.warn(f"{reference} and {path}: {differs}", UserWarning, stacklevel=3)
+    return shots
+
+
+def check_comparable(results: Sequence[dict[str, Any]], other: str) -> None:
+    """Check that an evaluation that is about to begin can be compared with a finished one.
+
+    Args:
+        results: what the evaluation's results will say of their episodes.
+        other: folder of the finished one.
+
+    Raises:
+        NotComparableError: no shot in common, or other episodes.
+        OutputError: the folder holds no finished evaluation.
+
+    Warns:
+        UserWarning: images of the same names and size have other pixels.
+    """
+    mine = {result["shot"]: result for result in results}
+    _shared_shots([("this evaluation", mine), (other, _by_shot(other))])
 
 
 def _by_shot(path: str) -> dict[int, dict[str, Any]]:
@@ -331,7 +386,9 @@ def _class_lines(rows: Sequence[dict[str, Any]], limit: int) -> list[str]:
             f"{_p(row['p_holm'])}  ({row['episodes']} episodes)"
         )
     if len(shown) < len(rows):
-        lines.append(f"    and {len(rows) - len(shown)} more; --classes 0 lists all")
+        lines.append(
+            f"    and {len(rows) - len(shown)} more; `dvla-fast compare A B --classes 0` lists all"
+        )
     return lines
 
 

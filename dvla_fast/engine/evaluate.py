@@ -28,6 +28,7 @@ from dvla_fast.engine.build import (
     seed_everything,
 )
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
+from dvla_fast.engine.compare import check_comparable, compare_groups
 from dvla_fast.engine.config import EvaluateConfig, EvaluateRun, SemanticsConfig
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.inductive import EpisodeTexts
@@ -45,8 +46,6 @@ from dvla_fast.engine.predict import (
 from dvla_fast.engine.recipes import check_one_recipe, checkpoint_paths, recipe_of
 from dvla_fast.engine.records import (
     EpisodeRecord,
-    check_comparable,
-    compare_runs,
     finished_result,
     keep_record,
     keep_result,
@@ -377,7 +376,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     if texts.written is not None:
         texts.written.close()
     if config.compare:
-        summary["compared"] = compare_runs(folder.path, config.compare)
+        summary["compared"] = compare_groups([str(folder.path)], [config.compare])
         folder.write_summary(summary)
     folder.close()
     return summary
@@ -470,7 +469,7 @@ def _samplers(
         )
     if config.compare:
         described = [identity(data, settings, sampler) for sampler in samplers]
-        check_comparable(described, config.compare, "this evaluation")
+        check_comparable(described, config.compare)
     return samplers
 
 

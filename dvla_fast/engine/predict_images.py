@@ -23,7 +23,7 @@ from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.tool_config import PredictImages
 from dvla_fast.errors import DataError, OutputError
 from dvla_fast.files import check_new, check_writable, json_text, write_text_atomic
-from dvla_fast.semantics.names import normalised_name
+from dvla_fast.names import normalised_name
 
 
 @dataclass(frozen=True)

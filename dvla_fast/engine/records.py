@@ -1,4 +1,4 @@
-"""What an evaluation leaves on disk: every prediction, per-class figures, and paired comparison."""
+"""What an evaluation leaves on disk: every prediction, and figures of each class."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,28 +20,14 @@ from dvla_fast.engine.logging import RunFolder
 from dvla_fast.engine.result_check import result_fault
 from dvla_fast.engine.statistics import (
     CHECKPOINT_INTERVAL,
-    PAIRED_INTERVAL,
     class_accuracies,
     confusion,
-    paired_difference,
     points,
     shared_note,
 )
 from dvla_fast.errors import MissingDependencyError, OutputError
 from dvla_fast.files import json_text
 
-# Two evaluations meet the same episodes when all of these agree; what a difference means, in words.
-SAME_EPISODES = {
-    "dataset": "different data sets",
-    "split": "different splits",
-    "split_sha256": "splits of different classes or images",
-    "images_sha256": "different images (renamed, added or taken away)",
-    "way": "different numbers of classes in an episode",
-    "shot": "different numbers of supports",
-    "query": "different numbers of queries",
-    "episodes": "different numbers of episodes",
-    "episodes_sha256": "different episode lists (another seed, or another kind of list)",
-}
 _COMMANDS = ("evaluate", "demo")  # whose folders hold records
 
 
@@ -146,111 +131,6 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
         if fault := result_fault(result):
             raise OutputError(f"{path}: damaged ({fault}); run that evaluation again")
     return summary
-
-
-def check_paired(first: EpisodeRecord, second: EpisodeRecord, paths: Sequence[Any]) -> None:
-    """Check that two records hold the same classes and queries, whatever their summaries say.
-
-    Raises:
-        OutputError: they do not: a record is not that of its run.
-    """
-    for mine, theirs in ((first.classes, second.classes), (first.labels, second.labels)):
-        if not torch.equal(mine, theirs):
-            raise OutputError(
-                f"{paths[0]} and {paths[1]}: predictions on other episodes than their summaries "
-                "say; a file of one is another run's: run that evaluation again"
-            )
-
-
-def other_pixels(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
-    """Say in words that images of the same names and size have other pixels; None: not known."""
-    if first.get("image_size") != second.get("image_size"):
-        return None
-    hashes = [result.get("pixels_sha256") for result in (first, second)]
-    if None in hashes or hashes[0] == hashes[1]:
-        return None
-    return "the images have the same names but other pixels: edited, or decoded by another library"
-
-
-def check_comparable(
-    mine: Sequence[dict[str, Any]], other: str | Path, name: str
-) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Pair the results (or their descriptions) of an evaluation with another run's, by shot.
-
-    Raises:
-        OutputError: the other run is missing, no shot is in both, or their episodes differ.
-    """
-    theirs = {result["shot"]: result for result in read_summary(other)["results"]}
-    pairs = [(result, theirs[result["shot"]]) for result in mine if result["shot"] in theirs]
-    if not pairs:
-        raise OutputError(
-            f"{other}: evaluated with shots {sorted(theirs)}, but {name} with "
-            f"{sorted(result['shot'] for result in mine)}; compare runs that share a shot"
-        )
-    for first, second in pairs:
-        for key in SAME_EPISODES:
-            if key not in second or key not in first:
-                raise OutputError(
-                    f"{other}: cannot be compared with {name} ({first['shot']}-shot: {key} was not "
-                    "recorded); evaluate the older of the two again"
-                )
-            if first[key] != second[key]:
-                raise OutputError(
-                    f"{other}: other episodes than those of {name} ({first['shot']}-shot: {key} "
-                    f"{second[key]!r}, not {first[key]!r}); a paired comparison needs the same "
-                    "data set, settings, episode list and seed: evaluate one of the two again"
-                )
-    return pairs
-
-
-def compare_runs(folder: str | Path, other: str | Path) -> dict[str, Any]:
-    """Compare two evaluations episode by episode, main method against main method.
-
-    Returns:
-        ``{"with", "interval", "results": [{shot, methods, accuracies, difference, ci95,
-        p_value}]}``, with a result for every shot that both have; difference is ``folder`` minus
-        ``other``.
-
-    Raises:
-        OutputError: a run is missing, no shot is in both, or their episodes differ.
-
-    Warns:
-        UserWarning: images of the same names and size have other pixels.
-    """
-    results = []
-    for first, second in check_comparable(read_summary(folder)["results"], other, str(folder)):
-        file = f"episodes-{first['shot']}shot.npz"
-        differs = other_pixels(first, second)
-        if differs:
-            warnings.warn(f"{folder} and {other}: {differs}", UserWarning, stacklevel=2)
-        methods = [first["method"], second["method"]]
-        paths = [Path(path) / file for path in (folder, other)]
-        records = [EpisodeRecord.read(path) for path in paths]
-        check_paired(records[0], records[1], paths)
-        values = [record.accuracies(name) for record, name in zip(records, methods)]
-        results.append(
-            {
-                "shot": first["shot"],
-                "methods": methods,
-                "accuracies": [value.mean().item() for value in values],
-                **paired_difference(values[0], values[1]),
-            }
-        )
-    return {"with": str(other), "interval": PAIRED_INTERVAL, "results": results}
-
-
-def comparison_table(compared: dict[str, Any]) -> str:
-    """Lay out the result of :func:`compare_runs` as lines of text, in percent."""
-    lines = [f"compared with {compared['with']}, on the same episodes (points)"]
-    for row in compared["results"]:
-        first, second = (f"{100 * value:.2f}" for value in row["accuracies"])
-        p_value = "n/a" if row["p_value"] is None else f"{row['p_value']:.2g}"
-        lines.append(
-            f"  {row['shot']}-shot  {first} - {second} = {100 * row['difference']:+.2f}"
-            f" ± {points(row['ci95'])}  p = {p_value}"
-            f"  ({row['methods'][0]}, {row['methods'][1]})"
-        )
-    return "\n".join([*lines, compared["interval"]])
 
 
 def checkpoints_table(results: Sequence[dict[str, Any]]) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dvla_fast.data import FewShotData, ImageSet
 from dvla_fast.errors import CheckpointError
-from dvla_fast.semantics.names import normalised_name
+from dvla_fast.names import normalised_name
 
 # Of a stage: "stage", "dataset", "classes" (name -> hashes of images, None where not known), and
 # "settings" where they are known.

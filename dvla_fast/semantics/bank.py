@@ -37,8 +37,8 @@ from typing import Any, NamedTuple
 
 from dvla_fast.errors import BankError
 from dvla_fast.files import write_text_atomic
+from dvla_fast.names import normalised_name
 from dvla_fast.semantics.characters import is_unicode
-from dvla_fast.semantics.names import normalised_name
 
 FORMAT = "dvla-fast-bank/2"
 FORMATS = ("dvla-fast-bank/1", FORMAT)

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from dvla_fast.errors import BankError
+from dvla_fast.names import normalised_name
 from dvla_fast.semantics.bank import ClassEntry, SemanticBank, StoredCount, StoredVectors
-from dvla_fast.semantics.names import normalised_name
 from dvla_fast.semantics.vectors import (
     ClassVectors,
     vectors_path,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dvla_fast.errors import LanguageModelError
+from dvla_fast.names import normalised_name
 from dvla_fast.semantics.answer_json import json_values, unescape
 from dvla_fast.semantics.answer_lists import (
     FENCE,
@@ -26,7 +27,6 @@ from dvla_fast.semantics.answer_lists import (
 )
 from dvla_fast.semantics.characters import whole_characters
 from dvla_fast.semantics.language_models.base import Answer
-from dvla_fast.semantics.names import normalised_name
 
 MAX_ATTRIBUTES = 64
 DESCRIPTION_WORDS = 60  # mostly within the 77 tokens that CLIP reads

@@ -15,7 +15,7 @@ from scipy import stats
 
 from dvla_fast.cli import main
 from dvla_fast.engine.compare import NotComparableError, compare_groups, comparison_text, verdict
-from dvla_fast.engine.records import EpisodeRecord, checkpoints_table, compare_runs
+from dvla_fast.engine.records import EpisodeRecord, checkpoints_table
 from dvla_fast.engine.statistics import checkpoint_interval, holm, unpaired_difference
 from dvla_fast.errors import OutputError
 from tests.engine.runs import CLASSES, write_evaluation
@@ -190,8 +190,6 @@ def test_a_run_of_an_earlier_version(tmp_path: Path) -> None:
     for sides in ((one, old), (old, one)):
         with pytest.raises(NotComparableError, match="images_sha256 was not recorded"):
             compare_groups([str(sides[0])], [str(sides[1])])
-        with pytest.raises(OutputError, match="images_sha256 was not recorded"):
-            compare_runs(*sides)
 
 
 def test_other_pixels_under_the_same_names_are_told(tmp_path: Path) -> None:
@@ -201,8 +199,6 @@ def test_other_pixels_under_the_same_names_are_told(tmp_path: Path) -> None:
     one, other, large = write("one", 84, "x"), write("other", 84, "y"), write("large", 224, "z")
     with pytest.warns(UserWarning, match="one and .*other: the images have the same names but"):
         compare_groups([str(one)], [str(other)])
-    with pytest.warns(UserWarning, match="one and .*other: the images have the same names but"):
-        compare_runs(one, other)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compare_groups([str(one)], [str(large)])
@@ -268,8 +264,6 @@ def test_results_that_cannot_be_are_told(
         said = capsys.readouterr().err
         assert f"{bad / 'summary.json'}: damaged (" in said
         assert words in said
-        with pytest.raises(OutputError, match=r"summary\.json: damaged"):
-            compare_runs(*sides)
 
 
 def test_a_result_that_lacks_something_is_told(tmp_path: Path) -> None:
@@ -290,8 +284,6 @@ def test_predictions_on_other_episodes_are_not_paired(tmp_path: Path) -> None:
     for sides in ((one, two), (two, one)):
         with pytest.raises(OutputError, match="predictions on other episodes than their summ"):
             compare_groups([str(sides[0])], [str(sides[1])])
-        with pytest.raises(OutputError, match="predictions on other episodes than their summ"):
-            compare_runs(*sides)
     with pytest.raises(OutputError, match="predictions on other episodes than their summaries"):
         compare_groups([str(one), str(two)], [str(one)])
 

@@ -21,6 +21,7 @@ from dvla_fast.data import EpisodeSampler, FewShotData, load_digits
 from dvla_fast.engine import evaluate
 from dvla_fast.engine.build import build_texts, without_test_split
 from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
+from dvla_fast.engine.compare import compare_groups
 from dvla_fast.engine.config import DemoRun, EvaluateConfig
 from dvla_fast.engine.episode_lists import AuthorsEpisodeSampler, build_sampler
 from dvla_fast.engine.evaluate import Contender, Evaluation, compare, trained_normalisation
@@ -36,7 +37,7 @@ from dvla_fast.engine.predict import (
     image_features,
     predict_visual,
 )
-from dvla_fast.engine.records import EpisodeRecord, compare_runs
+from dvla_fast.engine.records import EpisodeRecord
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.errors import DataError, OutputError, TrainingError
 from dvla_fast.nn import DVLA
@@ -414,27 +415,28 @@ def test_comparing_two_runs(
 ) -> None:
     assert main(evaluate_arguments(backbone, tmp_path / "a")) == 0
     assert main(evaluate_arguments(backbone, tmp_path / "b", f"--compare={tmp_path / 'a'}")) == 0
-    assert "compared with" in capsys.readouterr().out
+    assert "no difference shown: A - B = +0.0 points" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "b/summary.json").read_text())["compared"]["results"]
     assert (row["difference"], row["ci95"], row["p_value"]) == (0.0, 0.0, 1.0)
-    assert main(evaluate_arguments(backbone, tmp_path / "c", "--seed=1")) == 0
-    with pytest.raises(OutputError, match=r"other episodes .*1-shot: episodes_sha256"):
-        compare_runs(tmp_path / "c", tmp_path / "a")
-    capsys.readouterr()
+    seed = evaluate_arguments(backbone, tmp_path / "c", "--seed=1", f"--compare={tmp_path / 'a'}")
+    assert main(seed) == 1
+    assert "this evaluation and" in (said := capsys.readouterr().err)
+    assert "a, 1-shot: different episode lists" in said
     other = evaluate_arguments(
         backbone, tmp_path / "d", "--evaluate.way=3", f"--compare={tmp_path / 'a'}"
     )
     assert main(other) == 1
-    assert "1-shot: way 5, not 3" in capsys.readouterr().err
+    assert "1-shot: different numbers of classes in an episode (3 and 5)" in capsys.readouterr().err
     wrong = evaluate_arguments(backbone, tmp_path / "d", f"--compare={tmp_path / 'none'}")
     assert main(wrong) == 1
     assert "no finished evaluation here" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
     assert not (tmp_path / "d").exists()
     whole = (tmp_path / "a/episodes-1shot.npz").read_bytes()
     for torn in (b"torn", whole[: len(whole) // 2]):
         (tmp_path / "a/episodes-1shot.npz").write_bytes(torn)
         with pytest.raises(OutputError, match="no readable predictions"):
-            compare_runs(tmp_path / "b", tmp_path / "a")
+            compare_groups([str(tmp_path / "b")], [str(tmp_path / "a")])
 
 
 def test_an_evaluation_is_of_its_images(
@@ -462,7 +464,7 @@ def test_an_evaluation_is_of_its_images(
     give(ids=("another.png", *novel.ids[1:]))
     other = evaluate_arguments(backbone, tmp_path / "b", f"--compare={tmp_path / 'a'}")
     assert main(other) == 1
-    assert "1-shot: images_sha256" in capsys.readouterr().err
+    assert "1-shot: different images (renamed" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
     assert main(resumed) == 0
     assert seen == [1]
@@ -486,7 +488,7 @@ def test_one_episode_has_no_interval(
     other = another_training(backbone, tmp_path / "other.safetensors")
     more = [one, f"--checkpoints=[{other}]", f"--compare={tmp_path / 'a'}"]
     assert main(evaluate_arguments(backbone, tmp_path / "b", *more)) == 0
-    assert "± n/a  p = n/a" in capsys.readouterr().out
+    assert "without a spread to judge by" in capsys.readouterr().out
     for folder in ("a", "b"):
         for path in (tmp_path / folder).glob("*.json*"):
             for line in path.read_text().splitlines() if path.suffix == ".jsonl" else [""]:

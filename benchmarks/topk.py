@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dvla_fast.data.shapes import make_classes
 from dvla_fast.semantics import TextEncoder, build_encoder, progressive_top_k
-from dvla_fast.semantics.topk import TEMPLATES, one_by_one_top_k, select_vectors
+from dvla_fast.semantics.topk import TEMPLATES, Selection, select_vectors, template_text
 
 CLASSES, CANDIDATES, K, DIM = 1000, 32, 8, 512
 
@@ -42,6 +42,35 @@ class _Known:
                 vector = torch.randn(DIM, generator=self.generator)
                 self.table[text] = vector / vector.norm()
         return torch.stack([self.table[text] for text in texts])
+
+
+def one_by_one_top_k(
+    class_names: Sequence[str],
+    candidates: Sequence[Sequence[str]],
+    encoder: TextEncoder,
+    k: int,
+    template: str = "all",
+) -> list[Selection]:
+    """Choose as the definition says: class by class, each text encoded alone."""
+    result = []
+    for name, proposed in zip(class_names, candidates, strict=True):
+        vectors = [encoder.encode([text])[0].double() for text in proposed]
+        order: list[int] = []
+        scores: list[list[float]] = [[] for _ in proposed]
+        for _ in range(min(k, len(proposed))):
+            text = template_text(name, [proposed[i] for i in order], template)
+            query = encoder.encode([text])[0].double()
+            best = -1
+            for place, vector in enumerate(vectors):
+                if place in order:
+                    continue
+                # Equal cosines must be equal however they were summed.
+                scores[place].append(round(float(vector @ query), 6))
+                if best < 0 or scores[place][-1] > scores[best][-1]:
+                    best = place
+            order.append(best)
+        result.append(Selection(tuple(order), tuple(map(tuple, scores))))
+    return result
 
 
 def measure_time(classes: int = CLASSES, repeats: int = 5) -> dict[str, float]:

@@ -80,6 +80,8 @@ def build(config: SemanticsBuild) -> int:
         return 0
     for name, failure in built.failures.items():
         print(f"failed      {name!r} ({failure.stage}): {failure.message}")
+    for helps in dict.fromkeys(filter(None, (f.remedy for f in built.failures.values()))):
+        print(f"may help    {helps}")
     names = ", ".join(map(repr, list(built.failures)[:8]))
     more = f" and {len(built.failures) - 8} more" if len(built.failures) > 8 else ""
     print(

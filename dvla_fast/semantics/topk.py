@@ -133,35 +133,6 @@ def select_vectors(
     ]
 
 
-def one_by_one_top_k(
-    class_names: Sequence[str],
-    candidates: Sequence[Sequence[str]],
-    encoder: TextEncoder,
-    k: int,
-    template: str = "all",
-) -> list[Selection]:
-    """The same selection, written as the definition says: the oracle of the batched one."""
-    _check(class_names, candidates, k, template)
-    result = []
-    for name, proposed in zip(class_names, candidates):
-        vectors = [encode_checked(encoder, [text])[0].double() for text in proposed]
-        order: list[int] = []
-        scores: list[list[float]] = [[] for _ in proposed]
-        for _ in range(min(k, len(proposed))):
-            text = template_text(name, [proposed[i] for i in order], template)
-            query = _encode_templates(encoder, [text], template)[0].double()
-            best = -1
-            for place, vector in enumerate(vectors):
-                if place in order:
-                    continue
-                scores[place].append(round(float(vector @ query), _DECIMALS))
-                if best < 0 or scores[place][-1] > scores[best][-1]:
-                    best = place
-            order.append(best)
-        result.append(Selection(tuple(order), tuple(map(tuple, scores))))
-    return result
-
-
 def _encode_templates(encoder: TextEncoder, texts: list[str], template: str) -> Tensor:
     try:
         return encode_checked(encoder, texts)

@@ -194,6 +194,7 @@ def test_classes_that_fail(
         assert build(server.url, path, f"--data.dataset={photos}") == 1
     shown = capsys.readouterr()
     assert "failed      'owl' (candidates): the model refused: 'Not this bird.'" in shown.out
+    assert "may help    allow more construct.attempts, change the prompt" in shown.out
     assert "error: 1 of 7 classes failed ('owl'; reasons above); run the same command" in shown.err
     assert "owl" not in load_bank(path).classes
     with serve(answer) as server:

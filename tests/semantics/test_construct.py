@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.topk import one_by_one_top_k
 from dvla_fast.errors import DataError, LanguageModelError, OutputError
 from dvla_fast.semantics import (
     HashedNGramEncoder,
@@ -33,7 +34,6 @@ from dvla_fast.semantics.stages import (
     describe,
     select_attributes,
 )
-from dvla_fast.semantics.topk import one_by_one_top_k
 from tests.semantics.scripted import Scripted, attributes_of, good_answer, image, spoil
 
 NAMES = ("Crow", "Gull", "Owl")

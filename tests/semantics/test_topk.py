@@ -14,7 +14,6 @@ from dvla_fast.errors import BankError
 from dvla_fast.semantics import HashedNGramEncoder, SemanticBank, choose_attributes
 from dvla_fast.semantics.topk import (
     TEMPLATES,
-    one_by_one_top_k,
     progressive_top_k,
     template_text,
 )
@@ -65,7 +64,7 @@ def test_batched_is_one_by_one(seed: int, k: int, template: str) -> None:
     names, candidates = problem(seed)
     encoder = HashedNGramEncoder(64)
     batched = progressive_top_k(names, candidates, encoder, k, template)
-    assert batched == one_by_one_top_k(names, candidates, encoder, k, template)
+    assert batched == topk.one_by_one_top_k(names, candidates, encoder, k, template)
     assert [len(found.order) for found in batched] == [min(k, len(c)) for c in candidates]
 
 

@@ -63,7 +63,7 @@ ATTENTION, POLICY, GATE = (
 )
 BENCHMARKS = {
     "policy": [POLICY],
-    "gate": [GATE, "-k", "test_eager"],
+    "gate": [GATE, "-k", "test_eager or test_graph"],
     "compiled": [GATE, ATTENTION, "-k", "test_compiled"],
     **{name: [ATTENTION, "-k", f"test_{name}"] for name in ("eager", "long", "graph")},
 }

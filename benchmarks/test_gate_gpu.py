@@ -1,9 +1,9 @@
 """RLAGate on a GPU beside the same equations in eager and compiled PyTorch.
 
 Cases of 80 and 1280 images, and checks, are those of ``test_gate.py``. Times are of whole calls,
-launches included: up to 20 in a row between two synchronisations. What matters most comes first,
-since a run can be cut off; compiled peers, which take longest to begin, are in bfloat16, and at 80
-images in float32 too.
+launches included: up to 20 in a row between two synchronisations; in CUDA graphs, of replays. What
+matters most comes first, since a run can be cut off; compiled peers, which take longest to begin,
+are in bfloat16, and at 80 images in float32 too.
 """
 
 from __future__ import annotations
@@ -31,10 +31,16 @@ CASES = [
     *((torch.float32, case) for case in FEW),
     *((torch.bfloat16, case) for case in MANY),
 ]
+COMPILED_CASES = [
+    *((torch.bfloat16, case, "graph") for case in FEW),
+    *((*case, "eager") for case in CASES),
+]
 EAGER_CASES = [*CASES, *((torch.float32, case) for case in MANY)]
 
 
-def time_gate(benchmark, case: gate.Case, dtype: torch.dtype, mode: str, provider: str) -> None:
+def time_gate(
+    benchmark, case: gate.Case, dtype: torch.dtype, mode: str, provider: str, graph: bool = False
+) -> None:
     backward = mode == "forward+backward"
     layer = gate.implementation(provider)
     gate.check(layer, case, dtype, backward, DEVICE)
@@ -43,7 +49,7 @@ def time_gate(benchmark, case: gate.Case, dtype: torch.dtype, mode: str, provide
     def call() -> list[Tensor]:
         return gate.run(layer, *given)
 
-    measure(benchmark, f"RLAGate {case} {str(dtype)[6:]} {mode}", provider, call, False)
+    measure(benchmark, f"RLAGate {case} {str(dtype)[6:]} {mode}", provider, call, graph)
 
 
 @pytest.mark.parametrize("provider", [gate.OURS, "eager matmul", "eager SDPA"])
@@ -53,8 +59,17 @@ def test_eager(benchmark, case: gate.Case, dtype: torch.dtype, mode: str, provid
     time_gate(benchmark, case, dtype, mode, provider)
 
 
+@pytest.mark.parametrize("provider", [gate.OURS, "eager matmul", "eager SDPA"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_graph(benchmark, case: gate.Case, mode: str, provider: str) -> None:
+    time_gate(benchmark, case, torch.bfloat16, mode, provider, graph=True)
+
+
 @pytest.mark.parametrize("provider", ["torch.compile"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("dtype", "case"), CASES, ids=str)
-def test_compiled(benchmark, case: gate.Case, dtype: torch.dtype, mode: str, provider: str) -> None:
-    time_gate(benchmark, case, dtype, mode, provider)
+@pytest.mark.parametrize(("dtype", "case", "graph"), COMPILED_CASES, ids=str)
+def test_compiled(
+    benchmark, case: gate.Case, dtype: torch.dtype, mode: str, provider: str, graph: str
+) -> None:
+    time_gate(benchmark, case, dtype, mode, provider, graph == "graph")

@@ -127,11 +127,11 @@ def floor_of(
     scale = case.shape.width**-0.5 if case.scale is None else abs(case.scale)
     eps = torch.finfo(case.dtype).eps
     inner = torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps
+    inner *= 2 if case.dtype == torch.float64 else 1  # what is taken for exact rounds as well
     image_query = query.repeat_interleave(case.shape.images, dim=0)
     pairs = ((image_query, image_key), (query, text_key))
     scores = scale * max(largest(q @ k.transpose(2, 3)) for q, k in pairs)
-    # Some roundings of the result (nothing wider than float64 says what is exact there), and those
-    # of a score, which move its weight.
+    # Some roundings of the result, and those of a score, which move its weight.
     roundings = {torch.float64: 4096, torch.float32: 16}.get(case.dtype, 2)
     floor = (roundings * eps + scores * inner) * largest(exact)
     keys = max(largest(image_key), largest(text_key))

@@ -112,7 +112,7 @@ def test_few_gpu_rows_wait_for_torch_compile(gpu_rows: list[str]) -> None:
     assert not [
         row for row in gpu_rows if "torch.compile" in row and row not in autotuned + compiled
     ]
-    assert len(compiled) <= 50
+    assert len(compiled) <= 52
     assert any("1600" in row for row in compiled)
 
 

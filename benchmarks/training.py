@@ -30,13 +30,13 @@ import dvla_fast
 from benchmarks.test_image_cache import photograph
 from dvla_fast.data import EpisodeSampler, FewShotData, load_data, prepare_cache
 from dvla_fast.engine import metatune, pretrain
-from dvla_fast.engine.build import build_pretrain_model
 from dvla_fast.engine.config import AugmentConfig, ExecutionConfig, MetatuneConfig, PretrainConfig
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.memory import keep_freed_memory
 from dvla_fast.engine.metatune_steps import Step
+from dvla_fast.engine.models import build_pretrain_model
 from dvla_fast.engine.state import TrainingState
 from dvla_fast.nn import DVLA, TextTokens, build_backbone
 from dvla_fast.rl import EMABaseline, ReinforceLoss, total_loss

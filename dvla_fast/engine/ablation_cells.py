@@ -24,17 +24,7 @@ import torch
 
 from dvla_fast.data import EpisodeSampler, FewShotData
 from dvla_fast.engine.ablation_variants import FULL, Variant
-from dvla_fast.engine.build import (
-    backbone_spec,
-    bank_encoder,
-    build_bank,
-    build_data,
-    build_model,
-    build_texts,
-    fingerprint,
-    model_spec,
-    seed_everything,
-)
+from dvla_fast.engine.build import build_data, seed_everything
 from dvla_fast.engine.config import AblateRun, SemanticsConfig
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import load_model
@@ -44,6 +34,7 @@ from dvla_fast.engine.inputs import run_inputs
 from dvla_fast.engine.leaks import find_seen_images
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import metatune
+from dvla_fast.engine.models import backbone_spec, build_model, fingerprint, model_spec
 from dvla_fast.engine.monitor import monitor_episodes
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor, image_features, predict_visual
 from dvla_fast.engine.prefixes import PrefixMaps, has_constant_prefix
@@ -51,6 +42,7 @@ from dvla_fast.engine.pretrain import pretrain
 from dvla_fast.engine.reward_curves import reward_curves
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.starting import begin_metatuning, normalise_for
+from dvla_fast.engine.texts import bank_encoder, build_bank, build_texts
 from dvla_fast.errors import OutputError
 from dvla_fast.files import unwritable, write_atomic, write_text_atomic
 from dvla_fast.nn import DVLA

@@ -10,9 +10,10 @@ import numpy as np
 from dvla_fast.data.shapes import KINDS, make_classes
 from dvla_fast.engine.ablation_statistics import crossed_interval
 from dvla_fast.engine.ablation_variants import FULL, VISUAL
-from dvla_fast.engine.build import bank_encoder, build_bank, pick_device
+from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.config import AblateRun
 from dvla_fast.engine.reward_curves import ALPHAS, best_mean
+from dvla_fast.engine.texts import bank_encoder, build_bank
 from dvla_fast.semantics.topk import progressive_top_k
 
 HOLDS, AGAINST, OPEN, MISSING = "supported", "against", "not shown", "not computed"

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dvla_fast.data.shapes import KINDS
-from dvla_fast.engine.build import backbone_spec, build_bank
 from dvla_fast.engine.config import AblateRun
+from dvla_fast.engine.models import backbone_spec
 from dvla_fast.engine.settings import UsageError, from_mapping
 from dvla_fast.engine.settle import sized
+from dvla_fast.engine.texts import build_bank
 from dvla_fast.nn import build_backbone
 from dvla_fast.nn.level_weights import default_level_weights
 from dvla_fast.rl import OBJECTIVES

@@ -18,10 +18,12 @@ from torch import Tensor
 from dvla_fast.data.decode import as_rgb, open_rgb, pillow, to_square
 from dvla_fast.data.folders import class_folders
 from dvla_fast.data.images import unit_range
-from dvla_fast.engine.build import build_model, described_by, encode_texts, pick_device
+from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import SemanticsConfig
+from dvla_fast.engine.models import build_model, described_by
 from dvla_fast.engine.modes import evaluating
+from dvla_fast.engine.texts import encode_texts
 from dvla_fast.engine.trained_texts import check_semantics
 from dvla_fast.errors import CheckpointError, DataError
 from dvla_fast.nn import DVLA, LayerTrace, TextTokens

@@ -19,15 +19,7 @@ from typing import Any
 import torch
 
 from dvla_fast.data import EpisodeSampler, FewShotData
-from dvla_fast.engine.build import (
-    backbone_spec,
-    build_data,
-    build_model,
-    build_texts,
-    load_backbone,
-    model_spec,
-    seed_everything,
-)
+from dvla_fast.engine.build import build_data, seed_everything
 from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import DemoRun
 from dvla_fast.engine.distributed import Processes
@@ -39,6 +31,7 @@ from dvla_fast.engine.inputs import pixel_facts
 from dvla_fast.engine.leaks import SeenImages, find_seen_images
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import metatune
+from dvla_fast.engine.models import backbone_spec, build_model, load_backbone, model_spec
 from dvla_fast.engine.monitor import monitor_episodes
 from dvla_fast.engine.predict import FIXED, LEARNED, VISUAL
 from dvla_fast.engine.pretrain import pretrain
@@ -46,6 +39,7 @@ from dvla_fast.engine.recipes import recipe_of
 from dvla_fast.engine.records import keep_record
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.statistics import INTERVAL, PAIRED_INTERVAL, points
+from dvla_fast.engine.texts import build_texts
 from dvla_fast.engine.trained_classes import training_stages
 from dvla_fast.nn import DVLA
 from dvla_fast.semantics import EncodedTexts

@@ -18,15 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dvla_fast.data import EpisodeSampler, FewShotData, ImageSet
-from dvla_fast.engine.build import (
-    build_data,
-    build_model,
-    build_pretrain_model,
-    build_texts,
-    described_by,
-    pick_device,
-    seed_everything,
-)
+from dvla_fast.engine.build import build_data, pick_device, seed_everything
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.compare import check_comparable, compare_groups
 from dvla_fast.engine.config import EvaluateConfig, EvaluateRun, SemanticsConfig
@@ -35,6 +27,7 @@ from dvla_fast.engine.inductive import EpisodeTexts
 from dvla_fast.engine.inputs import images_fingerprint, pixel_facts
 from dvla_fast.engine.leaks import SeenImages, check_seen_images, find_seen_images
 from dvla_fast.engine.logging import Progress, RunFolder
+from dvla_fast.engine.models import build_model, build_pretrain_model, described_by
 from dvla_fast.engine.predict import (
     LEARNED,
     VISUAL,
@@ -61,6 +54,7 @@ from dvla_fast.engine.statistics import (
     points,
     require_scipy,
 )
+from dvla_fast.engine.texts import build_texts
 from dvla_fast.engine.trained_classes import require_untrained, training_stages
 from dvla_fast.engine.trained_texts import COMPARED, check_semantics, text_differences
 from dvla_fast.errors import CheckpointError

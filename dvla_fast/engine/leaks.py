@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dvla_fast.data import EpisodeSampler, FewShotData
-from dvla_fast.engine.build import build_bank
 from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.texts import build_bank
 from dvla_fast.semantics import SemanticBank
 
 SEEN_IMAGES = ("exclude", "report")

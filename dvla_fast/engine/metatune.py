@@ -18,11 +18,7 @@ from torch import Tensor, nn
 from dvla_fast.data import EpisodeSampler, FewShotData
 from dvla_fast.engine.augmentation import Augmentation
 from dvla_fast.engine.build import (
-    backbone_spec,
     build_data,
-    build_model,
-    build_texts,
-    model_spec,
     normalisation,
     seed_everything,
     without_test_split,
@@ -37,6 +33,7 @@ from dvla_fast.engine.leaks import check_seen_images
 from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.memory import free_mib
 from dvla_fast.engine.metatune_steps import Epoch, Step
+from dvla_fast.engine.models import backbone_spec, build_model, model_spec
 from dvla_fast.engine.monitor import (
     monitor_episodes,
     monitor_sampler,
@@ -49,6 +46,7 @@ from dvla_fast.engine.prefixes import PrefixMaps, check_constant_prefix
 from dvla_fast.engine.settings import to_dict
 from dvla_fast.engine.starting import begin_metatuning, continue_gates
 from dvla_fast.engine.state import TrainingState
+from dvla_fast.engine.texts import build_texts
 from dvla_fast.engine.trained_classes import (
     require_untrained,
     training_stage,

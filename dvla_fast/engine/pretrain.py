@@ -23,9 +23,7 @@ from dvla_fast.data.augment import Draws
 from dvla_fast.data.images import to_device_of
 from dvla_fast.engine.augmentation import Augmentation, build_mixer
 from dvla_fast.engine.build import (
-    backbone_spec,
     build_data,
-    build_pretrain_model,
     normalisation,
     seed_everything,
     without_test_split,
@@ -36,6 +34,7 @@ from dvla_fast.engine.divergence import DivergenceWatch
 from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.inputs import run_inputs
 from dvla_fast.engine.logging import Progress, RunFolder, open_folder
+from dvla_fast.engine.models import backbone_spec, build_pretrain_model
 from dvla_fast.engine.monitor import (
     monitor_episodes,
     monitor_sampler,

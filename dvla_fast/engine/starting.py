@@ -13,9 +13,9 @@ from torch import nn
 
 from dvla_fast.data import FewShotData
 from dvla_fast.data.load import IMAGENET_STATISTICS
-from dvla_fast.engine.build import load_backbone
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import ModelConfig
+from dvla_fast.engine.models import load_backbone
 from dvla_fast.engine.settings import UsageError, differences
 from dvla_fast.engine.trained_classes import Stage, training_stages, unknown_stage
 from dvla_fast.nn import DVLA, GatedBackbone, build_backbone, clip_statistics, has_small_stem

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dvla_fast.engine.build import fingerprint
 from dvla_fast.engine.checkpoint import (
     load_checkpoint,
     load_weights,
@@ -23,6 +22,7 @@ from dvla_fast.engine.checkpoint import (
 from dvla_fast.engine.description import REMEDY, RESUMED, check_entries
 from dvla_fast.engine.inputs import check_inputs
 from dvla_fast.engine.logging import RunFolder
+from dvla_fast.engine.models import fingerprint
 from dvla_fast.engine.settings import differences
 from dvla_fast.errors import CheckpointError
 

@@ -17,13 +17,7 @@ from torch import Tensor
 
 from dvla_fast.data import EpisodeSampler, FewShotData, ImageSet
 from dvla_fast.data.decode import pillow
-from dvla_fast.engine.build import (
-    build_data,
-    build_texts,
-    pick_device,
-    split_classes,
-    text_sources,
-)
+from dvla_fast.engine.build import build_data, pick_device, split_classes
 from dvla_fast.engine.config import (
     LARGEST_SEED,
     DataConfig,
@@ -38,6 +32,7 @@ from dvla_fast.engine.inputs import images_fingerprint
 from dvla_fast.engine.leaks import find_seen_images
 from dvla_fast.engine.settings import from_mapping
 from dvla_fast.engine.starting import trained_normalisation
+from dvla_fast.engine.texts import build_texts, text_sources
 from dvla_fast.engine.tool_config import ReportRun
 from dvla_fast.errors import DVLAError
 from dvla_fast.nn import DVLA, Explanation, explain_episodes, prototype_logits

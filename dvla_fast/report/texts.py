@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from dvla_fast.engine.build import bank_encoder, build_bank
 from dvla_fast.engine.config import SemanticsConfig
+from dvla_fast.engine.texts import bank_encoder, build_bank
 from dvla_fast.semantics import ClassEntry, EncodedTexts, SemanticBank, progressive_top_k
 
 Scores = Sequence[Sequence[float | None]]

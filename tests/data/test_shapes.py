@@ -22,8 +22,8 @@ from dvla_fast.data.shapes import (
     load_shapes,
     make_classes,
 )
-from dvla_fast.engine.build import build_texts
 from dvla_fast.engine.config import SemanticsConfig
+from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import DataError
 
 PLAIN = ShapeClass("disc", "red", "plain", "large", "three", "row")

@@ -12,7 +12,6 @@ import torch
 from dvla_fast.cli import main
 from dvla_fast.data import FewShotData, load_digits
 from dvla_fast.data.images import ImageSet
-from dvla_fast.engine.build import build_model, build_pretrain_model
 from dvla_fast.engine.checkpoint import save_checkpoint
 from dvla_fast.engine.config import (
     DemoRun,
@@ -21,6 +20,7 @@ from dvla_fast.engine.config import (
     ModelConfig,
     PretrainConfig,
 )
+from dvla_fast.engine.models import build_model, build_pretrain_model
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]  # channel statistics of make_checkpoint
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from dvla_fast.data import load_digits
-from dvla_fast.engine.build import backbone_spec, build_model, model_spec
 from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from dvla_fast.engine.config import ModelConfig
+from dvla_fast.engine.models import backbone_spec, build_model, model_spec
 from dvla_fast.engine.records import EpisodeRecord
 from dvla_fast.nn import DVLA
 

@@ -21,10 +21,11 @@ from dvla_fast.engine.ablate import _worker, run_ablate
 from dvla_fast.engine.ablation_cells import Cell, Store, Workshop, start_alike
 from dvla_fast.engine.ablation_claims import hallucinated_shares
 from dvla_fast.engine.ablation_variants import all_variants, chosen_variants
-from dvla_fast.engine.build import build_model, build_texts
 from dvla_fast.engine.config import AblateConfig, AblateRun, AugmentConfig, DemoRun, SemanticsConfig
 from dvla_fast.engine.logging import RunFolder, read_config, read_metrics
+from dvla_fast.engine.models import build_model
 from dvla_fast.engine.settings import UsageError, to_dict
+from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import OutputError
 from dvla_fast.report.ablation import _places
 from dvla_fast.semantics.transformers_encoder import TransformersEncoder

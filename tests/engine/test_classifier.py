@@ -15,9 +15,9 @@ import torch
 
 import dvla_fast
 from dvla_fast.cli import main
-from dvla_fast.engine.build import encode_texts
 from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.engine.modes import evaluating
+from dvla_fast.engine.texts import encode_texts
 from dvla_fast.errors import BankError, CheckpointError, DataError
 from dvla_fast.nn.dvla import TEXT_SCOPES
 from dvla_fast.semantics import SemanticBank

@@ -19,7 +19,7 @@ from benchmarks.evaluation import predict_afresh
 from dvla_fast.cli import main
 from dvla_fast.data import EpisodeSampler, FewShotData, load_digits
 from dvla_fast.engine import evaluate
-from dvla_fast.engine.build import build_texts, without_test_split
+from dvla_fast.engine.build import without_test_split
 from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from dvla_fast.engine.compare import compare_groups
 from dvla_fast.engine.config import DemoRun, EvaluateConfig
@@ -39,6 +39,7 @@ from dvla_fast.engine.predict import (
 )
 from dvla_fast.engine.records import EpisodeRecord
 from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import DataError, OutputError, TrainingError
 from dvla_fast.nn import DVLA
 from dvla_fast.nn.dvla import TEXT_SCOPES

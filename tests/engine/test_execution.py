@@ -15,15 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
 from dvla_fast.data import FewShotData
-from dvla_fast.engine import build
+from dvla_fast.engine import build, models
 from dvla_fast.engine import metatune as metatune_module
-from dvla_fast.engine.build import (
-    backbone_spec,
-    build_model,
-    build_texts,
-    model_spec,
-    seed_everything,
-)
+from dvla_fast.engine.build import seed_everything
 from dvla_fast.engine.checkpoint import load_checkpoint, pack_optimizer, unpack_optimizer
 from dvla_fast.engine.config import AugmentConfig, DataConfig, DemoRun, ExecutionConfig
 from dvla_fast.engine.distributed import Processes
@@ -31,8 +25,10 @@ from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune_steps import Step
+from dvla_fast.engine.models import backbone_spec, build_model, model_spec
 from dvla_fast.engine.pretrain import pretrain
 from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import MissingDependencyError
 
 SILENT = Progress({}, enabled=False)
@@ -49,7 +45,7 @@ def trained(
     rng = seed_everything(1)
     described = model_spec(config.model, spec, 512)
     model = build_model(described)
-    build.load_backbone(model, spec, start)
+    models.load_backbone(model, spec, start)
     run = RunFolder(folder / "metatune", {})
     best = metatune_module.metatune(
         config.metatune, model, described, data, texts, run, rng, 0, SILENT, None, execution

@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.evaluation import predict_afresh
 from dvla_fast.data import FewShotData
-from dvla_fast.engine.build import build_texts
 from dvla_fast.engine.config import DemoRun
 from dvla_fast.engine.evaluate import Contender, Evaluation
 from dvla_fast.engine.predict import FIXED, VISUAL, EpisodePredictor, Predictions
+from dvla_fast.engine.texts import build_texts
 from tests.engine.runs import random_model, small_spec
 
 

@@ -11,9 +11,10 @@ import torch
 
 from dvla_fast.data import EpisodeSampler, FewShotData
 from dvla_fast.engine import memory, metatune
-from dvla_fast.engine.build import backbone_spec, build_model, build_texts, model_spec
 from dvla_fast.engine.config import DemoRun
+from dvla_fast.engine.models import backbone_spec, build_model, model_spec
 from dvla_fast.engine.predict import EpisodePredictor
+from dvla_fast.engine.texts import build_texts
 
 
 def test_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,20 +17,15 @@ from benchmarks.policy_gradient import digits_table
 from dvla_fast.data import EpisodeSampler, FewShotData
 from dvla_fast.engine import metatune as metatune_module
 from dvla_fast.engine import metatune_steps
-from dvla_fast.engine.build import (
-    backbone_spec,
-    build_model,
-    build_texts,
-    model_spec,
-    seed_everything,
-    split_classes,
-)
+from dvla_fast.engine.build import seed_everything, split_classes
 from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import DemoRun, MetatuneConfig, ModelConfig
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
 from dvla_fast.engine.logging import Progress, RunFolder
+from dvla_fast.engine.models import backbone_spec, build_model, model_spec
 from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.texts import build_texts
 from dvla_fast.nn import DVLA
 from dvla_fast.ops import value_checks
 from dvla_fast.rl import BASELINES, OBJECTIVES, reward_names

@@ -16,7 +16,6 @@ from dvla_fast.data import EpisodeSampler, FewShotData, load_data, load_digits, 
 from dvla_fast.data.images import ImageSet
 from dvla_fast.data.shapes import load_shapes
 from dvla_fast.engine.ablation_cells import Store, Workshop
-from dvla_fast.engine.build import backbone_spec, build_model, model_spec
 from dvla_fast.engine.checkpoint import save_checkpoint
 from dvla_fast.engine.config import (
     AblateConfig,
@@ -35,6 +34,7 @@ from dvla_fast.engine.evaluate import run_evaluate
 from dvla_fast.engine.inputs import images_fingerprint
 from dvla_fast.engine.leaks import leak_summary, seen_images
 from dvla_fast.engine.metatune import run_metatune
+from dvla_fast.engine.models import backbone_spec, build_model, model_spec
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.errors import DataError
 from dvla_fast.semantics import SemanticBank

@@ -12,7 +12,7 @@ from torch import nn
 
 from dvla_fast.data import EpisodeBatch, EpisodeSampler, FewShotData
 from dvla_fast.engine import metatune as metatune_module
-from dvla_fast.engine.build import build_texts, seed_everything, split_classes
+from dvla_fast.engine.build import seed_everything, split_classes
 from dvla_fast.engine.config import DemoRun, MetatuneConfig
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.execution import Execution, adamw
@@ -20,6 +20,7 @@ from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import parameter_groups
 from dvla_fast.engine.metatune_steps import Step, _Totals, _training_mode
+from dvla_fast.engine.texts import build_texts
 from dvla_fast.rl import episode_accuracy
 from dvla_fast.semantics import EncodedTexts
 from tests.engine.runs import random_model, small_spec

@@ -8,10 +8,11 @@ import torch
 from scipy import stats
 
 from dvla_fast.data import EpisodeSampler, FewShotData
-from dvla_fast.engine.build import backbone_spec, build_model, build_texts, model_spec
 from dvla_fast.engine.config import DemoRun
+from dvla_fast.engine.models import backbone_spec, build_model, model_spec
 from dvla_fast.engine.prefixes import PrefixMaps
 from dvla_fast.engine.reward_curves import ALPHAS, best_mean, reward_curves
+from dvla_fast.engine.texts import build_texts
 from dvla_fast.rl import RewardInputs, weighted_rewards
 
 WEIGHTS = {"similarity": 0.5, "improvement": 1.0}

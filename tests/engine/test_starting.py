@@ -14,10 +14,10 @@ from dvla_fast.cli import main
 from dvla_fast.data import FewShotData
 from dvla_fast.data.shapes import load_shapes
 from dvla_fast.engine import build
-from dvla_fast.engine.build import backbone_spec, build_model, model_spec
 from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from dvla_fast.engine.config import ModelConfig
 from dvla_fast.engine.episode_lists import build_sampler
+from dvla_fast.engine.models import backbone_spec, build_model, model_spec
 from dvla_fast.engine.predict import image_features, predict_visual
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.starting import STATISTICS, normalise_for, published, with_statistics

@@ -12,9 +12,10 @@ import torch
 
 from dvla_fast.cli import main
 from dvla_fast.data import FewShotData
-from dvla_fast.engine.build import backbone_spec, build_model, build_texts, model_spec
 from dvla_fast.engine.checkpoint import save_checkpoint
 from dvla_fast.engine.config import DemoRun, SemanticsConfig
+from dvla_fast.engine.models import backbone_spec, build_model, model_spec
+from dvla_fast.engine.texts import build_texts
 from dvla_fast.engine.trained_texts import text_differences
 
 PLAIN = {

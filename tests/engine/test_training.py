@@ -18,20 +18,19 @@ from dvla_fast.data import EpisodeSampler, FewShotData
 from dvla_fast.engine import metatune as metatune_module
 from dvla_fast.engine import metatune_steps
 from dvla_fast.engine import pretrain as pretrain_module
-from dvla_fast.engine.build import (
-    backbone_spec,
-    build_model,
-    build_pretrain_model,
-    build_texts,
-    load_backbone,
-    model_spec,
-    seed_everything,
-)
+from dvla_fast.engine.build import seed_everything
 from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import DemoRun, ModelConfig, PretrainConfig
 from dvla_fast.engine.divergence import DivergenceWatch
 from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.logging import Progress, RunFolder
+from dvla_fast.engine.models import (
+    backbone_spec,
+    build_model,
+    build_pretrain_model,
+    load_backbone,
+    model_spec,
+)
 from dvla_fast.engine.monitor import (
     monitor_episodes,
     monitor_sampler,
@@ -40,6 +39,7 @@ from dvla_fast.engine.monitor import (
 )
 from dvla_fast.engine.pretrain import learning_rate, pretrain, turn_classes
 from dvla_fast.engine.state import TrainingState
+from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import CheckpointError, DataError, TrainingError
 from dvla_fast.rl import rewards
 

@@ -201,8 +201,8 @@ def test_class_names_in_two_normal_forms() -> None:
 
 def test_bundled_banks_without_a_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dvla_fast.data import load_digits
-    from dvla_fast.engine.build import build_texts
     from dvla_fast.engine.config import SemanticsConfig
+    from dvla_fast.engine.texts import build_texts
 
     data = load_digits()
     entries = {

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dvla_fast.cli import main
-from dvla_fast.engine.build import build_texts
 from dvla_fast.engine.config import SemanticsConfig
+from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import BankError
 from dvla_fast.semantics import HashedNGramEncoder, encode_bank, load_bank
 from dvla_fast.semantics.importing import read_published, save_published

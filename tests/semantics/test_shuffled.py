@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from dvla_fast.data import load_digits
-from dvla_fast.engine.build import build_texts, text_sources
 from dvla_fast.engine.config import SemanticsConfig
+from dvla_fast.engine.texts import build_texts, text_sources
 from dvla_fast.report.texts import class_texts
 from dvla_fast.semantics.tokens import shuffled_sources
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dvla_fast.data.shapes import load_shapes
-from dvla_fast.engine.build import build_texts
 from dvla_fast.engine.config import SemanticsConfig
+from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import BankError
 from dvla_fast.semantics import HashedNGramEncoder, encode_bank, load_bank
 from dvla_fast.semantics.vectors import CachedEncoder, vectors_path

@@ -308,9 +308,8 @@ def _interval_row(
     """``place``: of the name; ``y``: of the mark; ``shown``: the numbers."""
     x, name = frame.px(row.value), colour(row.colour)
     right = f'x="{frame.width - 2:g}" text-anchor="end"'
-    parts = [
-        f'<text class="row" x="{place[0]:g}" y="{place[1]:g}">{escape(_cut(row.label))}</text>'
-    ]
+    label = _cut(row.label, 50 if row.aside else 58)
+    parts = [f'<text class="row" x="{place[0]:g}" y="{place[1]:g}">{escape(label)}</text>']
     if row.aside:
         parts.append(f'<text class="row" y="{place[1]:g}" {right}>{escape(row.aside)}</text>')
     if row.half is not None and math.isfinite(row.half):
@@ -324,7 +323,7 @@ def _interval_row(
     return "".join(parts)
 
 
-def _cut(text: str, length: int = 58) -> str:
+def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 

@@ -7,11 +7,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from dvla_fast.data import load_digits
 from dvla_fast.engine.predict import FIXED, LEARNED, VISUAL
-from dvla_fast.report.plots import plot_run
+from dvla_fast.report.plots import _gates, _rewards, _whole_epochs, plot_run
+
+
+def test_every_gated_layer_is_drawn() -> None:
+    """More layers than colours, all of them in the legend of the gates."""
+    layers = [f"stage {stage}, block {block}" for stage in (1, 2, 3) for block in range(4)]
+    values = dict.fromkeys(("reward", "baseline", "alpha_mean", "alpha_std"), [0.5] * 12)
+    rows = [{"step": step, **values} for step in (1, 2)]
+    rewards, gates = Figure().subplots(1, 2)
+    _rewards(rewards, rows, layers)
+    _gates(gates, rows, layers)
+    assert len(rewards.lines) == 2 * 12 + 1  # rewards, baselines, and the key of these
+    assert [text.get_text() for text in gates.get_legend().get_texts()] == layers
+
+
+@pytest.mark.parametrize("last", [1, 2, 7, 16, 100])
+def test_epochs_are_whole(last: int) -> None:
+    axis = Figure(figsize=(4, 3)).subplots()
+    axis.plot(range(1, last + 1), [0.5] * last)
+    _whole_epochs(axis)
+    assert all(tick == int(tick) for tick in axis.get_xticks())
 
 
 @pytest.mark.parametrize("epochs", [1, 6])

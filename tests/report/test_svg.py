@@ -60,6 +60,7 @@ def test_interval_chart_of_differences() -> None:
     root = parse(interval_chart(rows, "difference, points", signed=True))
     found = texts_of(root)
     assert {"+0.50 ± 0.25", "−1.50 ± 0.20", "p < 0.001"} <= set(found)
+    assert max(map(len, found)) <= 50  # the name leaves room for it
     assert "+0.50 ± 0.25, p < 0.001" in root.attrib["aria-label"]
 
 

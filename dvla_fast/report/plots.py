@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -14,12 +15,13 @@ from dvla_fast.data.images import unit_range
 from dvla_fast.engine.logging import read_metrics
 from dvla_fast.engine.predict import FIXED, LEARNED
 from dvla_fast.engine.statistics import points
-from dvla_fast.pictures import require_matplotlib
+from dvla_fast.pictures import plain, require_matplotlib
 
 # Colour-blind safe (Okabe and Ito); grey for what is only there to compare with.
 BLUE, ORANGE, _GREEN, _PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#8E5BA6", "#9AA5B1"
 _LAYER_COLOURS = (BLUE, ORANGE, _GREEN, _PURPLE, "#B07D00", "#3B4A57", "#CC79A7", "#5DA9C9")
 _FEW_LAYERS = 4
+_SAMPLE = 10  # letters of a name that fit under a sample image
 INK, MUTED, GRID = "#1F2933", "#616E7C", "#E4E7EB"
 STYLE = {
     "font.family": "sans-serif",
@@ -103,8 +105,8 @@ def _title(figure: Any, data: FewShotData, summary: Mapping[str, Any]) -> None:
         for result in results
     )
     figure.text(
-        0.055, 0.962, f"DVLA-RL on {data.name}: a gate learned by REINFORCE", fontsize=16,
-        fontweight="bold", va="center",
+        0.055, 0.962, f"DVLA-RL on {plain(data.name, 60)}: a gate learned by REINFORCE",
+        fontsize=16, fontweight="bold", va="center",
     )  # fmt: skip
     figure.text(
         0.055, 0.922,
@@ -267,4 +269,5 @@ def _samples(figure: Any, box: Any, data: FewShotData) -> None:
             axis.grid(False)
             for spine in axis.spines.values():
                 spine.set(visible=True, color=GRID)
-            axis.set_xlabel(name, fontsize=9, labelpad=3)
+            lines = textwrap.wrap(name, _SAMPLE, max_lines=2, placeholder="…")
+            axis.set_xlabel("\n".join(map(plain, lines)), fontsize=9, labelpad=3)

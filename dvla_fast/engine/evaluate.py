@@ -356,7 +356,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         "text_differences": texts.changed or {},
         "device": str(device),
     }
-    folder = RunFolder(config.output, to_dict(config), resume=config.resume)
+    folder = RunFolder(config.output, to_dict(config), resume=config.resume, wandb=config.wandb)
     seed_everything(config.seed)
     folder.trim("evaluate", -1)  # those of finished lists are written again
     if texts.written is not None:

@@ -35,9 +35,9 @@ from dvla_fast.files import (
 
 # Seconds of work without a line, off a terminal, after which one says how far it is.
 _SILENCE = 30.0
-# The file that the writing process locks, and what a run that is killed at once leaves.
+# The file that the writing process locks, and what a run that ends at once leaves.
 _LOCK = ".lock"
-_TEMPORARY = (_LOCK, ".write-test-*", ".config.yaml.*.tmp")
+_TEMPORARY = (_LOCK, ".write-test-*", ".config.yaml.*.tmp", "wandb")
 _ROW = record(stage=text, step=count())  # what every line of the metrics holds
 # What may differ between a run and its continuation.
 _FREE_KEYS = ("output", "resume")
@@ -101,10 +101,10 @@ class RunFolder:
         if not resume:
             self._check_new()  # what another process began and left meanwhile
         self._probe()
+        if wandb:  # before the folder holds a run: a start that fails leaves it free
+            self._wandb = _start_wandb(wandb, self.path, kept)
         if not resume or grows:
             write_text_atomic(self.path / "config.yaml", to_yaml(kept))
-        if wandb:
-            self._wandb = _start_wandb(wandb, self.path, kept)
 
     def _check_new(self) -> None:
         try:

@@ -7,16 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dvla_fast.engine.statistics import (
-    class_accuracies,
-    confusion,
-    mean_interval,
-    p_text,
-    points,
-    shared_note,
-)
+from dvla_fast.engine.statistics import class_accuracies, confusion, mean_interval, p_text
 from dvla_fast.report.collect import Run
 from dvla_fast.report.published import published_for
+from dvla_fast.report.seeds import over_checkpoints
 from dvla_fast.report.svg import (
     Interval,
     Line,
@@ -124,21 +118,7 @@ def _accuracy_part(title: str, found: Sequence[tuple[Run, dict[str, Any]]]) -> P
                 "episodes with these weights, not of training again.",
             )
         )
-    return Part(title, figures, [_over_checkpoints(run, result) for run, result in found])
-
-
-def _over_checkpoints(run: Run, result: dict[str, Any]) -> str:
-    """What several checkpoints of one evaluation say about training again; "" for a single one."""
-    found = (result.get("over_checkpoints") or {}).get(result.get("method"))
-    if not found or len(found.get("accuracies", ())) < 2:
-        return ""
-    values = ", ".join(f"{100 * value:.1f}" for value in found["accuracies"])
-    note = shared_note(str(result["method"]), found["accuracies"])
-    note = note or "this t interval speaks of training again"
-    return (
-        f"{run.name}, over {len(found['accuracies'])} checkpoints: {100 * found['accuracy']:.2f} ± "
-        f"{points(found['ci95'])} % ({values}); {note}."
-    )
+    return Part(title, figures, [over_checkpoints(run, result) for run, result in found])
 
 
 def _method(name: str, result: dict[str, Any]) -> str:

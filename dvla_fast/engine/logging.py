@@ -385,27 +385,12 @@ class Progress:
         if self._live:
             try:
                 from rich.console import Console
-                from rich.progress import (
-                    BarColumn,
-                    TaskProgressColumn,
-                    TextColumn,
-                    TimeElapsedColumn,
-                    TimeRemainingColumn,
-                )
-                from rich.progress import Progress as RichProgress
+
+                from dvla_fast.engine.bars import live_bars
             except ImportError:
                 self._live = False
                 return self
-            self._rich = RichProgress(
-                TextColumn("[bold]{task.description:<22}"),
-                BarColumn(bar_width=32),
-                TaskProgressColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=False),
-                TextColumn("{task.fields[note]}", style="dim", markup=False),
-                console=Console(stderr=True),
-            )
+            self._rich = live_bars(Console(stderr=True))
             self._rich.__enter__()
             if len(self._stages) > 1:
                 self._tasks["all"] = self._rich.add_task("whole run", total=1.0, note="")

@@ -114,6 +114,8 @@ def _estimate(value: Mapping[str, Any], scale: float = 100) -> str:
     digits = 2
     if ends and ends[0] * ends[1] > 0:  # as many as show that the interval leaves zero out
         digits = min(max(2, -math.floor(math.log10(min(map(abs, ends))))), 6)
+    elif any(ends):  # as many as show that the interval has a width
+        digits = min(max(2, -math.floor(math.log10(max(map(abs, ends))))), 6)
     interval = ", ".join(f"{end:+.{digits}f}" for end in ends) or "unknown"
     return f"{scale * value['estimate']:+.{digits}f} [{interval}]"
 

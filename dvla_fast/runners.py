@@ -181,6 +181,8 @@ def _evaluate(config: Any) -> int:
         print(f"\n{comparison_text(summary['compared'])}")
     if summary["split"] == "monitor":
         print(f"\nsplit       monitor: {summary['monitor']}")
+    elif summary["split"] == "base":
+        print("\nsplit       base: classes that training works on")
     print(f"\nsummary     {config.output}/summary.json")
     print(f"page        dvla-fast report {config.output}")
     return 0

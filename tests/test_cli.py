@@ -218,6 +218,7 @@ def test_bank_that_lacks_a_class(
     arguments = metatune(photos, pretrained, f"--output={tmp_path / 'run'}")
     message = fails([*arguments, "--semantics.bank=digits"], capsys)
     assert "the bank lacks 10 class(es)" in message
+    assert message.endswith("give the bank of this data set, or add them to its 'classes'")
     assert not (tmp_path / "run").exists()
 
 
@@ -367,9 +368,22 @@ def test_evaluation_on_the_splits_that_data_sets_name(
     for given, kept in (("val", "monitor"), ("train", "base")):
         output = tmp_path / given
         assert main([*arguments, f"--evaluate.split={given}", f"--output={output}"]) == 0
-        said = "split       monitor: held-out images of the base classes"
-        assert (said in capsys.readouterr().out) == (kept == "monitor")
+        said = {"monitor": "held-out images of the base classes",
+                "base": "classes that training works on"}  # fmt: skip
+        assert f"\nsplit       {kept}: {said[kept]}\n" in capsys.readouterr().out
         assert json.loads((output / "summary.json").read_text())["split"] == kept
+
+
+def test_checkpoint_of_other_images_says_what_to_give(
+    photos: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default data set is the digits, of one channel: another size would not help."""
+    given = ["evaluate", f"--checkpoint={pretrained}"]
+    message = fails(given, capsys)
+    assert "made for images of 3 channel(s) and 16 pixels, but digits gives 1 and 16" in message
+    assert "give the data set that it is for (--data.dataset, or --config" in message
+    message = fails([*given, f"--data.dataset={photos}", "--data.image_size=24"], capsys)
+    assert f"but {photos.name} gives 3 and 24; set --data.image_size 16, or" in message
 
 
 def test_printed_next_commands_work(

@@ -23,6 +23,7 @@ from dvla_fast.engine.statistics import (
     PAIRED_INTERVAL,
     episode_class_accuracies,
     holm,
+    p_text,
     paired_difference,
     points,
     require_scipy,
@@ -325,20 +326,14 @@ def verdict(row: dict[str, Any], names: Sequence[str] = ("A", "B")) -> str:
         return f"no difference shown: {100 * value:+.1f} points, without a spread to judge by"
     sign = 1 if value >= 0 else -1
     low, high = sorted((100 * sign * (value - half), 100 * sign * (value + half)))
-    evidence = f"95 % interval {low:.1f} to {high:.1f}, {_p(p)}"
+    evidence = f"95 % interval {low:.1f} to {high:.1f}, {p_text(p)}"
     if p < LEVEL:
         better, worse = names if value > 0 else reversed(names)
         return f"{better} is better than {worse} by {100 * abs(value):.1f} points, {evidence}"
     return (
         f"no difference shown: {names[0]} - {names[1]} = {100 * value:+.1f} points, 95 % interval "
-        f"{100 * (value - half):+.1f} to {100 * (value + half):+.1f}, {_p(p)}"
+        f"{100 * (value - half):+.1f} to {100 * (value + half):+.1f}, {p_text(p)}"
     )
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return "p n/a"
-    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
 
 
 def comparison_text(compared: dict[str, Any], classes: int = 10) -> str:
@@ -383,7 +378,7 @@ def _class_lines(rows: Sequence[dict[str, Any]], limit: int) -> list[str]:
         lines.append(
             f"    {row['name']:<{width}}  {100 * row['accuracies'][0]:5.1f} - "
             f"{100 * row['accuracies'][1]:5.1f} = {100 * row['difference']:+5.1f}{half}  "
-            f"{_p(row['p_holm'])}  ({row['episodes']} episodes)"
+            f"{p_text(row['p_holm'])}  ({row['episodes']} episodes)"
         )
     if len(shown) < len(rows):
         lines.append(

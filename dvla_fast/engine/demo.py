@@ -38,7 +38,7 @@ from dvla_fast.engine.pretrain import pretrain
 from dvla_fast.engine.recipes import recipe_of
 from dvla_fast.engine.records import keep_record
 from dvla_fast.engine.settings import UsageError, to_dict
-from dvla_fast.engine.statistics import INTERVAL, PAIRED_INTERVAL, points
+from dvla_fast.engine.statistics import INTERVAL, PAIRED_INTERVAL, p_text, points
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.engine.trained_classes import training_stages
 from dvla_fast.nn import DVLA
@@ -182,8 +182,10 @@ def result_table(results: list[dict[str, Any]]) -> str:
     for name in names:
         if name == main:
             continue
-        cells = [_cell(r["paired"][f"{main} - {name}"], "difference") for r in results]
-        lines.append(f"  {labels[name]:<{width - 2}}" + "".join(cell.rjust(18) for cell in cells))
+        pairs = [result["paired"][f"{main} - {name}"] for result in results]
+        cells = [_cell(pair, "difference").rjust(18) for pair in pairs]
+        lines.append(f"  {labels[name]:<{width - 2}}" + "".join(cells))
+        lines.append(" " * width + "".join(p_text(pair["p_value"]).rjust(18) for pair in pairs))
     lines += ["", f"{results[0]['episodes']} episodes each; {INTERVAL}"]
     if len(names) > 1:
         lines.append(f"differences: {PAIRED_INTERVAL}")

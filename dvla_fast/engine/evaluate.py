@@ -279,10 +279,15 @@ def load_model(path: str, data: FewShotData) -> tuple[DVLA | None, nn.Module, di
     spec = info["model"]["backbone"]
     shape = (spec.get("in_channels", 3), spec["image_size"])
     if shape != (data.channels, data.image_size):
+        remedy = (
+            f"set --data.image_size {shape[1]}"
+            if shape[0] == data.channels
+            else "give the data set that it is for (--data.dataset, or --config RUN/config.yaml)"
+        )
         raise CheckpointError(
-            f"{path}: made for images of {shape[0]} channel(s) and {shape[1]} pixels, but the "
-            f"data set gives {data.channels} and {data.image_size}; set --data.image_size "
-            f"{shape[1]}, or use another checkpoint"
+            f"{path}: made for images of {shape[0]} channel(s) and {shape[1]} pixels, but "
+            f"{data.name} gives {data.channels} and {data.image_size}; {remedy}, or use another "
+            "checkpoint"
         )
     device = data.base.device
     if info["kind"] == "pretrain":
@@ -349,7 +354,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         "text_differences": texts.changed or {},
         "device": str(device),
     }
-    folder = RunFolder(config.output, to_dict(config), resume=config.resume)
+    folder = RunFolder(config.output, to_dict(config), resume=config.resume, wandb=config.wandb)
     seed_everything(config.seed)
     folder.trim("evaluate", -1)  # those of finished lists are written again
     if texts.written is not None:

@@ -35,9 +35,9 @@ from dvla_fast.files import (
 
 # Seconds of work without a line, off a terminal, after which one says how far it is.
 _SILENCE = 30.0
-# The file that the writing process locks, and what a run that is killed at once leaves.
+# The file that the writing process locks, and what a run that ends at once leaves.
 _LOCK = ".lock"
-_TEMPORARY = (_LOCK, ".write-test-*", ".config.yaml.*.tmp")
+_TEMPORARY = (_LOCK, ".write-test-*", ".config.yaml.*.tmp", "wandb")
 _ROW = record(stage=text, step=count())  # what every line of the metrics holds
 # What may differ between a run and its continuation.
 _FREE_KEYS = ("output", "resume")
@@ -101,10 +101,10 @@ class RunFolder:
         if not resume:
             self._check_new()  # what another process began and left meanwhile
         self._probe()
+        if wandb:  # before the folder holds a run: a start that fails leaves it free
+            self._wandb = _start_wandb(wandb, self.path, kept)
         if not resume or grows:
             write_text_atomic(self.path / "config.yaml", to_yaml(kept))
-        if wandb:
-            self._wandb = _start_wandb(wandb, self.path, kept)
 
     def _check_new(self) -> None:
         try:
@@ -385,27 +385,12 @@ class Progress:
         if self._live:
             try:
                 from rich.console import Console
-                from rich.progress import (
-                    BarColumn,
-                    TaskProgressColumn,
-                    TextColumn,
-                    TimeElapsedColumn,
-                    TimeRemainingColumn,
-                )
-                from rich.progress import Progress as RichProgress
+
+                from dvla_fast.engine.bars import live_bars
             except ImportError:
                 self._live = False
                 return self
-            self._rich = RichProgress(
-                TextColumn("[bold]{task.description:<22}"),
-                BarColumn(bar_width=32),
-                TaskProgressColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=False),
-                TextColumn("{task.fields[note]}", style="dim", markup=False),
-                console=Console(stderr=True),
-            )
+            self._rich = live_bars(Console(stderr=True))
             self._rich.__enter__()
             if len(self._stages) > 1:
                 self._tasks["all"] = self._rich.add_task("whole run", total=1.0, note="")

@@ -154,6 +154,13 @@ def points(half: float | None, digits: int = 2) -> str:
     return "n/a" if half is None else f"{100 * half:.{digits}f}"
 
 
+def p_text(value: float | None) -> str:
+    """Lay out a p-value, ``p n/a`` where there is none."""
+    if value is None:
+        return "p n/a"
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+
+
 def require_scipy() -> None:
     """Raise MissingDependencyError now rather than after the episodes."""
     scipy_stats()

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from dvla_fast.pictures import require_matplotlib
+from dvla_fast.pictures import plain, require_matplotlib
 from dvla_fast.report.plots import BLUE, GREY, GRID, INK, MUTED, ORANGE, STYLE
 
 _LEVEL = 0.05
@@ -114,6 +114,8 @@ def _estimate(value: Mapping[str, Any], scale: float = 100) -> str:
     digits = 2
     if ends and ends[0] * ends[1] > 0:  # as many as show that the interval leaves zero out
         digits = min(max(2, -math.floor(math.log10(min(map(abs, ends))))), 6)
+    elif any(ends):  # as many as show that the interval has a width
+        digits = min(max(2, -math.floor(math.log10(max(map(abs, ends))))), 6)
     interval = ", ".join(f"{end:+.{digits}f}" for end in ends) or "unknown"
     return f"{scale * value['estimate']:+.{digits}f} [{interval}]"
 
@@ -224,8 +226,8 @@ def plot_ablation(summary: Mapping[str, Any], output: str | Path) -> None:
         over = " over seeds and episodes" if seeds > 1 else ""  # else the note says over what
         figure.text(
             0.01, 0.008,
-            f"{summary['dataset']}, {summary['way']}-way, {summary['episodes']} paired episodes, "
-            f"{seeds} seed{'s' if seeds > 1 else ''}; 95 % intervals{over}; "
+            f"{plain(summary['dataset'])}, {summary['way']}-way, {summary['episodes']} paired "
+            f"episodes, {seeds} seed{'s' if seeds > 1 else ''}; 95 % intervals{over}; "
             f"filled: p < {_LEVEL} after Holm{note}",
             fontsize=7.5, color=MUTED,
         )  # fmt: skip

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dvla_fast.pictures import require_matplotlib
+from dvla_fast.pictures import plain, require_matplotlib
 
 _NAMED = 60  # classes whose names still fit on the axes
+_BESIDE = 42  # letters of the names that still fit beside each other below the matrix
 _WRITTEN = 15  # classes whose cells still hold a number
 
 
@@ -34,15 +35,19 @@ def plot_confusion(
 
     count = len(names)
     side = min(16.0, 4.5 + 0.22 * count)
-    figure = Figure(figsize=(side + 1.2, side), dpi=120, layout="constrained", facecolor="white")
+    # room for names beside and below, so that long ones take none of the matrix's
+    room = 0.085 * max(map(len, map(plain, names))) if count <= _NAMED else 0.0
+    size = (side + 1.2 + room, side + room)
+    figure = Figure(figsize=size, dpi=120, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)  # no global state: safe in threads and without a display
     axis = figure.add_subplot()
     colours = colormaps["Blues"].with_extremes(bad="#E4E7EB")
     picture = axis.imshow(100 * rates.numpy(), cmap=colours, vmin=0, vmax=100)
     if count <= _NAMED:
-        size = 10 if count <= 20 else 6
-        axis.set_xticks(range(count), names, rotation=90 if count > 6 else 0, fontsize=size)
-        axis.set_yticks(range(count), names, fontsize=size)
+        letters, labels = 10 if count <= 20 else 6, [plain(name) for name in names]
+        turned = count > 6 or count * max(map(len, labels)) > _BESIDE
+        axis.set_xticks(range(count), labels, rotation=90 if turned else 0, fontsize=letters)
+        axis.set_yticks(range(count), labels, fontsize=letters)
     if count <= _WRITTEN:
         for row in range(count):
             for column in range(count):
@@ -53,7 +58,7 @@ def plot_confusion(
                     axis.text(column, row, text, ha="center", va="center", color=ink, fontsize=9)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
-    axis.set_title(title, loc="left", fontsize=11)
+    axis.set_title(plain(title, 200), loc="left", fontsize=11)
     bar = figure.colorbar(picture, ax=axis, shrink=0.8)
     bar.set_label("% of queries, where the class was a choice")
     figure.savefig(output, format="png")

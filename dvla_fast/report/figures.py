@@ -7,15 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dvla_fast.engine.statistics import (
-    class_accuracies,
-    confusion,
-    mean_interval,
-    points,
-    shared_note,
-)
+from dvla_fast.engine.statistics import class_accuracies, confusion, mean_interval, p_text
 from dvla_fast.report.collect import Run
 from dvla_fast.report.published import published_for
+from dvla_fast.report.seeds import over_checkpoints
 from dvla_fast.report.svg import (
     Interval,
     Line,
@@ -95,13 +90,12 @@ def _accuracy_part(title: str, found: Sequence[tuple[Run, dict[str, Any]]]) -> P
             )  # fmt: skip
         for pair, value in result.get("paired", {}).items():
             other = pair.split(" - ", 1)[-1]
-            half = _percent(value.get("ci95"))
-            p = "" if value.get("p_value") is None else f", p = {value['p_value']:.2g}"
-            label = f"{before}{main} − {_method(other, result)}{p}"
-            gaps.append(Interval(label, 100 * value["difference"], half, 1))
+            label = f"{before}{main} − {_method(other, result)}"
+            half, p = _percent(value.get("ci95")), p_text(value.get("p_value"))
+            gaps.append(Interval(label, 100 * value["difference"], half, 1, aside=p))
     column, entries = published_for(found[0][1])
     rows += [Interval(f"published: {e.source}", e.accuracy, e.half, 4) for e in entries]
-    episodes = ", ".join(f"{result['episodes']:,}" for _, result in found)
+    episodes = " or ".join(dict.fromkeys(f"{result['episodes']:,}" for _, result in found))
     caption = (
         f"Accuracy in percent over {episodes} episodes, with the 95 % interval of the mean. "
         "Blue: the main method; grey: what it is compared with on the same episodes."
@@ -118,27 +112,13 @@ def _accuracy_part(title: str, found: Sequence[tuple[Run, dict[str, Any]]]) -> P
         figures.append(
             Figure(
                 "Paired differences",
-                interval_chart(gaps, "difference, points", _around_zero(gaps), guide=0.0),
+                interval_chart(gaps, "difference, points", _around_zero(gaps), 2, 0.0, True),
                 "Difference in percentage points, taken episode by episode, with its 95 % "
                 "interval: an interval that holds 0 shows no difference. It speaks of more "
                 "episodes with these weights, not of training again.",
             )
         )
-    return Part(title, figures, [_over_checkpoints(run, result) for run, result in found])
-
-
-def _over_checkpoints(run: Run, result: dict[str, Any]) -> str:
-    """What several checkpoints of one evaluation say about training again; "" for a single one."""
-    found = (result.get("over_checkpoints") or {}).get(result.get("method"))
-    if not found or len(found.get("accuracies", ())) < 2:
-        return ""
-    values = ", ".join(f"{100 * value:.1f}" for value in found["accuracies"])
-    note = shared_note(str(result["method"]), found["accuracies"])
-    note = note or "this t interval speaks of training again"
-    return (
-        f"{run.name}, over {len(found['accuracies'])} checkpoints: {100 * found['accuracy']:.2f} ± "
-        f"{points(found['ci95'])} % ({values}); {note}."
-    )
+    return Part(title, figures, [over_checkpoints(run, result) for run, result in found])
 
 
 def _method(name: str, result: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from dvla_fast.report.figures import (
     training_figures,
 )
 from dvla_fast.report.scenes import Pictures, collect_pictures
+from dvla_fast.report.seeds import over_runs
 
 _ASSETS = Path(__file__).parent / "assets"
 
@@ -243,8 +245,10 @@ def _whose_queries(runs: Sequence[Run]) -> str:
 
 
 def _between(runs: Sequence[Run]) -> Part:
-    """Verdicts on each evaluation against the first one that met the same episodes."""
+    """Trainings of one recipe together, and each evaluation against the first of its episodes."""
     part = Part("Between the runs", [])
+    with suppress(MissingDependencyError):
+        part.lines += over_runs(runs)
     able = [run for run in runs if run.results and run.records]
     for place, other in enumerate(able):
         for first in able[:place]:

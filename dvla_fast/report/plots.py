@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from dvla_fast.data.images import unit_range
 from dvla_fast.engine.logging import read_metrics
 from dvla_fast.engine.predict import FIXED, LEARNED
 from dvla_fast.engine.statistics import points
-from dvla_fast.pictures import require_matplotlib
+from dvla_fast.pictures import plain, require_matplotlib
 
 # Colour-blind safe (Okabe and Ito); grey for what is only there to compare with.
 BLUE, ORANGE, _GREEN, _PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#8E5BA6", "#9AA5B1"
-_LAYER_COLOURS = (BLUE, ORANGE, _GREEN, _PURPLE)
+_LAYER_COLOURS = (BLUE, ORANGE, _GREEN, _PURPLE, "#B07D00", "#3B4A57", "#CC79A7", "#5DA9C9")
+_FEW_LAYERS = 4
+_SAMPLE = 10  # letters of a name that fit under a sample image
 INK, MUTED, GRID = "#1F2933", "#616E7C", "#E4E7EB"
 STYLE = {
     "font.family": "sans-serif",
@@ -79,10 +83,18 @@ def plot_run(
         _metatuning(axes[1], metatune)
         _rewards(axes[2], metatune, layers)
         _gates(axes[3], metatune, layers)
+        for axis in axes[:4]:
+            _whole_epochs(axis)
         _results(axes[4], summary["results"])
         axes[5].axis("off")
         _samples(figure, axes[5].get_position(), data)
         figure.savefig(output, format="png")
+
+
+def _whole_epochs(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))
 
 
 def _title(figure: Any, data: FewShotData, summary: Mapping[str, Any]) -> None:
@@ -93,8 +105,8 @@ def _title(figure: Any, data: FewShotData, summary: Mapping[str, Any]) -> None:
         for result in results
     )
     figure.text(
-        0.055, 0.962, f"DVLA-RL on {data.name}: a gate learned by REINFORCE", fontsize=16,
-        fontweight="bold", va="center",
+        0.055, 0.962, f"DVLA-RL on {plain(data.name, 60)}: a gate learned by REINFORCE",
+        fontsize=16, fontweight="bold", va="center",
     )  # fmt: skip
     figure.text(
         0.055, 0.922,
@@ -130,7 +142,11 @@ def _pretraining(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     other.set_ylabel("loss")
     other.set_ylim(0, None)
     other.spines["right"].set_visible(True)
-    axis.legend(handles=[line, dots, grey], loc="center right")
+    # Accuracy rises and the loss stays above zero: that corner is the emptiest.
+    other.legend(
+        handles=[line, dots, grey], loc="lower right", frameon=True, framealpha=0.8,
+        edgecolor="none",
+    )  # fmt: skip
 
 
 def _metatuning(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -155,21 +171,20 @@ def _rewards(axis: Any, rows: Sequence[Mapping[str, Any]], layers: Sequence[str]
     axis.set_title("3  Reward of the gate, by gated layer")
     steps, rewards = _layer_curves(rows, "reward")
     _, baselines = _layer_curves(rows, "baseline")
-    for layer, colour, reward, baseline in zip(
-        layers, _LAYER_COLOURS, rewards, baselines, strict=False
-    ):
+    for layer, colour, reward, baseline in zip(layers, cycle(_LAYER_COLOURS), rewards, baselines):
         axis.plot(steps, reward, color=colour, label=layer)
         axis.plot(steps, baseline, color=colour, linewidth=1.2, linestyle=(0, (4, 3)))
     axis.plot([], [], color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), label="baseline")
     axis.set(xlabel="epoch", ylabel="reward")
-    axis.legend(loc="lower right")
+    if len(layers) <= _FEW_LAYERS:  # more have the colours of the next panel, and no room here
+        axis.legend(loc="lower right")
 
 
 def _gates(axis: Any, rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> None:
     axis.set_title("4  Gate α over time: mean and spread")
     steps, means = _layer_curves(rows, "alpha_mean")
     _, spreads = _layer_curves(rows, "alpha_std")
-    for layer, colour, mean, spread in zip(layers, _LAYER_COLOURS, means, spreads, strict=False):
+    for layer, colour, mean, spread in zip(layers, cycle(_LAYER_COLOURS), means, spreads):
         low = [m - s for m, s in zip(mean, spread, strict=True)]
         high = [m + s for m, s in zip(mean, spread, strict=True)]
         axis.fill_between(steps, low, high, color=colour, alpha=0.16, linewidth=0)
@@ -184,7 +199,8 @@ def _gates(axis: Any, rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) 
         0.99, 0.03, "↓ text attends to itself", transform=axis.transAxes, ha="right",
         va="bottom", color=MUTED, fontsize=9,
     )  # fmt: skip
-    axis.legend(loc="lower left")
+    columns = 1 if len(layers) <= _FEW_LAYERS else 2
+    axis.legend(loc="lower left", bbox_to_anchor=(0.0, 0.06), ncols=columns)
 
 
 def _results(axis: Any, results: Sequence[Mapping[str, Any]]) -> None:
@@ -253,4 +269,5 @@ def _samples(figure: Any, box: Any, data: FewShotData) -> None:
             axis.grid(False)
             for spine in axis.spines.values():
                 spine.set(visible=True, color=GRID)
-            axis.set_xlabel(name, fontsize=9, labelpad=3)
+            lines = textwrap.wrap(name, _SAMPLE, max_lines=2, placeholder="…")
+            axis.set_xlabel("\n".join(map(plain, lines)), fontsize=9, labelpad=3)

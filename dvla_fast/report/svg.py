@@ -39,13 +39,19 @@ class Line:
 
 @dataclass(frozen=True)
 class Interval:
-    """One row of an interval chart: a value and the half width of its interval."""
+    """One row of an interval chart: a value and the half width of its interval.
+
+    Attributes:
+        note: more for the mark's tooltip.
+        aside: short words at the end of the label's line, such as a p-value; never cut.
+    """
 
     label: str
     value: float
     half: float | None = None
     colour: int = 0
     note: str = ""
+    aside: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,19 +90,19 @@ class Frame:
             - _share(value, self.y) * (self.height - self.top - self.bottom)
         )
 
-    def axes(self, x_label: str, y_label: str, y_format: str = "") -> None:
-        """Draw grid, ticks and labels."""
+    def axes(self, x_label: str, y_label: str, whole: bool = False) -> None:
+        """Draw grid, ticks and labels; ``whole``: x counts something, such as epochs."""
         for value in ticks(*self.y, 4):
             y = self.py(value)
             self.parts.append(
                 f'<path class="rule" d="M{self.left:g} {y:.1f}H{self.width - self.right:g}"/>'
                 f'<text x="{self.left - 6:g}" y="{y + 3.5:.1f}" text-anchor="end">'
-                f"{number(value, y_format)}</text>"
+                f"{tick_label(value)}</text>"
             )
-        for value in ticks(*self.x, 5):
+        for value in ticks(*self.x, 5, whole):
             self.parts.append(
                 f'<text x="{self.px(value):.1f}" y="{self.height - self.bottom + 16:g}" '
-                f'text-anchor="middle">{number(value)}</text>'
+                f'text-anchor="middle">{tick_label(value)}</text>'
             )
         right = self.width - self.right
         self.parts.append(
@@ -117,24 +123,31 @@ def _share(value: float, bounds: tuple[float, float]) -> float:
     return (value - bounds[0]) / (bounds[1] - bounds[0])
 
 
-def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers inside [low, high], about ``about`` of them."""
+def ticks(low: float, high: float, about: int, whole: bool = False) -> list[float]:
+    """Round numbers inside [low, high], about ``about`` of them; ``whole``: without fractions."""
     raw = (high - low) / max(about, 1)
+    if whole:
+        raw = max(raw, 1.0)
     size = 10 ** math.floor(math.log10(raw))
-    step = next(factor * size for factor in (1, 2, 2.5, 5, 10) if factor * size >= raw * 0.999)
+    factors = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
+    step = next(factor * size for factor in factors if factor * size >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [index * step for index in range(first, last + 1)]
 
 
-def number(value: float, form: str = "") -> str:
-    """Write a number shortly."""
-    if form:
-        return format(value, form)
+def tick_label(value: float) -> str:
+    """Write a round number as it is: four digits would call 0.49075 another number."""
+    return number(value, 12)
+
+
+def number(value: float, digits: int = 4) -> str:
+    """Write a number shortly: ``digits`` in all, two fewer where it has an exponent."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    return f"{value:.4g}".replace("-", "−")
+        mantissa, exponent = f"{value:.{digits - 3}e}".split("e")
+        text = f"{mantissa.rstrip('0').removesuffix('.')}e{int(exponent)}"
+        return text.replace("-", "−", 1) if value < 0 else text
+    return f"{value:.{digits}g}".replace("-", "−")
 
 
 def bounds(values: Sequence[float], pad: float = 0.06) -> tuple[float, float]:
@@ -172,7 +185,7 @@ def line_chart(
     if x_range[0] == x_range[1]:
         x_range = (x_range[0] - 0.5, x_range[1] + 0.5)
     frame = Frame(x_range, y_range or bounds(ys))
-    frame.axes(x_label, y_label)
+    frame.axes(x_label, y_label, whole=all(float(x).is_integer() for x in xs))
     if guide is not None:
         frame.parts.append(
             f'<path class="guide" d="M{frame.left:g} {frame.py(guide):.1f}H'
@@ -243,12 +256,14 @@ def interval_chart(
     x_range: tuple[float, float] | None = None,
     digits: int = 2,
     guide: float | None = None,
+    signed: bool = False,
 ) -> str:
     """One row a value: its name above, a dot, its interval, and the numbers.
 
     Args:
         digits: decimals of the numbers.
         guide: value of a faint vertical line.
+        signed: write values with their sign, as of differences.
     """
     ends = [
         end for row in rows for end in (row.value - (row.half or 0), row.value + (row.half or 0))
@@ -264,49 +279,51 @@ def interval_chart(
         x = frame.px(value)
         frame.parts.append(
             f'<path class="rule" d="M{x:.1f} 4V{height - 34:g}"/>'
-            f'<text x="{x:.1f}" y="{height - 20:g}" text-anchor="middle">{number(value)}</text>'
+            f'<text x="{x:.1f}" y="{height - 20:g}" text-anchor="middle">{tick_label(value)}</text>'
         )
     if guide is not None:
         frame.parts.append(f'<path class="guide" d="M{frame.px(guide):.1f} 4V{height - 34:g}"/>')
     frame.parts.append(
         f'<text class="label" x="{frame.left:g}" y="{height - 4:g}">{escape(x_label)}</text>'
     )
+    spoken: list[str] = []
     for index, row in enumerate(rows):
         place = (8.0, step * index + 18.0) if beside else (frame.left, step * index + 16.0)
         middle = place[1] - 4 if beside else place[1] + 12
-        frame.parts.append(_interval_row(frame, row, place, middle, digits))
-    spoken = "; ".join(f"{row.label}: {_plus_minus(row, digits)}" for row in rows)
-    return frame.svg(f"{x_label}. {spoken}.")
+        shown = _plus_minus(row, f"{'+' if signed else ''}.{digits}f", digits)
+        frame.parts.append(_interval_row(frame, row, place, middle, shown))
+        spoken.append(f"{row.label}: {', '.join(filter(None, (shown, row.aside)))}")
+    return frame.svg(f"{x_label}. {'; '.join(spoken)}.")
 
 
-def _plus_minus(row: Interval, digits: int) -> str:
+def _plus_minus(row: Interval, form: str, digits: int) -> str:
     known = row.half is not None and math.isfinite(row.half)
-    text = f"{row.value:.{digits}f}" + (f" ± {row.half:.{digits}f}" if known else "")
+    text = format(row.value, form) + (f" ± {row.half:.{digits}f}" if known else "")
     return text.replace("-", "−")
 
 
 def _interval_row(
-    frame: Frame, row: Interval, place: tuple[float, float], y: float, digits: int
+    frame: Frame, row: Interval, place: tuple[float, float], y: float, shown: str
 ) -> str:
-    """``place``: of the name; ``y``: of the mark."""
-    shown, x = _plus_minus(row, digits), frame.px(row.value)
-    name = colour(row.colour)
-    parts = [
-        f'<text class="row" x="{place[0]:g}" y="{place[1]:g}">{escape(_cut(row.label))}</text>'
-    ]
+    """``place``: of the name; ``y``: of the mark; ``shown``: the numbers."""
+    x, name = frame.px(row.value), colour(row.colour)
+    right = f'x="{frame.width - 2:g}" text-anchor="end"'
+    label = _cut(row.label, 50 if row.aside else 58)
+    parts = [f'<text class="row" x="{place[0]:g}" y="{place[1]:g}">{escape(label)}</text>']
+    if row.aside:
+        parts.append(f'<text class="row" y="{place[1]:g}" {right}>{escape(row.aside)}</text>')
     if row.half is not None and math.isfinite(row.half):
         low, high = frame.px(row.value - row.half), frame.px(row.value + row.half)
         parts.append(f'<path class="whisker {name}" d="M{low:.1f} {y:g}H{high:.1f}"/>')
     parts.append(
         f'<circle class="dot {name}" cx="{x:.1f}" cy="{y:g}" r="4.5"><title>{escape(row.label)}: '
         f"{shown}{escape(row.note)}</title></circle>"
-        f'<text class="value" x="{frame.width - 2:g}" y="{y + 4:g}" text-anchor="end">'
-        f"{shown}</text>"
+        f'<text class="value" y="{y + 4:g}" {right}>{shown}</text>'
     )
     return "".join(parts)
 
 
-def _cut(text: str, length: int = 58) -> str:
+def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 

@@ -242,8 +242,8 @@ class SemanticBank:
             hint = f" (near {missing[0]!r}: {', '.join(map(repr, near))})" if near else ""
             raise BankError(
                 f"{self.source}: the bank lacks {len(missing)} class(es) of the data set: "
-                f"{some_of(list(map(repr, missing)))}{hint}; add them to its 'classes', or give "
-                "another bank"
+                f"{some_of(list(map(repr, missing)))}{hint}; give the bank of this data set, or "
+                "add them to its 'classes'"
             )
         return [matches[name][0] for name in names]
 

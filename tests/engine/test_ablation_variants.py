@@ -90,12 +90,13 @@ def test_no_layers_are_those_of_the_backbone(config: AblateRun) -> None:
     [
         (0.00004, 0.0061, "+0.00200 [+0.00004, +0.00610]"),
         (-0.0061, -0.0041, "+0.002 [-0.006, -0.004]"),
-        (-0.004, 0.004, "+0.00 [-0.00, +0.00]"),
+        (-0.004, 0.004, "+0.002 [-0.004, +0.004]"),
         (0.1, 0.2, "+0.00 [+0.10, +0.20]"),
+        (0.0, 0.0, "+0.00 [+0.00, +0.00]"),
         (None, None, "+0.00 [unknown]"),
     ],
 )
-def test_an_interval_without_zero_shows_it(
+def test_an_interval_shows_where_it_is_and_how_wide(
     low: float | None, high: float | None, shown: str
 ) -> None:
     assert _estimate({"estimate": 0.002, "low": low, "high": high}, 1) == shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import yaml
 
 from dvla_fast.cli import main
 from dvla_fast.engine.config import AblateRun, DemoRun
+from dvla_fast.engine.demo import result_table
 from dvla_fast.engine.logging import read_metrics
+from dvla_fast.engine.predict import LEARNED, VISUAL
 from dvla_fast.engine.settings import read_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -51,6 +54,25 @@ def test_quick_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "pretrain-best.safetensors",
         "pretrain-last.safetensors",
     ]
+
+
+def test_table_has_a_p_value_under_each_difference() -> None:
+    accuracy = {"accuracy": 0.5, "ci95": 0.01}
+    pairs = [{"difference": 0.0123, "ci95": 0.004, "p_value": p} for p in (0.0456, 1e-9, None)]
+    results = [
+        {
+            **{"way": 5, "shot": shot, "episodes": 10, "method": LEARNED},
+            **{"methods": {VISUAL: accuracy, LEARNED: accuracy}},
+            **{"paired": {f"{LEARNED} - {VISUAL}": pair}},
+        }
+        for shot, pair in zip((1, 5, 10), pairs)
+    ]
+    lines = result_table(results).splitlines()
+    differences = next(i for i, line in enumerate(lines) if line.startswith(f"  {VISUAL}"))
+    row, below = lines[differences : differences + 2]
+    assert row.split("+")[1:] == ["1.23 ± 0.40      ", "1.23 ± 0.40      ", "1.23 ± 0.40"]
+    assert re.split(r"\s{2,}", below.strip()) == ["p = 0.046", "p < 0.001", "p n/a"]
+    assert len(row) == len(below)  # one column a shot
 
 
 def test_demo_on_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -294,6 +296,33 @@ def test_checkpoint_brings_its_normalisation(few_digits: FewShotData) -> None:
     data = trained_normalisation(few_digits, info)
     assert data.normalise(torch.full((1, 1, 1, 1), 0.5)).item() == pytest.approx(0.5)
     assert trained_normalisation(few_digits, {}) is few_digits
+
+
+def test_wandb_gets_the_accuracies(
+    backbone: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run that cannot have it ends before its episodes, and does not take the folder."""
+    given = evaluate_arguments(backbone, tmp_path / "a", "--wandb=birds")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main(given) == 1
+    assert "--wandb birds needs wandb" in capsys.readouterr().err
+    logged: list[dict[str, float]] = []
+
+    def refuse(dir: str, **arguments: Any) -> None:
+        Path(dir, "wandb").mkdir()
+        raise ValueError("no key")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
+    assert main(given) == 1
+    assert "no key" in capsys.readouterr().err
+    run = SimpleNamespace(log=logged.append, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **arguments: run))
+    assert main(given) == 0
+    accuracy = json.loads((tmp_path / "a/summary.json").read_text())["accuracy"]
+    assert [row["evaluate/accuracy"] for row in logged] == [accuracy]
 
 
 def test_run_leaves_predictions_and_confusion(backbone: str, tmp_path: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from dvla_fast.engine.bars import live_bars
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.errors import OutputError
 
@@ -213,6 +217,19 @@ def test_notes_are_shown_as_they_are(
     assert "the gates of runs/[a] learn on" in said
     assert "None" not in said
     assert "failed: no [/such]" in said
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 160])
+def test_bars_tell_how_far_it_is_whatever_the_width(width: int) -> None:
+    console = Console(width=width, color_system=None, file=io.StringIO(), force_terminal=True)
+    bars = live_bars(console)
+    figures = "epoch 5/20  loss 3.135  accuracy 4.2%  held-out 5-way 1-shot 24.4%"
+    bars.add_task("pre-train", total=20, completed=5, note=figures)
+    console.print(bars.get_renderable())
+    (line,) = console.file.getvalue().splitlines()
+    assert re.search(r"^pre\S* .* +25% 0:00:00 left -:--:-- ", line)
+    assert (figures[:26] in line) == (width >= 80)
+    assert (figures in line) == (width == 160)
 
 
 def test_a_full_disk_while_logging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,16 @@ def test_accuracies_and_differences_are_in_percent(run: Run, drawn: dict[str, li
     accuracy_parts([run])
     accuracies, gaps = drawn["interval_chart"]
     close(accuracies, {OTHER: (25.0, None), MAIN: (58.3, 1.23)})
-    close(gaps, {f"{MAIN} − {OTHER}, p = 0.02": (33.3, 4.56)})
+    close(gaps, {f"{MAIN} − {OTHER}": (33.3, 4.56)})
+    assert gaps[0].aside == "p = 0.02"
+
+
+def test_number_of_episodes_is_told_once(run: Run) -> None:
+    (part,) = accuracy_parts([run, replace(run, name="again")])
+    assert part.figures[0].caption.startswith("Accuracy in percent over 6 episodes,")
+    longer = replace(run, name="longer", results=[{**run.results[0], "episodes": 2000}])
+    (part,) = accuracy_parts([run, longer])
+    assert part.figures[0].caption.startswith("Accuracy in percent over 6 or 2,000 episodes,")
 
 
 def test_accuracies_by_class(run: Run, drawn: dict[str, list[Any]]) -> None:

@@ -3,15 +3,76 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from dvla_fast.data import load_digits
 from dvla_fast.engine.predict import FIXED, LEARNED, VISUAL
-from dvla_fast.report.plots import plot_run
+from dvla_fast.report.confusion import plot_confusion
+from dvla_fast.report.plots import _gates, _rewards, _samples, _whole_epochs, plot_run
+
+
+def test_every_gated_layer_is_drawn() -> None:
+    """More layers than colours, all of them in the legend of the gates."""
+    layers = [f"stage {stage}, block {block}" for stage in (1, 2, 3) for block in range(4)]
+    values = dict.fromkeys(("reward", "baseline", "alpha_mean", "alpha_std"), [0.5] * 12)
+    rows = [{"step": step, **values} for step in (1, 2)]
+    rewards, gates = Figure().subplots(1, 2)
+    _rewards(rewards, rows, layers)
+    _gates(gates, rows, layers)
+    assert len(rewards.lines) == 2 * 12 + 1  # rewards, baselines, and the key of these
+    assert [text.get_text() for text in gates.get_legend().get_texts()] == layers
+
+
+@pytest.mark.parametrize("last", [1, 2, 7, 16, 100])
+def test_epochs_are_whole(last: int) -> None:
+    axis = Figure(figsize=(4, 3)).subplots()
+    axis.plot(range(1, last + 1), [0.5] * last)
+    _whole_epochs(axis)
+    assert all(tick == int(tick) for tick in axis.get_xticks())
+
+
+FORMULA = r"5 $\frac{$ bill"  # what matplotlib would take for a formula, and fail on
+
+
+def confusion_size(path: Path, names: list[str]) -> tuple[int, int]:
+    """Size of the picture of names that are never confused, and of its matrix."""
+    plot_confusion(torch.eye(len(names)), names, path, f"{FORMULA}, 5-way")
+    with Image.open(path) as image:
+        red, green, blue = np.moveaxis(np.asarray(image.convert("RGB")).astype(int), 2, 0)
+    hit = (red == 8) & (green == 48) & (blue == 107)  # the darkest blue: the diagonal
+    rows = np.flatnonzero(hit.any(1))
+    return image.width, int(rows[-1] - rows[0])
+
+
+def test_confusion_of_any_names(tmp_path: Path) -> None:
+    """Long names are cut, and take nothing of the matrix's place."""
+    short = confusion_size(tmp_path / "short.png", list("abcdef"))
+    names = [FORMULA, *("long name " * 20 + letter for letter in "abcde")]
+    long = confusion_size(tmp_path / "long.png", names)
+    assert long[1] > 0.9 * short[1]
+    assert long[0] < 1.7 * short[0]
+
+
+def test_names_under_samples_are_whole_in_two_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = load_digits()
+    names = ("Rote Drossel", "n02085620", FORMULA, "Pneumonoultramicroscopic bird", "x")
+    base = replace(digits.base, class_names=names)
+    figure = Figure()
+    _samples(figure, Bbox([[0, 0], [1, 1]]), replace(digits, base=base))
+    found = [axis.get_xlabel() for axis in figure.axes[:5]]
+    assert found[:2] == ["Rote\nDrossel", "n02085620"]
+    assert all(len(line.replace("\\$", "$")) <= 10 for label in found for line in label.split("\n"))
+    assert all(label.count("\n") <= 1 for label in found)
+    FigureCanvasAgg(figure).draw()  # the formula is none
 
 
 @pytest.mark.parametrize("epochs", [1, 6])

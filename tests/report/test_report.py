@@ -313,6 +313,35 @@ def test_several_checkpoints(tmp_path: Path, page: Write) -> None:
     assert "from one training seed" not in html
 
 
+def test_trainings_of_one_recipe(tmp_path: Path, page: Write) -> None:
+    """Their mean and t interval; a training counts once, and another recipe not at all."""
+    recipe = {
+        **{"kind": "metatune", "dataset": "animals", "normalisation": None, "pretrained": ""},
+        **{"model": {"policy": "beta"}, "semantics": {}, "training": [{"stage": "metatune"}]},
+    }
+
+    def evaluation(name: str, accuracy: float, training: str, **changes: Any) -> Path:
+        facts = {"accuracy": accuracy, "checkpoint": f"/{training}.safetensors", "recipe": recipe}
+        return write_evaluation(tmp_path / name, accuracy, **{**facts, **changes})
+
+    runs = [
+        evaluation("a", 0.5, "one/metatune-best"),
+        evaluation("b", 0.53, "two/metatune-best"),
+        evaluation("again", 0.9, "two/metatune-last"),
+        evaluation("c", 0.56, "three/metatune-best"),
+        evaluation("mlp", 0.8, "four/x", recipe={**recipe, "model": {"policy": "mlp"}}),
+        evaluation("list", 0.8, "five/x", episodes_sha256="another"),
+        evaluation("damaged", 0.8, "six/x", recipe={"model": 3}),
+        evaluation("untold", 0.8, "seven/x", recipe=None),
+    ]
+    html = page(*runs)
+    half = 4.302653 * 3 / 3**0.5  # t(0.975, 2) · s / √3
+    said = f"over 3 trainings of one recipe (a, b, c): 53.00 ± {half:.2f} % (50.0, 53.0, 56.0)"
+    assert f"5-way 1-shot, learned gate, {said}; this t interval" in html
+    assert html.count("trainings of one recipe") == 1
+    assert "trainings of one recipe" not in page(runs[0], runs[4])
+
+
 def test_leaks_are_said(tmp_path: Path, page: Write) -> None:
     leaks = {"verdict": "leak", "seen_queries": 12, "queries": 6000}
     html = page(write_evaluation(tmp_path / "run", 0.7, leaks=leaks))

@@ -1,0 +1,94 @@
+"""What several trainings of one recipe say together: an interval that speaks of training again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dvla_fast.engine.compare import difference_in_episodes
+from dvla_fast.engine.entries import list_of, mapping, record, text
+from dvla_fast.engine.recipes import recipe_differences, training_of
+from dvla_fast.engine.statistics import checkpoint_interval, points, shared_note
+from dvla_fast.report.collect import Run
+
+Found = tuple[Run, dict[str, Any]]
+
+# What is compared of a recipe; files may hold anything.
+_RECIPE = record(
+    kind=lambda value: True,
+    dataset=lambda value: True,
+    normalisation=lambda value: True,
+    pretrained=lambda value: True,
+    model=mapping,
+    semantics=mapping,
+    training=list_of(record(stage=text)),
+)
+
+
+def over_checkpoints(run: Run, result: Mapping[str, Any]) -> str:
+    """What several checkpoints of one evaluation say; "" for a single one."""
+    found = (result.get("over_checkpoints") or {}).get(result.get("method"))
+    if not found or len(found.get("accuracies", ())) < 2:
+        return ""
+    count = f"{len(found['accuracies'])} checkpoints"
+    return _sentence(f"{run.name}, over {count}", str(result["method"]), found)
+
+
+def over_runs(runs: Sequence[Run]) -> list[str]:
+    """What evaluations of one recipe, each of another training, say: a sentence a group and shot.
+
+    Raises:
+        MissingDependencyError: SciPy is not installed.
+    """
+    groups: list[list[Found]] = []
+    for run in runs:
+        for result in run.results:
+            if not _RECIPE(result.get("recipe")) or not _trainings(result):
+                continue
+            group = next((group for group in groups if _belongs(result, group)), None)
+            if group is None:
+                groups.append([(run, result)])
+            elif not any(_trainings(result) & _trainings(other) for _, other in group):
+                group.append((run, result))  # a training that is there twice counts once
+    return [_group_sentence(group) for group in groups if len(group) > 1]
+
+
+def _belongs(result: dict[str, Any], group: Sequence[Found]) -> bool:
+    first = group[0][1]
+    same = all(result[key] == first[key] for key in ("shot", "method"))
+    return (
+        same
+        and difference_in_episodes(first, result) is None
+        and not recipe_differences(first["recipe"], result["recipe"])
+    )
+
+
+def _trainings(result: Mapping[str, Any]) -> set[str]:
+    """By what the trainings of a result are known: where checkpoints lie, and their hashes."""
+    files = result.get("checkpoints") or [result.get("checkpoint") or ""]
+    # a relative path says where only to the folder in which the run was started
+    known = {training_of(file) for file in files if os.path.isabs(file)}
+    return known | set(filter(None, result.get("checkpoints_sha256") or []))
+
+
+def _group_sentence(group: Sequence[Found]) -> str:
+    first = group[0][1]
+    accuracies = [accuracy for _, result in group for accuracy in _accuracies(result)]
+    names = ", ".join(run.name for run, _ in group)
+    who = f"{first['way']}-way {first['shot']}-shot, {first['method']}, over {len(accuracies)} "
+    found = checkpoint_interval(accuracies)
+    return _sentence(f"{who}trainings of one recipe ({names})", first["method"], found)
+
+
+def _accuracies(result: Mapping[str, Any]) -> list[float]:
+    several = (result.get("over_checkpoints") or {}).get(result["method"]) or {}
+    return list(several.get("accuracies") or [result["accuracy"]])
+
+
+def _sentence(who: str, method: str, found: Mapping[str, Any]) -> str:
+    values = ", ".join(f"{100 * value:.1f}" for value in found["accuracies"])
+    note = shared_note(method, found["accuracies"]) or "this t interval speaks of training again"
+    return (
+        f"{who}: {100 * found['accuracy']:.2f} ± {points(found.get('ci95'))} % ({values}); {note}."
+    )

@@ -141,7 +141,8 @@ def _no_folder(root: Path) -> str:
     if os.path.isfile(root):
         return f"{root}: is a file; extract the archive first and give its folder"
     return (
-        f"{root}: no such folder; give 'digits' or the root of a data set with the folders "
+        f"{root}: no such folder; give 'digits', a cache that 'dvla-fast data prepare' has made "
+        "(--output names it), or the root of a data set with the folders "
         "train/, val/, test/ (or base/, val/, novel/), one folder per class in each; docs/data.md "
         "has all layouts"
     )

@@ -63,7 +63,7 @@ def test_the_centre_is_kept(tmp_path: Path) -> None:
 
 
 def test_missing_root(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere: no such folder"):
+    with pytest.raises(DataError, match=r"nowhere: no such folder.*'dvla-fast data prepare'"):
         load_data(str(tmp_path / "nowhere"))
 
 

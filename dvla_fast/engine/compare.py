@@ -112,7 +112,8 @@ def compare_groups(
     Returns:
         ``{"a", "b", "interval", "results": [...]}``; a result has ``shot``, ``methods``,
         ``accuracies``, ``difference`` (a minus b), ``ci95``, ``p_value``, ``checkpoints`` (of each
-        group), ``over_checkpoints`` (None with one checkpoint in a group), ``notes`` on it,
+        group), ``over_checkpoints`` (with the ``test`` that was made: pair by pair for two methods
+        of the same trainings, else Welch's; None with one checkpoint in a group), ``notes`` on it,
         ``classes`` (each with ``name``, ``episodes``, ``accuracies``, ``difference``, ``ci95``,
         ``p_value`` and ``p_holm``, corrected for the number of classes), and ``verdict``.
 
@@ -245,12 +246,32 @@ def _compare_shot(
         "accuracies": [mean.mean().item() for mean in means],
         **paired_difference(means[0], means[1]),
         "checkpoints": [len(found) for found in trained],
-        "over_checkpoints": unpaired_difference(*trained) if several else None,
+        "over_checkpoints": _over_trainings(trained, groups, shot) if several else None,
         "notes": notes,
         "classes": _compare_classes(sides, names, _class_names(groups[0][0][0], shot)),
     }
     row["verdict"] = verdict(row)
     return row
+
+
+def _over_trainings(
+    trained: Sequence[list[float]], groups: Sequence[Sequence[tuple[str, Any]]], shot: int
+) -> dict[str, Any]:
+    """Compare what trainings reached; pair by pair where both sides are of the same ones.
+
+    Two methods of one training share its backbone and its luck, which the pairs take out.
+    """
+    known = [
+        [key for _, results in group for key in results[shot].get("checkpoints_sha256") or [None]]
+        for group in groups
+    ]
+    told = None not in known[0] and list(map(len, known)) == list(map(len, trained))
+    once = len(set(known[0])) == len(known[0])
+    if not (told and once and set(known[0]) == set(known[1])):
+        return {**unpaired_difference(*trained), "test": "Welch's t test"}
+    second = dict(zip(known[1], trained[1]))
+    pairs = (torch.tensor(trained[0]), torch.tensor([second[key] for key in known[0]]))
+    return {**paired_difference(*pairs), "test": "paired t test"}
 
 
 def _record_path(path: str, shot: int) -> Path:
@@ -364,7 +385,7 @@ def _reach(row: dict[str, Any]) -> str:
             "this speaks of more episodes with these weights, not of training again: "
             f"{row['checkpoints'][0]} and {row['checkpoints'][1]} checkpoint(s)"
         )
-    counts = f"{row['checkpoints'][0]} and {row['checkpoints'][1]} checkpoints, Welch's t test"
+    counts = f"{row['checkpoints'][0]} and {row['checkpoints'][1]} checkpoints, {over['test']}"
     return f"over training runs ({counts}): {verdict(over)}"
 
 

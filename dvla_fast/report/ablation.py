@@ -56,7 +56,7 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
         f"- commit: {summary['commit'] or 'not a git checkout'}; dvla-fast {summary['dvla_fast']}, "
         f"torch {summary['torch']}, Python {summary['python']}",
         f"- machine: {summary['machine']}",
-        f"- computing: {summary['cells']['core_seconds'] / 60:.0f} core-minutes for "
+        f"- computing: {_minutes(summary['cells']['core_seconds'])} core-minutes for "
         f"{summary['cells']['finished']} cells (backbones included); finished "
         f"{summary['finished_at']}",
         "",
@@ -65,6 +65,10 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
     for name, texts in warned.items():
         lines += [f"- `{name}` warned: {text}" for text in texts]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f}" if seconds >= 600 else f"{seconds / 60:.1f}"
 
 
 def _by_group(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:

@@ -95,6 +95,33 @@ def test_several_seeds_a_side(tmp_path: Path) -> None:
     assert row["accuracies"] == pytest.approx([sum(m) / len(m) for m in means])
 
 
+def test_two_methods_of_the_same_trainings_are_paired(tmp_path: Path) -> None:
+    """In whatever order the runs are named; what a training's seed gives both cancels."""
+    level = [0.5, 0.7, 0.6]
+
+    def write(side: str, gain: float) -> list[str]:
+        return [
+            str(
+                write_evaluation(tmp_path / f"{side}{i}", base + gain, checkpoints_sha256=[f"h{i}"])
+            )
+            for i, base in enumerate(level)
+        ]
+
+    first, second = write("a", 0.05), write("b", 0.0)
+    compared = compare_groups(first, second[::-1])
+    over = compared["results"][0]["over_checkpoints"]
+    values = [
+        [EpisodeRecord.read(Path(p) / "episodes-1shot.npz").accuracies("learned gate").mean().item()
+         for p in side]
+        for side in (first, second)
+    ]  # fmt: skip
+    assert over["p_value"] == pytest.approx(stats.ttest_rel(*values).pvalue, rel=1e-3)
+    assert over["p_value"] < 0.001 < stats.ttest_ind(*values, equal_var=False).pvalue
+    assert "3 and 3 checkpoints, paired t test" in comparison_text(compared)
+    welch = compare_groups(first, second[:2])  # not the same trainings
+    assert "3 and 2 checkpoints, Welch's t test" in comparison_text(welch)
+
+
 def test_trainings_that_share_what_is_compared(tmp_path: Path) -> None:
     """Visual prototypes of trainings from one backbone: no spread, and no warning of SciPy's."""
     first = [str(write_evaluation(tmp_path / f"a{i}", 0.7 + 0.01 * i)) for i in range(2)]

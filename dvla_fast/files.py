@@ -67,11 +67,11 @@ def _prefix(path: Path) -> str:
     return f".{path.name[:40]}."
 
 
-def check_new(path: Path, overwrite: bool) -> None:
+def check_new(path: Path, overwrite: bool, option: str = "--output") -> None:
     """Check that no file is replaced unasked, before the work that it is for (OutputError)."""
     if not overwrite and os.path.lexists(path):
         raise OutputError(
-            f"{path}: exists; give --output another name, or --overwrite to replace it"
+            f"{path}: exists; give {option} another name, or --overwrite to replace it"
         )
 
 

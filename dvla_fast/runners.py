@@ -205,6 +205,8 @@ def _report(config: Any) -> int:
     for line in done.notes:
         print(f"note        {line}")
     print(f"page        {done.path} ({done.bytes / 1e6:.1f} MB, {done.seconds:.0f} s)")
+    if config.table:
+        print(f"table       {config.table}")
     return 0
 
 

@@ -112,6 +112,9 @@ ELSEWHERE = {
     "dvla-fast report runs/backbone runs/tuned runs/result --output report.html": (
         "tests/report/test_report.py::test_sound_run_is_shown_whole"
     ),
+    "dvla-fast report a/seed-0 a/seed-1 b/seed-0 b/seed-1 --text_only --table table.tex": (
+        "tests/report/test_table.py::test_latex"
+    ),
     "dvla-fast report runs/result --shot 5 --episodes [0,17] --output episodes.html": (
         "tests/report/test_report.py::test_chosen_episodes"
     ),

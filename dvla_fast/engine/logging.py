@@ -41,6 +41,7 @@ _TEMPORARY = (_LOCK, ".write-test-*", ".config.yaml.*.tmp", "wandb")
 _ROW = record(stage=text, step=count())  # what every line of the metrics holds
 # What may differ between a run and its continuation.
 _FREE_KEYS = ("output", "resume")
+_LOGGED_TO = "wandb"  # saved, for a continuation goes on logging there, but may differ as well
 # Why a setting cannot, where one might think that it could.
 _REMARKS = {
     "pretrain.epochs": "the learning rate falls to zero over the epochs that a run began with, so "
@@ -127,6 +128,8 @@ class RunFolder:
         for key in self._free:
             saved.pop(key, None)
         now = json.loads(json.dumps(absolute_paths(config)))
+        if _LOGGED_TO in now:
+            saved[_LOGGED_TO] = now[_LOGGED_TO]
         for section, _, key in (name.partition(".") for name in grows):
             theirs, wanted = saved.get(section, {}), now[section][key]
             if theirs.get(key, wanted) < wanted:

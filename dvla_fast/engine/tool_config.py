@@ -44,6 +44,9 @@ class ReportRun:
     )
     output: str = option("report.html", "HTML file to write, new")
     overwrite: bool = option(False, "replace the file if it exists")
+    table: str = option(
+        "", "file for a table of the evaluations, new: .csv, .md or .tex; empty: none"
+    )
     title: str = option("", "title of the page; empty: the data sets' names")
     shot: int = option(0, "which of an evaluation's shots to draw; 0: its first", 0)
     episodes: list[int] = field(

@@ -32,6 +32,7 @@ from dvla_fast.report.figures import (
 )
 from dvla_fast.report.scenes import Pictures, collect_pictures
 from dvla_fast.report.seeds import over_runs
+from dvla_fast.report.table import table_format, table_rows
 
 _ASSETS = Path(__file__).parent / "assets"
 
@@ -77,10 +78,18 @@ def run_report(config: ReportRun, *, quiet: bool = False) -> Written:
         raise OutputError(f"{output}: give --output an HTML file in a folder that exists")
     check_new(output, config.overwrite)
     check_writable(output)
+    table = Path(config.table) if config.table else None
+    if table is not None:
+        layout = table_format(table)
+        check_new(table, config.overwrite, "--table")
+        check_writable(table)
     environment = _environment()
     with Progress({"report": 1.0}, enabled=not quiet) as progress:
         progress.begin("report", 4)
         runs, notes = read_runs(config.runs)
+        rows = table_rows(runs) if table is not None else []
+        if table is not None and not rows:
+            raise OutputError(f"{table}: none of the runs holds a finished evaluation")
         progress.advance()
         pictures, missing = None, ["Features, attention and texts were left out (--text_only)."]
         if not config.text_only:
@@ -91,6 +100,8 @@ def run_report(config: ReportRun, *, quiet: bool = False) -> Written:
             notes += [f"{pictures.run}: {note}" for note in pictures.notes]
         html = render(environment, runs, pictures, notes, config.title)
         write_text_atomic(output, html)
+        if table is not None:
+            write_text_atomic(table, layout(rows))
         progress.advance()
     size = len(html.encode("utf-8"))
     return Written(output, size, time.monotonic() - started, notes)

@@ -35,23 +35,40 @@ def over_checkpoints(run: Run, result: Mapping[str, Any]) -> str:
     return _sentence(f"{run.name}, over {count}", str(result["method"]), found)
 
 
+def recipe_groups(runs: Sequence[Run]) -> list[list[Found]]:
+    """Results of one recipe and one list of episodes together, each training once.
+
+    A result that does not tell its recipe or its training is alone.
+    """
+    groups: list[list[Found]] = []
+    for run in runs:
+        for result in run.results:
+            told = _RECIPE(result.get("recipe")) and _trainings(result)
+            group = next((group for group in groups if told and _belongs(result, group)), None)
+            if group is None:
+                groups.append([(run, result)])
+            elif not any(_trainings(result) & _trainings(other) for _, other in group):
+                group.append((run, result))
+    return groups
+
+
 def over_runs(runs: Sequence[Run]) -> list[str]:
     """What evaluations of one recipe, each of another training, say: a sentence a group and shot.
 
     Raises:
         MissingDependencyError: SciPy is not installed.
     """
-    groups: list[list[Found]] = []
-    for run in runs:
-        for result in run.results:
-            if not _RECIPE(result.get("recipe")) or not _trainings(result):
-                continue
-            group = next((group for group in groups if _belongs(result, group)), None)
-            if group is None:
-                groups.append([(run, result)])
-            elif not any(_trainings(result) & _trainings(other) for _, other in group):
-                group.append((run, result))  # a training that is there twice counts once
-    return [_group_sentence(group) for group in groups if len(group) > 1]
+    return [_group_sentence(group) for group in recipe_groups(runs) if len(group) > 1]
+
+
+def accuracies_of(group: Sequence[Found], method: str) -> list[float]:
+    """Accuracy that each training of a group reached with a method."""
+    found: list[float] = []
+    for _, result in group:
+        several = (result.get("over_checkpoints") or {}).get(method) or {}
+        mine = result if method == result["method"] else result["methods"][method]
+        found += several.get("accuracies") or [mine["accuracy"]]
+    return found
 
 
 def _belongs(result: dict[str, Any], group: Sequence[Found]) -> bool:
@@ -59,6 +76,7 @@ def _belongs(result: dict[str, Any], group: Sequence[Found]) -> bool:
     same = all(result[key] == first[key] for key in ("shot", "method"))
     return (
         same
+        and _RECIPE(first.get("recipe"))
         and difference_in_episodes(first, result) is None
         and not recipe_differences(first["recipe"], result["recipe"])
     )
@@ -74,16 +92,11 @@ def _trainings(result: Mapping[str, Any]) -> set[str]:
 
 def _group_sentence(group: Sequence[Found]) -> str:
     first = group[0][1]
-    accuracies = [accuracy for _, result in group for accuracy in _accuracies(result)]
+    accuracies = accuracies_of(group, first["method"])
     names = ", ".join(run.name for run, _ in group)
     who = f"{first['way']}-way {first['shot']}-shot, {first['method']}, over {len(accuracies)} "
     found = checkpoint_interval(accuracies)
     return _sentence(f"{who}trainings of one recipe ({names})", first["method"], found)
-
-
-def _accuracies(result: Mapping[str, Any]) -> list[float]:
-    several = (result.get("over_checkpoints") or {}).get(result["method"]) or {}
-    return list(several.get("accuracies") or [result["accuracy"]])
 
 
 def _sentence(who: str, method: str, found: Mapping[str, Any]) -> str:

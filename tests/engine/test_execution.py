@@ -29,7 +29,7 @@ from dvla_fast.engine.models import backbone_spec, build_model, model_spec
 from dvla_fast.engine.pretrain import pretrain
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.texts import build_texts
-from dvla_fast.errors import MissingDependencyError
+from dvla_fast.errors import MissingDependencyError, OutputError
 
 SILENT = Progress({}, enabled=False)
 
@@ -185,6 +185,16 @@ def test_wandb_gets_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         }
     ]
     assert ended == [True]
+
+
+def test_a_continuation_may_log_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = SimpleNamespace(log=lambda figures: None, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **arguments: run))
+    RunFolder(tmp_path / "run", {"seed": 1, "wandb": ""}).close()
+    again = {"seed": 1, "wandb": "birds"}
+    RunFolder(tmp_path / "run", again, resume=True, wandb="birds").close()
+    with pytest.raises(OutputError, match="cannot resume with other settings"):
+        RunFolder(tmp_path / "run", {**again, "seed": 2}, resume=True)
 
 
 def test_missing_wandb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

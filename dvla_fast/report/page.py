@@ -31,7 +31,7 @@ from dvla_fast.report.figures import (
     training_figures,
 )
 from dvla_fast.report.scenes import Pictures, collect_pictures
-from dvla_fast.report.seeds import over_runs
+from dvla_fast.report.seeds import over_runs, recipe_groups
 from dvla_fast.report.table import table_format, table_rows
 
 _ASSETS = Path(__file__).parent / "assets"
@@ -261,8 +261,11 @@ def _between(runs: Sequence[Run]) -> Part:
     with suppress(MissingDependencyError):
         part.lines += over_runs(runs)
     able = [run for run in runs if run.results and run.records]
+    seeds = [{run.name for run, _ in group} for group in recipe_groups(able)]
     for place, other in enumerate(able):
         for first in able[:place]:
+            if any({first.name, other.name} <= names for names in seeds):
+                continue  # neither is better: training again would turn them round
             try:
                 compared = compare_groups([str(first.path)], [str(other.path)])
             except DVLAError:

@@ -340,6 +340,10 @@ def test_trainings_of_one_recipe(tmp_path: Path, page: Write) -> None:
     assert f"5-way 1-shot, learned gate, {said}; this t interval" in html
     assert html.count("trainings of one recipe") == 1
     assert "trainings of one recipe" not in page(runs[0], runs[4])
+    alone = page(runs[0], runs[3])  # neither of two seeds is the better one
+    assert "is better than" not in alone
+    assert "no difference shown" not in alone
+    assert "mlp is better than a" in page(runs[0], runs[3], runs[4])
 
 
 def test_leaks_are_said(tmp_path: Path, page: Write) -> None:

@@ -200,6 +200,26 @@ def test_huge_scores(dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keys", [150, 300])
+@pytest.mark.parametrize("scale", [1.0, -1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_scores_whose_roundings_are_large(
+    dtype: torch.dtype, scale: float, keys: int, backend: str
+) -> None:
+    """Scores near ±10^11, whose roundings alone, as exponents, go beyond float32's range."""
+    shape = Shape(1, 2, 2, 33, keys, 40, 24)
+    q, ik, iv, tk, tv, alpha = make(shape, dtype)
+    tensors = (q * 1e4, ik * 1e4, iv, tk * 1e4, tv, alpha)
+    grad_out = grad_for(shape, dtype)
+    got = with_grads(dual_attention, tensors, grad_out, scale=scale * 100, backend=backend)
+    assert all(torch.isfinite(value).all() for value in got.values())
+    exact = with_grads(definition, [x.double() for x in tensors], grad_out, scale=scale * 100)
+    for name in ("out", "grad_image_value", "grad_text_value"):
+        error = (got[name].double() - exact[name]).abs().max()
+        assert error < 8 * torch.finfo(dtype).eps * exact[name].abs().max(), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_shows(backend: str) -> None:
     q, ik, iv, tk, tv, alpha = make(Shape(1, 1, 1, 3, 20, 4, 24), torch.float32)
     spoilt = iv.clone()

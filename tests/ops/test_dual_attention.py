@@ -61,6 +61,22 @@ def test_values_and_gradients_float64(shape: Shape, masked: bool, backend: str) 
     assert_near(got, with_grads(definition, tensors, grad_out, **masks))
 
 
+@pytest.mark.parametrize("backend", [CPP])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_is_left_of_an_earlier_call(dtype: torch.dtype, backend: str) -> None:
+    """Working memory is kept: what a wider problem left there pads no rows of a narrower one."""
+    wide, narrow = Shape(1, 2, 2, 33, 70, 40, 64), Shape(1, 2, 2, 33, 70, 40, 33)
+    tensors = [make(narrow, dtype, layout) for layout in ("contiguous", "transposed")]
+    tensors[1] = tuple(b.copy_(a) for a, b in zip(*tensors))
+    results = []
+    for inputs in tensors:
+        large = [x * 1e3 for x in make(wide, dtype)]
+        with_grads(dual_attention, large, grad_for(wide, dtype), backend=backend)
+        results.append(with_grads(dual_attention, inputs, grad_for(narrow, dtype), backend=backend))
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

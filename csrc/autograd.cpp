@@ -35,17 +35,32 @@ OptionalTensor or_none(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
-// First-order results: differentiating them again raises instead of giving a wrong number.
-variable_list first_order_only(variable_list grads, const char* op) {
+// First-order results of the node at work: differentiating them again raises instead of giving a
+// wrong number. The error takes its place between them and all that they hang on, which is what the
+// node came from and the gradients that came in: a derivative by those would miss it otherwise.
+variable_list first_order_only(variable_list grads, const variable_list& incoming, const char* op) {
   if (!at::GradMode::is_enabled()) return grads;
+  variable_list through;
+  for (const Tensor& grad : grads) {
+    if (grad.defined()) through.push_back(grad);
+  }
+  for (const torch::autograd::Edge& edge : torch::autograd::get_current_node()->next_edges()) {
+    if (!edge.is_valid()) continue;
+    through.push_back(at::empty({0}));
+    torch::autograd::impl::set_gradient_edge(through.back(), edge);
+  }
+  for (const Tensor& grad : incoming) {
+    if (grad.defined()) through.push_back(grad);
+  }
+  auto raise = std::make_shared<torch::autograd::DelayedError>(
+      std::string(op) +
+          ": second derivatives are not implemented; use the reference backend"
+          " (backend='reference' or dvla_fast.set_backend)",
+      static_cast<int64_t>(through.size()));
+  const variable_list passed = (*raise)(std::move(through));
+  size_t next = 0;
   for (Tensor& grad : grads) {
-    if (!grad.defined()) continue;
-    auto raise = std::make_shared<torch::autograd::DelayedError>(
-        std::string(op) +
-            ": second derivatives are not implemented; use the reference backend"
-            " (backend='reference' or dvla_fast.set_backend)",
-        1);
-    grad = (*raise)({grad.detach().requires_grad_(true)})[0];
+    if (grad.defined()) grad = passed[next++];
   }
   return grads;
 }
@@ -82,7 +97,7 @@ class BetaPolicy : public torch::autograd::Function<BetaPolicy> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return first_order_only(chain_rule(ctx, grads), "beta_policy");
+    return first_order_only(chain_rule(ctx, grads), grads, "beta_policy");
   }
 
  private:
@@ -164,7 +179,7 @@ class DualAttention : public torch::autograd::Function<DualAttention> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return first_order_only(call_backward(ctx, grads[0]), "dual_attention");
+    return first_order_only(call_backward(ctx, grads[0]), grads, "dual_attention");
   }
 
  private:
@@ -245,7 +260,7 @@ class GatedAttention : public torch::autograd::Function<GatedAttention> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return first_order_only(call_backward(ctx, grads[0], grads[1]), "gated_attention");
+    return first_order_only(call_backward(ctx, grads[0], grads[1]), grads, "gated_attention");
   }
 
  private:
@@ -343,7 +358,7 @@ class GatePolicy : public torch::autograd::Function<GatePolicy> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return first_order_only(call_backward(ctx, grads[2], grads[3], grads[4]), "gate_policy");
+    return first_order_only(call_backward(ctx, grads[2], grads[3], grads[4]), grads, "gate_policy");
   }
 
  private:

@@ -40,7 +40,18 @@ calls: Any = None  # the module of direct calls, csrc/calls
 def _import_build_info() -> ModuleType | None:
     if importlib.util.find_spec("dvla_fast._build_info") is None:
         return None
-    return importlib.import_module("dvla_fast._build_info")
+    try:
+        return importlib.import_module("dvla_fast._build_info")
+    except ImportError as error:  # cut short, or of another machine
+        raise _not_loading(error) from error
+
+
+def _not_loading(error: Exception) -> BackendError:
+    return BackendError(
+        f"dvla_fast: the extension does not load ({error}); build it again:"
+        " pip install --no-build-isolation -e . (or set DVLA_FAST_BACKEND=reference to run"
+        " without the extension)"
+    )
 
 
 def _choose_capability(info: ModuleType) -> str:
@@ -98,10 +109,7 @@ def _load() -> None:
             torch.ops.load_library(_LIBRARIES / f"libdvla_fast_{part}.so")
         calls = importlib.import_module("dvla_fast._calls")
     except (OSError, ImportError) as error:
-        raise BackendError(
-            f"dvla_fast: the extension does not load ({error}); build it again:"
-            " pip install --no-build-isolation -e ."
-        ) from error
+        raise _not_loading(error) from error
     has_autograd = True
 
 

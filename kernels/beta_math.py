@@ -223,7 +223,7 @@ def _make_policy(raw_logit):  # type: ignore[no-untyped-def]
 @triton.jit
 def _match_exact(p, q, d):  # type: ignore[no-untyped-def]
     p_is_smaller = p <= q
-    grows = tl.where(p_is_smaller, d, -d) > 20.0
+    grows = tl.where(p_is_smaller, d, -d) > 600.0
     by_p = p_is_smaller != grows
     side = tl.where(by_p, p, q)
     other = tl.where(by_p, q, p)

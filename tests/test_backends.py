@@ -98,6 +98,25 @@ def test_an_extension_with_a_part_missing_raises_readably() -> None:
 
 
 @pytest.mark.skipif(_extension.problem is not None, reason=str(_extension.problem))
+def test_an_extension_that_was_cut_short_raises_readably() -> None:
+    code = (
+        "from importlib.machinery import ExtensionFileLoader as Loader\n"
+        "create = Loader.create_module\n"
+        "def cut_short(self, spec):\n"
+        "    if spec.name == 'dvla_fast._build_info':\n"
+        "        raise ImportError('file too short')\n"
+        "    return create(self, spec)\n"
+        "Loader.create_module = cut_short\n"
+        "import dvla_fast.functional"
+    )
+    done = run_python(code)
+    assert done.returncode == 1
+    assert "BackendError: dvla_fast: the extension does not load (file too short)" in done.stderr
+    assert "pip install --no-build-isolation -e ." in done.stderr
+    assert run_python(code, DVLA_FAST_BACKEND="reference").returncode == 0
+
+
+@pytest.mark.skipif(_extension.problem is not None, reason=str(_extension.problem))
 def test_instruction_set_that_the_cpu_lacks() -> None:
     code = (
         "from dvla_fast import _build_info; _build_info.cpu_runs = lambda: ['default']\n"

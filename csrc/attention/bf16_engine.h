@@ -35,29 +35,29 @@ inline void store_pair(__m512i halves, bf16* low, bf16* high) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), _mm512_extracti64x4_epi64(halves, 1));
 }
 
-// scores (count, 16 V) to weights 2^(factor score - peak) in pairs of rows, (keys, 16 V), 0 from
-// `count` on; running peaks and totals as in softmax_block.
+// scores (count, 16 V) to weights exp(scale (score - peak)) in pairs of rows, (keys, 16 V), 0 from
+// `count` on; running peaks, of the scores without the scale, and totals as in softmax_block. The
+// peak is subtracted first: a difference of scores that were scaled apart from their peak would be
+// off by the rounding of a score, which of large ones is no small exponent.
 template <int V>
-inline void softmax_pairs(const float* scores, int64_t count, int64_t keys, float factor,
-                          bool first, float* peak, float* total, float* out, int64_t width,
-                          bf16* weights) {
+inline void softmax_pairs(const float* scores, int64_t count, int64_t keys, float scale, bool first,
+                          float* peak, float* total, float* out, int64_t width, bf16* weights) {
   constexpr int64_t wide = 16 * V;
-  const __m512 scale = _mm512_set1_ps(factor);
+  const __m512 factor = _mm512_set1_ps(scale * kLog2e);
   __m512 top[V], sum[V];
   for (int v = 0; v < V; ++v) {
-    top[v] = first ? _mm512_mul_ps(scale, _mm512_loadu_ps(scores + 16 * v))
-                   : _mm512_loadu_ps(peak + 16 * v);
+    top[v] = _mm512_loadu_ps((first ? scores : peak) + 16 * v);
     sum[v] = _mm512_setzero_ps();
   }
   for (int64_t n = 0; n < count; ++n) {
     for (int v = 0; v < V; ++v) {
-      const __m512 score = _mm512_mul_ps(scale, _mm512_loadu_ps(scores + n * wide + 16 * v));
-      top[v] = _mm512_max_ps(top[v], score);
+      const __m512 score = _mm512_loadu_ps(scores + n * wide + 16 * v);
+      top[v] = scale < 0 ? _mm512_min_ps(top[v], score) : _mm512_max_ps(top[v], score);
     }
   }
   const auto weight = [&](int64_t n, int v) {
     const __m512 score = _mm512_loadu_ps(scores + n * wide + 16 * v);
-    const __m512 w = exp2_coarse(_mm512_fmsub_ps(scale, score, top[v]));
+    const __m512 w = exp2_coarse(_mm512_mul_ps(factor, _mm512_sub_ps(score, top[v])));
     sum[v] = _mm512_add_ps(sum[v], w);
     return w;
   };
@@ -77,7 +77,8 @@ inline void softmax_pairs(const float* scores, int64_t count, int64_t keys, floa
   }
   for (int v = 0; v < V; ++v) {
     if (!first) {
-      const __m512 shrink = exp2_coarse(_mm512_sub_ps(_mm512_loadu_ps(peak + 16 * v), top[v]));
+      const __m512 rise = _mm512_sub_ps(_mm512_loadu_ps(peak + 16 * v), top[v]);
+      const __m512 shrink = exp2_coarse(_mm512_mul_ps(factor, rise));
       sum[v] = _mm512_fmadd_ps(_mm512_loadu_ps(total + 16 * v), shrink, sum[v]);
       for (int64_t d = 0; d < width; ++d) {
         float* at = out + d * wide + 16 * v;
@@ -101,19 +102,20 @@ struct Slopes {
 // from `count` to `keys`, a multiple of 2, become 0.
 template <int V>
 inline void slope_pairs(float* scores, const float* products, int64_t ld, int64_t count,
-                        int64_t keys, float factor, const float* lse, float* delta, float share,
+                        int64_t keys, float scale, const float* lse, float* delta, float share,
                         bool whole, const Slopes& to) {
-  constexpr float kLog2e = 0x1.715476p0f;
-  const __m512 scale = _mm512_set1_ps(factor);
+  const __m512 factor = _mm512_set1_ps(scale), log2e = _mm512_set1_ps(kLog2e);
   __m512 shift[V], part[V], mean[V], total[V], sum[V];
   for (int v = 0; v < V; ++v) {
-    shift[v] = _mm512_mul_ps(_mm512_set1_ps(kLog2e), _mm512_loadu_ps(lse + 16 * v));
+    shift[v] = _mm512_loadu_ps(lse + 16 * v);
     total[v] = sum[v] = _mm512_setzero_ps();
   }
   for (int64_t n = 0; n < count; ++n) {
     for (int v = 0; v < V; ++v) {
       float* at = scores + n * ld + 16 * v;
-      const __m512 w = exp2_coarse(_mm512_fmsub_ps(scale, _mm512_loadu_ps(at), shift[v]));
+      // Rounded as the peak in lse was, see softmax_pairs.
+      const __m512 score = _mm512_mul_ps(factor, _mm512_loadu_ps(at));
+      const __m512 w = exp2_coarse(_mm512_mul_ps(log2e, _mm512_sub_ps(score, shift[v])));
       _mm512_storeu_ps(at, w);
       total[v] = _mm512_add_ps(total[v], w);
       sum[v] = _mm512_fmadd_ps(w, _mm512_loadu_ps(products + n * ld + 16 * v), sum[v]);
@@ -192,7 +194,6 @@ struct Bf16Engine {
 
   static void attend(const Path<bf16>& path, const PanelRange<float>& range, const bf16* q,
                      int64_t width, double scale, const Attend& s, float* out, float* lse) {
-    constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
     const int64_t deep = depth(width), rows = out_rows(width), wide_rows = columns(width);
     if (path.count == 0) return no_keys<float>(range.lanes() * rows, range.lanes(), out, lse);
     const Blocks blocks(path.count);
@@ -209,14 +210,14 @@ struct Bf16Engine {
         float* sums = out + lane * rows;
         bf16_gemm_columns<V()>(tiles, deep, key.data, key.ld, q + lane * deep, wide, s.scores, wide,
                                false);
-        softmax_pairs<V()>(s.scores, count, keys, static_cast<float>(scale * kLog2e), begin == 0,
+        softmax_pairs<V()>(s.scores, count, keys, static_cast<float>(scale), begin == 0,
                            s.peak + lane, s.total + lane, sums, width, s.weights);
         turned_product<V()>(rows, keys, s.pairs, wide_rows, s.value, s.weights, wide, sums,
                             begin > 0);
       });
     }
     range.each([&](auto V, int64_t lane) {
-      normalise<V()>(s.peak + lane, s.total + lane, static_cast<float>(kLn2), width,
+      normalise<V()>(s.peak + lane, s.total + lane, static_cast<float>(scale), width,
                      out + lane * rows, lse + lane);
     });
   }
@@ -282,7 +283,6 @@ struct Bf16Engine {
   static void block(const GradPath<bf16>& path, int64_t begin, int64_t count, float share,
                     const Panels<float>& panels, int64_t width, double scale,
                     const Differentiate& s, float* grad_q) {
-    constexpr double kLog2e = 1.4426950408889634;
     const int64_t deep = depth(width), rows = out_rows(width), columns = Bf16Engine::columns(width);
     const int64_t keys = round_up(count, kDepthStep), tiles = round_up(count, kRowStep);
     const auto value = left_rows(path.value, path.index, begin, count, tiles, width, s.value);
@@ -307,7 +307,7 @@ struct Bf16Engine {
         const Slopes to{s.weights + at, s.slopes + at, s.strip, s.slope_pairs};
         with_vecs(panel.vecs, [&](auto V) {
           attention::slope_pairs<V()>(s.scores + at, s.products + at, s.strip, count, keys,
-                                      static_cast<float>(scale * kLog2e), s.lse + panel.first,
+                                      static_cast<float>(scale), s.lse + panel.first,
                                       s.delta + panel.first, share, count == path.count, to);
           turned_product<V()>(rows, keys, s.key_pairs, columns, s.key_columns, s.slope_pairs, wide,
                               grad_q + panel.first * rows, true);

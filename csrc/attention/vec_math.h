@@ -34,6 +34,8 @@ constexpr int64_t padded(int64_t n) {
   return ceil_div(n, kLanes<acc_t>) * kLanes<acc_t>;
 }
 
+constexpr float kLog2e = 0x1.715476p0f;
+
 // Calls f(std::integral_constant<int, vecs>{}) for vecs in 1..kMaxVecs.
 template <class F>
 inline void with_vecs(int64_t vecs, const F& f) {
@@ -85,7 +87,6 @@ inline Vec<float> exp_shifted(const Vec<float>& x) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   using V = Vec<float>;
   using at::vec::fmadd;
-  constexpr float kLog2e = 0x1.715476p0f;
   constexpr float kLn2High = 0x1.62e4p-1f;  // 14 zero bits: k * kLn2High is exact
   constexpr float kLn2Low = 0x1.7f7d1cp-20f;
   constexpr float kSmallest = -87.33654f;  // log of the smallest normal number

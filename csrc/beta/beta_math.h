@@ -114,10 +114,10 @@ struct Step {
 
 // p d - log(1 + p (e^d - 1)), minus the relative entropy of p to alpha. The same holds with (p, d)
 // and (q, -d): the smaller probability is taken, where both terms are small with their difference,
-// unless its exponential grows large.
+// unless its exponential comes near the largest number.
 DVLA_HD double match_exact(const Policy& policy, double d) {
   const bool p_is_smaller = policy.p <= policy.q;
-  const bool grows = (p_is_smaller ? d : -d) > 20.0;
+  const bool grows = (p_is_smaller ? d : -d) > 600.0;
   const bool by_p = p_is_smaller != grows;
   const double side = by_p ? policy.p : policy.q, other = by_p ? policy.q : policy.p;
   const double x = by_p ? d : -d;

@@ -87,6 +87,40 @@ def test_densities_and_gradients_equal_50_digit_values(
             assert error <= bound, (name, f"logit {x:.3g}, kappa {k:g}", float(error), bound)
 
 
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kappa", [1.0, 1e3, 1e12])
+@pytest.mark.parametrize("x", [-34.0, 34.0, -60.0, 250.0])
+def test_means_far_out_and_actions_far_from_them(
+    x: float, kappa: float, dtype: torch.dtype
+) -> None:
+    """The differences of logits go up to 30, where nearly all of what is subtracted cancels."""
+    distance = torch.arange(-30, 31, dtype=dtype)
+    logits, kappas = torch.full_like(distance, x), torch.full_like(distance, kappa)
+    action = logits + distance
+    got = measured(logits, kappas, action, "cpp")
+    relative = 2e-7 if dtype == torch.float32 else 2e-12
+    largest = torch.finfo(dtype).max
+    for i in range(len(distance)):
+        want = exact(x, kappa, float(action[i]))
+        for name, value in want.items():
+            value = min(max(value, -largest), largest)  # beyond it a result saturates
+            if dtype == torch.float32 and name.startswith("log_prob") and kappa > 1e3:
+                continue  # holds fewer digits, see policy_step
+            error = abs(float(got[name][i]) - value)
+            bound = relative * abs(value) + 1e-13 * (1e3 if dtype == torch.float32 else 1.0)
+            assert error <= bound, (name, float(distance[i]), float(error), float(bound))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_gate_that_is_nearly_shut_keeps_its_digits(dtype: torch.dtype, backend: str) -> None:
+    action = torch.linspace(-80, 80, 161, dtype=dtype)
+    alpha = beta_policy(torch.zeros_like(action), 2.0, action_logit=action, backend=backend).alpha
+    want = torch.sigmoid(action.double())
+    assert ((alpha - want).abs() <= 4 * torch.finfo(dtype).eps * want).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (0,), (257,), (1030,)], ids=str)
 def test_shapes_strides_and_ranges(shape: tuple[int, ...], backend: str) -> None:

@@ -61,6 +61,22 @@ def test_values_and_gradients_float64(shape: Shape, masked: bool, backend: str) 
     assert_near(got, with_grads(definition, tensors, grad_out, **masks))
 
 
+@pytest.mark.parametrize("backend", [CPP])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_is_left_of_an_earlier_call(dtype: torch.dtype, backend: str) -> None:
+    """Working memory is kept: what a wider problem left there pads no rows of a narrower one."""
+    wide, narrow = Shape(1, 2, 2, 33, 70, 40, 64), Shape(1, 2, 2, 33, 70, 40, 33)
+    tensors = [make(narrow, dtype, layout) for layout in ("contiguous", "transposed")]
+    tensors[1] = tuple(b.copy_(a) for a, b in zip(*tensors))
+    results = []
+    for inputs in tensors:
+        large = [x * 1e3 for x in make(wide, dtype)]
+        with_grads(dual_attention, large, grad_for(wide, dtype), backend=backend)
+        results.append(with_grads(dual_attention, inputs, grad_for(narrow, dtype), backend=backend))
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -197,6 +213,26 @@ def test_huge_scores(dtype: torch.dtype, backend: str) -> None:
     exact = definition(*[x.double() for x in tensors])
     # A score is known to about 1e4 * 2^-24, so are the weights.
     assert (got["out"].double() - exact).abs().max() < max(2e-2, 8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keys", [150, 300])
+@pytest.mark.parametrize("scale", [1.0, -1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_scores_whose_roundings_are_large(
+    dtype: torch.dtype, scale: float, keys: int, backend: str
+) -> None:
+    """Scores near ±10^11, whose roundings alone, as exponents, go beyond float32's range."""
+    shape = Shape(1, 2, 2, 33, keys, 40, 24)
+    q, ik, iv, tk, tv, alpha = make(shape, dtype)
+    tensors = (q * 1e4, ik * 1e4, iv, tk * 1e4, tv, alpha)
+    grad_out = grad_for(shape, dtype)
+    got = with_grads(dual_attention, tensors, grad_out, scale=scale * 100, backend=backend)
+    assert all(torch.isfinite(value).all() for value in got.values())
+    exact = with_grads(definition, [x.double() for x in tensors], grad_out, scale=scale * 100)
+    for name in ("out", "grad_image_value", "grad_text_value"):
+        error = (got[name].double() - exact[name]).abs().max()
+        assert error < 8 * torch.finfo(dtype).eps * exact[name].abs().max(), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

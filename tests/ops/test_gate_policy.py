@@ -214,6 +214,20 @@ def test_long_means_do_not_drift(backend: str) -> None:
         assert abs(float(got) - float(exactly)) < 1e-4
 
 
+@pytest.mark.parametrize("backend", [CPP])
+def test_a_norm_below_the_smallest_is_a_constant(backend: str) -> None:
+    """The cosine divides by 1e-8 at least, which does not change with the tokens."""
+    gen = torch.Generator().manual_seed(0)
+    image, text = (torch.randn(1, 1, 5, generator=gen, dtype=torch.float64) for _ in range(2))
+    leaves = [(image * 1e-9).requires_grad_(), text.requires_grad_()]
+    cosine = gate_state(*leaves, backend=backend)[0, -1]
+    x, y = (leaf.flatten() for leaf in leaves)
+    want = x @ y / (x.norm().clamp_min(1e-8) * y.norm())
+    torch.testing.assert_close(cosine, want)
+    for got, grad in zip(*(torch.autograd.grad(value, leaves) for value in (cosine, want))):
+        torch.testing.assert_close(got, grad)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [0.0, 1e-20, 1e18], ids=str)
 def test_hostile_values_stay_finite(value: float, backend: str) -> None:

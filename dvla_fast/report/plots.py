@@ -94,7 +94,8 @@ def plot_run(
 def _whole_epochs(axis: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))
+    whole = MaxNLocator(nbins="auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+    axis.xaxis.set_major_locator(whole)
 
 
 def _title(figure: Any, data: FewShotData, summary: Mapping[str, Any]) -> None:

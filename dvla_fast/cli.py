@@ -108,6 +108,9 @@ def _dispatch(given: list[str], owns_process: bool) -> int:
     config = _parse(name, rest)
     if not hasattr(config, "resume"):  # no run, no run folder
         return RUNNERS[name](config)
+    if "--print_settings" in rest:
+        print(_settings_text(config), end="")
+        return 0
     if owns_process:
         from dvla_fast.engine.memory import keep_freed_memory
 
@@ -128,6 +131,14 @@ def _dispatch(given: list[str], owns_process: bool) -> int:
             return fail("interrupted before the run began; nothing is kept", INTERRUPTED)
         again = shlex.join(["dvla-fast", name, "--resume", "--output", config.output])
         return fail(f"interrupted; continue: {again}", INTERRUPTED)
+
+
+def _settings_text(config: Any) -> str:
+    """A run's settings as a file for ``--config`` holds them."""
+    from dvla_fast.engine.logging import to_yaml
+    from dvla_fast.engine.settings import to_dict
+
+    return to_yaml({k: v for k, v in to_dict(config).items() if k not in ("output", "resume")})
 
 
 def _group_overview(group: str) -> str:
@@ -156,7 +167,8 @@ def _overview() -> str:
         "Few-shot image classification with text, gated by reinforcement learning (DVLA-RL).\n\n"
         f"commands:\n{rows}\n\n"
         "options of every command: --help (with examples), --debug (tracebacks);\n"
-        "of every run: --config FILE.yaml, --seed N, --output FOLDER, --resume\n\n"
+        "of every run: --config FILE.yaml, --print_settings, --seed N, --output FOLDER, "
+        "--resume\n\n"
         "examples:\n  dvla-fast demo --quick\n  dvla-fast pretrain --help\n  dvla-fast --version"
     )
 
@@ -254,6 +266,6 @@ def _parse_with(name: str, rest: list[str], cls: type, default: Any) -> Any:
     from dvla_fast.engine.settings import from_mapping
 
     values = build_parser(name, cls, default).parse_args(rest).as_dict()
-    values.pop("config", None)
-    values.pop("debug", None)
+    for shared in ("config", "debug", "print_settings"):
+        values.pop(shared, None)
     return from_mapping(cls, values, "command line")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from dvla_fast.cli import main
@@ -107,8 +108,25 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
         text = capsys.readouterr().out
         assert f"  dvla-fast {name}" in text
         if name not in ("doctor", "predict"):  # no runs
-            for option in ("--config", "--seed", "--resume", "--debug", "--output"):
+            for option in (
+                "--config", "--print_settings", "--seed", "--resume", "--debug", "--output",
+            ):  # fmt: skip
                 assert option in text
+
+
+def test_settings_are_printed_as_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of them, ready for ``--config``; nothing is run or written."""
+    output = tmp_path / "run"
+    given = ["--metatune.epochs=7", "--data.dataset=shapes", f"--output={output}"]
+    assert main(["metatune", *given, "--print_settings"]) == 0
+    text = capsys.readouterr().out
+    settings = yaml.safe_load(text)
+    assert (settings["metatune"]["epochs"], settings["data"]["dataset"]) == (7, "shapes")
+    assert settings["metatune"]["way"] == 5  # a default
+    assert not output.exists()
+    (tmp_path / "mine.yaml").write_text(text)
+    assert main(["metatune", f"--config={tmp_path / 'mine.yaml'}", "--print_settings"]) == 0
+    assert capsys.readouterr().out == text
 
 
 def test_doctor_reports(capsys: pytest.CaptureFixture[str]) -> None:

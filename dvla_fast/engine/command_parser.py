@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from dvla_fast.commands import COMMANDS
@@ -54,6 +55,12 @@ def build_parser(name: str, cls: type, default: Any) -> Any:
         metavar="FILE",
         help="YAML file with any of these settings, or one of configs/ by name, as cub_1shot",
     )
+    if any(item.name == "resume" for item in fields(cls)):
+        parser.add_argument(
+            "--print_settings",
+            action="store_true",
+            help="print all settings as a YAML file and end",
+        )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     add_arguments(parser, cls, default)
     return parser

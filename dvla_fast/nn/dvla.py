@@ -17,6 +17,7 @@ from dvla_fast.nn.episode import EpisodeOutput, LayerTrace, TextTokens
 from dvla_fast.nn.episode_checks import check_episodes, check_learned, check_text
 from dvla_fast.nn.gate import RLAGate
 from dvla_fast.nn.gate_pass import GatePass, per_layer
+from dvla_fast.nn.layers import reset_parts
 from dvla_fast.nn.level_weights import level_scales
 from dvla_fast.nn.prototype import nearest_prototypes
 
@@ -99,6 +100,18 @@ class DVLA(nn.Module):
             nn.Linear(width, text_dim, bias=False) for width in widths
         )  # U of the similarity reward
         self.level_scales = level_scales(level_weights, self.gated_layers, backbone.deep_from)
+
+    def reset_parameters(self) -> None:
+        """Initialise all weights and buffers anew, as a model from the meta device needs::
+
+            with torch.device("meta"):
+                model = DVLA(backbone)
+            model.to_empty(device="cuda").reset_parameters()
+
+        Raises:
+            NotImplementedError: a backbone whose weights come from elsewhere (:class:`ClipViT`).
+        """
+        reset_parts(self)
 
     def features(self, images: Tensor) -> Tensor:
         """Visual features (B, feature_dim) of images (B, C, H, W): the backbone without gates."""

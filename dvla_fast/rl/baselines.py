@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dvla_fast import _extension
+from dvla_fast.nn.layers import reset_parts
 from dvla_fast.nn.policy import StateNetwork
 from dvla_fast.ops.value_checks import require, value_checks
 
@@ -52,6 +53,11 @@ class EMABaseline(nn.Module):
         self.momentum = momentum
         self.register_buffer("value", torch.zeros(num_layers))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def reset_parameters(self) -> None:
+        """Forget the steps taken in."""
+        self.value.zero_()
+        self.steps.zero_()
 
     @torch.no_grad()
     def forward(self, rewards: Tensor) -> Tensor:
@@ -134,6 +140,10 @@ class ValueBaseline(nn.Module):
         if not dims or min(dims) < 1 or hidden_dim < 1:
             raise ValueError(f"dims, hidden_dim: expected positive, got {dims} and {hidden_dim}")
         self.networks = nn.ModuleList(StateNetwork(dim, hidden_dim) for dim in dims)
+
+    def reset_parameters(self) -> None:
+        """Initialise the networks anew."""
+        reset_parts(self)
 
     def forward(self, rewards: Tensor, states: Sequence[Tensor] | None = None) -> Tensor:
         """Rewards (L, E) and states, (E, 2·d + 1) or (E, n, 2·d + 1) a layer -> values (L, E).

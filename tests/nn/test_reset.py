@@ -94,3 +94,24 @@ def test_baselines(make: Callable[[], nn.Module]) -> None:
     baseline = emptied(make)
     baseline.reset_parameters()
     check_start(baseline, make())
+
+
+def test_sharded_gate() -> None:
+    """Every rank initialises its own shard: here the first of two, without the other."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    torch.distributed.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+        with torch.device("meta"):
+            gate = RLAGate(32, TEXT_DIM, 2)
+        fsdp.fully_shard(gate, mesh=mesh)
+        gate.to_empty(device="cpu")
+        shards = {name: p.to_local().detach() for name, p in gate.named_parameters()}
+        for shard in shards.values():
+            shard.fill_(float("nan"))
+        gate.reset_parameters()
+        for name, shard in shards.items():
+            assert shard.isfinite().all(), name
+    finally:
+        torch.distributed.destroy_process_group()

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dvla_fast import functional
 from dvla_fast.distributions import MeanConcentrationBeta
-from dvla_fast.nn import DVLA, BetaPolicy, RLAGate
+from dvla_fast.nn import DVLA, BetaPolicy, GatePolicy, RLAGate
 from dvla_fast.nn.dvla import TEXT_SCOPES
-from dvla_fast.nn.policy import POLICIES
+from dvla_fast.nn.policy import POLICIES, StateNetwork
 from dvla_fast.rl import ReinforceLoss, total_loss
 
 from .conftest import TEXT_DIM, make_episodes, make_text
@@ -345,6 +345,29 @@ def test_distributed_data_parallel(make_model: MakeModel, text_scope: str) -> No
             loss, _ = total_loss(output, query_labels, text, ReinforceLoss())
             loss.backward()
     same(tuple(p.grad for p in model.parameters()), tuple(p.grad for p in twin.parameters()))
+
+
+@pytest.mark.usefixtures("one_process_group")
+@pytest.mark.parametrize("unit", [DVLA, RLAGate, GatePolicy, StateNetwork, nn.Linear])
+def test_fully_sharded(make_model: MakeModel, unit: type[nn.Module]) -> None:
+    """Weights that are sharded are whole only inside the forward of their unit."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    model = make_model()
+    twin = copy.deepcopy(model)
+    for module in [
+        part for part in model.modules() if isinstance(part, unit) and part is not model
+    ]:
+        fsdp.fully_shard(module, mesh=mesh)
+    fsdp.fully_shard(model, mesh=mesh)
+    support, labels, query, query_labels = make_episodes(2, 3, 1, 2)
+    text = make_text(2, 3)
+    for module in (model, twin):
+        torch.manual_seed(4)
+        output = module(support, labels, query, text, way=3)
+        total_loss(output, query_labels, text, ReinforceLoss())[0].backward()
+    got = tuple(p.grad.full_tensor() for p in model.parameters())
+    torch.testing.assert_close(got, tuple(p.grad for p in twin.parameters()))
 
 
 def test_inside_somebody_elses_sequential(make_gate: MakeGate, inputs: tuple) -> None:

@@ -163,7 +163,7 @@ class DVLA(nn.Module):
         """
         check_episodes(support, support_labels, query, way)
         if text is not None:
-            check_text(text, len(support), way, self.text_dim, self.text_scope != "episode")
+            check_text(text, support.shape[0], way, self.text_dim, self.text_scope != "episode")
         start = self.gated_layers[0] if from_prefix else None
         counts = (support.shape[1], query.shape[1])
         if text is None:
@@ -227,7 +227,7 @@ class DVLA(nn.Module):
         start = self.gated_layers[0] if from_prefix else None
         if text is None:
             return self._through(support, None, start), ()
-        check_text(text, len(support), way, self.text_dim, self.text_scope != "episode")
+        check_text(text, support.shape[0], way, self.text_dim, self.text_scope != "episode")
         options: dict[str, Any] = {"sample": sample, "generator": generator}
         pass_ = GatePass(self, text, (support.shape[1], 0), way, options, alpha, None)
         if self.text_scope == "episode":
@@ -272,7 +272,7 @@ class DVLA(nn.Module):
                 " give what support_features returned for the same text"
             )
         if text is not None:
-            check_text(text, len(query), way, self.text_dim, self.text_scope != "episode")
+            check_text(text, query.shape[0], way, self.text_dim, self.text_scope != "episode")
         start = self.gated_layers[0] if from_prefix else None
         if text is None or self.text_scope == "class":  # which sees no text in its queries
             queries = self._through(query, None, start)

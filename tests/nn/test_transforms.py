@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dvla_fast import functional
 from dvla_fast.distributions import MeanConcentrationBeta
-from dvla_fast.nn import DVLA, BetaPolicy, GatePolicy, RLAGate
+from dvla_fast.nn import DVLA, BetaPolicy, GatePolicy, RLAGate, TextTokens
 from dvla_fast.nn.dvla import TEXT_SCOPES
 from dvla_fast.nn.policy import POLICIES, StateNetwork
 from dvla_fast.rl import ReinforceLoss, total_loss
@@ -234,6 +234,27 @@ def test_a_model_exported_and_saved(make_model: MakeModel, text_scope: str) -> N
     expected = model(*given, way=3)
     same((found.logits,), (expected.logits,))
     same(found.layers[0][1:], expected.layers[0][1:])
+
+
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
+def test_a_model_exported_for_any_number_of_episodes(
+    make_model: MakeModel, text_scope: str
+) -> None:
+    model = make_model(text_scope=text_scope).eval()
+    support, labels, query, _ = make_episodes(2, 3, 1, 2)
+    free = {0: torch.export.Dim.DYNAMIC}
+    shapes = {
+        "support": free,
+        "support_labels": free,
+        "query": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},
+        "text": TextTokens(free, None, free, None),  # type: ignore[arg-type]
+        "way": None,
+    }
+    given = (support, labels, query, make_text(2, 3))
+    program = torch.export.export(model, given, {"way": 3}, dynamic_shapes=shapes)
+    support, labels, query, _ = make_episodes(3, 3, 1, 4)
+    given = (support, labels, query, make_text(3, 3))
+    same((program.module()(*given, way=3).logits,), (model(*given, way=3).logits,))
 
 
 @pytest.mark.parametrize("scope", ["image", "episode"])

@@ -250,7 +250,6 @@ class RLAGate(nn.Module):
             image_tokens, text_tokens, image_mask=image_mask, text_mask=text_mask, alpha=alpha,
             sample=sample, generator=generator, state_images=state_images, episodes=episodes,
         )  # fmt: skip
-        image_tokens = reference.without_masked(image_tokens, image_mask)
         text_tokens = reference.without_masked(text_tokens, text_mask)
         query, text_key, _ = self._heads(self.text_qkv(self.text_projection(text_tokens)), 3)
         key, _ = self._heads(self.image_kv(image_tokens), 2)

@@ -151,7 +151,8 @@ class DVLA(nn.Module):
             alpha: replay gates: one number or tensor for all layers, a sequence with one per
                 layer, or a mapping from location (layers it lacks ask their policy). Tensors of
                 shape (), (E,), or as ``LayerTrace.alpha``.
-            action_logit: re-evaluate stored actions, given likewise.
+            action_logit: re-evaluate stored actions, given likewise, in tensors of shape (E,) or as
+                ``LayerTrace.action_logit``.
             sample: draw gates (True) or take the policy's mean (False); None: draw in training.
             generator: source of randomness on the inputs' device.
             from_prefix: ``support`` and ``query`` are maps of :meth:`prefix`, not images.

@@ -8,6 +8,7 @@ depend on the action that each is subtracted from; then, in training, it takes t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +150,8 @@ class ValueBaseline(nn.Module):
         """Rewards (L, E) and states, (E, 2·d + 1) or (E, n, 2·d + 1) a layer -> values (L, E).
 
         Raises:
-            ValueError: no states, or states of another number of layers or episodes.
+            ValueError: no states, or states of another number of layers or episodes or of another
+                width.
         """
         if states is None:
             raise ValueError("states: the value network needs the states of the gates")
@@ -159,6 +161,7 @@ class ValueBaseline(nn.Module):
                 f" {len(self.networks)}"
             )
         values = []
+        network: Any
         for network, state in zip(self.networks, states):
             pooled = state.detach()
             if pooled.dim() == 3:  # one reward for all decisions of an episode
@@ -167,6 +170,8 @@ class ValueBaseline(nn.Module):
                 raise ValueError(
                     f"states: {pooled.shape[0]} episodes, rewards have {rewards.shape[1]}"
                 )
+            if pooled.shape[-1] != 2 * network.dim + 1:
+                raise ValueError(f"states: {pooled.shape[-1]} wide, expected {2 * network.dim + 1}")
             values.append(network(pooled).squeeze(-1))
         return torch.stack(values).to(rewards.dtype)
 

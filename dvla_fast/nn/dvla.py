@@ -17,6 +17,7 @@ from dvla_fast.nn.episode import EpisodeOutput, LayerTrace, TextTokens
 from dvla_fast.nn.episode_checks import check_episodes, check_learned, check_text
 from dvla_fast.nn.gate import RLAGate
 from dvla_fast.nn.gate_pass import GatePass, per_layer
+from dvla_fast.nn.layers import reset_parts
 from dvla_fast.nn.level_weights import level_scales
 from dvla_fast.nn.prototype import nearest_prototypes
 
@@ -100,6 +101,18 @@ class DVLA(nn.Module):
         )  # U of the similarity reward
         self.level_scales = level_scales(level_weights, self.gated_layers, backbone.deep_from)
 
+    def reset_parameters(self) -> None:
+        """Initialise all weights and buffers anew, as a model from the meta device needs::
+
+            with torch.device("meta"):
+                model = DVLA(backbone)
+            model.to_empty(device="cuda").reset_parameters()
+
+        Raises:
+            NotImplementedError: a backbone whose weights come from elsewhere (:class:`ClipViT`).
+        """
+        reset_parts(self)
+
     def features(self, images: Tensor) -> Tensor:
         """Visual features (B, feature_dim) of images (B, C, H, W): the backbone without gates."""
         result: Tensor = self.backbone(images)
@@ -138,7 +151,8 @@ class DVLA(nn.Module):
             alpha: replay gates: one number or tensor for all layers, a sequence with one per
                 layer, or a mapping from location (layers it lacks ask their policy). Tensors of
                 shape (), (E,), or as ``LayerTrace.alpha``.
-            action_logit: re-evaluate stored actions, given likewise.
+            action_logit: re-evaluate stored actions, given likewise, in tensors of shape (E,) or as
+                ``LayerTrace.action_logit``.
             sample: draw gates (True) or take the policy's mean (False); None: draw in training.
             generator: source of randomness on the inputs' device.
             from_prefix: ``support`` and ``query`` are maps of :meth:`prefix`, not images.
@@ -150,7 +164,7 @@ class DVLA(nn.Module):
         """
         check_episodes(support, support_labels, query, way)
         if text is not None:
-            check_text(text, len(support), way, self.text_dim, self.text_scope != "episode")
+            check_text(text, support.shape[0], way, self.text_dim, self.text_scope != "episode")
         start = self.gated_layers[0] if from_prefix else None
         counts = (support.shape[1], query.shape[1])
         if text is None:
@@ -214,7 +228,7 @@ class DVLA(nn.Module):
         start = self.gated_layers[0] if from_prefix else None
         if text is None:
             return self._through(support, None, start), ()
-        check_text(text, len(support), way, self.text_dim, self.text_scope != "episode")
+        check_text(text, support.shape[0], way, self.text_dim, self.text_scope != "episode")
         options: dict[str, Any] = {"sample": sample, "generator": generator}
         pass_ = GatePass(self, text, (support.shape[1], 0), way, options, alpha, None)
         if self.text_scope == "episode":
@@ -259,7 +273,7 @@ class DVLA(nn.Module):
                 " give what support_features returned for the same text"
             )
         if text is not None:
-            check_text(text, len(query), way, self.text_dim, self.text_scope != "episode")
+            check_text(text, query.shape[0], way, self.text_dim, self.text_scope != "episode")
         start = self.gated_layers[0] if from_prefix else None
         if text is None or self.text_scope == "class":  # which sees no text in its queries
             queries = self._through(query, None, start)

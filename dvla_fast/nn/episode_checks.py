@@ -76,9 +76,9 @@ def check_learned(
     check_images("query", query)
     if min(query.shape[:2]) < 1:
         raise ValueError("query: an episode needs at least one image")
-    if features.dim() != 3 or features.shape[0] != len(query):
+    if features.dim() != 3 or features.shape[0] != query.shape[0]:
         raise ValueError(
-            f"features: shape {tuple(features.shape)}, expected ({len(query)}, supports, d)"
+            f"features: shape {tuple(features.shape)}, expected ({query.shape[0]}, supports, d)"
         )
     check_labels(labels, tuple(features.shape[:2]), way)
     for trace in layers:

@@ -6,6 +6,7 @@ mixes the two answers by α; the mix goes back into the image stream (method §3
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -122,15 +123,20 @@ class RLAGate(nn.Module):
             concentration=concentration,
             fixed_alpha=fixed_alpha,
         )
-        self.reset_parameters()
+        self._reset_projections()
 
     def reset_parameters(self) -> None:
+        """Initialise the whole gate anew, policy included, as after ``to_empty``."""
+        self._reset_projections()
+        self.policy.reset_parameters()
+
+    def _reset_projections(self) -> None:
         """Xavier for each of the d × d maps apart: stacked, their fan-out would be overstated."""
         nn.init.xavier_uniform_(self.text_projection.weight)
         nn.init.zeros_(self.text_projection.bias)
+        bound = math.sqrt(3.0 / self.dim)
         for stacked in (self.text_qkv, self.image_kv, self.out_projection):
-            for weight in stacked.weight.detach().split(self.dim):
-                nn.init.xavier_uniform_(weight)
+            nn.init.uniform_(stacked.weight, -bound, bound)  # whole: parts of a shard are copies
 
     def forward(
         self,
@@ -244,7 +250,6 @@ class RLAGate(nn.Module):
             image_tokens, text_tokens, image_mask=image_mask, text_mask=text_mask, alpha=alpha,
             sample=sample, generator=generator, state_images=state_images, episodes=episodes,
         )  # fmt: skip
-        image_tokens = reference.without_masked(image_tokens, image_mask)
         text_tokens = reference.without_masked(text_tokens, text_mask)
         query, text_key, _ = self._heads(self.text_qkv(self.text_projection(text_tokens)), 3)
         key, _ = self._heads(self.image_kv(image_tokens), 2)

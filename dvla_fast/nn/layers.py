@@ -1,8 +1,9 @@
-"""Which layers may be read past their forward, and what a module computes in."""
+"""Which layers may be read past their forward, what a module computes in, how it starts anew."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,24 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
         or "forward" in layer.__dict__ or _has_any_global_hook()
     )  # fmt: skip
     return type(layer) is kind and not changed
+
+
+def reset_parts(module: nn.Module) -> None:
+    """Initialise all that a module consists of anew; its own parameters and buffers are left to it.
+
+    Raises:
+        NotImplementedError: a part has parameters or buffers and no ``reset_parameters``.
+    """
+    for part in module.children():
+        reset: Any = getattr(part, "reset_parameters", None)
+        if reset is not None:
+            reset()  # and its own parts
+        elif part._parameters or part._buffers:
+            raise NotImplementedError(
+                f"{type(part).__name__} has weights and no reset_parameters(); load weights instead"
+            )
+        else:
+            reset_parts(part)
 
 
 def lookup(numbers: Sequence[float], index: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree
 
 from dvla_fast import _extension, functional, reference
-from dvla_fast.nn.layers import is_plain, lookup, weight_of
+from dvla_fast.nn.layers import is_plain, lookup, reset_parts, weight_of
 from dvla_fast.ops.first_order import first_order_term
 from dvla_fast.ops.gate_policy import check_fixed_concentration
 from dvla_fast.ops.value_checks import require, value_checks
@@ -93,6 +93,10 @@ class GatePolicy(nn.Module):
         step = self(state, action_logit=action_logit, sample=sample, generator=generator)
         return step, state
 
+    def reset_parameters(self) -> None:
+        """Initialise the policy anew."""
+        reset_parts(self)
+
     def outputs(self, state: Tensor) -> Tensor:
         """What the policy's network says about states (A, 2·dim + 1): (A, O).
 
@@ -127,6 +131,14 @@ class StateNetwork(nn.Module):
         self.dim = dim
         self.hidden = nn.Linear(2 * dim + 1, hidden_dim)
         self.out = nn.Linear(hidden_dim, out_features)
+        self._start_at_zero()
+
+    def reset_parameters(self) -> None:
+        """Initialise the network anew."""
+        reset_parts(self)
+        self._start_at_zero()
+
+    def _start_at_zero(self) -> None:
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -370,6 +382,10 @@ class StaticPolicy(GatePolicy):
     def __init__(self) -> None:
         super().__init__()
         self.logit = nn.Parameter(torch.zeros(()))
+
+    def reset_parameters(self) -> None:
+        """See :class:`GatePolicy`: α = 1/2."""
+        nn.init.zeros_(self.logit)
 
     def forward(
         self,

@@ -44,7 +44,7 @@ def beta_cdf(logits: Tensor, concentration: float | Tensor, action_logit: Tensor
 
     Returns:
         Tensor of the broadcast shape, in [0, 1], in ``logits``' dtype (at least float32), without
-        gradient. Small values keep their relative accuracy.
+        gradient. Within 1e-7 whatever κ, and relatively so for actions below the policy's logit.
     """
     with torch.no_grad():
         tail, upper = _tail(logits, concentration, action_logit)

@@ -8,11 +8,13 @@ depend on the action that each is subtracted from; then, in training, it takes t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dvla_fast import _extension
+from dvla_fast.nn.layers import reset_parts
 from dvla_fast.nn.policy import StateNetwork
 from dvla_fast.ops.value_checks import require, value_checks
 
@@ -52,6 +54,11 @@ class EMABaseline(nn.Module):
         self.momentum = momentum
         self.register_buffer("value", torch.zeros(num_layers))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def reset_parameters(self) -> None:
+        """Forget the steps taken in."""
+        self.value.zero_()
+        self.steps.zero_()
 
     @torch.no_grad()
     def forward(self, rewards: Tensor) -> Tensor:
@@ -135,11 +142,16 @@ class ValueBaseline(nn.Module):
             raise ValueError(f"dims, hidden_dim: expected positive, got {dims} and {hidden_dim}")
         self.networks = nn.ModuleList(StateNetwork(dim, hidden_dim) for dim in dims)
 
+    def reset_parameters(self) -> None:
+        """Initialise the networks anew."""
+        reset_parts(self)
+
     def forward(self, rewards: Tensor, states: Sequence[Tensor] | None = None) -> Tensor:
         """Rewards (L, E) and states, (E, 2·d + 1) or (E, n, 2·d + 1) a layer -> values (L, E).
 
         Raises:
-            ValueError: no states, or states of another number of layers or episodes.
+            ValueError: no states, or states of another number of layers or episodes or of another
+                width.
         """
         if states is None:
             raise ValueError("states: the value network needs the states of the gates")
@@ -149,6 +161,7 @@ class ValueBaseline(nn.Module):
                 f" {len(self.networks)}"
             )
         values = []
+        network: Any
         for network, state in zip(self.networks, states):
             pooled = state.detach()
             if pooled.dim() == 3:  # one reward for all decisions of an episode
@@ -157,6 +170,8 @@ class ValueBaseline(nn.Module):
                 raise ValueError(
                     f"states: {pooled.shape[0]} episodes, rewards have {rewards.shape[1]}"
                 )
+            if pooled.shape[-1] != 2 * network.dim + 1:
+                raise ValueError(f"states: {pooled.shape[-1]} wide, expected {2 * network.dim + 1}")
             values.append(network(pooled).squeeze(-1))
         return torch.stack(values).to(rewards.dtype)
 

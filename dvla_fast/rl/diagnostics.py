@@ -43,7 +43,14 @@ def gradient_figures(coefficient: Tensor, score: Tensor) -> dict[str, Tensor]:
 
     Returns:
         "gradient_mean" and "gradient_variance", (L,) each.
+
+    Raises:
+        ValueError: scores that do not fit the coefficients.
     """
+    if score.shape[:-1] != coefficient.shape:
+        raise ValueError(
+            f"scores: shape {tuple(score.shape)}, expected {(*coefficient.shape, 'outputs')}"
+        )
     terms = (coefficient.unsqueeze(-1) * score).flatten(1, -2)  # [L, D, O]
     mean = terms.mean(1)
     variance = (terms - mean.unsqueeze(1)).square().sum(-1).mean(1)

@@ -154,6 +154,7 @@ class PolicyLoss(nn.Module):
             "value_error" and "kl_reference" (L,) where there are any.
 
         Raises:
+            TypeError: rewards that are not floating, or a baseline of another kind.
             ValueError: shapes that do not fit together, or something the objective lacks.
         """
         self._check(log_prob, entropy, rewards, old_log_prob, reference, baseline)
@@ -215,6 +216,12 @@ class PolicyLoss(nn.Module):
         reference: Reference | None,
         baseline: Any,
     ) -> None:
+        if not rewards.is_floating_point():
+            raise TypeError(f"rewards: expected a floating tensor, got {rewards.dtype}")
+        if not (baseline is None or isinstance(baseline, Tensor) or callable(baseline)):
+            raise TypeError(
+                f"baseline: expected a module, a tensor or None, got {type(baseline).__name__}"
+            )
         if rewards.dim() != 2 or log_prob.shape[:2] != rewards.shape:
             raise ValueError(
                 f"rewards: shape {tuple(rewards.shape)} does not fit log_prob"

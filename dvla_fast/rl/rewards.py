@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -63,6 +64,7 @@ def check_reward_weights(weights: Mapping[str, float]) -> None:
     """Refuse weights that name no reward or are no numbers.
 
     Raises:
+        TypeError: a weight is no number.
         ValueError: no reward, an unknown one, or a weight that is not finite.
     """
     if not weights:
@@ -70,6 +72,8 @@ def check_reward_weights(weights: Mapping[str, float]) -> None:
     for name, weight in weights.items():
         if name not in _REWARDS:
             raise ValueError(f"rewards: unknown {name!r}; expected some of {', '.join(_REWARDS)}")
+        if not isinstance(weight, Real):
+            raise TypeError(f"rewards: expected a number as weight of {name!r}, got {weight!r}")
         if not math.isfinite(weight):
             raise ValueError(f"rewards: expected a finite weight of {name!r}, got {weight}")
 

@@ -139,8 +139,10 @@ def test_episode_state_pools_the_images_of_the_group(make_gate: MakeGate) -> Non
 def test_replayed_gates(make_gate: MakeGate, shape: tuple[int, ...]) -> None:
     gate = make_gate()
     z, text = torch.randn(6, 5, 16), torch.randn(2, 4, TEXT_DIM)
-    alpha = torch.rand(shape)
+    alpha = torch.rand(shape, requires_grad=True)
     out = gate(z, text, alpha=alpha)
+    assert out.alpha.requires_grad
+    assert not out.action_logit.requires_grad
     per_image = alpha.expand(6) if shape == () else alpha.repeat_interleave(6 // alpha.numel())
     expected = gate(z, text, alpha=per_image)
     torch.testing.assert_close(out.image_tokens, expected.image_tokens)

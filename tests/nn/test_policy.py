@@ -35,6 +35,22 @@ def test_beta_policy_is_the_beta_distribution_of_its_mean() -> None:
     torch.testing.assert_close(policy(state, sample=False).alpha, mean)
 
 
+def test_pathwise_gradient_is_that_of_the_quantile() -> None:
+    beta = pytest.importorskip("scipy.stats").beta
+    policy = BetaPolicy(3, concentration=4.0).double()
+    policy.pathwise = True
+    torch.nn.init.constant_(policy.network.out.bias, 0.7)
+    alpha = policy(torch.randn(5, 7, dtype=torch.float64)).alpha
+
+    def shapes(logit: float) -> tuple[float, float]:
+        return 4.0 / (1 + math.exp(-logit)), 4.0 / (1 + math.exp(logit))
+
+    level, step = beta.cdf(alpha.detach().numpy(), *shapes(0.7)), 1e-5
+    moved = [beta.ppf(level, *shapes(0.7 + sign * step)) for sign in (1, -1)]
+    (gradient,) = torch.autograd.grad(alpha.sum(), policy.network.out.bias)
+    assert gradient.item() == pytest.approx(((moved[0] - moved[1]) / (2 * step)).sum(), rel=1e-5)
+
+
 def test_pathwise_gradients_are_of_first_order() -> None:
     policy = BetaPolicy(3, hidden_dim=4)
     policy.pathwise = True
@@ -79,6 +95,9 @@ def test_deterministic_policies_have_no_density() -> None:
     torch.testing.assert_close(torch.sigmoid(step.action_logit), step.alpha)
     assert not step.log_prob.any()
     assert not step.entropy.any()
+    for percent in range(101):  # not rounded on the way through a logit
+        alpha = FixedPolicy(percent / 100)(torch.randn(1, 7)).alpha
+        assert torch.equal(alpha, torch.tensor([percent / 100]))
 
 
 def test_state_is_read_free_of_scale() -> None:
@@ -204,3 +223,19 @@ def test_lookup(dtype: torch.dtype) -> None:
         assert got.dtype == dtype
         assert torch.equal(got, want)
     assert torch.equal(lookup((0.5,), index, dtype), torch.full((2, 2), 0.5, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["beta", "categorical"])
+def test_parts_of_a_batch_draw_what_the_whole_does(name: str) -> None:
+    policy = build_policy(name, 4, hidden_dim=8)
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter)
+    states = torch.randn(6, 9)
+    torch.manual_seed(3)
+    whole = policy(states)
+    for part in range(3):
+        policy.share = (part, 3)
+        rows = slice(2 * part, 2 * part + 2)
+        torch.manual_seed(3)
+        for found, expected in zip(policy(states[rows]), whole):
+            torch.testing.assert_close(found, expected[rows])

@@ -100,6 +100,24 @@ def test_candidates_are_gated_as_supports_are(make_model: MakeModel, alpha_scope
             torch.testing.assert_close(alone, features)
 
 
+@pytest.mark.parametrize("text_scope", ["class", "candidate"])
+def test_each_class_has_its_own_mask_and_levels(make_model: MakeModel, text_scope: str) -> None:
+    model = make_model(text_scope=text_scope).eval()
+    support, labels, query, _ = make_episodes(2, 3, 2, 1)
+    text = make_text(2, 3, masked=True)
+    levels = torch.tensor([0, 0, 1, 1, 0, 1, 0, 1, 1])
+    text.mask[1] = text.mask[1].roll(3)  # the second episode's first class lacks one instead
+    text = text._replace(levels=levels, tokens=text.tokens.masked_fill(~text.mask[..., None], 9.0))
+    both = model(support, labels, query, text, way=3)
+    other = text._replace(tokens=text.tokens.masked_fill(~text.mask[..., None], torch.nan))
+    torch.testing.assert_close(model(support, labels, query, other, way=3).logits, both.logits)
+    for i in range(2):
+        one = slice(i, i + 1)
+        own = TextTokens(text.tokens[one], levels, text.class_embedding[one], text.mask[one])
+        alone = model(support[one], labels[one], query[one], own, way=3)
+        torch.testing.assert_close(alone.logits, both.logits[one])
+
+
 @pytest.mark.parametrize("alpha_scope", ["episode", "image"])
 @pytest.mark.parametrize("text_scope", ["episode", "class", "candidate"])
 def test_supports_first_and_queries_later(
@@ -214,3 +232,19 @@ def test_when_supports_are_independent(make_model: MakeModel) -> None:
         support[0].unsqueeze(1), torch.zeros(2, 1).long(), alone, way=1, alpha=[0.5, 0.2]
     )
     torch.testing.assert_close(apart.flatten(0, 1), together.flatten(0, 1))
+
+
+@pytest.mark.parametrize("text_scope", ["episode", "candidate"])
+def test_later_queries_take_the_mean_in_training_too(
+    make_model: MakeModel, text_scope: str
+) -> None:
+    model = make_model(text_scope=text_scope, alpha_scope="image").eval()
+    support, labels, query, _ = make_episodes(2, 3, 1, 2)
+    text = make_text(2, 3)
+    features, layers = model.support_features(support, labels, text, way=3)
+    want = model.query_logits(features, labels, query, text, layers, way=3)
+    for gate in model.gates:
+        gate.train()
+    torch.testing.assert_close(
+        model.query_logits(features, labels, query, text, layers, way=3), want
+    )

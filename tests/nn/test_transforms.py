@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dvla_fast import functional
 from dvla_fast.distributions import MeanConcentrationBeta
-from dvla_fast.nn import DVLA, BetaPolicy, RLAGate
+from dvla_fast.nn import DVLA, BetaPolicy, GatePolicy, RLAGate, TextTokens
 from dvla_fast.nn.dvla import TEXT_SCOPES
-from dvla_fast.nn.policy import POLICIES
+from dvla_fast.nn.policy import POLICIES, StateNetwork
 from dvla_fast.rl import ReinforceLoss, total_loss
 
 from .conftest import TEXT_DIM, make_episodes, make_text
@@ -236,6 +236,27 @@ def test_a_model_exported_and_saved(make_model: MakeModel, text_scope: str) -> N
     same(found.layers[0][1:], expected.layers[0][1:])
 
 
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
+def test_a_model_exported_for_any_number_of_episodes(
+    make_model: MakeModel, text_scope: str
+) -> None:
+    model = make_model(text_scope=text_scope).eval()
+    support, labels, query, _ = make_episodes(2, 3, 1, 2)
+    free = {0: torch.export.Dim.DYNAMIC}
+    shapes = {
+        "support": free,
+        "support_labels": free,
+        "query": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},
+        "text": TextTokens(free, None, free, None),  # type: ignore[arg-type]
+        "way": None,
+    }
+    given = (support, labels, query, make_text(2, 3))
+    program = torch.export.export(model, given, {"way": 3}, dynamic_shapes=shapes)
+    support, labels, query, _ = make_episodes(3, 3, 1, 4)
+    given = (support, labels, query, make_text(3, 3))
+    same((program.module()(*given, way=3).logits,), (model(*given, way=3).logits,))
+
+
 @pytest.mark.parametrize("scope", ["image", "episode"])
 def test_export_with_a_free_batch(make_gate: MakeGate, scope: str) -> None:
     """A text for every image, or one for all."""
@@ -345,6 +366,29 @@ def test_distributed_data_parallel(make_model: MakeModel, text_scope: str) -> No
             loss, _ = total_loss(output, query_labels, text, ReinforceLoss())
             loss.backward()
     same(tuple(p.grad for p in model.parameters()), tuple(p.grad for p in twin.parameters()))
+
+
+@pytest.mark.usefixtures("one_process_group")
+@pytest.mark.parametrize("unit", [DVLA, RLAGate, GatePolicy, StateNetwork, nn.Linear])
+def test_fully_sharded(make_model: MakeModel, unit: type[nn.Module]) -> None:
+    """Weights that are sharded are whole only inside the forward of their unit."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    model = make_model()
+    twin = copy.deepcopy(model)
+    for module in [
+        part for part in model.modules() if isinstance(part, unit) and part is not model
+    ]:
+        fsdp.fully_shard(module, mesh=mesh)
+    fsdp.fully_shard(model, mesh=mesh)
+    support, labels, query, query_labels = make_episodes(2, 3, 1, 2)
+    text = make_text(2, 3)
+    for module in (model, twin):
+        torch.manual_seed(4)
+        output = module(support, labels, query, text, way=3)
+        total_loss(output, query_labels, text, ReinforceLoss())[0].backward()
+    got = tuple(p.grad.full_tensor() for p in model.parameters())
+    torch.testing.assert_close(got, tuple(p.grad for p in twin.parameters()))
 
 
 def test_inside_somebody_elses_sequential(make_gate: MakeGate, inputs: tuple) -> None:

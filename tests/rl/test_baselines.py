@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dvla_fast.rl import EMABaseline, LeaveOneOutBaseline
+from dvla_fast.rl import EMABaseline, LeaveOneOutBaseline, ValueBaseline, normalise_advantage
 
 
 def test_ema_follows_its_recurrence() -> None:
@@ -68,6 +68,27 @@ def test_leave_one_out_is_the_mean_of_the_others() -> None:
     assert got.tolist() == [[4.0, 3.5, 1.5, 1.5, 1.5, 0.0]]
     whole = LeaveOneOutBaseline()(rewards)
     torch.testing.assert_close(whole, (12.0 - rewards) / 5)
+
+
+def test_values_learn_and_leave_the_states_alone() -> None:
+    baseline = ValueBaseline([3, 4], hidden_dim=5)
+    for parameter in baseline.parameters():
+        torch.nn.init.normal_(parameter)
+    states = [torch.randn(6, 7, requires_grad=True), torch.randn(6, 2, 9, requires_grad=True)]
+    values = baseline(torch.zeros(2, 6), states)
+    pooled = (states[0], states[1].mean(1))  # one value for all decisions of an episode
+    expected = [network(state)[:, 0] for network, state in zip(baseline.networks, pooled)]
+    torch.testing.assert_close(values, torch.stack(expected))
+    values.sum().backward()
+    assert all(state.grad is None for state in states)
+    assert all(parameter.grad.any() for parameter in baseline.parameters())
+
+
+def test_advantages_have_deviation_one() -> None:
+    advantage = normalise_advantage(torch.tensor([[0.0, 2.0, 4.0], [5.0, 5.0, 5.0]]))
+    unit = 1.5**0.5  # of the population, not of a sample
+    torch.testing.assert_close(advantage[0], torch.tensor([-unit, 0.0, unit]), rtol=1e-3, atol=0)
+    assert not advantage[1].any()
 
 
 def test_wrong_arguments() -> None:

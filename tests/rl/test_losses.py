@@ -8,7 +8,15 @@ import torch
 import dvla_fast
 from dvla_fast.functional import beta_policy
 from dvla_fast.nn import DVLA, SmallConvAttention, TextTokens
-from dvla_fast.rl import EMABaseline, LeaveOneOutBaseline, ReinforceLoss, total_loss
+from dvla_fast.rl import (
+    EMABaseline,
+    LeaveOneOutBaseline,
+    PolicyLoss,
+    ReinforceLoss,
+    ValueBaseline,
+    check_reward_weights,
+    total_loss,
+)
 
 
 def expected_reward(logit: torch.Tensor, target: float, kappa: float = 10.0) -> torch.Tensor:
@@ -195,3 +203,18 @@ def test_total_loss_names_wrong_labels() -> None:
         total_loss(output, labels.float(), text, ReinforceLoss())
     with pytest.raises(ValueError, match=r"query_labels: expected values in \[0, 3\)"):
         total_loss(output, labels + 1, text, ReinforceLoss())
+
+
+def test_wrong_kinds_are_named() -> None:
+    zero = torch.zeros(2, 4)
+    with pytest.raises(TypeError, match=r"rewards: expected a floating tensor, got torch\.int64"):
+        PolicyLoss()(zero, zero, zero.long())
+    with pytest.raises(TypeError, match="baseline: expected a module, a tensor or None, got float"):
+        PolicyLoss()(zero, zero, zero, 0.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"scores: shape \(2, 4\), expected \(2, 4, 'outputs'\)"):
+        PolicyLoss()(zero, zero, zero, scores=zero)
+    with pytest.raises(TypeError, match="number as weight of 'accuracy', got '1'"):
+        check_reward_weights({"accuracy": "1"})  # type: ignore[dict-item]
+    states = [torch.zeros(4, 7), torch.zeros(4, 9)]
+    with pytest.raises(ValueError, match="states: 9 wide, expected 7"):
+        ValueBaseline([3, 3])(zero, states)

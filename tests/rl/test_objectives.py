@@ -138,6 +138,20 @@ def test_the_reference_is_a_constant(kind: str) -> None:
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+def test_the_policy_that_drew_is_a_constant(kind: str) -> None:
+    loss_fn = PolicyLoss(build_objective(kind, samples=2))
+    shared = torch.randn((), requires_grad=True)
+    ours, rewards = torch.randn(2, 2, 4)
+    old = ours * shared
+    losses = [
+        loss_fn(ours * shared, torch.zeros(2, 4), rewards, old_log_prob=given)[0]
+        for given in (old, old.detach())
+    ]
+    got, want = (torch.autograd.grad(loss, shared, retain_graph=True)[0] for loss in losses)
+    torch.testing.assert_close(got, want)
+
+
 def test_preferences_of_several_decisions_an_episode() -> None:
     log_prob, reference = torch.randn(1, 4, 3), torch.randn(1, 4, 3)
     decisions = Decisions(log_prob, log_prob, row(1.0, 0.0, 0.0, 1.0), reference)
@@ -145,7 +159,8 @@ def test_preferences_of_several_decisions_an_episode() -> None:
     gap = (log_prob - reference).sum((0, 2))
     want = torch.nn.functional.logsigmoid(0.7 * torch.stack((gap[0] - gap[1], gap[3] - gap[2])))
     torch.testing.assert_close(surrogate.flatten(1).mean(1).sum(), want.mean())
-    assert surrogate.shape == log_prob.shape
+    expected = want.repeat_interleave(2).view(1, 4, 1).expand_as(log_prob)
+    torch.testing.assert_close(surrogate, expected)
 
 
 def test_pathwise_refuses_rewards_without_gradient() -> None:

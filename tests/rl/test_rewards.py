@@ -170,6 +170,8 @@ def test_named_rewards_and_their_weighted_sum(output: EpisodeOutput) -> None:
     torch.testing.assert_close(parts["accuracy"], accuracy.expand(2, 2))
     more = {name: weighted_rewards({name: 1.0}, inputs)[0] for name in reward_names()}
     torch.testing.assert_close(more["episode_improvement"], (accuracy - 0.25).expand(2, 2))
+    first = weighted_rewards({"episode_improvement": 1.0}, inputs._replace(previous_accuracy=None))
+    assert not first[0].any()  # there were no episodes before
     loss = torch.nn.functional.cross_entropy(
         output.logits.flatten(0, 1), QUERY_LABELS.flatten(), reduction="none"
     )

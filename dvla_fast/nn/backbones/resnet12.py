@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dvla_fast.nn.backbones.base import GatedBackbone, Location
+from dvla_fast.nn.layers import reset_parts
 
 _SLOPE = 0.1  # of LeakyReLU
 
@@ -80,6 +81,15 @@ class ResNet12(GatedBackbone):
         self.stages = nn.ModuleList(
             _Block(before, after) for before, after in zip(entering, widths)
         )
+        self._reset_convolutions()
+
+    def reset_parameters(self) -> None:
+        """Initialise all weights and buffers anew."""
+        reset_parts(self)
+        self._reset_convolutions()
+        self.passes.zero_()
+
+    def _reset_convolutions(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(

@@ -21,7 +21,7 @@ from dvla_fast.nn.backbones.base import (
     to_map,
     to_tokens,
 )
-from dvla_fast.nn.layers import is_plain
+from dvla_fast.nn.layers import is_plain, reset_parts
 
 
 class SmallConvAttention(GatedBackbone):
@@ -87,6 +87,14 @@ class SmallConvAttention(GatedBackbone):
             _AttentionBlock(dims[2], num_heads, mlp_ratio, rates.pop(0)) for _ in range(depths[2])
         )
         self.norm = nn.LayerNorm(dims[2])
+        self._reset_positions()
+
+    def reset_parameters(self) -> None:
+        """Initialise all weights and buffers anew."""
+        reset_parts(self)
+        self._reset_positions()
+
+    def _reset_positions(self) -> None:
         nn.init.trunc_normal_(self.position2, std=0.02)
         nn.init.trunc_normal_(self.position3, std=0.02)
 

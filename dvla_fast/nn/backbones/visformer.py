@@ -24,7 +24,7 @@ from dvla_fast.nn.backbones.base import (
     to_tokens,
 )
 from dvla_fast.nn.backbones.published import load_visformer
-from dvla_fast.nn.layers import is_plain
+from dvla_fast.nn.layers import is_plain, reset_parts
 
 
 class Visformer(GatedBackbone):
@@ -50,6 +50,15 @@ class Visformer(GatedBackbone):
         self.widths = {(s, b): len(stages[s - 1][b].norm2.weight) for s, b in self.blocks}
         default = ((2, self.depths[1] - 1), (3, 0))
         self.locations = self.check_locations(default if locations is None else locations)
+
+    def reset_parameters(self) -> None:
+        """Initialise all weights and buffers anew, as timm does."""
+        net: Any = self.net
+        reset_parts(net)
+        net.apply(net._init_weights)
+        for position in (net.pos_embed1, net.pos_embed2, net.pos_embed3):
+            if position is not None:
+                nn.init.trunc_normal_(position, std=0.02)
 
     def enter(self, stage: int, x: Tensor) -> Tensor:
         """See :class:`GatedBackbone`."""

@@ -81,8 +81,10 @@ def run_report(config: ReportRun, *, quiet: bool = False) -> Written:
     table = Path(config.table) if config.table else None
     if table is not None:
         layout = table_format(table)
+        if table.resolve() == output.resolve():
+            raise UsageError(f"report: {table} cannot be both the page and the table")
         check_new(table, config.overwrite, "--table")
-        check_writable(table)
+        check_writable(table, "give --table a file in a folder that you may write to")
     environment = _environment()
     with Progress({"report": 1.0}, enabled=not quiet) as progress:
         progress.begin("report", 4)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from dvla_fast.cli import main
@@ -17,7 +16,6 @@ from dvla_fast.engine.checkpoint import save_checkpoint
 from dvla_fast.engine.logging import read_config, read_metrics
 from tests.data import trees
 
-COMMANDS = ["demo", "pretrain", "metatune", "evaluate", "predict", "doctor"]
 TINY_MODEL = ["--model.width=8", "--model.num_heads=4", "--model.hidden_dim=8"]
 TINY_PRETRAIN = [
     "--device=cpu",
@@ -97,43 +95,6 @@ def metatune(photos: Path, checkpoint: Path, *more: str) -> list[str]:
         "--metatune.validation_episodes=2",
         *more,
     ]
-
-
-def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
-    overview = capsys.readouterr().out
-    for name in COMMANDS:
-        assert name in overview
-        assert main([name, "--help"]) == 0
-        text = capsys.readouterr().out
-        assert f"  dvla-fast {name}" in text
-        if name not in ("doctor", "predict"):  # no runs
-            for option in (
-                "--config", "--print_settings", "--seed", "--resume", "--debug", "--output",
-            ):  # fmt: skip
-                assert option in text
-
-
-def test_settings_are_printed_as_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All of them, ready for ``--config``; nothing is run or written."""
-    output = tmp_path / "run"
-    given = ["--metatune.epochs=7", "--data.dataset=shapes", f"--output={output}"]
-    assert main(["metatune", *given, "--print_settings"]) == 0
-    text = capsys.readouterr().out
-    settings = yaml.safe_load(text)
-    assert (settings["metatune"]["epochs"], settings["data"]["dataset"]) == (7, "shapes")
-    assert settings["metatune"]["way"] == 5  # a default
-    assert not output.exists()
-    (tmp_path / "mine.yaml").write_text(text)
-    assert main(["metatune", f"--config={tmp_path / 'mine.yaml'}", "--print_settings"]) == 0
-    assert capsys.readouterr().out == text
-
-
-def test_doctor_reports(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor"]) == 0
-    text = capsys.readouterr().out
-    assert torch.__version__ in text
-    assert "extra 'train'" in text
 
 
 def test_folder_data_set_from_pretraining_to_evaluation(

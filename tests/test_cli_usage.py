@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 
 from dvla_fast.cli import _parse, main
 from dvla_fast.runners import RUNNERS
 from dvla_fast.terminal import speaking
 from tests.test_cli import TINY_PRETRAIN, fails
+
+COMMANDS = ["demo", "pretrain", "metatune", "evaluate", "predict", "doctor"]
 
 
 @pytest.mark.parametrize(
@@ -269,3 +273,40 @@ def test_letters_that_a_terminal_lacks_end_no_command(monkeypatch: pytest.Monkey
     with speaking():
         print("α 0.5 ± 0.1", flush=True)
     assert written.getvalue() == b"? 0.5 \xb1 0.1\n"
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for name in COMMANDS:
+        assert name in overview
+        assert main([name, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert f"  dvla-fast {name}" in text
+        if name not in ("doctor", "predict"):  # no runs
+            for option in (
+                "--config", "--print_settings", "--seed", "--resume", "--debug", "--output",
+            ):  # fmt: skip
+                assert option in text
+
+
+def test_settings_are_printed_as_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of them, ready for ``--config``; nothing is run or written."""
+    output = tmp_path / "run"
+    given = ["--metatune.epochs=7", "--data.dataset=shapes", f"--output={output}"]
+    assert main(["metatune", *given, "--print_settings"]) == 0
+    text = capsys.readouterr().out
+    settings = yaml.safe_load(text)
+    assert (settings["metatune"]["epochs"], settings["data"]["dataset"]) == (7, "shapes")
+    assert settings["metatune"]["way"] == 5  # a default
+    assert not output.exists()
+    (tmp_path / "mine.yaml").write_text(text)
+    assert main(["metatune", f"--config={tmp_path / 'mine.yaml'}", "--print_settings"]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_doctor_reports(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert torch.__version__ in text
+    assert "extra 'train'" in text

@@ -68,7 +68,7 @@ ELSEWHERE = {
     " runs/tuned/checkpoints/metatune-best.safetensors": "tests/test_cli.py::evaluate",
     "dvla-fast evaluate --output runs/second --checkpoint"
     " runs/other/checkpoints/metatune-best.safetensors --compare runs/result": (
-        "tests/engine/test_evaluate.py::--compare"
+        "tests/engine/test_compare.py::--compare"
     ),
     "dvla-fast evaluate --config runs/seed-1/config.yaml --seed 0 --output a/seed-1 --checkpoint"
     " runs/seed-1/checkpoints/metatune-best.safetensors": (

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dvla_fast.engine.recipes import recipe_differences, training_of
+from dvla_fast.engine.recipes import result_differences, training_of
 from dvla_fast.engine.records import EpisodeRecord, read_summary
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.statistics import (
@@ -211,7 +211,7 @@ def _check_one_recipe(group: Sequence[tuple[str, dict[int, dict[str, Any]]]]) ->
     told = [(path, result) for path, result in told if result.get("recipe")]
     for path, result in told[1:]:
         first, reference = told[0]
-        changed = recipe_differences(reference["recipe"], result["recipe"])
+        changed = result_differences(reference, result)
         if changed:
             raise UsageError(
                 f"compare: {first} and {path} are of different recipes "
@@ -270,8 +270,9 @@ def _over_trainings(
     if not (told and once and set(known[0]) == set(known[1])):
         return {**unpaired_difference(*trained), "test": "Welch's t test"}
     second = dict(zip(known[1], trained[1]))
-    pairs = (torch.tensor(trained[0]), torch.tensor([second[key] for key in known[0]]))
-    return {**paired_difference(*pairs), "test": "paired t test"}
+    paired = (trained[0], [second[key] for key in known[0]])
+    values = (torch.tensor(side, dtype=torch.float64) for side in paired)
+    return {**paired_difference(*values), "test": "paired t test"}
 
 
 def _record_path(path: str, shot: int) -> Path:

@@ -79,7 +79,7 @@ def recipe_of(model: DVLA | None, info: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         model: the gated model, if there is one; info: the checkpoint's description.
     """
-    spec, texts = dict(info.get("model", {})), info.get("semantics") or {}
+    spec = dict(info.get("model", {}))
     if model is not None:  # the backbone's own choice and the same one in words are one recipe
         for name, setting in inspect.signature(DVLA).parameters.items():
             if setting.default not in (inspect.Parameter.empty, None):
@@ -88,15 +88,21 @@ def recipe_of(model: DVLA | None, info: Mapping[str, Any]) -> dict[str, Any]:
         weights = default_level_weights(layers, model.backbone.deep_from)
         spec["gated_layers"] = [list(layer) for layer in layers]
         spec.setdefault("level_weights", [list(pair) for pair in weights])
-    if texts.get("parts") in ("name", "description"):  # the same whatever is selected beside them
-        texts = {key: value for key, value in texts.items() if key not in ("top_k", "template")}
     return {
         **{key: info.get(key) for key in _OF_ALL},
         "pretrained": os.path.basename((info.get("start") or {}).get("pretrained", "")),
         "model": spec,
-        "semantics": {key: texts[key] for key in ("encoder", *COMPARED) if key in texts},
+        "semantics": _texts(info.get("semantics") or {}),
         "training": [_stage(stage) for stage in info.get("training") or []],
     }
+
+
+def _texts(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides about texts, of their description."""
+    keys = ["encoder", *COMPARED]
+    if described.get("parts") in ("name", "description"):  # the same whatever is selected beside
+        keys = [key for key in keys if key not in ("top_k", "template")]
+    return {key: described[key] for key in keys if key in described}
 
 
 def _stage(stage: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,6 +129,22 @@ def recipe_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> l
     for one, other in zip(first["training"], second["training"]):
         found += _differences_told(one, other, f"{one['stage']}.")
     return found
+
+
+def result_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Name what two evaluations do otherwise: recipe, texts that the gates read, fixed gate.
+
+    Args:
+        first, second: results that tell their recipe.
+    """
+    found = recipe_differences(first["recipe"], second["recipe"])
+    return found + _differences_told(_evaluated(first), _evaluated(second), "evaluated with ")
+
+
+def _evaluated(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What an evaluation chose beside the checkpoint."""
+    texts = _texts(result.get("semantics") or {})
+    return texts | {key: result[key] for key in ("fixed_alpha",) if key in result}
 
 
 def _differences_told(

@@ -47,7 +47,8 @@ _OPTIONAL: dict[str, Check] = {
     "split_sha256": or_none(text), "images_sha256": or_none(text), "checkpoint": text,
     "checkpoints": list_of(text), "checkpoints_sha256": list_of(or_none(text)),
     "gated_layers": GATED_LAYERS,
-    "recipe": or_none(mapping), "text_differences": mapping_of(mapping), "leaks": _leaks,
+    "recipe": or_none(mapping), "semantics": or_none(mapping),
+    "text_differences": mapping_of(mapping), "leaks": _leaks,
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dvla_fast.engine.compare import difference_in_episodes
 from dvla_fast.engine.entries import list_of, mapping, record, text
-from dvla_fast.engine.recipes import recipe_differences, training_of
+from dvla_fast.engine.recipes import result_differences, training_of
 from dvla_fast.engine.statistics import checkpoint_interval, points, shared_note
 from dvla_fast.report.collect import Run
 
@@ -36,9 +36,10 @@ def over_checkpoints(run: Run, result: Mapping[str, Any]) -> str:
 
 
 def recipe_groups(runs: Sequence[Run]) -> list[list[Found]]:
-    """Results of one recipe and one list of episodes together, each training once.
+    """Results of one recipe, evaluated alike on one list of episodes, together.
 
-    A result that does not tell its recipe or its training is alone.
+    A training is in a group once: its other evaluations make a group of their own, and a result
+    that does not tell its recipe or its training is alone.
     """
     groups: list[list[Found]] = []
     for run in runs:
@@ -46,9 +47,8 @@ def recipe_groups(runs: Sequence[Run]) -> list[list[Found]]:
             told = _RECIPE(result.get("recipe")) and _trainings(result)
             group = next((group for group in groups if told and _belongs(result, group)), None)
             if group is None:
-                groups.append([(run, result)])
-            elif not any(_trainings(result) & _trainings(other) for _, other in group):
-                group.append((run, result))
+                groups.append(group := [])
+            group.append((run, result))
     return groups
 
 
@@ -78,7 +78,8 @@ def _belongs(result: dict[str, Any], group: Sequence[Found]) -> bool:
         same
         and _RECIPE(first.get("recipe"))
         and difference_in_episodes(first, result) is None
-        and not recipe_differences(first["recipe"], result["recipe"])
+        and not result_differences(first, result)
+        and not any(_trainings(result) & _trainings(other) for _, other in group)
     )
 
 

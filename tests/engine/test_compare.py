@@ -18,7 +18,7 @@ from dvla_fast.engine.compare import NotComparableError, compare_groups, compari
 from dvla_fast.engine.records import EpisodeRecord, checkpoints_table
 from dvla_fast.engine.statistics import checkpoint_interval, holm, unpaired_difference
 from dvla_fast.errors import OutputError
-from tests.engine.runs import CLASSES, write_evaluation
+from tests.engine.runs import CLASSES, evaluate_arguments, write_evaluation
 
 
 def test_better_run_is_named(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_two_methods_of_the_same_trainings_are_paired(tmp_path: Path) -> None:
          for p in side]
         for side in (first, second)
     ]  # fmt: skip
-    assert over["p_value"] == pytest.approx(stats.ttest_rel(*values).pvalue, rel=1e-3)
+    assert over["p_value"] == pytest.approx(stats.ttest_rel(*values).pvalue, rel=1e-6)
     assert over["p_value"] < 0.001 < stats.ttest_ind(*values, equal_var=False).pvalue
     assert "3 and 3 checkpoints, paired t test" in comparison_text(compared)
     welch = compare_groups(first, second[:2])  # not the same trainings
@@ -336,3 +336,32 @@ def test_infinite_intervals_are_null_in_json(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     assert main(["compare", str(one), str(one), f"--output={output}"]) == 0
     assert "Infinity" not in output.read_text()
+
+
+def test_comparing_two_runs(
+    backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(evaluate_arguments(backbone, tmp_path / "a")) == 0
+    assert main(evaluate_arguments(backbone, tmp_path / "b", f"--compare={tmp_path / 'a'}")) == 0
+    assert "no difference shown: A - B = +0.0 points" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "b/summary.json").read_text())["compared"]["results"]
+    assert (row["difference"], row["ci95"], row["p_value"]) == (0.0, 0.0, 1.0)
+    seed = evaluate_arguments(backbone, tmp_path / "c", "--seed=1", f"--compare={tmp_path / 'a'}")
+    assert main(seed) == 1
+    assert "this evaluation and" in (said := capsys.readouterr().err)
+    assert "a, 1-shot: different episode lists" in said
+    other = evaluate_arguments(
+        backbone, tmp_path / "d", "--evaluate.way=3", f"--compare={tmp_path / 'a'}"
+    )
+    assert main(other) == 1
+    assert "1-shot: different numbers of classes in an episode (3 and 5)" in capsys.readouterr().err
+    wrong = evaluate_arguments(backbone, tmp_path / "d", f"--compare={tmp_path / 'none'}")
+    assert main(wrong) == 1
+    assert "no finished evaluation here" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+    assert not (tmp_path / "d").exists()
+    whole = (tmp_path / "a/episodes-1shot.npz").read_bytes()
+    for torn in (b"torn", whole[: len(whole) // 2]):
+        (tmp_path / "a/episodes-1shot.npz").write_bytes(torn)
+        with pytest.raises(OutputError, match="no readable predictions"):
+            compare_groups([str(tmp_path / "b")], [str(tmp_path / "a")])

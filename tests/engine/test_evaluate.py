@@ -6,14 +6,12 @@ import csv
 import json
 import math
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -23,9 +21,7 @@ from dvla_fast.data import EpisodeSampler, FewShotData, load_digits
 from dvla_fast.engine import evaluate
 from dvla_fast.engine.build import without_test_split
 from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
-from dvla_fast.engine.compare import compare_groups
 from dvla_fast.engine.config import DemoRun, EvaluateConfig
-from dvla_fast.engine.episode_lists import AuthorsEpisodeSampler, build_sampler
 from dvla_fast.engine.evaluate import Contender, Evaluation, compare, trained_normalisation
 from dvla_fast.engine.logging import Progress, read_metrics
 from dvla_fast.engine.predict import (
@@ -40,9 +36,8 @@ from dvla_fast.engine.predict import (
     predict_visual,
 )
 from dvla_fast.engine.records import EpisodeRecord
-from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.texts import build_texts
-from dvla_fast.errors import DataError, OutputError, TrainingError
+from dvla_fast.errors import DataError, TrainingError
 from dvla_fast.nn import DVLA
 from dvla_fast.nn.dvla import TEXT_SCOPES
 from dvla_fast.semantics import EncodedTexts
@@ -259,38 +254,6 @@ def test_training_cannot_read_the_test_split(
     assert len(sealed.split("monitor")) == len(few_digits.monitor)
 
 
-def test_authors_list_is_the_legacy_stream(few_digits: FewShotData) -> None:
-    """Drawn here as the authors' code draws it: classes, then each class's images in turn."""
-    images = few_digits.novel
-    sampler = AuthorsEpisodeSampler(images, 3, 2, 4)
-    stream = np.random.RandomState(0)
-    members = [np.flatnonzero(images.labels.numpy() == c) for c in range(5)]
-    for number in range(140):  # past the first block
-        classes = stream.choice(5, 3, replace=False)
-        drawn = [members[c][stream.choice(len(members[c]), 6, replace=False)] for c in classes]
-        batch = sampler.batch(number, 1)
-        assert batch.classes[0].tolist() == classes.tolist()
-        assert batch.support[0].tolist() == [i for row in drawn for i in row[:2]]
-        assert batch.query[0].tolist() == [i for row in drawn for i in row[2:]]
-    # Any part of the list can be asked for, in any order.
-    again = AuthorsEpisodeSampler(images, 3, 2, 4)
-    assert torch.equal(again.batch(130, 2).query, sampler.batch(130, 2).query)
-    assert again.fingerprint(20) == sampler.fingerprint(20)
-    with pytest.raises(UsageError, match="--seed 4294967296: the authors' list takes seeds from 0"):
-        build_sampler("authors", images, 3, 2, 4, 2**32)
-    with pytest.raises(UsageError, match="episode_list: 'other' is unknown"):
-        build_sampler("other", images, 3, 2, 4, 0)
-
-
-def test_authors_list_of_another_seed_is_said(backbone: str, tmp_path: Path) -> None:
-    authors = ["--evaluate.episode_list=authors", "--evaluate.episodes=2"]
-    with pytest.warns(UserWarning, match="--seed 1: the authors' published list .* of seed 0"):
-        assert main(evaluate_arguments(backbone, tmp_path / "one", *authors, "--seed=1")) == 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert main(evaluate_arguments(backbone, tmp_path / "zero", *authors)) == 0
-
-
 def test_checkpoint_brings_its_normalisation(few_digits: FewShotData) -> None:
     info = {"normalisation": {"mean": [0.25], "std": [0.5]}}
     data = trained_normalisation(few_digits, info)
@@ -438,35 +401,6 @@ def test_images_go_through_in_the_same_batches_after_a_stop(
         runs.append(batches.copy())
         batches.clear()
     assert runs[0] == runs[1]
-
-
-def test_comparing_two_runs(
-    backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(evaluate_arguments(backbone, tmp_path / "a")) == 0
-    assert main(evaluate_arguments(backbone, tmp_path / "b", f"--compare={tmp_path / 'a'}")) == 0
-    assert "no difference shown: A - B = +0.0 points" in capsys.readouterr().out
-    (row,) = json.loads((tmp_path / "b/summary.json").read_text())["compared"]["results"]
-    assert (row["difference"], row["ci95"], row["p_value"]) == (0.0, 0.0, 1.0)
-    seed = evaluate_arguments(backbone, tmp_path / "c", "--seed=1", f"--compare={tmp_path / 'a'}")
-    assert main(seed) == 1
-    assert "this evaluation and" in (said := capsys.readouterr().err)
-    assert "a, 1-shot: different episode lists" in said
-    other = evaluate_arguments(
-        backbone, tmp_path / "d", "--evaluate.way=3", f"--compare={tmp_path / 'a'}"
-    )
-    assert main(other) == 1
-    assert "1-shot: different numbers of classes in an episode (3 and 5)" in capsys.readouterr().err
-    wrong = evaluate_arguments(backbone, tmp_path / "d", f"--compare={tmp_path / 'none'}")
-    assert main(wrong) == 1
-    assert "no finished evaluation here" in capsys.readouterr().err
-    assert not (tmp_path / "c").exists()
-    assert not (tmp_path / "d").exists()
-    whole = (tmp_path / "a/episodes-1shot.npz").read_bytes()
-    for torn in (b"torn", whole[: len(whole) // 2]):
-        (tmp_path / "a/episodes-1shot.npz").write_bytes(torn)
-        with pytest.raises(OutputError, match="no readable predictions"):
-            compare_groups([str(tmp_path / "b")], [str(tmp_path / "a")])
 
 
 def test_an_evaluation_is_of_its_images(

@@ -167,3 +167,24 @@ def test_a_side_of_a_comparison_is_of_one_recipe(
         said = fails(["compare", *sides], capsys, 2)
         assert "are of different recipes (metatune.lr: " in said
         assert "put runs of one recipe on a side" in said
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"semantics": {"bank_sha256": "a"}}, {"semantics": {"bank_sha256": "b"}}),
+        ({"fixed_alpha": 0.5}, {"fixed_alpha": 0.25}),
+    ],
+)
+def test_a_side_of_a_comparison_is_evaluated_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], one: Any, other: Any
+) -> None:
+    """One training's texts and another's would make a mean that says nothing of either."""
+    recipe = described(("metatune", {"cat": ""}, {"lr": 1.0}))
+    first, second = (
+        str(write_evaluation(tmp_path / name, 0.6, recipe=recipe, **chosen))
+        for name, chosen in (("first", one), ("second", other))
+    )
+    assert main(["compare", first, second]) == 0
+    said = fails(["compare", f"{first},{second}", first], capsys, 2)
+    assert "are of different recipes (evaluated with " in said

@@ -488,28 +488,6 @@ def test_weights_gradients_past_nan_under_the_image_mask(shape: Shape, backend: 
             torch.testing.assert_close(got[name], clean[name])
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "composed"])
-@pytest.mark.parametrize("shape", [PROJECTED[2], ABSORBED[1]], ids=str)
-def test_results_and_gradients_past_nan_under_the_text_mask(shape: Shape, backend: str) -> None:
-    """A masked text token neither asks nor is asked: its query, key and value may be anything."""
-    from dvla_fast.ops.gated_attention import _composed
-
-    def call(*tensors: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-        if backend == "composed":
-            return _composed(*tensors, None, text_mask, shape.width**-0.5)
-        return gated_attention(*tensors, text_mask=text_mask, backend=backend)
-
-    tensors, mask = make(shape), make_masks(shape)["text_mask"]
-    clean = with_grads(call, tensors, make_grads(shape), text_mask=mask)
-    there = mask.unsqueeze(1).unsqueeze(-1)
-    for name in ("query", "text_key", "text_value"):
-        place = NAMES.index(name)
-        tensors[place] = tensors[place].masked_fill(~there, math.nan)
-    got = with_grads(call, tensors, make_grads(shape), text_mask=mask)
-    for name in got:
-        torch.testing.assert_close(got[name], clean[name])
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("model", [208, 201])
 def test_results_larger_than_a_cache_against_float64(model: int, backend: str) -> None:

@@ -49,6 +49,23 @@ def test_trainings_of_one_recipe_are_one_row(tmp_path: Path) -> None:
     assert rows[2]["interval"] == "1.96·s/√n over the episodes"
 
 
+def test_what_was_evaluated_otherwise_is_a_row_of_its_own(tmp_path: Path) -> None:
+    """Other texts, another fixed gate, a training named again: nothing is lost or mixed."""
+    one, two = ({"bank_sha256": digest, "parts": "all"} for digest in "ab")
+    where = {"checkpoint": "/a/best.safetensors"}
+    runs = [
+        evaluation(tmp_path / "a", 0.5, semantics=one),
+        evaluation(tmp_path / "b", 0.6, semantics=one),
+        evaluation(tmp_path / "texts", 0.3, semantics=two),
+        evaluation(tmp_path / "alpha", 0.4, semantics=one, fixed_alpha=0.25),
+        evaluation(tmp_path / "last", 0.55, semantics=one, **where),
+    ]
+    rows = list(csv.DictReader(table(tmp_path / "t.csv", *runs).splitlines()))
+    learned = {row["runs"]: float(row["accuracy"]) for row in rows if "learned" in row["method"]}
+    expected = {"a, b": 55.0, "texts": 30.0, "alpha": 40.0, "last": 55.0}
+    assert learned == pytest.approx(expected)
+
+
 def test_a_column_for_each_number_of_supports(tmp_path: Path) -> None:
     run = evaluation(tmp_path / "one|two", 0.5)
     five = evaluation(tmp_path / "five", 0.75, shot=5, split="base", ci95=None)

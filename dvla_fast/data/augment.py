@@ -47,6 +47,10 @@ class Draws:
         """The same for the whole batch: (*sizes, total)."""
         return torch.rand(*sizes, self.total, generator=self.generator)
 
+    def normal(self) -> Tensor:
+        """Standard normal: (count,) float32 on the CPU."""
+        return torch.randn(self.total, generator=self.generator)[self.rows]
+
     def integers(self, high: int) -> Tensor:
         """Uniform on 0 .. high - 1: (count,) int64 on the CPU."""
         return torch.randint(0, high, (self.total,), generator=self.generator)[self.rows]
@@ -123,12 +127,13 @@ def color_jitter(images: Tensor, amount: float, draws: Draws | None = None) -> T
     factors = 1 + (2 * draw.to(images.dtype) - 1) * amount
     factors = to_device_of(images, factors)[..., None, None, None]
     images = (images * factors[0]).clamp(0, 1)
-    images = torch.lerp(_grey(images).mean((1, 2, 3), keepdim=True), images, factors[1])
+    images = torch.lerp(grey(images).mean((1, 2, 3), keepdim=True), images, factors[1])
     images = images.clamp(0, 1)
-    return torch.lerp(_grey(images), images, factors[2]).clamp(0, 1)
+    return torch.lerp(grey(images), images, factors[2]).clamp(0, 1)
 
 
-def _grey(images: Tensor) -> Tensor:
+def grey(images: Tensor) -> Tensor:
+    """Luma (B, 1, H, W) of images (B, 3, H, W); the mean of channels where there are not three."""
     if images.shape[1] != 3:
         return images.mean(1, keepdim=True)
     # Numbers, not a tensor of them: copying that to a GPU would wait for it.
@@ -165,14 +170,13 @@ def random_erasing(images: Tensor, probability: float, draws: Draws | None = Non
 
 def _rectangles(draw: Tensor, sides: torch.Size) -> Tensor:
     """Random rectangles (n, 1, H, W) bool from uniform numbers (4 or more, n)."""
-    length = torch.tensor(list(sides), dtype=torch.float32)
     area = 0.02 + (1 / 3 - 0.02) * draw[0]
     ratio = ((2 * draw[1] - 1) * math.log(1 / 0.3)).exp()
     size = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()]).clamp_max(1.0)
-    start = draw[2:4] * (1 - size) * length[:, None]
-    stop = start + size * length[:, None]
+    first = draw[2:4] * (1 - size)
     inside = []
     for axis, count in enumerate(sides):
         centre = torch.arange(count) + 0.5
-        inside.append((centre >= start[axis, :, None]) & (centre < stop[axis, :, None]))
+        start = (first[axis] * count)[:, None]
+        inside.append((centre >= start) & (centre < start + size[axis, :, None] * count))
     return inside[0][:, None, :, None] & inside[1][:, None, None, :]

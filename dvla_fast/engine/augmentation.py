@@ -41,7 +41,7 @@ class Augmentation:
             raise UsageError(f"augment.{error}") from error
         # Digits have a black background, which zeros continue; photographs are mirrored outwards.
         self.padding = "zeros" if data.channels == 1 else "reflection"
-        self.fill = [255 * mean for mean in data.mean.tolist()]
+        self.fill = 255 * data.mean
 
     def __call__(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         """Stored images (B, C, H, W), uint8 or float32 in [0, 1] -> normalised float32 ones."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,9 +27,10 @@ from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune_steps import Step
-from dvla_fast.engine.models import backbone_spec, build_model, model_spec
-from dvla_fast.engine.pretrain import pretrain
+from dvla_fast.engine.models import backbone_spec, build_model, build_pretrain_model, model_spec
+from dvla_fast.engine.pretrain import Epoch, pretrain
 from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.state import TrainingState
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import MissingDependencyError, OutputError
 
@@ -228,20 +231,63 @@ def second_step(device: torch.device, data: FewShotData, tiny: DemoRun, watch: A
         step(1)
 
 
+def second_epoch(device: torch.device, data: FewShotData, tiny: DemoRun, watch: Any) -> None:
+    """A second epoch of pre-training by the published recipe under `watch`, up to its report."""
+    coloured = {
+        name: dataclasses.replace(part, images=part.images.repeat(1, 3, 1, 1))
+        for name, part in (("base", data.base), ("monitor", data.monitor))
+    }
+    data = dataclasses.replace(data, **coloured, mean=data.mean.repeat(3), std=data.std.repeat(3))
+    data = build.without_test_split(data.to(device))
+    recipe = dataclasses.replace(
+        tiny.pretrain, views=2, mixup=0.3, cutmix=1.0, clip_norm=5.0, drop_path=0.5,
+        augment=AugmentConfig(
+            flip=True, crop=0.08, rand_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4,
+            random_erasing=0.25,
+        ),
+    )  # fmt: skip
+    outputs = 3 * len(data.base.class_names)
+    model = build_pretrain_model(backbone_spec(tiny.model, 3, 16), outputs, recipe.drop_path)
+    optimizer = adamw(model.to(device).parameters())
+    execution = Execution(ExecutionConfig(precision="bfloat16"), Processes(device.type))
+    epoch = Epoch(recipe, model, data, optimizer, execution, outputs)
+    rng = np.random.default_rng(0)
+    state = TrainingState(None, "pretrain", {}, {}, optimizer, rng)  # type: ignore[arg-type]
+    epoch(state)
+
+    with contextlib.ExitStack() as watched, pytest.MonkeyPatch.context() as patch:
+
+        def report(totals: torch.Tensor) -> torch.Tensor:
+            watched.close()  # reading the epoch's totals may wait
+            return totals
+
+        patch.setattr(execution.processes, "mean", report)
+        watched.enter_context(watch)
+        epoch(state)
+
+
 @pytest.mark.gpu
-def test_a_step_never_waits_for_the_gpu(few_digits: FewShotData, tiny: DemoRun) -> None:
-    second_step(torch.device("cuda"), few_digits, tiny, no_waiting())
+@pytest.mark.parametrize("work", [second_step, second_epoch])
+def test_a_step_never_waits_for_the_gpu(
+    work: Callable, few_digits: FewShotData, tiny: DemoRun
+) -> None:
+    work(torch.device("cuda"), few_digits, tiny, no_waiting())
 
 
 class NoCopies(TorchFunctionMode):
     """Refuses tensors made of numbers, which on a GPU are copied there and waited for."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
+        kwargs = kwargs or {}
+        made = func in (torch.tensor, torch.as_tensor) and "device" in kwargs
+        made = made or func is torch.Tensor.new_tensor
         assert not made or isinstance(args[-1], torch.Tensor), f"{func} of {args[-1]}"
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
-def test_a_step_copies_no_numbers_to_the_device(few_digits: FewShotData, tiny: DemoRun) -> None:
+@pytest.mark.parametrize("work", [second_step, second_epoch])
+def test_a_step_copies_no_numbers_to_the_device(
+    work: Callable, few_digits: FewShotData, tiny: DemoRun
+) -> None:
     """What a CPU can show of the test above."""
-    second_step(torch.device("cpu"), few_digits, tiny, NoCopies())
+    work(torch.device("cpu"), few_digits, tiny, NoCopies())

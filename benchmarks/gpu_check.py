@@ -53,18 +53,20 @@ SHARE = {
     "long": 0.25,
     "graph": 0.45,
     "gate": 0.35,
+    "training": 0.6,
     "compiled": 0.45,
     "memcheck": 0.5,
     "racecheck": 1.0,
 }
 SANITIZERS = ("memcheck", "racecheck")
-ATTENTION, POLICY, GATE = (
-    f"benchmarks/test_{name}_gpu.py" for name in ("dual_attention", "policy", "gate")
+ATTENTION, POLICY, GATE, TRAINING = (
+    f"benchmarks/test_{name}_gpu.py" for name in ("dual_attention", "policy", "gate", "training")
 )
 BENCHMARKS = {
     "policy": [POLICY],
     "gate": [GATE, "-k", "test_eager"],
-    "compiled": [GATE, ATTENTION, "-k", "test_compiled"],
+    "training": [TRAINING, "-k", "test_training"],
+    "compiled": [GATE, ATTENTION, TRAINING, "-k", "test_compiled"],
     "graph": [ATTENTION, GATE, "-k", "test_graph"],
     **{name: [ATTENTION, "-k", f"test_{name}"] for name in ("eager", "long")},
 }

@@ -75,7 +75,10 @@ def test_a_bound_and_our_other_backends_are_no_peers() -> None:
 @pytest.fixture(scope="module")
 def gpu_rows() -> list[str]:
     """The rows that GPUs get, as file::test, in the order in which a file measures them."""
-    files = [f"benchmarks/test_{name}_gpu.py" for name in ("dual_attention", "policy", "gate")]
+    files = [
+        f"benchmarks/test_{name}_gpu.py"
+        for name in ("dual_attention", "policy", "gate", "training")
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *files, "--collect-only", "-q", "-p", "no:cacheprovider"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -112,7 +115,7 @@ def test_few_gpu_rows_wait_for_torch_compile(gpu_rows: list[str]) -> None:
     assert not [
         row for row in gpu_rows if "torch.compile" in row and row not in autotuned + compiled
     ]
-    assert len(compiled) <= 52
+    assert len(compiled) <= 53
     assert any("1600" in row for row in compiled)
 
 
@@ -161,11 +164,6 @@ def test_a_peer_is_timed_in_turn_with_ours(
     assert order[-2 * calls :] == ["dvla_fast"] * calls + ["peer"] * calls
 
 
-@pytest.mark.parametrize("kept", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=str)
-def test_documented_table_is_the_kept_record(kept: Path) -> None:
-    assert markdown(rows(json.loads(kept.read_text()))) in (ROOT / "docs/benchmarks.md").read_text()
-
-
 @pytest.mark.slow
 def test_every_benchmark_runs(tmp_path: Path) -> None:
     """Each benchmark once, without timing, small cases only: an exception would show."""
@@ -178,6 +176,15 @@ def test_every_benchmark_runs(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def small_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of 80 base images."""
+    from benchmarks import training_loops
+
+    recipe = dataclasses.replace(training_loops.RECIPE, batch_size=20)
+    monkeypatch.setattr(training_loops, "CLASSES", 5)
+    monkeypatch.setattr(training_loops.Setting.__init__, "__defaults__", (16, "cpu", recipe))
 
 
 @pytest.mark.slow
@@ -193,9 +200,7 @@ def test_training_beside_the_plain_loop(
     monkeypatch.setitem(
         training.EXECUTIONS, "dvla_fast bfloat16", ExecutionConfig(channels_last=True)
     )
-    monkeypatch.setattr(training, "CLASSES", 5)
-    monkeypatch.setattr(training, "PER_CLASS", 16)
-    monkeypatch.setattr(training, "RECIPE", dataclasses.replace(training.RECIPE, batch_size=20))
+    small_training(monkeypatch)
     monkeypatch.setattr(training, "FEWEST", 1)
     monkeypatch.setattr(training, "EPISODES", (1,))
     training.main(
@@ -206,6 +211,42 @@ def test_training_beside_the_plain_loop(
         rows = [row for name, row in stage.items() if name != "stage"]
         assert len(rows) == count
         assert all(row["per_second"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_training_on_a_gpu_beside_the_plain_loop(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Float32 rows of ``test_training_gpu.py``, small, on the CPU."""
+    pytest.importorskip("timm")
+    from benchmarks import test_training_gpu as gpu
+    from benchmarks import training_loops
+
+    small_training(monkeypatch)
+    encode = training_loops.text_tower("clip", torch.device("cpu"))
+    assert encode is not None
+    assert encode(2).square().sum(-1).tolist() == pytest.approx([1, 1], abs=1e-5)
+    known = torch.nn.functional.normalize(torch.randn(30, training_loops.TEXT_DIM), dim=-1)
+    towers = {"clip": lambda count: known[:count], "none": None}
+    monkeypatch.setattr(training_loops, "text_tower", lambda kind, device: towers[kind])
+    monkeypatch.setattr(gpu, "AMOUNTS", {"pretraining": (80, "images"), "meta-tuning": (1, "of")})
+    monkeypatch.setattr(gpu, "BFLOAT16", gpu.FLOAT32)
+    monkeypatch.setattr(gpu, "IMAGES", 80)
+    setting = training_loops.Setting(tmp_path, 32)
+    assert training_loops.check(setting) < 0.05
+    taken = []
+
+    class Benchmark:
+        def pedantic(self, target: Callable, rounds: int, warmup_rounds: int) -> None:
+            target()
+            taken.append((self.group, self.name))  # type: ignore[attr-defined]
+
+    for stage in ("pretraining", "meta-tuning"):
+        gpu.time_steps(Benchmark(), setting, stage, "plain loop float32")
+    gpu.time_steps(Benchmark(), setting, "pretraining", "dvla_fast float32")
+    gpu.time_steps(Benchmark(), setting, "meta-tuning", "dvla_fast")
+    assert len(taken) == 4
+    assert len({group for group, _ in taken}) == 2
 
 
 def test_roofline() -> None:

@@ -109,6 +109,7 @@ ELSEWHERE = {
     "python -m benchmarks.training --image-size 84": (
         "tests/test_benchmarks.py::benchmarks.training"
     ),
+    "python -m benchmarks.tables": "tests/test_tables.py::tables.main",
     "dvla-fast report runs/backbone runs/tuned runs/result --output report.html": (
         "tests/report/test_report.py::test_sound_run_is_shown_whole"
     ),

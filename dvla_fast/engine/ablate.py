@@ -3,7 +3,7 @@
 One backbone per seed is pre-trained and shared by all variants; each variant meta-tunes from it and
 is evaluated on one common list of episodes per shot. Selection is by monitor images alone, as in
 every training here. ``ablation_variants`` has the rows, ``ablation_cells`` computes them,
-``ablation_statistics`` has the intervals, ``report.ablation`` writes table and plot.
+``ablation_statistics`` has the intervals, ``ablation_tables`` and ``pictures`` lay them out.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from dvla_fast.engine.ablation_cells import FREE_KEYS, Cell, Store, Workshop, all_cells, work
 from dvla_fast.engine.ablation_claims import weigh_claims, weigh_rewards
 from dvla_fast.engine.ablation_statistics import FORMULA, SINGLE, crossed_interval
+from dvla_fast.engine.ablation_tables import csv_table, markdown_table
 from dvla_fast.engine.ablation_variants import GROUPS, Variant, chosen_variants
 from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.config import AblateRun
@@ -33,9 +34,10 @@ from dvla_fast.engine.inputs import check_inputs
 from dvla_fast.engine.logging import Progress, read_config, to_yaml
 from dvla_fast.engine.settings import UsageError, differences, from_mapping, to_dict, unrecorded
 from dvla_fast.engine.settle import absolute_paths
-from dvla_fast.engine.statistics import holm, require_scipy
 from dvla_fast.errors import OutputError
 from dvla_fast.files import write_atomic, write_text_atomic
+from dvla_fast.pictures.ablation import plot_ablation
+from dvla_fast.statistics import holm, require_scipy
 
 _POLL = 0.5
 
@@ -401,8 +403,6 @@ def _commit() -> str | None:
 
 
 def _write(store: Store, summary: dict[str, Any]) -> None:
-    from dvla_fast.report.ablation import csv_table, markdown_table, plot_ablation
-
     write_text_atomic(store.path / "ablation.json", json.dumps(summary, indent=2) + "\n")
     write_text_atomic(store.path / "ablation.md", markdown_table(summary))
     write_text_atomic(store.path / "ablation.csv", csv_table(summary))

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from dvla_fast.engine.statistics import scipy_stats
+from dvla_fast.statistics import scipy_stats
 
 FORMULA = (
     "estimate ± t(0.975, v) * SE; SE of the pigeonhole bootstrap over seeds and episodes (Owen "

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from dvla_fast.data import EpisodeSampler, FewShotData
+from dvla_fast.data import EpisodeSampler, FewShotData, ImageSet
+from dvla_fast.data.images import unit_range
 from dvla_fast.engine.build import build_data, seed_everything
 from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import DemoRun
@@ -38,11 +39,12 @@ from dvla_fast.engine.pretrain import pretrain
 from dvla_fast.engine.recipes import recipe_of
 from dvla_fast.engine.records import keep_record
 from dvla_fast.engine.settings import UsageError, to_dict
-from dvla_fast.engine.statistics import INTERVAL, PAIRED_INTERVAL, p_text, points
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.engine.trained_classes import training_stages
 from dvla_fast.nn import DVLA
+from dvla_fast.pictures.demo import plot_demo
 from dvla_fast.semantics import EncodedTexts
+from dvla_fast.statistics import INTERVAL, PAIRED_INTERVAL, p_text, points
 
 BEFORE = "visual prototypes, before meta-tuning"
 # Shares of the time that the stages take, for the overall progress bar (measured on 2 cores).
@@ -51,8 +53,6 @@ _SHARES = {"pre-train": 0.22, "meta-tune": 0.43, "evaluate": 0.35}
 
 def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast demo`` does; returns the summary that it writes."""
-    from dvla_fast.report.plots import plot_run
-
     started = time.monotonic()
     execution = _execution(config)
     device = execution.processes.device
@@ -91,7 +91,18 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     }
     folder.write_summary(summary)
     picture = folder.write_file(
-        "curves.png", lambda path: plot_run(folder.path, path, data, summary)
+        "curves.png",
+        lambda path: plot_demo(
+            path,
+            summary,
+            folder.rows("pretrain"),
+            folder.rows("metatune"),
+            samples={
+                "learned in training": _samples(data.base),
+                "never seen": _samples(data.novel),
+            },
+            labels={FIXED: f"{FIXED}, α = {config.evaluate.fixed_alpha:g}"},
+        ),
     )
     folder.close()
     return {**summary, "folder": str(folder.path), "picture": str(picture)}
@@ -161,6 +172,16 @@ def _provenance(
         "dvla_fast": __version__,
         "torch": torch.__version__,
     }
+
+
+def _samples(images: ImageSet) -> dict[str, Any]:
+    """Of each of the first five classes the image nearest to its mean, as in ``Samples``."""
+    found = {}
+    for label, name in enumerate(images.class_names[:5]):
+        pixels = unit_range(images.images[images.labels == label])
+        distance = (pixels - pixels.mean(0)).square().sum((1, 2, 3))
+        found[name] = pixels[distance.argmin()].permute(1, 2, 0).squeeze(-1).cpu().numpy()
+    return found
 
 
 def result_table(results: list[dict[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 All methods, checkpoints and compared runs meet the same episodes, so their differences are taken
 episode by episode: the spread of the episodes' difficulty cancels, and a difference of tenths of a
-point can be told from chance. ``engine.predict`` computes, ``engine.statistics`` has the formulas.
+point can be told from chance. ``engine.predict`` computes, ``statistics`` has the formulas.
 """
 
 from __future__ import annotations
@@ -45,7 +45,13 @@ from dvla_fast.engine.records import (
 )
 from dvla_fast.engine.settings import to_dict
 from dvla_fast.engine.starting import published, published_visformer, trained_normalisation
-from dvla_fast.engine.statistics import (
+from dvla_fast.engine.texts import build_texts
+from dvla_fast.engine.trained_classes import require_untrained, training_stages
+from dvla_fast.engine.trained_texts import COMPARED, check_semantics, text_differences
+from dvla_fast.errors import CheckpointError
+from dvla_fast.nn import DVLA
+from dvla_fast.semantics import EncodedTexts
+from dvla_fast.statistics import (
     INTERVAL,
     PAIRED_INTERVAL,
     checkpoint_interval,
@@ -54,12 +60,6 @@ from dvla_fast.engine.statistics import (
     points,
     require_scipy,
 )
-from dvla_fast.engine.texts import build_texts
-from dvla_fast.engine.trained_classes import require_untrained, training_stages
-from dvla_fast.engine.trained_texts import COMPARED, check_semantics, text_differences
-from dvla_fast.errors import CheckpointError
-from dvla_fast.nn import DVLA
-from dvla_fast.semantics import EncodedTexts
 
 
 class Contender(NamedTuple):

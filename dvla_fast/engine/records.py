@@ -18,15 +18,16 @@ from torch import Tensor
 
 from dvla_fast.engine.logging import RunFolder
 from dvla_fast.engine.result_check import result_fault
-from dvla_fast.engine.statistics import (
+from dvla_fast.errors import MissingDependencyError, OutputError
+from dvla_fast.files import json_text
+from dvla_fast.pictures.confusion import plot_confusion
+from dvla_fast.statistics import (
     CHECKPOINT_INTERVAL,
     class_accuracies,
     confusion,
     points,
     shared_note,
 )
-from dvla_fast.errors import MissingDependencyError, OutputError
-from dvla_fast.files import json_text
 
 _COMMANDS = ("evaluate", "demo")  # whose folders hold records
 
@@ -209,8 +210,6 @@ def write_confusion(
     ``confusion-<shot>shot.json`` (counts, and how often each class was a choice), and
     ``confusion-<shot>shot.png`` where matplotlib is installed.
     """
-    from dvla_fast.report.confusion import plot_confusion
-
     method, shot = result["method"], result["shot"]
     given = (record.classes, record.labels, record.predictions[method], len(names))
     matrix, rows = confusion(*given), class_accuracies(*given)

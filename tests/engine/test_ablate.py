@@ -27,7 +27,7 @@ from dvla_fast.engine.models import build_model
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import OutputError
-from dvla_fast.report.ablation import _places
+from dvla_fast.pictures.ablation import _places
 from dvla_fast.semantics.transformers_encoder import TransformersEncoder
 
 

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from dvla_fast.data import load_digits
 from dvla_fast.engine.build import seed_everything
 from dvla_fast.engine.config import DemoRun, demo_config
-from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import metatune
 from dvla_fast.engine.models import backbone_spec, build_model, load_backbone, model_spec
 from dvla_fast.engine.pretrain import pretrain
+from dvla_fast.engine.progress import Progress
+from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.functional import beta_policy
 from dvla_fast.nn import BetaPolicy, RLAGate, frozen_policy

@@ -135,8 +135,7 @@ def _dispatch(given: list[str], owns_process: bool) -> int:
 
 def _settings_text(config: Any) -> str:
     """A run's settings as a file for ``--config`` holds them."""
-    from dvla_fast.engine.logging import to_yaml
-    from dvla_fast.engine.settings import to_dict
+    from dvla_fast.engine.settings import to_dict, to_yaml
 
     return to_yaml({k: v for k, v in to_dict(config).items() if k not in ("output", "resume")})
 
@@ -215,7 +214,7 @@ def _parse(name: str, rest: list[str]) -> Any:
             f"--resume needs --output, the folder of the run to continue: dvla-fast {name} "
             "--resume --output runs/..."
         )
-    from dvla_fast.engine.logging import read_config  # loads torch
+    from dvla_fast.engine.run_folder import read_config  # loads torch
 
     record = read_config(parsed.output)
     theirs = _whose(record, name)

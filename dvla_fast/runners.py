@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def _demo(config: Any) -> int:
 
 def _data_check(config: Any) -> int:
     from dvla_fast.data import check_data
-    from dvla_fast.engine.logging import Progress
+    from dvla_fast.engine.progress import Progress
 
     with Progress({"check": 1.0}) as progress:
         report = check_data(
@@ -46,7 +47,7 @@ def _data_check(config: Any) -> int:
             image_size=config.image_size,
             decode_images=not config.counts_only,
             workers=config.workers,
-            advance=_counter(progress, "check"),
+            advance=partial(progress.reach, "check"),
         )
     print(report.text())
     if report.problems:
@@ -57,7 +58,7 @@ def _data_check(config: Any) -> int:
 
 def _data_prepare(config: Any) -> int:
     from dvla_fast.data import prepare_cache
-    from dvla_fast.engine.logging import Progress
+    from dvla_fast.engine.progress import Progress
     from dvla_fast.engine.settings import UsageError
 
     if not config.output:
@@ -71,7 +72,7 @@ def _data_prepare(config: Any) -> int:
                 config.splits,
                 skip_unreadable=config.skip_unreadable,
                 workers=config.workers,
-                advance=_counter(progress, "prepare"),
+                advance=partial(progress.reach, "prepare"),
             )
     except KeyboardInterrupt:
         return fail("interrupted; the same command continues", INTERRUPTED)
@@ -83,21 +84,6 @@ def _data_prepare(config: Any) -> int:
         f"--data.image_size {config.image_size}"
     )
     return 0
-
-
-def _counter(progress: Any, stage: str) -> Any:
-    """Drive a progress bar by calls with the images done and all of them."""
-    last = None
-
-    def advance(done: int, total: int) -> None:
-        nonlocal last
-        if last is None:
-            progress.begin(stage, total)
-            last = 0
-        progress.advance(done - last)
-        last = done
-
-    return advance
 
 
 def _bank_command(name: str, module: str = "bank_commands") -> Callable[[Any], int]:

@@ -31,8 +31,16 @@ from dvla_fast.engine.ablation_variants import GROUPS, Variant, chosen_variants
 from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.config import AblateRun
 from dvla_fast.engine.inputs import check_inputs
-from dvla_fast.engine.logging import Progress, read_config, to_yaml
-from dvla_fast.engine.settings import UsageError, differences, from_mapping, to_dict, unrecorded
+from dvla_fast.engine.progress import Progress
+from dvla_fast.engine.run_folder import read_config
+from dvla_fast.engine.settings import (
+    UsageError,
+    differences,
+    from_mapping,
+    to_dict,
+    to_yaml,
+    unrecorded,
+)
 from dvla_fast.engine.settle import absolute_paths
 from dvla_fast.errors import OutputError
 from dvla_fast.files import write_atomic, write_text_atomic

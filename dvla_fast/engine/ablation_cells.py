@@ -32,14 +32,15 @@ from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import GateTraining, reward_weights
 from dvla_fast.engine.inputs import run_inputs
 from dvla_fast.engine.leaks import find_seen_images
-from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import metatune
 from dvla_fast.engine.models import backbone_spec, build_model, fingerprint, model_spec
 from dvla_fast.engine.monitor import monitor_episodes
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor, image_features, predict_visual
 from dvla_fast.engine.prefixes import PrefixMaps, has_constant_prefix
 from dvla_fast.engine.pretrain import pretrain
+from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.reward_curves import reward_curves
+from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.starting import begin_metatuning, normalise_for
 from dvla_fast.engine.texts import bank_encoder, build_bank, build_texts

@@ -13,7 +13,7 @@ from dvla_fast.data.images import FewShotData
 from dvla_fast.data.shapes import load_shapes
 from dvla_fast.data.splits import class_names
 from dvla_fast.engine.build import pick_device
-from dvla_fast.engine.logging import Progress
+from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.settle import MADE_SIZES, sized
 from dvla_fast.engine.text_options import check_template
@@ -64,7 +64,7 @@ def build(config: SemanticsBuild) -> int:
             prompts=prompts,
             settings=settings,
             provenance=record,
-            progress=_Bars(progress),
+            progress=progress.reach,
         )
     _print_usage(config, model, built.reused)
     if built.lost:
@@ -203,17 +203,3 @@ def _print_usage(config: SemanticsBuild, model: LanguageModel, reused: int) -> N
     if prices.input_price or prices.output_price:
         line += f"; cost {usage.cost(prices.input_price, prices.output_price):.4f}"
     print(line)
-
-
-class _Bars:
-    """Drives the bars by calls with stage, classes through and all of them."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress, self._stage, self._done = progress, "", 0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
-            self._progress.begin(stage, total)
-            self._stage, self._done = stage, 0
-        self._progress.advance(done - self._done)
-        self._done = done

@@ -18,7 +18,7 @@ from dvla_fast.data import is_cache, list_data
 from dvla_fast.data.cache_index import read_index
 from dvla_fast.engine.build import build_data, pick_device
 from dvla_fast.engine.config import DataConfig
-from dvla_fast.engine.logging import Progress
+from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.settle import MADE_SIZES
 from dvla_fast.engine.text_options import check_template

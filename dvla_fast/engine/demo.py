@@ -30,14 +30,15 @@ from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.inputs import pixel_facts
 from dvla_fast.engine.leaks import SeenImages, find_seen_images
-from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import metatune
 from dvla_fast.engine.models import backbone_spec, build_model, load_backbone, model_spec
 from dvla_fast.engine.monitor import monitor_episodes
 from dvla_fast.engine.predict import FIXED, LEARNED, VISUAL
 from dvla_fast.engine.pretrain import pretrain
+from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.recipes import recipe_of
 from dvla_fast.engine.records import keep_record
+from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.engine.trained_classes import training_stages

@@ -26,7 +26,6 @@ from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.inductive import EpisodeTexts
 from dvla_fast.engine.inputs import images_fingerprint, pixel_facts
 from dvla_fast.engine.leaks import SeenImages, check_seen_images, find_seen_images
-from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.models import build_model, build_pretrain_model, described_by
 from dvla_fast.engine.predict import (
     LEARNED,
@@ -36,6 +35,7 @@ from dvla_fast.engine.predict import (
     image_features,
     predict_visual,
 )
+from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.recipes import check_one_recipe, checkpoint_paths, recipe_of
 from dvla_fast.engine.records import (
     EpisodeRecord,
@@ -43,6 +43,7 @@ from dvla_fast.engine.records import (
     keep_record,
     keep_result,
 )
+from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.settings import to_dict
 from dvla_fast.engine.starting import published, published_visformer, trained_normalisation
 from dvla_fast.engine.texts import build_texts

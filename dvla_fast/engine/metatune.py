@@ -30,7 +30,6 @@ from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.inputs import run_inputs
 from dvla_fast.engine.leaks import check_seen_images
-from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.memory import free_mib
 from dvla_fast.engine.metatune_steps import Epoch, Step
 from dvla_fast.engine.models import backbone_spec, build_model, model_spec
@@ -43,6 +42,8 @@ from dvla_fast.engine.monitor import (
 from dvla_fast.engine.next_steps import keep_settings_files
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor
 from dvla_fast.engine.prefixes import PrefixMaps, check_constant_prefix
+from dvla_fast.engine.progress import Progress
+from dvla_fast.engine.run_folder import RunFolder, open_folder
 from dvla_fast.engine.settings import to_dict
 from dvla_fast.engine.starting import begin_metatuning, continue_gates
 from dvla_fast.engine.state import TrainingState

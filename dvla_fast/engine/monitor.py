@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dvla_fast.data import EpisodeSampler, FewShotData
-from dvla_fast.engine.logging import Progress
+from dvla_fast.engine.progress import Progress
 from dvla_fast.errors import DataError
 from dvla_fast.statistics import mean_interval, points
 

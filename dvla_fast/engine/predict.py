@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from dvla_fast.data import EpisodeBatch, EpisodeSampler, FewShotData, ImageSet
 from dvla_fast.engine.build import split_classes
-from dvla_fast.engine.logging import Progress
 from dvla_fast.engine.models import check_weights
 from dvla_fast.engine.modes import evaluating
+from dvla_fast.engine.progress import Progress
 from dvla_fast.errors import TrainingError
 from dvla_fast.nn import DVLA, TextTokens, prototype_logits
 from dvla_fast.semantics import EncodedTexts

@@ -33,7 +33,6 @@ from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.divergence import DivergenceWatch
 from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.inputs import run_inputs
-from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.models import backbone_spec, build_pretrain_model
 from dvla_fast.engine.monitor import (
     monitor_episodes,
@@ -43,6 +42,8 @@ from dvla_fast.engine.monitor import (
 )
 from dvla_fast.engine.next_steps import keep_settings_files
 from dvla_fast.engine.predict import image_features, predict_visual
+from dvla_fast.engine.progress import Progress
+from dvla_fast.engine.run_folder import RunFolder, open_folder
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.starting import load_published, normalise_for
 from dvla_fast.engine.state import TrainingState

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvla_fast.engine.logging import RunFolder
 from dvla_fast.engine.result_check import result_fault
+from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.errors import MissingDependencyError, OutputError
 from dvla_fast.files import json_text
 from dvla_fast.pictures.confusion import plot_confusion

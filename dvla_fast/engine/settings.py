@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from dvla_fast.errors import DVLAError
+from dvla_fast.errors import DVLAError, MissingDependencyError
 
 T = TypeVar("T")
 
@@ -118,6 +118,17 @@ def _loader() -> Any:
             return node
 
     return StrictLoader
+
+
+def to_yaml(config: dict[str, Any]) -> str:
+    """Return settings as YAML (MissingDependencyError without PyYAML)."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingDependencyError(
+            "run folders need PyYAML, which is not installed; run pip install 'dvla-fast[train]'"
+        ) from error
+    return yaml.safe_dump(config, sort_keys=False)
 
 
 def read_settings(path: str, cls: type[T], default: T, option: str = "--config") -> T:

@@ -21,8 +21,8 @@ from dvla_fast.engine.checkpoint import (
 )
 from dvla_fast.engine.description import REMEDY, RESUMED, check_entries
 from dvla_fast.engine.inputs import check_inputs
-from dvla_fast.engine.logging import RunFolder
 from dvla_fast.engine.models import fingerprint
+from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.settings import differences
 from dvla_fast.errors import CheckpointError
 

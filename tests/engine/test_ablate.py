@@ -22,8 +22,8 @@ from dvla_fast.engine.ablation_cells import Cell, Store, Workshop, start_alike
 from dvla_fast.engine.ablation_claims import hallucinated_shares
 from dvla_fast.engine.ablation_variants import all_variants, chosen_variants
 from dvla_fast.engine.config import AblateConfig, AblateRun, AugmentConfig, DemoRun, SemanticsConfig
-from dvla_fast.engine.logging import RunFolder, read_config, read_metrics
 from dvla_fast.engine.models import build_model
+from dvla_fast.engine.run_folder import RunFolder, read_config, read_metrics
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import OutputError
@@ -394,7 +394,7 @@ def test_command_line(
     config: AblateRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dvla_fast.cli import main
-    from dvla_fast.engine.logging import to_yaml
+    from dvla_fast.engine.settings import to_yaml
 
     config.output = ""
     config.ablate.seeds = 1

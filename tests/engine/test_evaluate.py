@@ -23,7 +23,6 @@ from dvla_fast.engine.build import without_test_split
 from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from dvla_fast.engine.config import DemoRun, EvaluateConfig
 from dvla_fast.engine.evaluate import Contender, Evaluation, compare, trained_normalisation
-from dvla_fast.engine.logging import Progress, read_metrics
 from dvla_fast.engine.predict import (
     FIXED,
     LEARNED,
@@ -35,7 +34,9 @@ from dvla_fast.engine.predict import (
     image_features,
     predict_visual,
 )
+from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.records import EpisodeRecord
+from dvla_fast.engine.run_folder import read_metrics
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import DataError, TrainingError
 from dvla_fast.nn import DVLA

@@ -23,10 +23,11 @@ from dvla_fast.engine.config import AugmentConfig, DataConfig, DemoRun, Executio
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.gating import GateTraining
-from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune_steps import Step
 from dvla_fast.engine.models import backbone_spec, build_model, model_spec
 from dvla_fast.engine.pretrain import pretrain
+from dvla_fast.engine.progress import Progress
+from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import MissingDependencyError, OutputError

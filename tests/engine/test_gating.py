@@ -22,8 +22,9 @@ from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import DemoRun, MetatuneConfig, ModelConfig
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
-from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.models import backbone_spec, build_model, model_spec
+from dvla_fast.engine.progress import Progress
+from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.nn import DVLA

@@ -17,9 +17,10 @@ from dvla_fast.engine.config import DemoRun, MetatuneConfig
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
-from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import parameter_groups
 from dvla_fast.engine.metatune_steps import Step, _Totals, _training_mode
+from dvla_fast.engine.progress import Progress
+from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.rl import episode_accuracy
 from dvla_fast.semantics import EncodedTexts

@@ -23,7 +23,6 @@ from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import DemoRun, ModelConfig, PretrainConfig
 from dvla_fast.engine.divergence import DivergenceWatch
 from dvla_fast.engine.execution import Execution, adamw
-from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.models import (
     backbone_spec,
     build_model,
@@ -38,6 +37,8 @@ from dvla_fast.engine.monitor import (
     validation_text,
 )
 from dvla_fast.engine.pretrain import learning_rate, pretrain, turn_classes
+from dvla_fast.engine.progress import Progress
+from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.state import TrainingState
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import CheckpointError, DataError, TrainingError

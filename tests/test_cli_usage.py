@@ -32,6 +32,7 @@ COMMANDS = ["demo", "pretrain", "metatune", "evaluate", "predict", "doctor"]
         ["demo", "--resume"],
         ["doctor", "--loud"],
         ["pretrain", "--model.width", "7"],
+        ["pretrain", "--device", "tpu"],
     ],
 )
 def test_wrong_usage_is_status_2(

@@ -16,7 +16,6 @@ from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.settle import MADE_SIZES, sized
-from dvla_fast.engine.text_options import check_template
 from dvla_fast.engine.tool_config import LanguageModelConfig, SemanticsBuild
 from dvla_fast.errors import DataError
 from dvla_fast.semantics import build_encoder
@@ -30,14 +29,11 @@ from dvla_fast.semantics.language_models import (
 from dvla_fast.semantics.sources import folder_classes, image_set_classes, named_classes
 from dvla_fast.semantics.stages import ClassSource, Prompts
 
-_BACKENDS = ("openai", "transformers", "files")
-
 
 def build(config: SemanticsBuild) -> int:
     """Build or continue the bank; returns the exit status: 1 where a class failed."""
     if not config.output:
         raise UsageError("semantics build needs --output, the JSON file of the bank")
-    check_template(config.construct.template, "--construct.template")
     output = Path(config.output)
     prompts = Prompts.load(config.construct.candidates_prompt, config.construct.description_prompt)
     model = build_language_model(config.language_model)
@@ -96,7 +92,6 @@ def build_language_model(config: LanguageModelConfig) -> LanguageModel:
     """Return the back end of a configuration.
 
     Raises:
-        UsageError: unknown back end.
         LanguageModelError, MissingDependencyError: as the back ends.
     """
     if config.backend == "files":
@@ -111,22 +106,17 @@ def build_language_model(config: LanguageModelConfig) -> LanguageModel:
             seed=config.seed,
             max_tokens=config.max_tokens,
         )
-    if config.backend == "openai":
-        return OpenAIServer(
-            config.model,
-            base_url=config.base_url,
-            api_key_env=config.api_key_env,
-            concurrency=config.concurrency,
-            timeout=config.timeout,
-            retries=config.retries,
-            temperature=config.temperature,
-            seed=config.seed,
-            structured=config.structured,
-            max_tokens=config.max_tokens,
-        )
-    raise UsageError(
-        f"--language_model.backend {config.backend!r} is unknown; choose one of "
-        f"{', '.join(_BACKENDS)}"
+    return OpenAIServer(
+        config.model,
+        base_url=config.base_url,
+        api_key_env=config.api_key_env,
+        concurrency=config.concurrency,
+        timeout=config.timeout,
+        retries=config.retries,
+        temperature=config.temperature,
+        seed=config.seed,
+        structured=config.structured,
+        max_tokens=config.max_tokens,
     )
 
 

@@ -25,7 +25,7 @@ from dvla_fast.engine.config import EvaluateConfig, EvaluateRun, SemanticsConfig
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.inductive import EpisodeTexts
 from dvla_fast.engine.inputs import images_fingerprint, pixel_facts
-from dvla_fast.engine.leaks import SeenImages, check_seen_images, find_seen_images
+from dvla_fast.engine.leaks import SeenImages, find_seen_images
 from dvla_fast.engine.models import build_model, build_pretrain_model, described_by
 from dvla_fast.engine.predict import (
     LEARNED,
@@ -333,7 +333,6 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     check_one_recipe(paths, [model for model, _, _ in loaded], infos)
     stages = {path: training_stages(info) for path, info in zip(paths, infos)}
     classes = require_untrained(stages, data, settings.split)
-    check_seen_images(config.semantics.seen_images)
     texts = _Texts()
     if contenders[0].model is not None:
         texts = _find_texts(config, data, dict(zip(paths, infos)))

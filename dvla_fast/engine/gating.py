@@ -33,8 +33,6 @@ from dvla_fast.rl import (
     weighted_rewards,
 )
 
-REFERENCES = ("fixed", "epoch")
-
 
 class Episodes(NamedTuple):
     """A step's episodes: images (E, n, C, H, W), labels (E, n), and their texts."""
@@ -216,10 +214,6 @@ class GateTraining:
             )
         if config.objective == "pathwise" and self.discrete:
             raise ValueError("objective: pathwise needs the beta policy: a choice has no gradient")
-        if config.reference not in REFERENCES:
-            raise ValueError(
-                f"reference: unknown {config.reference!r}; expected one of {', '.join(REFERENCES)}"
-            )
         self.needs_reference = self.needs_density or objective.needs_reference_rewards
         if self.needs_reference and config.reference == "fixed":
             if self.discrete:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from dvla_fast.data import EpisodeSampler, FewShotData
-from dvla_fast.engine.augmentation import Augmentation
 from dvla_fast.engine.build import (
     build_data,
     normalisation,
@@ -29,7 +28,6 @@ from dvla_fast.engine.divergence import DivergenceWatch
 from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.inputs import run_inputs
-from dvla_fast.engine.leaks import check_seen_images
 from dvla_fast.engine.memory import free_mib
 from dvla_fast.engine.metatune_steps import Epoch, Step
 from dvla_fast.engine.models import backbone_spec, build_model, model_spec
@@ -225,7 +223,6 @@ def run_metatune(
     Args:
         files: the settings files that it was given, for the command that follows.
     """
-    check_seen_images(config.semantics.seen_images)  # its evaluation takes these settings
     processes = Processes(config.device)
     execution = Execution(config.execution, processes)
     data = build_data(config.data, processes.device, training=True)
@@ -296,7 +293,6 @@ def _check_recipe(
         EpisodeSampler(data.base, config.way, shot, config.query, 0)
     monitor_episodes(data, config.way, config.shots[0], config.query)
     GateTraining(config, model, processes)
-    Augmentation(config.augment, data)
     processes.share(config.episodes_per_step, "metatune.episodes_per_step")
 
 

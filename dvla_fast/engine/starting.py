@@ -59,13 +59,9 @@ def normalise_for(data: FewShotData, config: ModelConfig, checkpoint: str = "") 
     files, and otherwise those of the base images.
 
     Raises:
-        UsageError: an unknown name, or statistics of another number of channels.
+        UsageError: statistics of another number of channels.
     """
     name = config.normalisation
-    if name not in NORMALISATIONS:
-        raise UsageError(
-            f"--model.normalisation: unknown {name!r}; choose one of {', '.join(NORMALISATIONS)}"
-        )
     start = checkpoint or config.pretrained
     if name == "auto" and config.backbone == "clip":
         name = "clip"

@@ -315,7 +315,6 @@ def test_settings_with_effect_are_not(tiny: DemoRun, settings: dict[str, Any]) -
         ({"objective": "trpo"}, "objective: unknown 'trpo'"),
         ({"baseline": "mean"}, "baseline: unknown 'mean'"),
         ({"rewards": {"glory": 1.0}}, "rewards: unknown 'glory'"),
-        ({"reference": "best"}, "reference: unknown 'best'"),
         ({"objective": "ppo", "clip": 1.5}, r"clip: expected a number in \(0, 1\)"),
         ({"objective": "dpo", "samples": 3}, "samples: dpo compares pairs, got 3"),
         ({"objective": "grpo", "samples": 1}, "samples: expected at least 2"),

@@ -26,22 +26,22 @@ from dvla_fast.data import EpisodeSampler, FewShotData
 from dvla_fast.engine.ablation_variants import FULL, Variant
 from dvla_fast.engine.build import build_data, seed_everything
 from dvla_fast.engine.config import AblateRun, SemanticsConfig
+from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import load_model
 from dvla_fast.engine.execution import Execution
-from dvla_fast.engine.gating import GateTraining, reward_weights
+from dvla_fast.engine.gating import reward_weights
 from dvla_fast.engine.inputs import run_inputs
 from dvla_fast.engine.leaks import find_seen_images
-from dvla_fast.engine.metatune import metatune
+from dvla_fast.engine.metatune import check_metatuning, metatune
 from dvla_fast.engine.models import backbone_spec, build_model, fingerprint, model_spec
-from dvla_fast.engine.monitor import monitor_episodes
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor, image_features, predict_visual
 from dvla_fast.engine.prefixes import PrefixMaps, has_constant_prefix
-from dvla_fast.engine.pretrain import pretrain
-from dvla_fast.engine.progress import Progress
+from dvla_fast.engine.pretrain import check_pretraining, pretrain
 from dvla_fast.engine.reward_curves import reward_curves
 from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.settings import UsageError, to_dict
+from dvla_fast.engine.stages import StageRun
 from dvla_fast.engine.starting import begin_metatuning, normalise_for
 from dvla_fast.engine.texts import bank_encoder, build_bank, build_texts
 from dvla_fast.errors import OutputError
@@ -207,16 +207,14 @@ class Workshop:
         """
         for _ in self._samplers():
             pass
-        tuning = self.config.metatune
-        for shot in tuning.shots:
-            EpisodeSampler(self.data.base, tuning.way, shot, tuning.query, 0)
-        monitor_episodes(self.data, tuning.way, tuning.shots[0], tuning.query)
+        check_pretraining(self.config.pretrain, self.data, Processes())
         for variant in variants:
             if not variant.trains:
                 continue
             config = variant.apply(self.config)
             try:
-                GateTraining(config.metatune, build_model(self._spec(config)))
+                model = build_model(self._spec(config))
+                check_metatuning(config.metatune, model, self.data, Processes())
             except UsageError as error:
                 raise UsageError(f"variant {variant.name}: {error}") from error
 
@@ -257,12 +255,8 @@ class Workshop:
             shutil.rmtree(path, ignore_errors=True)
         settings = {**to_dict(config), "seed": seed}
         folder = RunFolder(path, settings, resume=resume, free=FREE_KEYS)
-        rng = seed_everything(seed)
-        silent = Progress({"pre-train": 1.0}, enabled=False)
-        best = pretrain(
-            config.pretrain, self.data, spec, folder, rng, seed, silent,
-            Execution(config.execution), config.model.pretrained,
-        )  # fmt: skip
+        run = StageRun(folder, seed_everything(seed), seed, execution=Execution(config.execution))
+        best = pretrain(config.pretrain, self.data, spec, run, config.model.pretrained)
         rows = [row["monitor_episode_accuracy"] for row in folder.rows("pretrain")
                 if "monitor_episode_accuracy" in row]  # fmt: skip
         (folder.checkpoints / "pretrain-last.safetensors").unlink(missing_ok=True)
@@ -327,11 +321,9 @@ class Workshop:
         model.to(self.device)
         prefixes = self._prefix_maps(cell.seed, data, config)
         folder = RunFolder(path, to_dict(config), free=FREE_KEYS)
-        silent = Progress({"meta-tune": 1.0}, enabled=False)
-        best = metatune(
-            config.metatune, model, spec, data, texts, folder, rng, cell.seed, silent,
-            {"semantics": semantics}, Execution(config.execution), prefixes,
-        )  # fmt: skip
+        run = StageRun(folder, rng, cell.seed, execution=Execution(config.execution))
+        noted = {"semantics": semantics}
+        best = metatune(config.metatune, model, spec, data, texts, run, noted, prefixes)
         rows = folder.rows("metatune")
         folder.close()
         tuned, _, info = load_model(str(best), data)

@@ -13,12 +13,13 @@ held-out images too.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dvla_fast.data import EpisodeSampler, FewShotData, ImageSet
+from dvla_fast.data import FewShotData, ImageSet
 from dvla_fast.data.images import unit_range
 from dvla_fast.engine.build import build_data, seed_everything
 from dvla_fast.engine.checkpoint import load_checkpoint
@@ -27,19 +28,18 @@ from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import Contender, Evaluation, load_model
 from dvla_fast.engine.execution import Execution
-from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.inputs import pixel_facts
 from dvla_fast.engine.leaks import SeenImages, find_seen_images
-from dvla_fast.engine.metatune import metatune
+from dvla_fast.engine.metatune import check_metatuning, metatune
 from dvla_fast.engine.models import backbone_spec, build_model, load_backbone, model_spec
-from dvla_fast.engine.monitor import monitor_episodes
 from dvla_fast.engine.predict import FIXED, LEARNED, VISUAL
-from dvla_fast.engine.pretrain import pretrain
+from dvla_fast.engine.pretrain import check_pretraining, pretrain
 from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.recipes import recipe_of
 from dvla_fast.engine.records import keep_record
 from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.settings import UsageError, to_dict
+from dvla_fast.engine.stages import StageRun
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.engine.trained_classes import training_stages
 from dvla_fast.nn import DVLA
@@ -66,18 +66,15 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     folder = RunFolder(config.output, to_dict(config), resume=config.resume, wandb=config.wandb)
     with Progress(_SHARES, enabled=not quiet) as progress:
         rng = seed_everything(config.seed)
-        pretrained = pretrain(
-            config.pretrain, data, backbone, folder, rng, config.seed, progress, execution
-        )
+        run = StageRun(folder, rng, config.seed, progress, execution)
+        pretrained = pretrain(config.pretrain, data, backbone, run)
         rng = seed_everything(config.seed + 1)
         model = build_model(spec)
         training = training_stages(load_backbone(model, backbone, pretrained))
         model.to(device)
         facts = {"semantics": semantics, "started_from": str(pretrained), "training": training}
-        tuned = metatune(
-            config.metatune, model, spec, data, texts, folder, rng, config.seed, progress, facts,
-            execution,
-        )  # fmt: skip
+        run = replace(run, rng=rng)
+        tuned = metatune(config.metatune, model, spec, data, texts, run, facts)
         results = _evaluate(config, data, texts, folder, (pretrained, tuned), progress, seen)
     provenance = _provenance(tuned, model, semantics, device)
     results = [result | provenance for result in results]
@@ -120,11 +117,9 @@ def _check_recipe(
     config: DemoRun, data: FewShotData, spec: dict[str, Any], seen: SeenImages
 ) -> None:
     """Find what fits no model, and too few images, before the training."""
-    GateTraining(config.metatune, build_model(spec))
-    tuning, tested = config.metatune, config.evaluate
-    for shot in tuning.shots:
-        EpisodeSampler(data.base, tuning.way, shot, tuning.query, 0)
-    monitor_episodes(data, tuning.way, tuning.shots[0], tuning.query)
+    check_pretraining(config.pretrain, data, Processes())
+    check_metatuning(config.metatune, build_model(spec), data, Processes())
+    tested = config.evaluate
     images, chosen = data.split(tested.split), tested.episode_list
     for shot in tested.shots:
         build_sampler(chosen, images, tested.way, shot, tested.query, config.seed, seen.barred)

@@ -356,6 +356,9 @@ def test_settings_that_do_not_fit_fail_before_work(config: AblateRun) -> None:
     config.ablate.variants = ["layers=9.9"]
     with pytest.raises(UsageError, match=r"variant layers=9\.9"):
         run_ablate(config, quiet=True)
+    config.pretrain.batch_size = 1
+    with pytest.raises(UsageError, match="leaves BatchNorm nothing to compare"):
+        run_ablate(config, quiet=True)
     assert not Path(config.output).exists()
 
 

@@ -26,12 +26,10 @@ from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.metatune_steps import Step
 from dvla_fast.engine.models import backbone_spec, build_model, model_spec
 from dvla_fast.engine.pretrain import pretrain
-from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.run_folder import RunFolder
+from dvla_fast.engine.stages import StageRun
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import MissingDependencyError, OutputError
-
-SILENT = Progress({}, enabled=False)
 
 
 def trained(
@@ -39,7 +37,8 @@ def trained(
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     spec = backbone_spec(config.model, 1, 16)
     run = RunFolder(folder / "pretrain", {})
-    start = pretrain(config.pretrain, data, spec, run, seed_everything(0), 0, SILENT, execution)
+    stage = StageRun(run, seed_everything(0), execution=execution)
+    start = pretrain(config.pretrain, data, spec, stage)
     rows = run.rows()
     texts, _ = build_texts(config.semantics, data, torch.device("cpu"))
     rng = seed_everything(1)
@@ -47,9 +46,8 @@ def trained(
     model = build_model(described)
     models.load_backbone(model, spec, start)
     run = RunFolder(folder / "metatune", {})
-    best = metatune_module.metatune(
-        config.metatune, model, described, data, texts, run, rng, 0, SILENT, None, execution
-    )
+    stage = StageRun(run, rng, execution=execution)
+    best = metatune_module.metatune(config.metatune, model, described, data, texts, stage)
     return rows + run.rows(), load_checkpoint(best)[0]
 
 
@@ -126,7 +124,7 @@ def test_everything_on_still_learns(tmp_path: Path, few_digits: FewShotData, tin
     spec = backbone_spec(tiny.model, 1, 16)
     run = RunFolder(tmp_path / "run", {})
     execution = Execution(ExecutionConfig(precision="bfloat16", channels_last=True))
-    pretrain(recipe, few_digits, spec, run, seed_everything(0), 0, SILENT, execution)
+    pretrain(recipe, few_digits, spec, StageRun(run, seed_everything(0), execution=execution))
     losses = [row["loss"] for row in run.rows()]
     assert losses[-1] < losses[0]
 

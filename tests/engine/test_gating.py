@@ -23,15 +23,13 @@ from dvla_fast.engine.config import DemoRun, MetatuneConfig, ModelConfig
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
 from dvla_fast.engine.models import backbone_spec, build_model, model_spec
-from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.stages import StageRun
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.nn import DVLA
 from dvla_fast.ops import value_checks
 from dvla_fast.rl import BASELINES, OBJECTIVES, reward_names
-
-SILENT = Progress({}, enabled=False)
 
 
 def make_model(config: DemoRun) -> tuple[DVLA, dict[str, Any]]:
@@ -44,9 +42,8 @@ def tune(folder: RunFolder, data: FewShotData, config: DemoRun) -> Path:
     texts, _ = build_texts(config.semantics, data, torch.device("cpu"))
     model, spec = make_model(config)
     rng = seed_everything(2)
-    return metatune_module.metatune(
-        config.metatune, model, spec, data, texts, folder, rng, 0, SILENT
-    )
+    run = StageRun(folder, rng)
+    return metatune_module.metatune(config.metatune, model, spec, data, texts, run)
 
 
 def with_gating(config: DemoRun, **settings: Any) -> DemoRun:

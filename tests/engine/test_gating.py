@@ -154,6 +154,20 @@ def test_an_interrupted_run_continues_to_the_same_weights(
         assert torch.equal(tensors[name], tensor), name
 
 
+def test_the_accuracy_of_the_step_before_is_kept(few_digits: FewShotData, tiny: DemoRun) -> None:
+    """For the reward that compares with it; in the checkpoint as "history.accuracy"."""
+    gates, rollout = rollout_of(few_digits, with_gating(tiny, rewards={"episode_improvement": 1.0}))
+    right = rollout.output.logits.argmax(-1) == rollout.query_labels
+    kept = gates.modules["history"].state_dict()
+    assert kept["accuracy"].item() == pytest.approx(right.float().mean().item())
+    gates.modules["history"].load_state_dict({"accuracy": torch.tensor(0.25)})
+    again = gates.play(episodes_of(few_digits, tiny), 5)
+    right = again.output.logits.argmax(-1) == again.query_labels
+    expected = right.float().mean(1) - 0.25
+    torch.testing.assert_close(again.reward_parts["episode_improvement"][-1], expected)
+    assert "history" not in rollout_of(few_digits, tiny)[0].modules
+
+
 def test_draws_of_one_episode_share_the_first_gates_state(
     few_digits: FewShotData, tiny: DemoRun
 ) -> None:

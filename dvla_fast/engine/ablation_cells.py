@@ -27,7 +27,7 @@ from dvla_fast.engine.ablation_variants import FULL, Variant
 from dvla_fast.engine.build import build_data, seed_everything
 from dvla_fast.engine.config import AblateRun, SemanticsConfig
 from dvla_fast.engine.distributed import Processes
-from dvla_fast.engine.episode_lists import build_sampler
+from dvla_fast.engine.episode_lists import build_samplers
 from dvla_fast.engine.evaluate import load_model
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.gating import reward_weights
@@ -176,8 +176,13 @@ class Workshop:
         self.data = normalise_for(data, config.model)
         self._texts: dict[str, tuple[EncodedTexts, dict[str, Any]]] = {}
         self._encoders: dict[str, TextEncoder] = {}
-        # Of the base configuration's texts: all variants are asked about the same episodes.
-        self._seen = find_seen_images(config.semantics, self.data, config.evaluate.split)
+        # The episodes are the same for all variants and training seeds: those that suit the texts
+        # of the base configuration.
+        split = config.evaluate.split
+        self._seen = find_seen_images(config.semantics, self.data, split)
+        self.samplers = build_samplers(
+            config.evaluate, self.data.split(split), config.seed, self._seen.barred
+        )
         self._prefixes: tuple[int, PrefixMaps] | None = None
 
     def texts(self, config: AblateRun) -> tuple[EncodedTexts, dict[str, Any]]:
@@ -205,8 +210,6 @@ class Workshop:
         Raises:
             UsageError, BankError, DataError: what does not fit, with the variant's name.
         """
-        for _ in self._samplers():
-            pass
         check_pretraining(self.config.pretrain, self.data, Processes())
         for variant in variants:
             if not variant.trains:
@@ -224,16 +227,14 @@ class Workshop:
         return run_inputs(self.data, self.texts(self.config)[1], split)
 
     def lists(self) -> dict[str, str]:
-        """Fingerprints of the lists of episodes, by shot, as every cell records its own."""
+        """Fingerprints of the lists of episodes, by shot, as every cell records them."""
         episodes = self.config.evaluate.episodes
-        return {str(shot): sampler.fingerprint(episodes) for shot, sampler in self._samplers()}
+        return {str(sampler.shot): sampler.fingerprint(episodes) for sampler in self.samplers}
 
     def leaks(self) -> dict[str, dict[str, Any]]:
         """What the summary says of queries that the texts were written from, by shot."""
         episodes = self.config.evaluate.episodes
-        return {
-            str(shot): self._seen.summary(sampler, episodes) for shot, sampler in self._samplers()
-        }
+        return {str(x.shot): self._seen.summary(x, episodes) for x in self.samplers}
 
     def _spec(self, config: AblateRun) -> dict[str, Any]:
         backbone = backbone_spec(config.model, self.data.channels, self.data.image_size)
@@ -295,12 +296,11 @@ class Workshop:
     def _visual(self, checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         _, backbone, info = load_model(str(checkpoint), self.data)
         features = image_features(backbone, self.data, self.data.split(self.config.evaluate.split))
-        arrays, hashes = {}, {}
-        for shot, sampler in self._samplers():
+        arrays = {}
+        for sampler in self.samplers:
             found = predict_visual(features, sampler, self.config.evaluate.episodes)
-            arrays[f"accuracy-{shot}"] = found.accuracies.numpy()
-            hashes[str(shot)] = sampler.fingerprint(self.config.evaluate.episodes)
-        return arrays, {"episodes_sha256": hashes, "monitor_accuracy": info["best"]}
+            arrays[f"accuracy-{sampler.shot}"] = found.accuracies.numpy()
+        return arrays, {"episodes_sha256": self.lists(), "monitor_accuracy": info["best"]}
 
     def _tuned(
         self, cell: Cell, config: AblateRun, checkpoint: Path
@@ -328,12 +328,12 @@ class Workshop:
         folder.close()
         tuned, _, info = load_model(str(best), data)
         assert tuned is not None
-        arrays, hashes = self._evaluated(tuned, data, texts, prefixes)
+        arrays = self._evaluated(tuned, data, texts, prefixes)
         if cell.variant is not None and cell.variant.name == FULL:
             arrays["rewards"] = self._rewards(config, tuned, data, texts, cell.seed, prefixes)
         shutil.rmtree(path, ignore_errors=True)
         return arrays, {
-            "episodes_sha256": hashes,
+            "episodes_sha256": self.lists(),
             "fingerprint": fingerprint(spec),
             "gated_layers": [list(layer) for layer in tuned.gated_layers],
             "monitor_accuracy": info["best"],
@@ -362,32 +362,19 @@ class Workshop:
 
     def _evaluated(
         self, model: Any, data: FewShotData, texts: EncodedTexts, prefixes: PrefixMaps | None
-    ) -> tuple[dict[str, Any], dict[str, str]]:
+    ) -> dict[str, Any]:
         settings = self.config.evaluate
         maps = None if prefixes is None else prefixes.of(model, settings.split)
         predictor = EpisodePredictor(
             model, data, texts, settings.split, cache_mib=settings.cache_mib, maps=maps
         )
         arrays: dict[str, Any] = {}
-        hashes: dict[str, str] = {}
-        for shot, sampler in self._samplers():
+        for sampler in self.samplers:
             found = predictor.predict(sampler, settings.episodes, settings.batch_episodes)[LEARNED]
-            arrays[f"accuracy-{shot}"] = found.accuracies.numpy()
+            arrays[f"accuracy-{sampler.shot}"] = found.accuracies.numpy()
             assert found.alphas is not None
-            arrays[f"alpha-{shot}"] = found.alphas.float().numpy()
-            hashes[str(shot)] = sampler.fingerprint(settings.episodes)
-        return arrays, hashes
-
-    def _samplers(self) -> Iterator[tuple[int, EpisodeSampler]]:
-        """The lists of episodes, the same for all variants and all training seeds."""
-        settings, seed = self.config.evaluate, self.config.seed
-        images = self.data.split(settings.split)
-        barred = self._seen.barred
-        for shot in settings.shots:
-            sampler = build_sampler(
-                settings.episode_list, images, settings.way, shot, settings.query, seed, barred
-            )
-            yield shot, sampler
+            arrays[f"alpha-{sampler.shot}"] = found.alphas.float().numpy()
+        return arrays
 
     def _prefix_maps(self, seed: int, data: FewShotData, config: AblateRun) -> PrefixMaps | None:
         if not has_constant_prefix(config.metatune):

@@ -13,19 +13,20 @@ held-out images too.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dvla_fast.data import FewShotData, ImageSet
+from dvla_fast.data import EpisodeSampler, FewShotData, ImageSet
 from dvla_fast.data.images import unit_range
 from dvla_fast.engine.build import build_data, seed_everything
 from dvla_fast.engine.checkpoint import load_checkpoint
-from dvla_fast.engine.config import DemoRun
+from dvla_fast.engine.config import DemoRun, EvaluateConfig
 from dvla_fast.engine.distributed import Processes
-from dvla_fast.engine.episode_lists import build_sampler
+from dvla_fast.engine.episode_lists import build_samplers
 from dvla_fast.engine.evaluate import Contender, Evaluation, load_model
 from dvla_fast.engine.execution import Execution
 from dvla_fast.engine.inputs import pixel_facts
@@ -62,7 +63,11 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     backbone = backbone_spec(config.model, data.channels, data.image_size)
     spec = model_spec(config.model, backbone, semantics["dim"])
     seen = find_seen_images(config.semantics, data, config.evaluate.split)
-    _check_recipe(config, data, spec, seen)
+    # What fits no model, and too few images, are found before the training.
+    check_pretraining(config.pretrain, data, execution.processes)
+    check_metatuning(config.metatune, build_model(spec), data, execution.processes)
+    tested = data.split(config.evaluate.split)
+    samplers = build_samplers(config.evaluate, tested, config.seed, seen.barred)
     folder = RunFolder(config.output, to_dict(config), resume=config.resume, wandb=config.wandb)
     with Progress(_SHARES, enabled=not quiet) as progress:
         rng = seed_everything(config.seed)
@@ -75,7 +80,9 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
         facts = {"semantics": semantics, "started_from": str(pretrained), "training": training}
         run = replace(run, rng=rng)
         tuned = metatune(config.metatune, model, spec, data, texts, run, facts)
-        results = _evaluate(config, data, texts, folder, (pretrained, tuned), progress, seen)
+        progress.begin("evaluate", config.evaluate.episodes * len(samplers))
+        evaluation = _evaluation(config.evaluate, data, texts, pretrained, tuned)
+        results = _results(evaluation, samplers, run, seen)
     provenance = _provenance(tuned, model, semantics, device)
     results = [result | provenance for result in results]
     summary: dict[str, Any] = {
@@ -113,43 +120,29 @@ def _execution(config: DemoRun) -> Execution:
     return Execution(config.execution, processes)
 
 
-def _check_recipe(
-    config: DemoRun, data: FewShotData, spec: dict[str, Any], seen: SeenImages
-) -> None:
-    """Find what fits no model, and too few images, before the training."""
-    check_pretraining(config.pretrain, data, Processes())
-    check_metatuning(config.metatune, build_model(spec), data, Processes())
-    tested = config.evaluate
-    images, chosen = data.split(tested.split), tested.episode_list
-    for shot in tested.shots:
-        build_sampler(chosen, images, tested.way, shot, tested.query, config.seed, seen.barred)
+def _evaluation(
+    config: EvaluateConfig, data: FewShotData, texts: EncodedTexts, pretrained: Path, tuned: Path
+) -> Evaluation:
+    """The pre-trained and the meta-tuned checkpoint, side by side."""
+    (_, first, _), (model, backbone, _) = (load_model(str(x), data) for x in (pretrained, tuned))
+    return Evaluation([Contender(model, {BEFORE: first, VISUAL: backbone})], data, texts, config)
 
 
-def _evaluate(
-    config: DemoRun,
-    data: FewShotData,
-    texts: EncodedTexts,
-    folder: RunFolder,
-    checkpoints: tuple[Path, Path],
-    progress: Progress,
-    seen: SeenImages,
+def _results(
+    evaluation: Evaluation, samplers: Sequence[EpisodeSampler], run: StageRun, seen: SeenImages
 ) -> list[dict[str, Any]]:
-    """Evaluate the pre-trained and the meta-tuned checkpoint on the same episodes, by shot."""
-    settings = config.evaluate
-    (_, first, _), (model, backbone, _) = (load_model(str(path), data) for path in checkpoints)
-    contender = Contender(model, {BEFORE: first, VISUAL: backbone})
-    folder.trim("evaluate", -1)
-    progress.begin("evaluate", settings.episodes * len(settings.shots))
-    evaluation = Evaluation([contender], data, texts, settings, config.seed, seen.barred)
+    """Evaluate every list of episodes, and keep what it leaves."""
+    run.folder.trim("evaluate", -1)
     pixels = pixel_facts(evaluation.images)
     results = []
-    for shot in settings.shots:
-        result, record = evaluation.shot(shot, progress)
-        result["leaks"] = seen.summary(evaluation.sampler(shot), settings.episodes)
+    for sampler in samplers:
+        result, record = evaluation.evaluate(sampler, run.progress)
+        result["leaks"] = seen.summary(sampler, evaluation.config.episodes)
         result |= pixels
         results.append(result)
-        keep_record(folder, result, record, evaluation.images.class_names)
-        progress.note(f"{shot}-shot {result['accuracy']:.1%} ± {points(result['ci95'], 1)} %")
+        keep_record(run.folder, result, record, evaluation.images.class_names)
+        scored = f"{result['accuracy']:.1%} ± {points(result['ci95'], 1)} %"
+        run.progress.note(f"{sampler.shot}-shot {scored}")
     return results
 
 

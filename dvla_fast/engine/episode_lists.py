@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dvla_fast.data import EpisodeSampler, ImageSet
 from dvla_fast.data.episodes import BLOCK
+from dvla_fast.engine.config import EvaluateConfig
 from dvla_fast.engine.settings import UsageError
 
 _SEEDS = 2**32  # that RandomState knows
@@ -45,6 +46,22 @@ class AuthorsEpisodeSampler(EpisodeSampler):
                     chosen[episode, label] = self._table[name, places]
             self._drawn.append((classes, chosen))
         return self._drawn[number]
+
+
+def build_samplers(
+    config: EvaluateConfig, images: ImageSet, seed: int, not_as_query: Tensor | None = None
+) -> list[EpisodeSampler]:
+    """Return the samplers of an evaluation, one for each of its shots; see :func:`build_sampler`.
+
+    Args:
+        images: of the evaluated split.
+    """
+    return [
+        build_sampler(
+            config.episode_list, images, config.way, shot, config.query, seed, not_as_query
+        )
+        for shot in config.shots
+    ]
 
 
 def build_sampler(

@@ -22,7 +22,7 @@ from dvla_fast.engine.build import build_data, pick_device, seed_everything
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.compare import check_comparable, compare_groups
 from dvla_fast.engine.config import EvaluateConfig, EvaluateRun, SemanticsConfig
-from dvla_fast.engine.episode_lists import build_sampler
+from dvla_fast.engine.episode_lists import build_samplers
 from dvla_fast.engine.inductive import EpisodeTexts
 from dvla_fast.engine.inputs import images_fingerprint, pixel_facts
 from dvla_fast.engine.leaks import SeenImages, find_seen_images
@@ -99,9 +99,7 @@ class Evaluation:
     Args:
         contenders: the checkpoints, alike in their methods. Accuracies are means over them.
         texts: encoded texts of all classes; needed with gated models.
-        config: split, ways and numbers; its ``shots`` are what :meth:`shot` takes one by one.
-        seed: of the episodes.
-        not_as_query: (N,) bool, images of the split that are never drawn as queries.
+        config: split and numbers; :meth:`evaluate` takes the list of each of its shots.
         episode_texts: what writes each episode's texts, instead of ``texts``.
     """
 
@@ -111,12 +109,9 @@ class Evaluation:
         data: FewShotData,
         texts: EncodedTexts | None,
         config: EvaluateConfig,
-        seed: int,
-        not_as_query: Tensor | None = None,
         episode_texts: EpisodeTexts | None = None,
     ) -> None:
-        self.contenders, self.data, self.config, self.seed = contenders, data, config, seed
-        self.not_as_query = not_as_query
+        self.contenders, self.data, self.config = contenders, data, config
         self.images = data.split(config.split)
         self.predictors: list[EpisodePredictor | None] = []
         self._features: dict[tuple[int, str], Tensor] = {}
@@ -136,17 +131,10 @@ class Evaluation:
                 )
             self.predictors.append(predictor)
 
-    def sampler(self, shot: int) -> EpisodeSampler:
-        """The list of episodes of :meth:`shot`."""
-        config, barred = self.config, self.not_as_query
-        return build_sampler(
-            config.episode_list, self.images, config.way, shot, config.query, self.seed, barred
-        )
-
-    def shot(
-        self, shot: int, progress: Progress | None = None
+    def evaluate(
+        self, sampler: EpisodeSampler, progress: Progress | None = None
     ) -> tuple[dict[str, Any], EpisodeRecord]:
-        """Evaluate all methods on one list of episodes with ``shot`` supports a class.
+        """Evaluate all methods on one list of episodes.
 
         Returns:
             The result (settings, episode-list fingerprint, accuracy of the main method, which is
@@ -158,7 +146,6 @@ class Evaluation:
             if predictor is not None:
                 predictor.remember(passed, config.episodes, progress)
         self._passed.clear()
-        sampler = self.sampler(shot)
         found = [self._predictions(i, sampler, progress) for i in range(len(self.contenders))]
         main = LEARNED if LEARNED in found[0] else next(iter(found[0]))
         accuracies = {
@@ -175,7 +162,7 @@ class Evaluation:
         result = {
             **identity(self.data, config, sampler),
             "episode_list": config.episode_list,
-            "seed": self.seed,
+            "seed": sampler.seed,
             "method": main,
             **compared["methods"][main],
             "interval": INTERVAL,
@@ -359,9 +346,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     folder.trim("evaluate", -1)  # those of finished lists are written again
     if texts.written is not None:
         texts.written.open(folder.path)
-    evaluation = Evaluation(
-        contenders, data, texts.encoded, settings, config.seed, texts.barred, texts.written
-    )
+    evaluation = Evaluation(contenders, data, texts.encoded, settings, texts.written)
     results = []
     with Progress({"evaluate": 1.0}, enabled=not quiet) as progress:
         progress.begin("evaluate", settings.episodes * len(settings.shots) * len(contenders))
@@ -393,7 +378,7 @@ def _result(
     described = {**identity(evaluation.data, config, sampler), **known}
     result = finished_result(folder, described)
     if result is None:
-        result, record = evaluation.shot(shot, progress)
+        result, record = evaluation.evaluate(sampler, progress)
         result |= known
         keep_record(folder, result, record, evaluation.images.class_names)
         keep_result(folder, result)
@@ -447,12 +432,7 @@ def _samplers(
     """The episodes of each shot, which are those of the run to compare with."""
     require_scipy()
     settings, images = config.evaluate, data.split(config.evaluate.split)
-    samplers = [
-        build_sampler(
-            settings.episode_list, images, settings.way, shot, settings.query, config.seed, barred
-        )
-        for shot in settings.shots
-    ]
+    samplers = build_samplers(settings, images, config.seed, barred)
     if settings.episode_list == "authors" and config.seed:
         warnings.warn(
             f"--seed {config.seed}: the authors' published list of episodes is that of seed 0; "

@@ -167,8 +167,8 @@ def continue_gates(
 
     Args:
         model: its backbone loaded from the checkpoint; changed in place.
-        spec: its description (``build.model_spec``).
-        semantics: description of its texts (``build.build_texts``).
+        spec: its description (``models.model_spec``).
+        semantics: description of its texts (``texts.build_texts``).
         checkpoint: of a run, or a file of published weights; may be empty.
 
     Returns:

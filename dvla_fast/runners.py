@@ -10,11 +10,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dvla_fast.terminal import INTERRUPTED, fail
+from dvla_fast.terminal import fail
 
 
 def _demo(config: Any) -> int:
-    from dvla_fast.engine.demo import result_table, run_demo
+    from dvla_fast.engine.demo import run_demo
+    from dvla_fast.engine.records import result_table
 
     what = {"digits": "real handwritten digits: train on 0 2 4 6 8, then tell 1 3 5 7 9"}.get(
         config.data.dataset, f"{config.data.dataset}: train on some classes, then tell others"
@@ -63,19 +64,16 @@ def _data_prepare(config: Any) -> int:
 
     if not config.output:
         raise UsageError("data prepare needs --output, the folder of the cache")
-    try:
-        with Progress({"prepare": 1.0}) as progress:
-            done = prepare_cache(
-                config.path,
-                config.output,
-                config.image_size,
-                config.splits,
-                skip_unreadable=config.skip_unreadable,
-                workers=config.workers,
-                advance=partial(progress.reach, "prepare"),
-            )
-    except KeyboardInterrupt:
-        return fail("interrupted; the same command continues", INTERRUPTED)
+    with Progress({"prepare": 1.0}) as progress:
+        done = prepare_cache(
+            config.path,
+            config.output,
+            config.image_size,
+            config.splits,
+            skip_unreadable=config.skip_unreadable,
+            workers=config.workers,
+            advance=partial(progress.reach, "prepare"),
+        )
     for line in done.skipped:
         print(f"left out: {line}")
     print(
@@ -92,15 +90,6 @@ def _bank_command(name: str, module: str = "bank_commands") -> Callable[[Any], i
         return status
 
     return run
-
-
-def _semantics_build(config: Any) -> int:
-    from dvla_fast.engine.bank_build import build
-
-    try:
-        return build(config)
-    except KeyboardInterrupt:
-        return fail("interrupted; the same command continues", INTERRUPTED)
 
 
 def _ablate(config: Any) -> int:
@@ -155,9 +144,8 @@ def _trained(summary: Any, accuracy: str, output: str, following: str) -> int:
 
 def _evaluate(config: Any) -> int:
     from dvla_fast.engine.compare import comparison_text
-    from dvla_fast.engine.demo import result_table
     from dvla_fast.engine.evaluate import run_evaluate
-    from dvla_fast.engine.records import checkpoints_table
+    from dvla_fast.engine.records import checkpoints_table, result_table
 
     summary = run_evaluate(config)
     print(result_table(summary["results"]))
@@ -210,7 +198,7 @@ RUNNERS = {
     "data check": _data_check,
     "data prepare": _data_prepare,
     "demo": _demo,
-    "semantics build": _semantics_build,
+    "semantics build": _bank_command("build", "bank_build"),
     "semantics show": _bank_command("show"),
     "semantics diff": _bank_command("diff"),
     "semantics edit": _bank_command("edit"),

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dvla_fast import __version__
 from dvla_fast.engine.ablation_cells import FREE_KEYS, Cell, Store, Workshop, all_cells, work
 from dvla_fast.engine.ablation_claims import weigh_claims, weigh_rewards
 from dvla_fast.engine.ablation_statistics import FORMULA, SINGLE, crossed_interval
@@ -179,11 +180,8 @@ def _work_here(workshop: Workshop, cells: Sequence[Cell], progress: Progress) ->
 
 def _count(store: Store, cell: Cell, progress: Progress) -> None:
     progress.advance()
-    if store.error(cell).exists():
-        reason = json.loads(store.error(cell).read_text())["error"]
-        progress.note(f"{cell.key} failed: {reason}")
-    else:
-        progress.note(cell.key)
+    failed = store.failed(cell)
+    progress.note(f"{cell.key} failed: {store.reason(cell)}" if failed else cell.key)
 
 
 def _work_in_processes(
@@ -202,8 +200,7 @@ def _work_in_processes(
         while True:
             running = any(worker.is_alive() for worker in workers)
             for cell in cells:
-                ended = store.finished(cell) or store.error(cell).exists()
-                if cell.key not in seen and ended:
+                if cell.key not in seen and store.ended(cell):
                     seen.add(cell.key)
                     _count(store, cell, progress)
             if not running:
@@ -297,11 +294,7 @@ def summarise(
             + sum(item["seconds"] for item in backbones.values()),
             "seconds": {f"{name}-seed{seed}": round(s, 2) for (name, seed), s in seconds.items()},
         },
-        "failures": {
-            cell.key: json.loads(store.error(cell).read_text())["error"]
-            for cell in cells
-            if store.error(cell).exists() and not store.finished(cell)
-        },
+        "failures": {cell.key: store.reason(cell) for cell in cells if store.failed(cell)},
         "rows": rows,
         "claims": weigh_claims(config, found, rows),
         "pull": weigh_rewards(config, found, rows),
@@ -370,8 +363,6 @@ def _row(
 
 
 def _provenance() -> dict[str, Any]:
-    from dvla_fast import __version__
-
     return {
         "dvla_fast": __version__,
         "torch": torch.__version__,

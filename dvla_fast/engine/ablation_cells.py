@@ -98,6 +98,18 @@ class Store:
     def finished(self, cell: Cell) -> bool:
         return self.result(cell).exists()
 
+    def failed(self, cell: Cell) -> bool:
+        """Whether it ended with an error in this launch; another one tries it again."""
+        return self.error(cell).exists() and not self.finished(cell)
+
+    def ended(self, cell: Cell) -> bool:
+        """Whether nothing is left to compute of it in this launch."""
+        return self.finished(cell) or self.failed(cell)
+
+    def reason(self, cell: Cell) -> str:
+        """Why a cell failed."""
+        return str(json.loads(self.error(cell).read_text())["error"])
+
     def prepare(self) -> None:
         try:
             for name in ("cells", "claims", "backbones", "running"):
@@ -412,15 +424,15 @@ def work(workshop: Workshop, cells: Sequence[Cell], done: Any = None) -> None:
     while True:
         busy = False
         for cell in cells:
-            if store.finished(cell) or store.error(cell).exists():
+            if store.ended(cell):
                 continue
             backbone = Cell(None, cell.seed)
             if cell.variant is not None and not store.finished(backbone):
-                busy = busy or not store.error(backbone).exists()
+                busy = busy or not store.failed(backbone)
                 continue
             with store.claim(cell.key) as mine:
                 # Another process may have finished it between the look and the claim.
-                if mine and not store.finished(cell) and not store.error(cell).exists():
+                if mine and not store.ended(cell):
                     _attempt(workshop, cell)
                     if done is not None:
                         done(cell)

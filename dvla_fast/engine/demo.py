@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from dvla_fast import __version__
 from dvla_fast.data import EpisodeSampler, FewShotData, ImageSet
 from dvla_fast.data.images import unit_range
 from dvla_fast.engine.build import build_data, seed_everything
@@ -33,7 +34,7 @@ from dvla_fast.engine.inputs import pixel_facts
 from dvla_fast.engine.leaks import SeenImages, find_seen_images
 from dvla_fast.engine.metatune import check_metatuning, metatune
 from dvla_fast.engine.models import backbone_spec, build_model, load_backbone, model_spec
-from dvla_fast.engine.predict import FIXED, LEARNED, VISUAL
+from dvla_fast.engine.predict import BEFORE, FIXED, VISUAL
 from dvla_fast.engine.pretrain import check_pretraining, pretrain
 from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.recipes import recipe_of
@@ -46,9 +47,8 @@ from dvla_fast.engine.trained_classes import training_stages
 from dvla_fast.nn import DVLA
 from dvla_fast.pictures.demo import plot_demo
 from dvla_fast.semantics import EncodedTexts
-from dvla_fast.statistics import INTERVAL, PAIRED_INTERVAL, p_text, points
+from dvla_fast.statistics import points
 
-BEFORE = "visual prototypes, before meta-tuning"
 # Shares of the time that the stages take, for the overall progress bar (measured on 2 cores).
 _SHARES = {"pre-train": 0.22, "meta-tune": 0.43, "evaluate": 0.35}
 
@@ -149,8 +149,6 @@ def _results(
 def _provenance(
     checkpoint: Path, model: DVLA, semantics: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    from dvla_fast import __version__
-
     info = load_checkpoint(checkpoint)[1]
     return {
         "checkpoint": str(checkpoint),
@@ -171,37 +169,3 @@ def _samples(images: ImageSet) -> dict[str, Any]:
         distance = (pixels - pixels.mean(0)).square().sum((1, 2, 3))
         found[name] = pixels[distance.argmin()].permute(1, 2, 0).squeeze(-1).cpu().numpy()
     return found
-
-
-def result_table(results: list[dict[str, Any]]) -> str:
-    """Lay out results as a plain table: a row per method, an accuracy and a difference per shot."""
-    names = [name for name in (BEFORE, VISUAL, FIXED, LEARNED) if name in results[0]["methods"]]
-    labels = {name: name for name in names}
-    if FIXED in labels:
-        labels[FIXED] = f"{FIXED} (alpha = {results[0]['fixed_alpha']:g})"
-    width = max(map(len, labels.values())) + 2
-    way = results[0]["way"]
-    header = "".join(f"{way}-way {result['shot']}-shot".rjust(18) for result in results)
-    lines = [f"{'method':<{width}}{header}", "-" * (width + 18 * len(results))]
-    for name in names:
-        cells = [_cell(result["methods"][name], "accuracy") for result in results]
-        lines.append(f"{labels[name]:<{width}}" + "".join(cell.rjust(18) for cell in cells))
-    main = results[0]["method"]
-    if len(names) > 1:
-        lines += ["", f"{main} minus, on the same episodes (points)"]
-    for name in names:
-        if name == main:
-            continue
-        pairs = [result["paired"][f"{main} - {name}"] for result in results]
-        cells = [_cell(pair, "difference").rjust(18) for pair in pairs]
-        lines.append(f"  {labels[name]:<{width - 2}}" + "".join(cells))
-        lines.append(" " * width + "".join(p_text(pair["p_value"]).rjust(18) for pair in pairs))
-    lines += ["", f"{results[0]['episodes']} episodes each; {INTERVAL}"]
-    if len(names) > 1:
-        lines.append(f"differences: {PAIRED_INTERVAL}")
-    return "\n".join(lines)
-
-
-def _cell(value: dict[str, float], key: str) -> str:
-    sign = "+" if key == "difference" else ""
-    return f"{100 * value[key]:{sign}.2f} ± {points(value['ci95'])}"

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dvla_fast import __version__
 from dvla_fast.data import EpisodeSampler, FewShotData, ImageSet
 from dvla_fast.engine.build import build_data, pick_device, seed_everything
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
@@ -340,6 +341,8 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         "semantics": texts.described,
         "text_differences": texts.changed or {},
         "device": str(device),
+        "dvla_fast": __version__,
+        "torch": torch.__version__,
     }
     folder = RunFolder(config.output, to_dict(config), resume=config.resume, wandb=config.wandb)
     seed_everything(config.seed)
@@ -352,8 +355,9 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         progress.begin("evaluate", settings.episodes * len(settings.shots) * len(contenders))
         for sampler in samplers:
             leaks = {"classes": classes, **_leaks(texts.seen, sampler, settings.episodes, progress)}
-            known = {**facts, "leaks": leaks, **_versions()}
-            results.append(_result(evaluation, sampler, known, folder, progress))
+            results.append(
+                _result(evaluation, sampler, {**facts, "leaks": leaks}, folder, progress)
+            )
     # The fields of the first shot stand at the top; all of them are in "results".
     summary = {"command": "evaluate", **results[0], "results": results}
     folder.write_summary(summary)
@@ -465,9 +469,3 @@ def _leaks(
             "texts were written from"
         )
     return leaks
-
-
-def _versions() -> dict[str, str]:
-    from dvla_fast import __version__
-
-    return {"dvla_fast": __version__, "torch": torch.__version__}

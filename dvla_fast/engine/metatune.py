@@ -142,10 +142,8 @@ def _state(
     """Begin the state of the stage, with its optimiser and what its checkpoints say of it."""
     groups = parameter_groups(model, config, gates.baseline)
     optimizer = adamw(groups, weight_decay=config.weight_decay)
-    modules = {"model": model, **gates.modules}
-    state = TrainingState(run.folder, "metatune", spec, modules, optimizer, run.rng)
     earlier = facts.get("training", [unknown_stage("before")])
-    state.facts = {
+    facts = {
         "dataset": data.name,
         "split_list": data.split_list,
         "normalisation": normalisation(data),
@@ -154,7 +152,8 @@ def _state(
         **facts,
         "training": [*earlier, training_stage("metatune", data, config)],
     }
-    return state
+    modules = {"model": model, **gates.modules}
+    return TrainingState(run.folder, "metatune", spec, modules, optimizer, run.rng, facts)
 
 
 def _validate(

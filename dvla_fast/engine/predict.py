@@ -29,6 +29,7 @@ from dvla_fast.nn import DVLA, TextTokens, prototype_logits
 from dvla_fast.semantics import EncodedTexts
 
 VISUAL, FIXED, LEARNED = "visual prototypes", "fixed gate", "learned gate"
+BEFORE = f"{VISUAL}, before meta-tuning"
 ONCE, SUPPORTS, PREFIX = "once", "supports", "prefix"
 _GATHERED = 128  # episodes of one batched prototype product: about 15 MB of features
 _MAPS = 4096  # of one pass on a GPU, whatever an episode has of them

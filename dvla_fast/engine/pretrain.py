@@ -149,9 +149,8 @@ def _state(
 ) -> TrainingState:
     """Begin the state of the stage, with its optimiser and what its checkpoints say of it."""
     optimizer = adamw(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    state = TrainingState(run.folder, "pretrain", spec, {"model": model}, optimizer, run.rng)
     earlier = [unknown_stage("published")] if published else []
-    state.facts = {
+    facts = {
         "dataset": data.name,
         "split_list": data.split_list,
         "classes": list(data.base.class_names),
@@ -160,7 +159,8 @@ def _state(
         "seed": run.seed,
         "training": [*earlier, training_stage("pretrain", data, config)],
     }
-    return state
+    modules = {"model": model}
+    return TrainingState(run.folder, "pretrain", spec, modules, optimizer, run.rng, facts)
 
 
 def check_pretraining(config: PretrainConfig, data: FewShotData, processes: Processes) -> None:

@@ -11,8 +11,8 @@ import yaml
 
 from dvla_fast.cli import main
 from dvla_fast.engine.config import AblateRun, DemoRun
-from dvla_fast.engine.demo import result_table
 from dvla_fast.engine.predict import LEARNED, VISUAL
+from dvla_fast.engine.records import result_table
 from dvla_fast.engine.run_folder import read_metrics
 from dvla_fast.engine.settings import read_settings
 

@@ -151,7 +151,8 @@ def test_the_first_step_is_compared_with_chance(
     gates = GateTraining(config, random_model(small_spec(512)).train())
     previous = 1 / config.way
     for first in (0, 2):
-        assert gates._previous().item() == pytest.approx(previous)  # type: ignore[union-attr]
+        kept = gates.modules["history"].state_dict()["accuracy"]
+        assert kept.item() == pytest.approx(previous)
         rollout = play(gates, few_digits, texts, first)
         reached = episode_accuracy(rollout.output.logits, rollout.query_labels)
         torch.testing.assert_close(rollout.rewards, (reached - previous).expand(2, 2))

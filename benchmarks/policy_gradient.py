@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from dvla_fast.data import load_digits
 from dvla_fast.engine.build import seed_everything
 from dvla_fast.engine.config import DemoRun, demo_config
-from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import metatune
 from dvla_fast.engine.models import backbone_spec, build_model, load_backbone, model_spec
 from dvla_fast.engine.pretrain import pretrain
+from dvla_fast.engine.run_folder import RunFolder
+from dvla_fast.engine.stages import StageRun
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.functional import beta_policy
 from dvla_fast.nn import BetaPolicy, RLAGate, frozen_policy
@@ -354,12 +355,12 @@ def digits_table(config: DemoRun, folder: Path) -> dict[str, list[float]]:
     Returns:
         "gradient_variance" of each gated layer, averaged over the second half of the epochs.
     """
-    data, silent = load_digits(), Progress({}, enabled=False)
+    data = load_digits()
     texts, semantics = build_texts(config.semantics, data, torch.device("cpu"))
     backbone = backbone_spec(config.model, 1, 16)
     spec = model_spec(config.model, backbone, semantics["dim"])
     run = RunFolder(folder / "pretrain", {})
-    start = pretrain(config.pretrain, data, backbone, run, seed_everything(0), 0, silent)
+    start = pretrain(config.pretrain, data, backbone, StageRun(run, seed_everything(0)))
     table = {}
     for name, recipe in RECIPES.items():
         rng = seed_everything(1)
@@ -367,7 +368,7 @@ def digits_table(config: DemoRun, folder: Path) -> dict[str, list[float]]:
         load_backbone(model, backbone, start)
         run = RunFolder(folder / name, {})
         settings = dataclasses.replace(config.metatune, **recipe)
-        metatune(settings, model, spec, data, texts, run, rng, 0, silent)
+        metatune(settings, model, spec, data, texts, StageRun(run, rng))
         rows = run.rows("metatune")
         late = torch.tensor([row["gradient_variance"] for row in rows[len(rows) // 2 :]])
         table[name] = late.mean(0).tolist()

@@ -8,7 +8,6 @@ incomplete installation.
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import shlex
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        if given[:1] == ["semantics"]:
+        if given[:1] == ["semantics"] or given[:2] == ["data", "prepare"]:
             return fail("interrupted; the same command continues", INTERRUPTED)
         return fail("interrupted", INTERRUPTED)
     except DVLAError as error:
@@ -93,8 +92,10 @@ def _dispatch(given: list[str], owns_process: bool) -> int:
             return 0 if rest else 2
         name, rest = f"{name} {rest[0]}", rest[1:]
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        from dvla_fast.engine.settings import did_you_mean
+
+        near = did_you_mean(name, COMMANDS)
+        hint = f"; did you mean {near!r}?" if near else "."
         return fail(f"no command {name!r}{hint} Choose one of {', '.join(COMMANDS)}", WRONG_USAGE)
     if name not in SHARED_OUT and several_processes():
         if not first_process():
@@ -135,8 +136,7 @@ def _dispatch(given: list[str], owns_process: bool) -> int:
 
 def _settings_text(config: Any) -> str:
     """A run's settings as a file for ``--config`` holds them."""
-    from dvla_fast.engine.logging import to_yaml
-    from dvla_fast.engine.settings import to_dict
+    from dvla_fast.engine.settings import to_dict, to_yaml
 
     return to_yaml({k: v for k, v in to_dict(config).items() if k not in ("output", "resume")})
 
@@ -215,7 +215,7 @@ def _parse(name: str, rest: list[str]) -> Any:
             f"--resume needs --output, the folder of the run to continue: dvla-fast {name} "
             "--resume --output runs/..."
         )
-    from dvla_fast.engine.logging import read_config  # loads torch
+    from dvla_fast.engine.run_folder import read_config  # loads torch
 
     record = read_config(parsed.output)
     theirs = _whose(record, name)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dvla_fast.terminal import INTERRUPTED, fail
+from dvla_fast.terminal import fail
 
 
 def _demo(config: Any) -> int:
-    from dvla_fast.engine.demo import result_table, run_demo
+    from dvla_fast.engine.demo import run_demo
+    from dvla_fast.engine.records import result_table
 
     what = {"digits": "real handwritten digits: train on 0 2 4 6 8, then tell 1 3 5 7 9"}.get(
         config.data.dataset, f"{config.data.dataset}: train on some classes, then tell others"
@@ -35,7 +37,7 @@ def _demo(config: Any) -> int:
 
 def _data_check(config: Any) -> int:
     from dvla_fast.data import check_data
-    from dvla_fast.engine.logging import Progress
+    from dvla_fast.engine.progress import Progress
 
     with Progress({"check": 1.0}) as progress:
         report = check_data(
@@ -46,7 +48,7 @@ def _data_check(config: Any) -> int:
             image_size=config.image_size,
             decode_images=not config.counts_only,
             workers=config.workers,
-            advance=_counter(progress, "check"),
+            advance=partial(progress.reach, "check"),
         )
     print(report.text())
     if report.problems:
@@ -57,24 +59,21 @@ def _data_check(config: Any) -> int:
 
 def _data_prepare(config: Any) -> int:
     from dvla_fast.data import prepare_cache
-    from dvla_fast.engine.logging import Progress
+    from dvla_fast.engine.progress import Progress
     from dvla_fast.engine.settings import UsageError
 
     if not config.output:
         raise UsageError("data prepare needs --output, the folder of the cache")
-    try:
-        with Progress({"prepare": 1.0}) as progress:
-            done = prepare_cache(
-                config.path,
-                config.output,
-                config.image_size,
-                config.splits,
-                skip_unreadable=config.skip_unreadable,
-                workers=config.workers,
-                advance=_counter(progress, "prepare"),
-            )
-    except KeyboardInterrupt:
-        return fail("interrupted; the same command continues", INTERRUPTED)
+    with Progress({"prepare": 1.0}) as progress:
+        done = prepare_cache(
+            config.path,
+            config.output,
+            config.image_size,
+            config.splits,
+            skip_unreadable=config.skip_unreadable,
+            workers=config.workers,
+            advance=partial(progress.reach, "prepare"),
+        )
     for line in done.skipped:
         print(f"left out: {line}")
     print(
@@ -85,36 +84,12 @@ def _data_prepare(config: Any) -> int:
     return 0
 
 
-def _counter(progress: Any, stage: str) -> Any:
-    """Drive a progress bar by calls with the images done and all of them."""
-    last = None
-
-    def advance(done: int, total: int) -> None:
-        nonlocal last
-        if last is None:
-            progress.begin(stage, total)
-            last = 0
-        progress.advance(done - last)
-        last = done
-
-    return advance
-
-
 def _bank_command(name: str, module: str = "bank_commands") -> Callable[[Any], int]:
     def run(config: Any) -> int:
         status: int = getattr(import_module(f"dvla_fast.engine.{module}"), name)(config)
         return status
 
     return run
-
-
-def _semantics_build(config: Any) -> int:
-    from dvla_fast.engine.bank_build import build
-
-    try:
-        return build(config)
-    except KeyboardInterrupt:
-        return fail("interrupted; the same command continues", INTERRUPTED)
 
 
 def _ablate(config: Any) -> int:
@@ -169,9 +144,8 @@ def _trained(summary: Any, accuracy: str, output: str, following: str) -> int:
 
 def _evaluate(config: Any) -> int:
     from dvla_fast.engine.compare import comparison_text
-    from dvla_fast.engine.demo import result_table
     from dvla_fast.engine.evaluate import run_evaluate
-    from dvla_fast.engine.records import checkpoints_table
+    from dvla_fast.engine.records import checkpoints_table, result_table
 
     summary = run_evaluate(config)
     print(result_table(summary["results"]))
@@ -224,7 +198,7 @@ RUNNERS = {
     "data check": _data_check,
     "data prepare": _data_prepare,
     "demo": _demo,
-    "semantics build": _semantics_build,
+    "semantics build": _bank_command("build", "bank_build"),
     "semantics show": _bank_command("show"),
     "semantics diff": _bank_command("diff"),
     "semantics edit": _bank_command("edit"),

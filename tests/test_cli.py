@@ -13,7 +13,7 @@ from PIL import Image
 
 from dvla_fast.cli import main
 from dvla_fast.engine.checkpoint import save_checkpoint
-from dvla_fast.engine.logging import read_config, read_metrics
+from dvla_fast.engine.run_folder import read_config, read_metrics
 from tests.data import trees
 
 TINY_MODEL = ["--model.width=8", "--model.num_heads=4", "--model.hidden_dim=8"]

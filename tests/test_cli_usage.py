@@ -32,6 +32,7 @@ COMMANDS = ["demo", "pretrain", "metatune", "evaluate", "predict", "doctor"]
         ["demo", "--resume"],
         ["doctor", "--loud"],
         ["pretrain", "--model.width", "7"],
+        ["pretrain", "--device", "tpu"],
     ],
 )
 def test_wrong_usage_is_status_2(
@@ -183,6 +184,10 @@ def test_interrupted(
     with monkeypatch.context() as patch:
         patch.setattr("dvla_fast.doctor.report", stop)
         assert fails(["doctor"], capsys, 130) == "error: interrupted"
+    with monkeypatch.context() as patch:
+        patch.setattr("dvla_fast.data.prepare_cache", stop)
+        message = fails(["data", "prepare", "photos", f"--output={output}"], capsys, 130)
+        assert message == "error: interrupted; the same command continues"
 
 
 def test_output_that_nobody_reads_on() -> None:

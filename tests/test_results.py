@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dvla_fast.report.ablation import csv_table, markdown_table
+from dvla_fast.engine.ablation_tables import csv_table, markdown_table
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 ABLATIONS = sorted(RESULTS.glob("ablation-*.json"))

@@ -3,7 +3,7 @@
 One backbone per seed is pre-trained and shared by all variants; each variant meta-tunes from it and
 is evaluated on one common list of episodes per shot. Selection is by monitor images alone, as in
 every training here. ``ablation_variants`` has the rows, ``ablation_cells`` computes them,
-``ablation_statistics`` has the intervals, ``report.ablation`` writes table and plot.
+``ablation_statistics`` has the intervals, ``ablation_tables`` and ``pictures`` lay them out.
 """
 
 from __future__ import annotations
@@ -23,19 +23,30 @@ from typing import Any
 import numpy as np
 import torch
 
+from dvla_fast import __version__
 from dvla_fast.engine.ablation_cells import FREE_KEYS, Cell, Store, Workshop, all_cells, work
 from dvla_fast.engine.ablation_claims import weigh_claims, weigh_rewards
 from dvla_fast.engine.ablation_statistics import FORMULA, SINGLE, crossed_interval
+from dvla_fast.engine.ablation_tables import csv_table, markdown_table
 from dvla_fast.engine.ablation_variants import GROUPS, Variant, chosen_variants
 from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.config import AblateRun
 from dvla_fast.engine.inputs import check_inputs
-from dvla_fast.engine.logging import Progress, read_config, to_yaml
-from dvla_fast.engine.settings import UsageError, differences, from_mapping, to_dict, unrecorded
+from dvla_fast.engine.progress import Progress
+from dvla_fast.engine.run_folder import read_config
+from dvla_fast.engine.settings import (
+    UsageError,
+    differences,
+    from_mapping,
+    to_dict,
+    to_yaml,
+    unrecorded,
+)
 from dvla_fast.engine.settle import absolute_paths
-from dvla_fast.engine.statistics import holm, require_scipy
 from dvla_fast.errors import OutputError
 from dvla_fast.files import write_atomic, write_text_atomic
+from dvla_fast.pictures.ablation import plot_ablation
+from dvla_fast.statistics import holm, require_scipy
 
 _POLL = 0.5
 
@@ -169,11 +180,8 @@ def _work_here(workshop: Workshop, cells: Sequence[Cell], progress: Progress) ->
 
 def _count(store: Store, cell: Cell, progress: Progress) -> None:
     progress.advance()
-    if store.error(cell).exists():
-        reason = json.loads(store.error(cell).read_text())["error"]
-        progress.note(f"{cell.key} failed: {reason}")
-    else:
-        progress.note(cell.key)
+    failed = store.failed(cell)
+    progress.note(f"{cell.key} failed: {store.reason(cell)}" if failed else cell.key)
 
 
 def _work_in_processes(
@@ -192,8 +200,7 @@ def _work_in_processes(
         while True:
             running = any(worker.is_alive() for worker in workers)
             for cell in cells:
-                ended = store.finished(cell) or store.error(cell).exists()
-                if cell.key not in seen and ended:
+                if cell.key not in seen and store.ended(cell):
                     seen.add(cell.key)
                     _count(store, cell, progress)
             if not running:
@@ -287,11 +294,7 @@ def summarise(
             + sum(item["seconds"] for item in backbones.values()),
             "seconds": {f"{name}-seed{seed}": round(s, 2) for (name, seed), s in seconds.items()},
         },
-        "failures": {
-            cell.key: json.loads(store.error(cell).read_text())["error"]
-            for cell in cells
-            if store.error(cell).exists() and not store.finished(cell)
-        },
+        "failures": {cell.key: store.reason(cell) for cell in cells if store.failed(cell)},
         "rows": rows,
         "claims": weigh_claims(config, found, rows),
         "pull": weigh_rewards(config, found, rows),
@@ -360,8 +363,6 @@ def _row(
 
 
 def _provenance() -> dict[str, Any]:
-    from dvla_fast import __version__
-
     return {
         "dvla_fast": __version__,
         "torch": torch.__version__,
@@ -401,8 +402,6 @@ def _commit() -> str | None:
 
 
 def _write(store: Store, summary: dict[str, Any]) -> None:
-    from dvla_fast.report.ablation import csv_table, markdown_table, plot_ablation
-
     write_text_atomic(store.path / "ablation.json", json.dumps(summary, indent=2) + "\n")
     write_text_atomic(store.path / "ablation.md", markdown_table(summary))
     write_text_atomic(store.path / "ablation.csv", csv_table(summary))

@@ -26,21 +26,22 @@ from dvla_fast.data import EpisodeSampler, FewShotData
 from dvla_fast.engine.ablation_variants import FULL, Variant
 from dvla_fast.engine.build import build_data, seed_everything
 from dvla_fast.engine.config import AblateRun, SemanticsConfig
-from dvla_fast.engine.episode_lists import build_sampler
+from dvla_fast.engine.distributed import Processes
+from dvla_fast.engine.episode_lists import build_samplers
 from dvla_fast.engine.evaluate import load_model
 from dvla_fast.engine.execution import Execution
-from dvla_fast.engine.gating import GateTraining, reward_weights
+from dvla_fast.engine.gating import reward_weights
 from dvla_fast.engine.inputs import run_inputs
 from dvla_fast.engine.leaks import find_seen_images
-from dvla_fast.engine.logging import Progress, RunFolder
-from dvla_fast.engine.metatune import metatune
+from dvla_fast.engine.metatune import check_metatuning, metatune
 from dvla_fast.engine.models import backbone_spec, build_model, fingerprint, model_spec
-from dvla_fast.engine.monitor import monitor_episodes
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor, image_features, predict_visual
 from dvla_fast.engine.prefixes import PrefixMaps, has_constant_prefix
-from dvla_fast.engine.pretrain import pretrain
+from dvla_fast.engine.pretrain import check_pretraining, pretrain
 from dvla_fast.engine.reward_curves import reward_curves
+from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.settings import UsageError, to_dict
+from dvla_fast.engine.stages import StageRun
 from dvla_fast.engine.starting import begin_metatuning, normalise_for
 from dvla_fast.engine.texts import bank_encoder, build_bank, build_texts
 from dvla_fast.errors import OutputError
@@ -96,6 +97,18 @@ class Store:
 
     def finished(self, cell: Cell) -> bool:
         return self.result(cell).exists()
+
+    def failed(self, cell: Cell) -> bool:
+        """Whether it ended with an error in this launch; another one tries it again."""
+        return self.error(cell).exists() and not self.finished(cell)
+
+    def ended(self, cell: Cell) -> bool:
+        """Whether nothing is left to compute of it in this launch."""
+        return self.finished(cell) or self.failed(cell)
+
+    def reason(self, cell: Cell) -> str:
+        """Why a cell failed."""
+        return str(json.loads(self.error(cell).read_text())["error"])
 
     def prepare(self) -> None:
         try:
@@ -175,8 +188,13 @@ class Workshop:
         self.data = normalise_for(data, config.model)
         self._texts: dict[str, tuple[EncodedTexts, dict[str, Any]]] = {}
         self._encoders: dict[str, TextEncoder] = {}
-        # Of the base configuration's texts: all variants are asked about the same episodes.
-        self._seen = find_seen_images(config.semantics, self.data, config.evaluate.split)
+        # The episodes are the same for all variants and training seeds: those that suit the texts
+        # of the base configuration.
+        split = config.evaluate.split
+        self._seen = find_seen_images(config.semantics, self.data, split)
+        self.samplers = build_samplers(
+            config.evaluate, self.data.split(split), config.seed, self._seen.barred
+        )
         self._prefixes: tuple[int, PrefixMaps] | None = None
 
     def texts(self, config: AblateRun) -> tuple[EncodedTexts, dict[str, Any]]:
@@ -204,18 +222,14 @@ class Workshop:
         Raises:
             UsageError, BankError, DataError: what does not fit, with the variant's name.
         """
-        for _ in self._samplers():
-            pass
-        tuning = self.config.metatune
-        for shot in tuning.shots:
-            EpisodeSampler(self.data.base, tuning.way, shot, tuning.query, 0)
-        monitor_episodes(self.data, tuning.way, tuning.shots[0], tuning.query)
+        check_pretraining(self.config.pretrain, self.data, Processes())
         for variant in variants:
             if not variant.trains:
                 continue
             config = variant.apply(self.config)
             try:
-                GateTraining(config.metatune, build_model(self._spec(config)))
+                model = build_model(self._spec(config))
+                check_metatuning(config.metatune, model, self.data, Processes())
             except UsageError as error:
                 raise UsageError(f"variant {variant.name}: {error}") from error
 
@@ -225,16 +239,14 @@ class Workshop:
         return run_inputs(self.data, self.texts(self.config)[1], split)
 
     def lists(self) -> dict[str, str]:
-        """Fingerprints of the lists of episodes, by shot, as every cell records its own."""
+        """Fingerprints of the lists of episodes, by shot, as every cell records them."""
         episodes = self.config.evaluate.episodes
-        return {str(shot): sampler.fingerprint(episodes) for shot, sampler in self._samplers()}
+        return {str(sampler.shot): sampler.fingerprint(episodes) for sampler in self.samplers}
 
     def leaks(self) -> dict[str, dict[str, Any]]:
         """What the summary says of queries that the texts were written from, by shot."""
         episodes = self.config.evaluate.episodes
-        return {
-            str(shot): self._seen.summary(sampler, episodes) for shot, sampler in self._samplers()
-        }
+        return {str(x.shot): self._seen.summary(x, episodes) for x in self.samplers}
 
     def _spec(self, config: AblateRun) -> dict[str, Any]:
         backbone = backbone_spec(config.model, self.data.channels, self.data.image_size)
@@ -256,12 +268,8 @@ class Workshop:
             shutil.rmtree(path, ignore_errors=True)
         settings = {**to_dict(config), "seed": seed}
         folder = RunFolder(path, settings, resume=resume, free=FREE_KEYS)
-        rng = seed_everything(seed)
-        silent = Progress({"pre-train": 1.0}, enabled=False)
-        best = pretrain(
-            config.pretrain, self.data, spec, folder, rng, seed, silent,
-            Execution(config.execution), config.model.pretrained,
-        )  # fmt: skip
+        run = StageRun(folder, seed_everything(seed), seed, execution=Execution(config.execution))
+        best = pretrain(config.pretrain, self.data, spec, run, config.model.pretrained)
         rows = [row["monitor_episode_accuracy"] for row in folder.rows("pretrain")
                 if "monitor_episode_accuracy" in row]  # fmt: skip
         (folder.checkpoints / "pretrain-last.safetensors").unlink(missing_ok=True)
@@ -300,12 +308,11 @@ class Workshop:
     def _visual(self, checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         _, backbone, info = load_model(str(checkpoint), self.data)
         features = image_features(backbone, self.data, self.data.split(self.config.evaluate.split))
-        arrays, hashes = {}, {}
-        for shot, sampler in self._samplers():
+        arrays = {}
+        for sampler in self.samplers:
             found = predict_visual(features, sampler, self.config.evaluate.episodes)
-            arrays[f"accuracy-{shot}"] = found.accuracies.numpy()
-            hashes[str(shot)] = sampler.fingerprint(self.config.evaluate.episodes)
-        return arrays, {"episodes_sha256": hashes, "monitor_accuracy": info["best"]}
+            arrays[f"accuracy-{sampler.shot}"] = found.accuracies.numpy()
+        return arrays, {"episodes_sha256": self.lists(), "monitor_accuracy": info["best"]}
 
     def _tuned(
         self, cell: Cell, config: AblateRun, checkpoint: Path
@@ -326,21 +333,19 @@ class Workshop:
         model.to(self.device)
         prefixes = self._prefix_maps(cell.seed, data, config)
         folder = RunFolder(path, to_dict(config), free=FREE_KEYS)
-        silent = Progress({"meta-tune": 1.0}, enabled=False)
-        best = metatune(
-            config.metatune, model, spec, data, texts, folder, rng, cell.seed, silent,
-            {"semantics": semantics}, Execution(config.execution), prefixes,
-        )  # fmt: skip
+        run = StageRun(folder, rng, cell.seed, execution=Execution(config.execution))
+        noted = {"semantics": semantics}
+        best = metatune(config.metatune, model, spec, data, texts, run, noted, prefixes)
         rows = folder.rows("metatune")
         folder.close()
         tuned, _, info = load_model(str(best), data)
         assert tuned is not None
-        arrays, hashes = self._evaluated(tuned, data, texts, prefixes)
+        arrays = self._evaluated(tuned, data, texts, prefixes)
         if cell.variant is not None and cell.variant.name == FULL:
             arrays["rewards"] = self._rewards(config, tuned, data, texts, cell.seed, prefixes)
         shutil.rmtree(path, ignore_errors=True)
         return arrays, {
-            "episodes_sha256": hashes,
+            "episodes_sha256": self.lists(),
             "fingerprint": fingerprint(spec),
             "gated_layers": [list(layer) for layer in tuned.gated_layers],
             "monitor_accuracy": info["best"],
@@ -369,32 +374,19 @@ class Workshop:
 
     def _evaluated(
         self, model: Any, data: FewShotData, texts: EncodedTexts, prefixes: PrefixMaps | None
-    ) -> tuple[dict[str, Any], dict[str, str]]:
+    ) -> dict[str, Any]:
         settings = self.config.evaluate
         maps = None if prefixes is None else prefixes.of(model, settings.split)
         predictor = EpisodePredictor(
             model, data, texts, settings.split, cache_mib=settings.cache_mib, maps=maps
         )
         arrays: dict[str, Any] = {}
-        hashes: dict[str, str] = {}
-        for shot, sampler in self._samplers():
+        for sampler in self.samplers:
             found = predictor.predict(sampler, settings.episodes, settings.batch_episodes)[LEARNED]
-            arrays[f"accuracy-{shot}"] = found.accuracies.numpy()
+            arrays[f"accuracy-{sampler.shot}"] = found.accuracies.numpy()
             assert found.alphas is not None
-            arrays[f"alpha-{shot}"] = found.alphas.float().numpy()
-            hashes[str(shot)] = sampler.fingerprint(settings.episodes)
-        return arrays, hashes
-
-    def _samplers(self) -> Iterator[tuple[int, EpisodeSampler]]:
-        """The lists of episodes, the same for all variants and all training seeds."""
-        settings, seed = self.config.evaluate, self.config.seed
-        images = self.data.split(settings.split)
-        barred = self._seen.barred
-        for shot in settings.shots:
-            sampler = build_sampler(
-                settings.episode_list, images, settings.way, shot, settings.query, seed, barred
-            )
-            yield shot, sampler
+            arrays[f"alpha-{sampler.shot}"] = found.alphas.float().numpy()
+        return arrays
 
     def _prefix_maps(self, seed: int, data: FewShotData, config: AblateRun) -> PrefixMaps | None:
         if not has_constant_prefix(config.metatune):
@@ -432,15 +424,15 @@ def work(workshop: Workshop, cells: Sequence[Cell], done: Any = None) -> None:
     while True:
         busy = False
         for cell in cells:
-            if store.finished(cell) or store.error(cell).exists():
+            if store.ended(cell):
                 continue
             backbone = Cell(None, cell.seed)
             if cell.variant is not None and not store.finished(backbone):
-                busy = busy or not store.error(backbone).exists()
+                busy = busy or not store.failed(backbone)
                 continue
             with store.claim(cell.key) as mine:
                 # Another process may have finished it between the look and the claim.
-                if mine and not store.finished(cell) and not store.error(cell).exists():
+                if mine and not store.ended(cell):
                     _attempt(workshop, cell)
                     if done is not None:
                         done(cell)

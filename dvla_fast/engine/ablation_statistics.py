@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from dvla_fast.engine.statistics import scipy_stats
+from dvla_fast.statistics import scipy_stats
 
 FORMULA = (
     "estimate ± t(0.975, v) * SE; SE of the pigeonhole bootstrap over seeds and episodes (Owen "
@@ -32,14 +32,13 @@ FORMULA = (
 SINGLE = "single seed: the interval is over episodes alone"
 
 
-def crossed_interval(parts: Sequence[Any], draws: int = 4000, seed: int = 0) -> dict[str, Any]:
+def crossed_interval(parts: Sequence[Any], draws: int = 4000) -> dict[str, Any]:
     """Estimate a sum of means over seeds × episodes tables whose rows are the same seeds.
 
     Args:
         parts: arrays (S, E_i). One: its mean. Several, on different episodes: the sum of their
             means; negate one for a difference of differences.
         draws: bootstrap draws.
-        seed: of the draws.
 
     Returns:
         ``estimate``, ``se``, ``low``, ``high`` (95 %), ``p_value`` (two-sided, of 0), ``freedom``,
@@ -56,10 +55,10 @@ def crossed_interval(parts: Sequence[Any], draws: int = 4000, seed: int = 0) -> 
             f"parts: expected tables (seeds, episodes) of the same seeds, got {shapes}"
         )
     estimate = sum(float(table.mean()) for table in tables)
-    rows = _weights(seeds, draws, seed)
+    rows = _weights(seeds, draws, 0)
     drawn = np.zeros(draws)
     for index, table in enumerate(tables):
-        columns = _weights(table.shape[1], draws, seed + 1 + index)
+        columns = _weights(table.shape[1], draws, 1 + index)
         drawn += np.einsum("be,be->b", rows @ table, columns)
     error = float(drawn.std(ddof=1))
     freedom = _freedom(tables)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from dvla_fast.data.shapes import KINDS
 from dvla_fast.engine.config import AblateRun
 from dvla_fast.engine.models import backbone_spec
-from dvla_fast.engine.settings import UsageError, from_mapping
+from dvla_fast.engine.settings import UsageError, did_you_mean, from_mapping
 from dvla_fast.engine.settle import sized
 from dvla_fast.engine.texts import build_bank
 from dvla_fast.nn import build_backbone
@@ -154,8 +153,8 @@ def _check_known(
                 f"ablate.{option}: {name!r} is what the base configuration has already: the row "
                 f"{FULL!r}"
             )
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = did_you_mean(name, names)
+        hint = f"; did you mean {near!r}?" if near else ""
         raise UsageError(
             f"ablate.{option}: {name!r} is unknown{hint}; choose from {', '.join(names)}"
         )

@@ -13,7 +13,6 @@ from dvla_fast.data.augment import Draws, color_jitter, random_affine, random_er
 from dvla_fast.data.images import unit_range
 from dvla_fast.data.rand_augment import RandAugment
 from dvla_fast.engine.config import AugmentConfig, PretrainConfig
-from dvla_fast.engine.settings import UsageError
 from dvla_fast.errors import MissingDependencyError
 
 
@@ -23,22 +22,11 @@ class Augmentation:
     Args:
         config: the amounts.
         data: whose images they are.
-
-    Raises:
-        UsageError: an amount out of its range, or an unknown RandAugment description.
     """
 
     def __init__(self, config: AugmentConfig, data: FewShotData) -> None:
         self.config, self.data = config, data
-        for name, low in (("crop", 0.01), ("color_jitter", 0.0), ("random_erasing", 0.0)):
-            if not low <= getattr(config, name) <= 1:
-                raise UsageError(
-                    f"augment.{name}: expected {low:g} to 1, got {getattr(config, name)!r}"
-                )
-        try:
-            self.rand = RandAugment.parse(config.rand_augment) if config.rand_augment else None
-        except ValueError as error:
-            raise UsageError(f"augment.{error}") from error
+        self.rand = RandAugment.parse(config.rand_augment) if config.rand_augment else None
         # Digits have a black background, which zeros continue; photographs are mirrored outwards.
         self.padding = "zeros" if data.channels == 1 else "reflection"
         self.fill = 255 * data.mean

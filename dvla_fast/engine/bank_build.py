@@ -13,10 +13,9 @@ from dvla_fast.data.images import FewShotData
 from dvla_fast.data.shapes import load_shapes
 from dvla_fast.data.splits import class_names
 from dvla_fast.engine.build import pick_device
-from dvla_fast.engine.logging import Progress
+from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.settle import MADE_SIZES, sized
-from dvla_fast.engine.text_options import check_template
 from dvla_fast.engine.tool_config import LanguageModelConfig, SemanticsBuild
 from dvla_fast.errors import DataError
 from dvla_fast.semantics import build_encoder
@@ -30,14 +29,11 @@ from dvla_fast.semantics.language_models import (
 from dvla_fast.semantics.sources import folder_classes, image_set_classes, named_classes
 from dvla_fast.semantics.stages import ClassSource, Prompts
 
-_BACKENDS = ("openai", "transformers", "files")
-
 
 def build(config: SemanticsBuild) -> int:
     """Build or continue the bank; returns the exit status: 1 where a class failed."""
     if not config.output:
         raise UsageError("semantics build needs --output, the JSON file of the bank")
-    check_template(config.construct.template, "--construct.template")
     output = Path(config.output)
     prompts = Prompts.load(config.construct.candidates_prompt, config.construct.description_prompt)
     model = build_language_model(config.language_model)
@@ -64,7 +60,7 @@ def build(config: SemanticsBuild) -> int:
             prompts=prompts,
             settings=settings,
             provenance=record,
-            progress=_Bars(progress),
+            progress=progress.reach,
         )
     _print_usage(config, model, built.reused)
     if built.lost:
@@ -96,7 +92,6 @@ def build_language_model(config: LanguageModelConfig) -> LanguageModel:
     """Return the back end of a configuration.
 
     Raises:
-        UsageError: unknown back end.
         LanguageModelError, MissingDependencyError: as the back ends.
     """
     if config.backend == "files":
@@ -111,22 +106,17 @@ def build_language_model(config: LanguageModelConfig) -> LanguageModel:
             seed=config.seed,
             max_tokens=config.max_tokens,
         )
-    if config.backend == "openai":
-        return OpenAIServer(
-            config.model,
-            base_url=config.base_url,
-            api_key_env=config.api_key_env,
-            concurrency=config.concurrency,
-            timeout=config.timeout,
-            retries=config.retries,
-            temperature=config.temperature,
-            seed=config.seed,
-            structured=config.structured,
-            max_tokens=config.max_tokens,
-        )
-    raise UsageError(
-        f"--language_model.backend {config.backend!r} is unknown; choose one of "
-        f"{', '.join(_BACKENDS)}"
+    return OpenAIServer(
+        config.model,
+        base_url=config.base_url,
+        api_key_env=config.api_key_env,
+        concurrency=config.concurrency,
+        timeout=config.timeout,
+        retries=config.retries,
+        temperature=config.temperature,
+        seed=config.seed,
+        structured=config.structured,
+        max_tokens=config.max_tokens,
     )
 
 
@@ -203,17 +193,3 @@ def _print_usage(config: SemanticsBuild, model: LanguageModel, reused: int) -> N
     if prices.input_price or prices.output_price:
         line += f"; cost {usage.cost(prices.input_price, prices.output_price):.4f}"
     print(line)
-
-
-class _Bars:
-    """Drives the bars by calls with stage, classes through and all of them."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress, self._stage, self._done = progress, "", 0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
-            self._progress.begin(stage, total)
-            self._stage, self._done = stage, 0
-        self._progress.advance(done - self._done)
-        self._done = done

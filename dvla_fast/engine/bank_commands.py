@@ -18,10 +18,9 @@ from dvla_fast.data import is_cache, list_data
 from dvla_fast.data.cache_index import read_index
 from dvla_fast.engine.build import build_data, pick_device
 from dvla_fast.engine.config import DataConfig
-from dvla_fast.engine.logging import Progress
+from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.settle import MADE_SIZES
-from dvla_fast.engine.text_options import check_template
 from dvla_fast.engine.texts import bank_encoder, build_bank
 from dvla_fast.engine.tool_config import (
     SemanticsCheck,
@@ -57,7 +56,6 @@ def show(config: SemanticsShow) -> int:
     """Show a bank in short, or all that it knows of one class."""
     from rich.console import Console
 
-    check_template(config.template, "--template")
     bank = build_bank(config.bank)
     console = Console(highlight=False)
     if not config.class_name:
@@ -306,7 +304,6 @@ def _in_editor(content: bytes, slug: str) -> tuple[bytes, str | None]:
 
 def encode(config: SemanticsEncode) -> int:
     """Encode a bank's texts into the file beside it: those that are not there yet."""
-    check_template(config.template, "--template")
     bank = build_bank(config.bank)
     if bank.vectors:
         raise BankError(f"{bank.source}: has vectors and no words; there is nothing to encode")

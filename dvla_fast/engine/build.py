@@ -29,12 +29,13 @@ def pick_device(name: str) -> torch.device:
     """Return the device for cpu, cuda, cuda:N or auto.
 
     Raises:
-        DVLAError: unknown name, or no such device here.
+        UsageError: unknown name.
+        DVLAError: no such device here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
-        raise DVLAError(f"device {name!r} is unknown; choose cpu, cuda, cuda:N or auto")
+        raise UsageError(f"device {name!r} is unknown; choose cpu, cuda, cuda:N or auto")
     device = torch.device(name)
     if device.type == "cpu":
         return device
@@ -69,8 +70,6 @@ def build_data(config: DataConfig, device: torch.device, *, training: bool = Fal
 
 def _resident(data: FewShotData, wanted: str, device: torch.device) -> FewShotData:
     """Bring the training images of a cache into GPU memory, where asked for or where they fit."""
-    if wanted not in ("auto", "yes", "no"):
-        raise UsageError(f"data.resident: expected auto, yes or no, got {wanted!r}")
     sets = [data.base, data.monitor]
     if wanted == "no" or device.type != "cuda" or not any(item.mapped for item in sets):
         return data

@@ -23,6 +23,7 @@ from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.engine.models import build_model, described_by
 from dvla_fast.engine.modes import evaluating
+from dvla_fast.engine.settings import from_mapping
 from dvla_fast.engine.texts import encode_texts
 from dvla_fast.engine.trained_texts import check_semantics
 from dvla_fast.errors import CheckpointError, DataError
@@ -120,7 +121,8 @@ class FewShotClassifier:
 
         Raises:
             CheckpointError: missing, damaged, or of another kind.
-            UsageError: no such device.
+            UsageError: an unknown device.
+            DVLAError: a device that is not there.
         """
         tensors, info = load_checkpoint(checkpoint, ("pretrain", "metatune"))
         with described_by(checkpoint):
@@ -252,7 +254,8 @@ class FewShotClassifier:
             )
         known = {"encoder", "dim", "top_k", "template", "parts", "truncate"}
         options = {key: value for key, value in trained.items() if key in known and value}
-        config = SemanticsConfig(**options | ({"encoder": encoder} if encoder else {}))
+        options |= {"encoder": encoder} if encoder else {}
+        config = from_mapping(SemanticsConfig, options, "the checkpoint", section="semantics.")
         texts, described = encode_texts(
             config, bank if isinstance(bank, SemanticBank) else str(bank), names, self.device
         )

@@ -1,8 +1,8 @@
 """``dvla-fast compare``: two evaluations, or two groups of them, on the same episodes, in words.
 
-The difference is taken episode by episode (``engine.statistics``), so the spread of the episodes'
-difficulty cancels. With several runs a side (seeds), an episode's accuracy is the mean over their
-checkpoints, and a second interval over these says what training again would change.
+The difference is taken episode by episode, so the spread of the episodes' difficulty cancels. With
+several runs a side (seeds), an episode's accuracy is the mean over their checkpoints, and a second
+interval over these says what training again would change.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ import torch
 from dvla_fast.engine.recipes import result_differences, training_of
 from dvla_fast.engine.records import EpisodeRecord, read_summary
 from dvla_fast.engine.settings import UsageError
-from dvla_fast.engine.statistics import (
+from dvla_fast.engine.tool_config import CompareRun
+from dvla_fast.errors import OutputError
+from dvla_fast.files import check_new, check_writable, json_text, write_text_atomic
+from dvla_fast.statistics import (
+    LEVEL,
     PAIRED_INTERVAL,
     episode_class_accuracies,
     holm,
@@ -30,11 +34,7 @@ from dvla_fast.engine.statistics import (
     shared_note,
     unpaired_difference,
 )
-from dvla_fast.engine.tool_config import CompareRun
-from dvla_fast.errors import OutputError
-from dvla_fast.files import check_new, check_writable, json_text, write_text_atomic
 
-LEVEL = 0.05
 # Two evaluations meet the same episodes when all of these agree; what a difference means, in words.
 SAME_EPISODES = {
     "dataset": "different data sets",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from dvla_fast.engine.settings import about, one_of, option, repeated
+from dvla_fast.engine.settings import about, accepted_by, one_of, option, repeated
 from dvla_fast.engine.text_options import TextOptions
 
 # What data sets call their splits, and what they are called here: "monitor" selects checkpoints,
@@ -20,19 +20,6 @@ def _unknown_split(name: str) -> str:
         return ""
     known = ", ".join(f"{ours} (or {theirs})" for theirs, ours in SPLIT_NAMES.items())
     return f"{name!r} is unknown; choose one of {known}"
-
-
-def _unknown_rewards(weights: dict[str, float]) -> str:
-    """Say which rewards do not exist."""
-    if not weights:  # the paper's
-        return ""
-    from dvla_fast.rl import check_reward_weights  # loads torch
-
-    try:
-        check_reward_weights(weights)
-    except ValueError as error:
-        return str(error).removeprefix("rewards: ")
-    return ""
 
 
 @dataclass
@@ -61,6 +48,7 @@ class DataConfig:
     resident: str = option(
         "auto",
         "keep a cache's images in GPU memory: yes, no, or auto: where they fit in half of it",
+        check=one_of("auto", "yes", "no"),
     )
 
 
@@ -77,6 +65,7 @@ class SemanticsConfig(TextOptions):
         "exclude",
         "images that the texts were written from: exclude them from an evaluation's queries, or "
         "report how many of them are queries",
+        check=one_of("exclude", "report"),
     )
 
 
@@ -84,7 +73,11 @@ class SemanticsConfig(TextOptions):
 class ModelConfig:
     """Backbone, gates and classifier. The backbone part must match a checkpoint that is loaded."""
 
-    backbone: str = option("small", "backbone: small, resnet12, visformer_tiny or clip")
+    backbone: str = option(
+        "small",
+        "backbone: small, resnet12, visformer_tiny or clip",
+        check=one_of("dvla_fast.nn.backbones:BACKBONES"),
+    )
     width: int = option(24, "width of the small backbone's first stage", 1)
     clip_model: str = option("ViT-B-16", "open_clip's name of the clip backbone's architecture")
     pretrained: str = option(
@@ -96,6 +89,7 @@ class ModelConfig:
         "auto",
         "channel statistics of the images: data (of the base images), clip, imagenet, cifar, sp, "
         "or auto: what the backbone's weights expect, otherwise data",
+        check=one_of("dvla_fast.engine.starting:NORMALISATIONS"),
     )
     backbone_options: dict[str, Any] = field(
         default_factory=dict,
@@ -121,18 +115,18 @@ class ModelConfig:
     policy: str = option(
         "beta",
         "gate policy: beta, categorical, fixed, static or mlp",
-        check=one_of("dvla_fast.nn.policy", "POLICIES"),
+        check=one_of("dvla_fast.nn.policy:POLICIES"),
     )
     fixed_alpha: float = option(0.5, "gate value of policy fixed", 0, 1)
     text_scope: str = option(
         "episode",
         "whose text an image sees: episode (all), class (supports) or candidate",
-        check=one_of("dvla_fast.nn.dvla", "TEXT_SCOPES"),
+        check=one_of("dvla_fast.nn.dvla:TEXT_SCOPES"),
     )
     alpha_scope: str = option(
         "episode",
         "one gate value per episode or per image",
-        check=one_of("dvla_fast.nn.gate", "ALPHA_SCOPES"),
+        check=one_of("dvla_fast.nn.gate:ALPHA_SCOPES"),
     )
     temperature: float = option(0.2, "temperature of the cosine prototype classifier", above=0)
 
@@ -152,7 +146,9 @@ class AugmentConfig:
     )
     flip: bool = option(False, "mirror half of the images (not for digits)")
     rand_augment: str = option(
-        "", "RandAugment as timm names it, e.g. rand-m9-mstd0.5-inc1; empty: none"
+        "",
+        "RandAugment as timm names it, e.g. rand-m9-mstd0.5-inc1; empty: none",
+        check=accepted_by("dvla_fast.data.rand_augment:RandAugment.parse"),
     )
     color_jitter: float = option(
         0.0, "largest change of brightness, contrast and saturation, 0 to 1", 0, 1
@@ -165,7 +161,9 @@ class ExecutionConfig:
     """How the arithmetic is done. The same training, faster or in less memory."""
 
     precision: str = option(
-        "float32", "float32, or bfloat16: mixed precision (autocast), float32 weights and losses"
+        "float32",
+        "float32, or bfloat16: mixed precision (autocast), float32 weights and losses",
+        check=one_of("float32", "bfloat16", note="float16 would need its losses scaled"),
     )
     channels_last: bool = option(False, "keep images and feature maps with their channels last")
     compile: bool = option(False, "torch.compile the model; the first steps take a minute or two")
@@ -219,13 +217,13 @@ class MetatuneConfig:
     objective: str = option(
         "reinforce",
         "policy objective: reinforce, ppo, grpo, counterfactual, dpo or pathwise",
-        check=one_of("dvla_fast.rl.objectives", "OBJECTIVES"),
+        check=one_of("dvla_fast.rl.objectives:OBJECTIVES"),
     )
     baseline: str = option(
         "auto",
         "what is subtracted from a reward: ema, leave-one-out, value, none, or auto: ema where "
         "the objective takes one",
-        check=one_of("dvla_fast.rl.baselines", "BASELINES", "auto"),
+        check=one_of("auto", "dvla_fast.rl.baselines:BASELINES"),
     )
     rewards: dict[str, float] = field(
         default_factory=dict,
@@ -233,7 +231,7 @@ class MetatuneConfig:
             "weights of rewards by name, e.g. {accuracy: 1.0}: similarity, improvement, "
             "episode_improvement, accuracy, log_likelihood; empty: similarity and improvement, "
             "weighted lambda_sim and lambda_imp",
-            check=_unknown_rewards,
+            check=accepted_by("dvla_fast.rl:check_reward_weights"),
         ),
     )
     samples: int = option(
@@ -250,7 +248,7 @@ class MetatuneConfig:
         "fixed",
         "frozen gate to compare with (counterfactual, dpo, kl_weight): fixed, of mean "
         "reference_alpha, or epoch, the policy as it was when the epoch began",
-        check=one_of("dvla_fast.engine.gating", "REFERENCES"),
+        check=one_of("fixed", "epoch"),
     )
     reference_alpha: float = option(0.5, "mean of the fixed reference gate", above=0, below=1)
     kl_weight: float = option(0.0, "weight of the divergence from the reference policy", 0)
@@ -284,7 +282,9 @@ class EvaluateConfig:
     query: int = option(15, "queries of a class", 1)
     episodes: int = option(2000, "episodes of a result", 1)
     episode_list: str = option(
-        "own", "own, or authors: the list of the method's authors (theirs is seed 0)"
+        "own",
+        "own, or authors: the list of the method's authors (theirs is seed 0)",
+        check=one_of("own", "authors"),
     )
     fixed_alpha: float = option(0.5, "gate value of the fixed comparison", 0, 1)
     batch_episodes: int = option(0, "episodes of a forward pass; 0: what suits the machine", 0)

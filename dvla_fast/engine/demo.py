@@ -13,46 +13,48 @@ held-out images too.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dvla_fast.data import EpisodeSampler, FewShotData
+from dvla_fast import __version__
+from dvla_fast.data import EpisodeSampler, FewShotData, ImageSet
+from dvla_fast.data.images import unit_range
 from dvla_fast.engine.build import build_data, seed_everything
 from dvla_fast.engine.checkpoint import load_checkpoint
-from dvla_fast.engine.config import DemoRun
+from dvla_fast.engine.config import DemoRun, EvaluateConfig
 from dvla_fast.engine.distributed import Processes
-from dvla_fast.engine.episode_lists import build_sampler
+from dvla_fast.engine.episode_lists import build_samplers
 from dvla_fast.engine.evaluate import Contender, Evaluation, load_model
 from dvla_fast.engine.execution import Execution
-from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.inputs import pixel_facts
 from dvla_fast.engine.leaks import SeenImages, find_seen_images
-from dvla_fast.engine.logging import Progress, RunFolder
-from dvla_fast.engine.metatune import metatune
+from dvla_fast.engine.metatune import check_metatuning, metatune
 from dvla_fast.engine.models import backbone_spec, build_model, load_backbone, model_spec
-from dvla_fast.engine.monitor import monitor_episodes
-from dvla_fast.engine.predict import FIXED, LEARNED, VISUAL
-from dvla_fast.engine.pretrain import pretrain
+from dvla_fast.engine.predict import BEFORE, FIXED, VISUAL
+from dvla_fast.engine.pretrain import check_pretraining, pretrain
+from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.recipes import recipe_of
 from dvla_fast.engine.records import keep_record
+from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.settings import UsageError, to_dict
-from dvla_fast.engine.statistics import INTERVAL, PAIRED_INTERVAL, p_text, points
+from dvla_fast.engine.stages import StageRun
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.engine.trained_classes import training_stages
 from dvla_fast.nn import DVLA
+from dvla_fast.pictures.demo import plot_demo
 from dvla_fast.semantics import EncodedTexts
+from dvla_fast.statistics import points
 
-BEFORE = "visual prototypes, before meta-tuning"
 # Shares of the time that the stages take, for the overall progress bar (measured on 2 cores).
 _SHARES = {"pre-train": 0.22, "meta-tune": 0.43, "evaluate": 0.35}
 
 
 def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast demo`` does; returns the summary that it writes."""
-    from dvla_fast.report.plots import plot_run
-
     started = time.monotonic()
     execution = _execution(config)
     device = execution.processes.device
@@ -61,23 +63,26 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     backbone = backbone_spec(config.model, data.channels, data.image_size)
     spec = model_spec(config.model, backbone, semantics["dim"])
     seen = find_seen_images(config.semantics, data, config.evaluate.split)
-    _check_recipe(config, data, spec, seen)
+    # What fits no model, and too few images, are found before the training.
+    check_pretraining(config.pretrain, data, execution.processes)
+    check_metatuning(config.metatune, build_model(spec), data, execution.processes)
+    tested = data.split(config.evaluate.split)
+    samplers = build_samplers(config.evaluate, tested, config.seed, seen.barred)
     folder = RunFolder(config.output, to_dict(config), resume=config.resume, wandb=config.wandb)
     with Progress(_SHARES, enabled=not quiet) as progress:
         rng = seed_everything(config.seed)
-        pretrained = pretrain(
-            config.pretrain, data, backbone, folder, rng, config.seed, progress, execution
-        )
+        run = StageRun(folder, rng, config.seed, progress, execution)
+        pretrained = pretrain(config.pretrain, data, backbone, run)
         rng = seed_everything(config.seed + 1)
         model = build_model(spec)
         training = training_stages(load_backbone(model, backbone, pretrained))
         model.to(device)
         facts = {"semantics": semantics, "started_from": str(pretrained), "training": training}
-        tuned = metatune(
-            config.metatune, model, spec, data, texts, folder, rng, config.seed, progress, facts,
-            execution,
-        )  # fmt: skip
-        results = _evaluate(config, data, texts, folder, (pretrained, tuned), progress, seen)
+        run = replace(run, rng=rng)
+        tuned = metatune(config.metatune, model, spec, data, texts, run, facts)
+        progress.begin("evaluate", config.evaluate.episodes * len(samplers))
+        evaluation = _evaluation(config.evaluate, data, texts, pretrained, tuned)
+        results = _results(evaluation, samplers, run, seen)
     provenance = _provenance(tuned, model, semantics, device)
     results = [result | provenance for result in results]
     summary: dict[str, Any] = {
@@ -91,7 +96,18 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     }
     folder.write_summary(summary)
     picture = folder.write_file(
-        "curves.png", lambda path: plot_run(folder.path, path, data, summary)
+        "curves.png",
+        lambda path: plot_demo(
+            path,
+            summary,
+            folder.rows("pretrain"),
+            folder.rows("metatune"),
+            samples={
+                "learned in training": _samples(data.base),
+                "never seen": _samples(data.novel),
+            },
+            labels={FIXED: f"{FIXED}, α = {config.evaluate.fixed_alpha:g}"},
+        ),
     )
     folder.close()
     return {**summary, "folder": str(folder.path), "picture": str(picture)}
@@ -104,53 +120,35 @@ def _execution(config: DemoRun) -> Execution:
     return Execution(config.execution, processes)
 
 
-def _check_recipe(
-    config: DemoRun, data: FewShotData, spec: dict[str, Any], seen: SeenImages
-) -> None:
-    """Find what fits no model, and too few images, before the training."""
-    GateTraining(config.metatune, build_model(spec))
-    tuning, tested = config.metatune, config.evaluate
-    for shot in tuning.shots:
-        EpisodeSampler(data.base, tuning.way, shot, tuning.query, 0)
-    monitor_episodes(data, tuning.way, tuning.shots[0], tuning.query)
-    images, chosen = data.split(tested.split), tested.episode_list
-    for shot in tested.shots:
-        build_sampler(chosen, images, tested.way, shot, tested.query, config.seed, seen.barred)
+def _evaluation(
+    config: EvaluateConfig, data: FewShotData, texts: EncodedTexts, pretrained: Path, tuned: Path
+) -> Evaluation:
+    """The pre-trained and the meta-tuned checkpoint, side by side."""
+    (_, first, _), (model, backbone, _) = (load_model(str(x), data) for x in (pretrained, tuned))
+    return Evaluation([Contender(model, {BEFORE: first, VISUAL: backbone})], data, texts, config)
 
 
-def _evaluate(
-    config: DemoRun,
-    data: FewShotData,
-    texts: EncodedTexts,
-    folder: RunFolder,
-    checkpoints: tuple[Path, Path],
-    progress: Progress,
-    seen: SeenImages,
+def _results(
+    evaluation: Evaluation, samplers: Sequence[EpisodeSampler], run: StageRun, seen: SeenImages
 ) -> list[dict[str, Any]]:
-    """Evaluate the pre-trained and the meta-tuned checkpoint on the same episodes, by shot."""
-    settings = config.evaluate
-    (_, first, _), (model, backbone, _) = (load_model(str(path), data) for path in checkpoints)
-    contender = Contender(model, {BEFORE: first, VISUAL: backbone})
-    folder.trim("evaluate", -1)
-    progress.begin("evaluate", settings.episodes * len(settings.shots))
-    evaluation = Evaluation([contender], data, texts, settings, config.seed, seen.barred)
+    """Evaluate every list of episodes, and keep what it leaves."""
+    run.folder.trim("evaluate", -1)
     pixels = pixel_facts(evaluation.images)
     results = []
-    for shot in settings.shots:
-        result, record = evaluation.shot(shot, progress)
-        result["leaks"] = seen.summary(evaluation.sampler(shot), settings.episodes)
+    for sampler in samplers:
+        result, record = evaluation.evaluate(sampler, run.progress)
+        result["leaks"] = seen.summary(sampler, evaluation.config.episodes)
         result |= pixels
         results.append(result)
-        keep_record(folder, result, record, evaluation.images.class_names)
-        progress.note(f"{shot}-shot {result['accuracy']:.1%} ± {points(result['ci95'], 1)} %")
+        keep_record(run.folder, result, record, evaluation.images.class_names)
+        scored = f"{result['accuracy']:.1%} ± {points(result['ci95'], 1)} %"
+        run.progress.note(f"{sampler.shot}-shot {scored}")
     return results
 
 
 def _provenance(
     checkpoint: Path, model: DVLA, semantics: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    from dvla_fast import __version__
-
     info = load_checkpoint(checkpoint)[1]
     return {
         "checkpoint": str(checkpoint),
@@ -163,35 +161,11 @@ def _provenance(
     }
 
 
-def result_table(results: list[dict[str, Any]]) -> str:
-    """Lay out results as a plain table: a row per method, an accuracy and a difference per shot."""
-    names = [name for name in (BEFORE, VISUAL, FIXED, LEARNED) if name in results[0]["methods"]]
-    labels = {name: name for name in names}
-    if FIXED in labels:
-        labels[FIXED] = f"{FIXED} (alpha = {results[0]['fixed_alpha']:g})"
-    width = max(map(len, labels.values())) + 2
-    way = results[0]["way"]
-    header = "".join(f"{way}-way {result['shot']}-shot".rjust(18) for result in results)
-    lines = [f"{'method':<{width}}{header}", "-" * (width + 18 * len(results))]
-    for name in names:
-        cells = [_cell(result["methods"][name], "accuracy") for result in results]
-        lines.append(f"{labels[name]:<{width}}" + "".join(cell.rjust(18) for cell in cells))
-    main = results[0]["method"]
-    if len(names) > 1:
-        lines += ["", f"{main} minus, on the same episodes (points)"]
-    for name in names:
-        if name == main:
-            continue
-        pairs = [result["paired"][f"{main} - {name}"] for result in results]
-        cells = [_cell(pair, "difference").rjust(18) for pair in pairs]
-        lines.append(f"  {labels[name]:<{width - 2}}" + "".join(cells))
-        lines.append(" " * width + "".join(p_text(pair["p_value"]).rjust(18) for pair in pairs))
-    lines += ["", f"{results[0]['episodes']} episodes each; {INTERVAL}"]
-    if len(names) > 1:
-        lines.append(f"differences: {PAIRED_INTERVAL}")
-    return "\n".join(lines)
-
-
-def _cell(value: dict[str, float], key: str) -> str:
-    sign = "+" if key == "difference" else ""
-    return f"{100 * value[key]:{sign}.2f} ± {points(value['ci95'])}"
+def _samples(images: ImageSet) -> dict[str, Any]:
+    """Of each of the first five classes the image nearest to its mean, as in ``Samples``."""
+    found = {}
+    for label, name in enumerate(images.class_names[:5]):
+        pixels = unit_range(images.images[images.labels == label])
+        distance = (pixels - pixels.mean(0)).square().sum((1, 2, 3))
+        found[name] = pixels[distance.argmin()].permute(1, 2, 0).squeeze(-1).cpu().numpy()
+    return found

@@ -6,9 +6,9 @@ validation, in the weights that a checkpoint would hold.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,17 +60,18 @@ class DivergenceWatch:
                 raise
             raise self._error(f"{what} of epoch {self.state.epoch}", trouble) from error
 
-    def check(self, figures: Mapping[str, Any], losses: Sequence[Tensor]) -> None:
-        """Check an epoch's means when its steps are done and ``state.epoch`` does not count it yet.
+    def check(self, mean: float, losses: Sequence[Tensor]) -> None:
+        """Check an epoch's loss when its steps are done and ``state.epoch`` does not count it yet.
 
         Args:
-            losses: this process's, of each step, on any device; read only if a mean is not finite.
+            mean: over the epoch and all processes.
+            losses: this process's, of each step, on any device; read only if the mean is not
+                finite.
 
         Raises:
-            TrainingError: a mean is NaN or infinite.
+            TrainingError: the mean is NaN or infinite.
         """
-        means = torch.tensor([value for value in figures.values() if isinstance(value, float)])
-        if bool(means.isfinite().all()):
+        if math.isfinite(mean):
             return
         finite = torch.stack([loss.detach() for loss in losses]).isfinite().tolist()
         first = finite.index(False) if False in finite else len(finite) - 1

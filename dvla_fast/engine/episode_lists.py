@@ -7,9 +7,9 @@ from torch import Tensor
 
 from dvla_fast.data import EpisodeSampler, ImageSet
 from dvla_fast.data.episodes import BLOCK
+from dvla_fast.engine.config import EvaluateConfig
 from dvla_fast.engine.settings import UsageError
 
-EPISODE_LISTS = ("own", "authors")
 _SEEDS = 2**32  # that RandomState knows
 
 
@@ -48,6 +48,22 @@ class AuthorsEpisodeSampler(EpisodeSampler):
         return self._drawn[number]
 
 
+def build_samplers(
+    config: EvaluateConfig, images: ImageSet, seed: int, not_as_query: Tensor | None = None
+) -> list[EpisodeSampler]:
+    """Return the samplers of an evaluation, one for each of its shots; see :func:`build_sampler`.
+
+    Args:
+        images: of the evaluated split.
+    """
+    return [
+        build_sampler(
+            config.episode_list, images, config.way, shot, config.query, seed, not_as_query
+        )
+        for shot in config.shots
+    ]
+
+
 def build_sampler(
     name: str,
     images: ImageSet,
@@ -57,20 +73,16 @@ def build_sampler(
     seed: int,
     not_as_query: Tensor | None = None,
 ) -> EpisodeSampler:
-    """Return the sampler of an episode list by name.
+    """Return the sampler of an episode list.
 
     Args:
+        name: own or authors.
         not_as_query: as for :class:`~dvla_fast.data.EpisodeSampler`.
 
     Raises:
-        UsageError: unknown name; a seed that the authors' list cannot have, or images to be left
-            out of it.
+        UsageError: a seed that the authors' list cannot have, or images to be left out of it.
         DataError: too few classes or images for the episodes.
     """
-    if name not in EPISODE_LISTS:
-        raise UsageError(
-            f"evaluate.episode_list: {name!r} is unknown; choose one of {', '.join(EPISODE_LISTS)}"
-        )
     if name == "own":
         return EpisodeSampler(images, way, shot, query, seed, not_as_query)
     if not 0 <= seed < _SEEDS:

@@ -2,7 +2,7 @@
 
 All methods, checkpoints and compared runs meet the same episodes, so their differences are taken
 episode by episode: the spread of the episodes' difficulty cancels, and a difference of tenths of a
-point can be told from chance. ``engine.predict`` computes, ``engine.statistics`` has the formulas.
+point can be told from chance. ``engine.predict`` computes, ``statistics`` has the formulas.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dvla_fast import __version__
 from dvla_fast.data import EpisodeSampler, FewShotData, ImageSet
 from dvla_fast.engine.build import build_data, pick_device, seed_everything
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.compare import check_comparable, compare_groups
 from dvla_fast.engine.config import EvaluateConfig, EvaluateRun, SemanticsConfig
-from dvla_fast.engine.episode_lists import build_sampler
+from dvla_fast.engine.episode_lists import build_samplers
 from dvla_fast.engine.inductive import EpisodeTexts
 from dvla_fast.engine.inputs import images_fingerprint, pixel_facts
-from dvla_fast.engine.leaks import SeenImages, check_seen_images, find_seen_images
-from dvla_fast.engine.logging import Progress, RunFolder
+from dvla_fast.engine.leaks import SeenImages, find_seen_images
 from dvla_fast.engine.models import build_model, build_pretrain_model, described_by
 from dvla_fast.engine.predict import (
     LEARNED,
@@ -36,6 +36,7 @@ from dvla_fast.engine.predict import (
     image_features,
     predict_visual,
 )
+from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.recipes import check_one_recipe, checkpoint_paths, recipe_of
 from dvla_fast.engine.records import (
     EpisodeRecord,
@@ -43,9 +44,16 @@ from dvla_fast.engine.records import (
     keep_record,
     keep_result,
 )
+from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.settings import to_dict
 from dvla_fast.engine.starting import published, published_visformer, trained_normalisation
-from dvla_fast.engine.statistics import (
+from dvla_fast.engine.texts import build_texts
+from dvla_fast.engine.trained_classes import require_untrained, training_stages
+from dvla_fast.engine.trained_texts import COMPARED, check_semantics, text_differences
+from dvla_fast.errors import CheckpointError
+from dvla_fast.nn import DVLA
+from dvla_fast.semantics import EncodedTexts
+from dvla_fast.statistics import (
     INTERVAL,
     PAIRED_INTERVAL,
     checkpoint_interval,
@@ -54,12 +62,6 @@ from dvla_fast.engine.statistics import (
     points,
     require_scipy,
 )
-from dvla_fast.engine.texts import build_texts
-from dvla_fast.engine.trained_classes import require_untrained, training_stages
-from dvla_fast.engine.trained_texts import COMPARED, check_semantics, text_differences
-from dvla_fast.errors import CheckpointError
-from dvla_fast.nn import DVLA
-from dvla_fast.semantics import EncodedTexts
 
 
 class Contender(NamedTuple):
@@ -98,9 +100,7 @@ class Evaluation:
     Args:
         contenders: the checkpoints, alike in their methods. Accuracies are means over them.
         texts: encoded texts of all classes; needed with gated models.
-        config: split, ways and numbers; its ``shots`` are what :meth:`shot` takes one by one.
-        seed: of the episodes.
-        not_as_query: (N,) bool, images of the split that are never drawn as queries.
+        config: split and numbers; :meth:`evaluate` takes the list of each of its shots.
         episode_texts: what writes each episode's texts, instead of ``texts``.
     """
 
@@ -110,12 +110,9 @@ class Evaluation:
         data: FewShotData,
         texts: EncodedTexts | None,
         config: EvaluateConfig,
-        seed: int,
-        not_as_query: Tensor | None = None,
         episode_texts: EpisodeTexts | None = None,
     ) -> None:
-        self.contenders, self.data, self.config, self.seed = contenders, data, config, seed
-        self.not_as_query = not_as_query
+        self.contenders, self.data, self.config = contenders, data, config
         self.images = data.split(config.split)
         self.predictors: list[EpisodePredictor | None] = []
         self._features: dict[tuple[int, str], Tensor] = {}
@@ -135,17 +132,10 @@ class Evaluation:
                 )
             self.predictors.append(predictor)
 
-    def sampler(self, shot: int) -> EpisodeSampler:
-        """The list of episodes of :meth:`shot`."""
-        config, barred = self.config, self.not_as_query
-        return build_sampler(
-            config.episode_list, self.images, config.way, shot, config.query, self.seed, barred
-        )
-
-    def shot(
-        self, shot: int, progress: Progress | None = None
+    def evaluate(
+        self, sampler: EpisodeSampler, progress: Progress | None = None
     ) -> tuple[dict[str, Any], EpisodeRecord]:
-        """Evaluate all methods on one list of episodes with ``shot`` supports a class.
+        """Evaluate all methods on one list of episodes.
 
         Returns:
             The result (settings, episode-list fingerprint, accuracy of the main method, which is
@@ -157,7 +147,6 @@ class Evaluation:
             if predictor is not None:
                 predictor.remember(passed, config.episodes, progress)
         self._passed.clear()
-        sampler = self.sampler(shot)
         found = [self._predictions(i, sampler, progress) for i in range(len(self.contenders))]
         main = LEARNED if LEARNED in found[0] else next(iter(found[0]))
         accuracies = {
@@ -174,7 +163,7 @@ class Evaluation:
         result = {
             **identity(self.data, config, sampler),
             "episode_list": config.episode_list,
-            "seed": self.seed,
+            "seed": sampler.seed,
             "method": main,
             **compared["methods"][main],
             "interval": INTERVAL,
@@ -332,7 +321,6 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     check_one_recipe(paths, [model for model, _, _ in loaded], infos)
     stages = {path: training_stages(info) for path, info in zip(paths, infos)}
     classes = require_untrained(stages, data, settings.split)
-    check_seen_images(config.semantics.seen_images)
     texts = _Texts()
     if contenders[0].model is not None:
         texts = _find_texts(config, data, dict(zip(paths, infos)))
@@ -353,22 +341,23 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         "semantics": texts.described,
         "text_differences": texts.changed or {},
         "device": str(device),
+        "dvla_fast": __version__,
+        "torch": torch.__version__,
     }
     folder = RunFolder(config.output, to_dict(config), resume=config.resume, wandb=config.wandb)
     seed_everything(config.seed)
     folder.trim("evaluate", -1)  # those of finished lists are written again
     if texts.written is not None:
         texts.written.open(folder.path)
-    evaluation = Evaluation(
-        contenders, data, texts.encoded, settings, config.seed, texts.barred, texts.written
-    )
+    evaluation = Evaluation(contenders, data, texts.encoded, settings, texts.written)
     results = []
     with Progress({"evaluate": 1.0}, enabled=not quiet) as progress:
         progress.begin("evaluate", settings.episodes * len(settings.shots) * len(contenders))
         for sampler in samplers:
             leaks = {"classes": classes, **_leaks(texts.seen, sampler, settings.episodes, progress)}
-            known = {**facts, "leaks": leaks, **_versions()}
-            results.append(_result(evaluation, sampler, known, folder, progress))
+            results.append(
+                _result(evaluation, sampler, {**facts, "leaks": leaks}, folder, progress)
+            )
     # The fields of the first shot stand at the top; all of them are in "results".
     summary = {"command": "evaluate", **results[0], "results": results}
     folder.write_summary(summary)
@@ -393,7 +382,7 @@ def _result(
     described = {**identity(evaluation.data, config, sampler), **known}
     result = finished_result(folder, described)
     if result is None:
-        result, record = evaluation.shot(shot, progress)
+        result, record = evaluation.evaluate(sampler, progress)
         result |= known
         keep_record(folder, result, record, evaluation.images.class_names)
         keep_result(folder, result)
@@ -447,12 +436,7 @@ def _samplers(
     """The episodes of each shot, which are those of the run to compare with."""
     require_scipy()
     settings, images = config.evaluate, data.split(config.evaluate.split)
-    samplers = [
-        build_sampler(
-            settings.episode_list, images, settings.way, shot, settings.query, config.seed, barred
-        )
-        for shot in settings.shots
-    ]
+    samplers = build_samplers(settings, images, config.seed, barred)
     if settings.episode_list == "authors" and config.seed:
         warnings.warn(
             f"--seed {config.seed}: the authors' published list of episodes is that of seed 0; "
@@ -485,9 +469,3 @@ def _leaks(
             "texts were written from"
         )
     return leaks
-
-
-def _versions() -> dict[str, str]:
-    from dvla_fast import __version__
-
-    return {"dvla_fast": __version__, "torch": torch.__version__}

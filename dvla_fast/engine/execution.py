@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dvla_fast.engine.config import ExecutionConfig
 from dvla_fast.engine.distributed import Processes
-from dvla_fast.engine.settings import UsageError
 
 
 def adamw(parameters: Any, **options: float) -> torch.optim.AdamW:
@@ -38,18 +37,12 @@ def adamw(parameters: Any, **options: float) -> torch.optim.AdamW:
     return optimizer
 
 
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
-
-
 class Execution:
     """Runs the steps of a training stage as configured.
 
     Args:
         config: precision, memory format, compilation.
         processes: who takes part, and on which device.
-
-    Raises:
-        UsageError: unknown precision.
     """
 
     def __init__(
@@ -57,11 +50,6 @@ class Execution:
     ) -> None:
         self.config = config or ExecutionConfig()
         self.processes = processes or Processes()
-        if self.config.precision not in PRECISIONS:
-            raise UsageError(
-                f"execution.precision: {self.config.precision!r} is unknown; choose one of "
-                f"{', '.join(PRECISIONS)} (float16 would need its losses scaled)"
-            )
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Ready a module for training: memory format, shared norms, compilation.
@@ -83,8 +71,8 @@ class Execution:
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of a forward pass and its loss."""
-        dtype = PRECISIONS[self.config.precision]
-        return torch.autocast(self.processes.device.type, dtype, enabled=dtype is not None)
+        mixed = self.config.precision == "bfloat16"
+        return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=mixed)
 
     @contextmanager
     def eager(self) -> Iterator[None]:

@@ -33,8 +33,6 @@ from dvla_fast.rl import (
     weighted_rewards,
 )
 
-REFERENCES = ("fixed", "epoch")
-
 
 class Episodes(NamedTuple):
     """A step's episodes: images (E, n, C, H, W), labels (E, n), and their texts."""
@@ -64,16 +62,6 @@ class Rollout(NamedTuple):
     """Per layer (A, O): the policy's outputs when it drew; empty for one that draws nothing."""
     scores: Tensor | None
     """(L, E·K[, n], O)."""
-
-
-class _History(nn.Module):
-    """Mean final accuracy of the step before, for the reward "episode_improvement"."""
-
-    accuracy: Tensor
-
-    def __init__(self, way: int) -> None:
-        super().__init__()
-        self.register_buffer("accuracy", torch.full((), 1.0 / way))
 
 
 def reward_weights(config: MetatuneConfig) -> dict[str, float]:
@@ -106,8 +94,10 @@ class GateTraining:
             raise UsageError(f"metatune: {error}") from error
         self.reference: nn.ModuleList | None = None
         device = next(model.parameters()).device
-        needed = "episode_improvement" in self.reward_weights
-        self.history = _History(config.way).to(device) if needed else None
+        # Mean accuracy of the step before, chance before the first; None: no reward reads it.
+        self._previous: Tensor | None = None
+        if "episode_improvement" in self.reward_weights:
+            self._previous = torch.full((), 1.0 / config.way, device=device)
         if self.baseline is not None:
             self.baseline.to(device)
         for gate in self._gates:
@@ -216,10 +206,6 @@ class GateTraining:
             )
         if config.objective == "pathwise" and self.discrete:
             raise ValueError("objective: pathwise needs the beta policy: a choice has no gradient")
-        if config.reference not in REFERENCES:
-            raise ValueError(
-                f"reference: unknown {config.reference!r}; expected one of {', '.join(REFERENCES)}"
-            )
         self.needs_reference = self.needs_density or objective.needs_reference_rewards
         if self.needs_reference and config.reference == "fixed":
             if self.discrete:
@@ -236,8 +222,9 @@ class GateTraining:
         kept: dict[str, nn.Module] = {}
         if self.baseline is not None:
             kept["baseline"] = self.baseline
-        if self.history is not None:
-            kept["history"] = self.history
+        if self._previous is not None:
+            kept["history"] = nn.Module()
+            kept["history"].register_buffer("accuracy", self._previous)
         return kept
 
     def begin_epoch(self) -> None:
@@ -273,9 +260,11 @@ class GateTraining:
             way=way,
             from_prefix=prefixed or from_prefix,
         )
-        inputs = RewardInputs(output, repeated.query_labels, repeated.text, self._previous())
+        inputs = self._reward_inputs(output, repeated)
         rewards, parts = weighted_rewards(self.reward_weights, inputs)
-        self._remember(inputs)
+        if self._previous is not None:
+            accuracy = episode_accuracy(output.logits.detach(), repeated.query_labels)
+            self._previous.copy_(self.processes.mean(accuracy.mean()))
         before, scores = self._scores(output)
         reference = Reference(reference_rewards, self._reference_log_prob(output))
         signal = self.loss.signal(rewards, reference)
@@ -355,8 +344,11 @@ class GateTraining:
                 sample=False,
                 from_prefix=True,
             )
-        inputs = RewardInputs(output, episodes.query_labels, episodes.text, self._previous())
-        return weighted_rewards(self.reward_weights, inputs)[0]
+        return weighted_rewards(self.reward_weights, self._reward_inputs(output, episodes))[0]
+
+    def _reward_inputs(self, output: EpisodeOutput, episodes: Episodes) -> RewardInputs:
+        previous = None if self._previous is None else self._previous.clone()
+        return RewardInputs(output, episodes.query_labels, episodes.text, previous)
 
     @torch.no_grad()
     def _reference_log_prob(self, output: EpisodeOutput) -> Tensor | None:
@@ -381,15 +373,6 @@ class GateTraining:
         finally:
             for gate, policy in zip(self._gates, learning):
                 gate.policy = policy
-
-    def _previous(self) -> Tensor | None:
-        """() mean accuracy of the step before, if a reward reads it; chance before the first."""
-        return None if self.history is None else self.history.accuracy.clone()
-
-    def _remember(self, inputs: RewardInputs) -> None:
-        if self.history is not None:
-            accuracy = episode_accuracy(inputs.output.logits.detach(), inputs.query_labels)
-            self.history.accuracy.copy_(self.processes.mean(accuracy.mean()))
 
 
 def _rows(state: Tensor | None) -> Tensor:

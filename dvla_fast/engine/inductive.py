@@ -19,8 +19,7 @@ from torch import Tensor
 from dvla_fast.data import EpisodeBatch, ImageSet
 from dvla_fast.engine.bank_build import build_language_model
 from dvla_fast.engine.build import pick_device
-from dvla_fast.engine.logging import to_yaml
-from dvla_fast.engine.settings import from_mapping, read_settings, to_dict
+from dvla_fast.engine.settings import from_mapping, read_settings, to_dict, to_yaml
 from dvla_fast.engine.settle import absolute_paths
 from dvla_fast.engine.tool_config import SemanticsBuild
 from dvla_fast.errors import OutputError

@@ -27,7 +27,7 @@ def run_inputs(
     """Return hashes of what a run learns from.
 
     Args:
-        semantics: description of its texts (``build.build_texts``).
+        semantics: description of its texts (``texts.build_texts``).
         split: one more split whose images count.
 
     Returns:

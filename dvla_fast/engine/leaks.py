@@ -13,11 +13,9 @@ from torch import Tensor
 
 from dvla_fast.data import EpisodeSampler, FewShotData
 from dvla_fast.engine.config import SemanticsConfig
-from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.texts import build_bank
 from dvla_fast.semantics import SemanticBank
 
-SEEN_IMAGES = ("exclude", "report")
 # What texts can be made from without any image: then there is nothing to leak.
 BLIND_KINDS = ("class-names", "definitions")
 
@@ -102,14 +100,5 @@ class SeenImages(NamedTuple):
 
 
 def find_seen_images(config: SemanticsConfig, data: FewShotData, split: str) -> SeenImages:
-    """Find the images of a split that a run's bank was written from (UsageError, BankError)."""
-    check_seen_images(config.seen_images)
+    """Find the images of a split that a run's bank was written from (BankError)."""
     return SeenImages(*seen_images(build_bank(config.bank), data, split), config.seen_images)
-
-
-def check_seen_images(action: str) -> None:
-    """Check the setting (UsageError for an unknown one)."""
-    if action not in SEEN_IMAGES:
-        raise UsageError(
-            f"semantics.seen_images: {action!r} is unknown; choose one of {', '.join(SEEN_IMAGES)}"
-        )

@@ -7,16 +7,13 @@ the summary. Nothing here sees a novel class.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dvla_fast.data import EpisodeSampler, FewShotData
-from dvla_fast.engine.augmentation import Augmentation
 from dvla_fast.engine.build import (
     build_data,
     normalisation,
@@ -29,21 +26,17 @@ from dvla_fast.engine.divergence import DivergenceWatch
 from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.gating import GateTraining
 from dvla_fast.engine.inputs import run_inputs
-from dvla_fast.engine.leaks import check_seen_images
-from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.memory import free_mib
 from dvla_fast.engine.metatune_steps import Epoch, Step
 from dvla_fast.engine.models import backbone_spec, build_model, model_spec
-from dvla_fast.engine.monitor import (
-    monitor_episodes,
-    monitor_sampler,
-    scored,
-    validation_facts,
-)
+from dvla_fast.engine.monitor import monitor_episodes, monitor_sampler, scored
 from dvla_fast.engine.next_steps import keep_settings_files
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor
 from dvla_fast.engine.prefixes import PrefixMaps, check_constant_prefix
+from dvla_fast.engine.progress import Progress
+from dvla_fast.engine.run_folder import open_folder
 from dvla_fast.engine.settings import to_dict
+from dvla_fast.engine.stages import StageRun, Validation, run_epochs, training_summary
 from dvla_fast.engine.starting import begin_metatuning, continue_gates
 from dvla_fast.engine.state import TrainingState
 from dvla_fast.engine.texts import build_texts
@@ -56,6 +49,7 @@ from dvla_fast.nn import DVLA
 from dvla_fast.semantics import EncodedTexts
 
 _MAPS_MIB = 8192  # the default of evaluate.cache_mib
+_SELECTS = "monitor_accuracy"  # the figure that selects checkpoints
 
 
 def parameter_groups(
@@ -79,12 +73,8 @@ def metatune(
     spec: dict[str, Any],
     data: FewShotData,
     texts: EncodedTexts,
-    folder: RunFolder,
-    rng: np.random.Generator,
-    seed: int,
-    progress: Progress,
+    run: StageRun,
     facts: dict[str, Any] | None = None,
-    execution: Execution | None = None,
     prefixes: PrefixMaps | None = None,
 ) -> Path:
     """Meta-tune a model whose backbone is pre-trained.
@@ -92,15 +82,11 @@ def metatune(
     Args:
         config: the recipe.
         model: on the device to train on; trained in place.
-        spec: its description (``build.model_spec``).
+        spec: its description (``models.model_spec``).
         texts: encoded texts of ``data.class_names``.
-        folder: run folder; its ``resume`` continues from the last epoch saved there.
-        rng: the run's NumPy generator (saved with the checkpoint).
-        seed: seed of the training and validation episodes.
-        progress: display; the stage name is "meta-tune".
+        run: folder, random numbers, display, execution; the display's stage is "meta-tune".
         facts: more to note in the checkpoints; ``training`` has the stages before this one
             (``trained_classes.training_stages``), which else are not known.
-        execution: precision, compilation, processes; None: float32 in one process.
         prefixes: maps before the first gate, computed once for the whole run, of a frozen backbone
             without augmentation.
 
@@ -119,41 +105,29 @@ def metatune(
         check_constant_prefix(config)
     data = without_test_split(data)
     model.backbone.requires_grad_(config.backbone_lr > 0)  # frozen: no gradients are computed
-    execution = execution or Execution()
+    execution = run.execution
     execution.prepare(model)
     gates = GateTraining(config, model, execution.processes)
-    state = _state(config, model, spec, data, gates, folder, rng, {"seed": seed, **(facts or {})})
-    if folder.resume:
+    state = _state(config, model, spec, data, gates, run, facts or {})
+    if run.folder.resume:
         state.restore()
-    step = Step(config, model, data, texts, state.optimizer, gates, execution, seed, prefixes)
+    step = Step(config, model, data, texts, state.optimizer, gates, execution, run.seed, prefixes)
     rates = {"metatune.lr": config.lr, "metatune.backbone_lr": config.backbone_lr}
     watch = DivergenceWatch("meta-tuning", state, rates)
-    epoch = Epoch(step, watch)
-    progress.begin("meta-tune", config.epochs, state.epoch)
-    numbers = monitor_episodes(data, config.way, config.shots[0], config.query)
-    monitor = monitor_sampler(data, numbers, seed + 1, progress)
-    while state.epoch < config.epochs:
-        row = epoch(state)
-        score = None
-        if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
-            with execution.eager(), watch.after("validation"):
-                accuracies, alphas = _validate(
-                    model,
-                    data,
-                    texts,
-                    monitor,
-                    config.validation_episodes,
-                    execution.processes.count,
-                    prefixes,
-                )
-            score, half = scored(accuracies)
-            row.update(monitor_accuracy=score, monitor_ci95=half, monitor_alpha=alphas)
-        folder.log("metatune", state.epoch, **row)
-        with watch.after("saving"):
-            state.save(score)
-        progress.advance()
-        progress.note(_describe(row, state.epoch, config.epochs, numbers))
-    return state.best_path
+    run.progress.begin("meta-tune", config.epochs, state.epoch)
+    numbers = _monitor_episodes(data, config)
+    sampler = monitor_sampler(data, numbers, run.seed + 1, run.progress)
+
+    def validate() -> dict[str, Any]:
+        count, processes = config.validation_episodes, execution.processes.count
+        return _validate(model, data, texts, sampler, count, processes, prefixes)
+
+    validation = Validation(_SELECTS, numbers, validate)
+    return run_epochs(config, run, watch, Epoch(step, watch), validation, _describe)
+
+
+def _monitor_episodes(data: FewShotData, config: MetatuneConfig) -> dict[str, Any]:
+    return monitor_episodes(data, config.way, config.shots[0], config.query)
 
 
 def _state(
@@ -162,26 +136,24 @@ def _state(
     spec: dict[str, Any],
     data: FewShotData,
     gates: GateTraining,
-    folder: RunFolder,
-    rng: np.random.Generator,
+    run: StageRun,
     facts: dict[str, Any],
 ) -> TrainingState:
     """Begin the state of the stage, with its optimiser and what its checkpoints say of it."""
     groups = parameter_groups(model, config, gates.baseline)
     optimizer = adamw(groups, weight_decay=config.weight_decay)
-    state = TrainingState(
-        folder, "metatune", spec, {"model": model, **gates.modules}, optimizer, rng
-    )
     earlier = facts.get("training", [unknown_stage("before")])
-    state.facts = {
+    facts = {
         "dataset": data.name,
         "split_list": data.split_list,
         "normalisation": normalisation(data),
         "inputs": run_inputs(data, facts.get("semantics")),
+        "seed": run.seed,
         **facts,
         "training": [*earlier, training_stage("metatune", data, config)],
     }
-    return state
+    modules = {"model": model, **gates.modules}
+    return TrainingState(run.folder, "metatune", spec, modules, optimizer, run.rng, facts)
 
 
 def _validate(
@@ -190,11 +162,10 @@ def _validate(
     texts: EncodedTexts,
     sampler: EpisodeSampler,
     episodes: int,
-    processes: int = 1,
-    prefixes: PrefixMaps | None = None,
-) -> tuple[Tensor, list[float]]:
-    """Return the accuracies (n,) of monitor episodes and the mean alpha by layer of the policy's
-    mean on them.
+    processes: int,
+    prefixes: PrefixMaps | None,
+) -> dict[str, Any]:
+    """Return the accuracy of monitor episodes with the policy's mean, and its mean by layer.
 
     Training's own memory stays where it is: the feature maps kept here take at most a quarter of
     what is free beside it, over all processes.
@@ -204,16 +175,13 @@ def _validate(
     predictor = EpisodePredictor(model, data, texts, "monitor", cache_mib=most, maps=maps)
     found = predictor.predict(sampler, episodes)[LEARNED]
     assert found.alphas is not None
-    return found.accuracies, found.alphas.mean(0).tolist()
+    score, half = scored(found.accuracies)
+    return {_SELECTS: score, "monitor_ci95": half, "monitor_alpha": found.alphas.mean(0).tolist()}
 
 
-def _describe(row: dict[str, Any], epoch: int, epochs: int, numbers: dict[str, Any]) -> str:
+def _describe(row: Mapping[str, Any]) -> str:
     alphas = ", ".join(f"{alpha:.2f}" for alpha in row["alpha_mean"])
-    text = f"epoch {epoch}/{epochs}  accuracy {row['accuracy']:.1%}  alpha {alphas}"
-    if "monitor_accuracy" in row:
-        episodes = f"{numbers['way']}-way {numbers['shot']}-shot"
-        text += f"  held-out {episodes} {row['monitor_accuracy']:.1%}"
-    return text
+    return f"accuracy {row['accuracy']:.1%}  alpha {alphas}"
 
 
 def run_metatune(
@@ -224,7 +192,6 @@ def run_metatune(
     Args:
         files: the settings files that it was given, for the command that follows.
     """
-    check_seen_images(config.semantics.seen_images)  # its evaluation takes these settings
     processes = Processes(config.device)
     execution = Execution(config.execution, processes)
     data = build_data(config.data, processes.device, training=True)
@@ -246,7 +213,7 @@ def run_metatune(
         split: require_untrained({started: start.stages}, data, split)
         for split in ("monitor", "novel")
     }
-    _check_recipe(config.metatune, model, data, processes)
+    check_metatuning(config.metatune, model, data, processes)
     # The rates are constant: a run that goes on for longer is the one that was longer at once.
     folder = open_folder(
         config.output, to_dict(config), processes, config.resume, config.wandb, ("metatune.epochs",)
@@ -257,13 +224,12 @@ def run_metatune(
     with Progress({"meta-tune": 1.0}, enabled=not quiet and processes.main) as progress:
         if gates == "continued":
             progress.note(f"the gates of {config.checkpoint} learn on")
-        best = metatune(
-            config.metatune, model, spec, data, texts, folder, rng, config.seed, progress, noted,
-            execution,
-        )  # fmt: skip
+        run = StageRun(folder, rng, config.seed, progress, execution)
+        best = metatune(config.metatune, model, spec, data, texts, run, noted)
     processes.wait()
+    numbers = _monitor_episodes(data, config.metatune)
     summary = {
-        **_summary(config, data, folder, processes),
+        **training_summary(config, data, folder, processes, _SELECTS, numbers),
         **facts,
         "checkpoint": str(best),
         "gated_layers": [list(layer) for layer in model.gated_layers],
@@ -287,34 +253,12 @@ def _warn_of_lacking_texts(texts: EncodedTexts, data: FewShotData) -> None:
         )
 
 
-def _check_recipe(
+def check_metatuning(
     config: MetatuneConfig, model: DVLA, data: FewShotData, processes: Processes
 ) -> None:
     """Find settings that cannot train before a folder is made (DataError, UsageError)."""
     for shot in config.shots:
         EpisodeSampler(data.base, config.way, shot, config.query, 0)
-    monitor_episodes(data, config.way, config.shots[0], config.query)
+    _monitor_episodes(data, config)
     GateTraining(config, model, processes)
-    Augmentation(config.augment, data)
     processes.share(config.episodes_per_step, "metatune.episodes_per_step")
-
-
-def _summary(
-    config: MetatuneRun, data: FewShotData, folder: RunFolder, processes: Processes
-) -> dict[str, Any]:
-    """What the run was, and how its validations went."""
-    tuning, rows = config.metatune, folder.rows("metatune")
-    numbers = monitor_episodes(data, tuning.way, tuning.shots[0], tuning.query)
-    return {
-        "command": "metatune",
-        "dataset": data.name,
-        "seed": config.seed,
-        "epochs": tuning.epochs,
-        "loss": rows[-1]["loss"],
-        "monitor": data.monitor_kind,
-        **validation_facts(rows, "monitor_accuracy", numbers, tuning.validation_episodes),
-        "device": str(processes.device),
-        "processes": processes.count,
-        "precision": config.execution.precision,
-        "torch": torch.__version__,
-    }

@@ -163,7 +163,7 @@ class Epoch:
                 totals.add(*self.step(state.step))
             state.step += 1
         row = totals.row(self.step.execution.processes)
-        self.watch.check({"loss": row["loss"]}, totals.losses)
+        self.watch.check(row["loss"], totals.losses)
         state.epoch += 1
         if gates.stochastic:
             row["collapsed"] = collapsed_layers(

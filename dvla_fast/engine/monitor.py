@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dvla_fast.data import EpisodeSampler, FewShotData
-from dvla_fast.engine.logging import Progress
-from dvla_fast.engine.statistics import mean_interval, points
+from dvla_fast.engine.progress import Progress
 from dvla_fast.errors import DataError
+from dvla_fast.statistics import mean_interval, points
 
 
 def monitor_episodes(data: FewShotData, way: int, shot: int, query: int) -> dict[str, Any]:

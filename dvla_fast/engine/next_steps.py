@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dvla_fast.engine.logging import RunFolder
+from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.settings import UsageError, read_settings
 from dvla_fast.engine.settle import MADE_SIZES
 from dvla_fast.files import json_text

@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from dvla_fast.data import EpisodeBatch, EpisodeSampler, FewShotData, ImageSet
 from dvla_fast.engine.build import split_classes
-from dvla_fast.engine.logging import Progress
 from dvla_fast.engine.models import check_weights
 from dvla_fast.engine.modes import evaluating
+from dvla_fast.engine.progress import Progress
 from dvla_fast.errors import TrainingError
 from dvla_fast.nn import DVLA, TextTokens, prototype_logits
 from dvla_fast.semantics import EncodedTexts
 
 VISUAL, FIXED, LEARNED = "visual prototypes", "fixed gate", "learned gate"
+BEFORE = f"{VISUAL}, before meta-tuning"
 ONCE, SUPPORTS, PREFIX = "once", "supports", "prefix"
 _GATHERED = 128  # episodes of one batched prototype product: about 15 MB of features
 _MAPS = 4096  # of one pass on a GPU, whatever an episode has of them
@@ -59,20 +60,18 @@ def image_features(
     backbone: nn.Module,
     data: FewShotData,
     images: ImageSet,
-    batch: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Compute the visual features (N, d) of a whole image set once, in evaluation mode.
 
     Args:
-        batch: images of one pass.
         progress: shown that work goes on, not advanced.
 
     Raises:
         TrainingError: a feature is NaN or infinite.
     """
     with evaluating(backbone), torch.inference_mode():
-        chunks = images.chunks(batch or _image_batch(images))
+        chunks = images.chunks(_image_batch(images))
         parts: list[Tensor] = []
         for chunk in chunks:
             parts.append(backbone(data.normalise(chunk)))
@@ -124,8 +123,6 @@ class EpisodePredictor:
         episode_texts: gives the texts of a batch of episodes, which then are each episode's own.
         fixed_alpha: also predict with all gates fixed at this value.
         visual: :meth:`visual` will be asked too.
-        image_batch: images of one pass through the backbone; None: 32 on a CPU, whose cache holds
-            their maps (Visformer-Tiny then takes half the time of 128), 512 on a GPU.
         cache_mib: largest memory for feature maps of the plans that keep maps. A split that needs
             more goes without: the same numbers, more slowly.
         maps: what ``DVLA.prefix`` gives for all images of the split, if it is known already.
@@ -144,7 +141,6 @@ class EpisodePredictor:
         episode_texts: Callable[[EpisodeBatch], TextTokens] | None = None,
         fixed_alpha: float | None = None,
         visual: bool = False,
-        image_batch: int | None = None,
         cache_mib: float = 8192,
         maps: Tensor | None = None,
     ) -> None:
@@ -159,7 +155,7 @@ class EpisodePredictor:
         self.episode_texts = episode_texts
         if episode_texts is not None:  # then a support's feature is its episode's, too
             self.plans = {name: SUPPORTS if x == ONCE else x for name, x in self.plans.items()}
-        self.image_batch = image_batch or _image_batch(self.images)
+        self.image_batch = _image_batch(self.images)
         self.cache_mib = cache_mib
         self.classes = split_classes(data, split)  # positions in texts of the split's classes
         self._known = torch.zeros(len(self.images), dtype=torch.bool)
@@ -391,6 +387,10 @@ def _show_images(progress: Progress | None, done: int, total: int) -> None:
 
 
 def _image_batch(images: ImageSet) -> int:
+    """Images of one pass through the backbone: on a CPU as many as its cache holds the maps of.
+
+    Visformer-Tiny then takes half the time of 128.
+    """
     return 32 if images.device.type == "cpu" else 512
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from dvla_fast.data.decode import decode, is_image
 from dvla_fast.data.folders import class_folders
 from dvla_fast.engine.classifier import FewShotClassifier
-from dvla_fast.engine.logging import Progress
+from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.tool_config import PredictImages
 from dvla_fast.errors import DataError, OutputError

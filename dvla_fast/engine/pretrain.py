@@ -9,11 +9,10 @@ of the base classes), never the novel classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,17 +32,14 @@ from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.divergence import DivergenceWatch
 from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.inputs import run_inputs
-from dvla_fast.engine.logging import Progress, RunFolder, open_folder
 from dvla_fast.engine.models import backbone_spec, build_pretrain_model
-from dvla_fast.engine.monitor import (
-    monitor_episodes,
-    monitor_sampler,
-    scored,
-    validation_facts,
-)
+from dvla_fast.engine.monitor import monitor_episodes, monitor_sampler, scored
 from dvla_fast.engine.next_steps import keep_settings_files
 from dvla_fast.engine.predict import image_features, predict_visual
+from dvla_fast.engine.progress import Progress
+from dvla_fast.engine.run_folder import open_folder
 from dvla_fast.engine.settings import UsageError, to_dict
+from dvla_fast.engine.stages import StageRun, Validation, run_epochs, training_summary
 from dvla_fast.engine.starting import load_published, normalise_for
 from dvla_fast.engine.state import TrainingState
 from dvla_fast.engine.trained_classes import training_stage, unknown_stage
@@ -61,8 +57,8 @@ def learning_rate(config: PretrainConfig, step: int, steps_per_epoch: int) -> fl
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-# What pre-training validates on: way, shot, query.
-_VALIDATION = (5, 1, 15)
+# What pre-training validates on (way, shot, query), and the figure that selects checkpoints.
+_VALIDATION, _SELECTS = (5, 1, 15), "monitor_episode_accuracy"
 
 
 def turn_classes(
@@ -93,11 +89,7 @@ def pretrain(
     config: PretrainConfig,
     data: FewShotData,
     spec: dict[str, Any],
-    folder: RunFolder,
-    rng: np.random.Generator,
-    seed: int,
-    progress: Progress,
-    execution: Execution | None = None,
+    run: StageRun,
     pretrained: str = "",
 ) -> Path:
     """Pre-train a backbone.
@@ -105,12 +97,8 @@ def pretrain(
     Args:
         config: the recipe.
         data: the data set, on the device to train on.
-        spec: backbone description (``build.backbone_spec``).
-        folder: run folder; its ``resume`` continues from the last epoch saved there.
-        rng: the run's NumPy generator (image order).
-        seed: seed of the validation episodes.
-        progress: display; the stage name is "pre-train".
-        execution: precision, compilation, processes; None: float32 in one process.
+        spec: backbone description (``models.backbone_spec``).
+        run: folder, random numbers, display, execution; the display's stage is "pre-train".
         pretrained: published weights to start from (``ModelConfig.pretrained``).
 
     Returns:
@@ -122,41 +110,33 @@ def pretrain(
         UsageError: settings that do not fit together.
     """
     data = without_test_split(data)
-    execution = execution or Execution()
     outputs = len(data.base.class_names) * (3 if config.quarter_turns else 1)
     model = build_pretrain_model(spec, outputs, config.drop_path)
     model.to(data.base.device)
-    execution.prepare(model["backbone"])
+    run.execution.prepare(model["backbone"])
     described = {"backbone": spec, "classes": outputs}
-    earlier = [unknown_stage("published")] * bool(pretrained)
-    state = _state(config, model, described, data, folder, rng, {"seed": seed, "training": earlier})
-    restored = folder.resume and state.restore()
+    state = _state(config, model, described, data, run, bool(pretrained))
+    restored = run.folder.resume and state.restore()
     if pretrained and not restored:  # a run stopped before its first checkpoint starts again
         load_published(model["backbone"], pretrained)
-    epoch = Epoch(config, model, data, state.optimizer, execution, outputs)
+    epoch = Epoch(config, model, data, state.optimizer, run.execution, outputs)
     watch = DivergenceWatch("pre-training", state, {"pretrain.lr": config.lr})
-    progress.begin("pre-train", config.epochs, state.epoch)
+    run.progress.begin("pre-train", config.epochs, state.epoch)
     numbers = monitor_episodes(data, *_VALIDATION)
-    sampler = monitor_sampler(data, numbers, seed, progress)
-    while state.epoch < config.epochs:
+    sampler = monitor_sampler(data, numbers, run.seed, run.progress)
+
+    def train(state: TrainingState) -> dict[str, Any]:
         with watch.training():
-            row: dict[str, Any] = epoch(state)
-        watch.check(row, epoch.losses)
+            row = epoch(state)
+        watch.check(row["loss"], epoch.losses)
         state.epoch += 1
-        score = None
-        if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
-            with execution.eager(), watch.after("validation"):
-                accuracies, held_out = _validate(model, data, sampler, config.validation_episodes)
-            score, row["monitor_ci95"] = scored(accuracies)
-            row["monitor_episode_accuracy"] = score
-            if held_out is not None:
-                row["monitor_accuracy"] = held_out
-        folder.log("pretrain", state.epoch, **row)
-        with watch.after("saving"):
-            state.save(score)
-        progress.advance()
-        progress.note(_describe(row, state.epoch, config.epochs, numbers))
-    return state.best_path
+        return row
+
+    def validate() -> dict[str, Any]:
+        return _validate(model, data, sampler, config.validation_episodes)
+
+    validation = Validation(_SELECTS, numbers, validate)
+    return run_epochs(config, run, watch, train, validation, _describe)
 
 
 def _state(
@@ -164,34 +144,33 @@ def _state(
     model: nn.ModuleDict,
     spec: dict[str, Any],
     data: FewShotData,
-    folder: RunFolder,
-    rng: np.random.Generator,
-    facts: dict[str, Any],
+    run: StageRun,
+    published: bool,
 ) -> TrainingState:
     """Begin the state of the stage, with its optimiser and what its checkpoints say of it."""
     optimizer = adamw(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    state = TrainingState(folder, "pretrain", spec, {"model": model}, optimizer, rng)
-    state.facts = {
+    earlier = [unknown_stage("published")] if published else []
+    facts = {
         "dataset": data.name,
         "split_list": data.split_list,
         "classes": list(data.base.class_names),
         "normalisation": normalisation(data),
         "inputs": run_inputs(data),
-        **facts,
-        "training": [*facts["training"], training_stage("pretrain", data, config)],
+        "seed": run.seed,
+        "training": [*earlier, training_stage("pretrain", data, config)],
     }
-    return state
+    modules = {"model": model}
+    return TrainingState(run.folder, "pretrain", spec, modules, optimizer, run.rng, facts)
 
 
-def check_recipe(config: PretrainConfig, data: FewShotData, processes: Processes) -> None:
+def check_pretraining(config: PretrainConfig, data: FewShotData, processes: Processes) -> None:
     """Find settings that cannot train before a folder is made.
 
     Raises:
-        UsageError: batches too small or of unequal shares, amounts out of their range.
+        UsageError: batches too small or of unequal shares.
         DataError: too few images to validate on.
     """
     monitor_episodes(data, *_VALIDATION)
-    Augmentation(config.augment, data)
     processes.share(config.batch_size, "pretrain.batch_size")
     images, smallest = min(config.batch_size, len(data.base)), 2 * processes.count
     if images < smallest:
@@ -199,8 +178,6 @@ def check_recipe(config: PretrainConfig, data: FewShotData, processes: Processes
             f"pretrain.batch_size: a step of {images} image(s) leaves BatchNorm nothing to compare;"
             f" give at least {smallest}"
         )
-    if not 0 <= config.label_smoothing <= 1:
-        raise UsageError(f"pretrain.label_smoothing: expected 0 to 1, got {config.label_smoothing}")
 
 
 class Epoch:
@@ -275,27 +252,24 @@ class Epoch:
 
 def _validate(
     model: nn.ModuleDict, data: FewShotData, sampler: EpisodeSampler, episodes: int
-) -> tuple[Tensor, float | None]:
-    """Return the accuracies (n,) of episodes of monitor images, and the plain accuracy on these.
+) -> dict[str, Any]:
+    """Return the accuracy of episodes of monitor images, and the plain accuracy on these.
 
-    The plain one is None for validation classes, which the classifier does not know.
+    The plain one is left out for validation classes, which the classifier does not know.
     """
     features = image_features(model["backbone"], data, data.monitor)
-    accuracies = predict_visual(features, sampler, episodes).accuracies
-    if data.monitor.class_names != data.base.class_names:
-        return accuracies, None
-    with torch.inference_mode():
-        logits = model["head"](features)[:, : len(data.base.class_names)]  # upright classes
-        correct = (logits.argmax(1) == data.monitor.labels).float().mean()
-    return accuracies, correct.item()
+    score, half = scored(predict_visual(features, sampler, episodes).accuracies)
+    figures = {"monitor_ci95": half, _SELECTS: score}
+    if data.monitor.class_names == data.base.class_names:
+        with torch.inference_mode():
+            logits = model["head"](features)[:, : len(data.base.class_names)]  # upright classes
+            right = (logits.argmax(1) == data.monitor.labels).float().mean()
+        figures["monitor_accuracy"] = right.item()
+    return figures
 
 
-def _describe(row: dict[str, float], epoch: int, epochs: int, numbers: dict[str, Any]) -> str:
-    text = f"epoch {epoch}/{epochs}  loss {row['loss']:.3f}  accuracy {row['accuracy']:.1%}"
-    if "monitor_episode_accuracy" in row:
-        episodes = f"{numbers['way']}-way {numbers['shot']}-shot"
-        text += f"  held-out {episodes} {row['monitor_episode_accuracy']:.1%}"
-    return text
+def _describe(row: Mapping[str, Any]) -> str:
+    return f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.1%}"
 
 
 def run_pretrain(
@@ -313,37 +287,20 @@ def run_pretrain(
     spec = backbone_spec(config.model, data.channels, data.image_size)
     # Settings that fit no model or no batch fail before the folder is made.
     build_pretrain_model(spec, 1, config.pretrain.drop_path)
-    check_recipe(config.pretrain, data, processes)
+    check_pretraining(config.pretrain, data, processes)
     if config.model.pretrained:
         load_published(build_pretrain_model(spec, 1)["backbone"], config.model.pretrained)
     folder = open_folder(config.output, to_dict(config), processes, config.resume, config.wandb)
     keep_settings_files(folder, files)
     rng = seed_everything(config.seed)
     with Progress({"pre-train": 1.0}, enabled=not quiet and processes.main) as progress:
-        best = pretrain(
-            config.pretrain, data, spec, folder, rng, config.seed, progress, execution,
-            config.model.pretrained,
-        )  # fmt: skip
+        run = StageRun(folder, rng, config.seed, progress, execution)
+        best = pretrain(config.pretrain, data, spec, run, config.model.pretrained)
     processes.wait()
-    rows = folder.rows("pretrain")
+    numbers = monitor_episodes(data, *_VALIDATION)
     summary = {
-        "command": "pretrain",
-        "dataset": data.name,
-        "seed": config.seed,
-        "epochs": config.pretrain.epochs,
-        "loss": rows[-1]["loss"],
-        "monitor": data.monitor_kind,
-        **validation_facts(
-            rows,
-            "monitor_episode_accuracy",
-            monitor_episodes(data, *_VALIDATION),
-            config.pretrain.validation_episodes,
-        ),
+        **training_summary(config, data, folder, processes, _SELECTS, numbers),
         "checkpoint": str(best),
-        "device": str(processes.device),
-        "processes": processes.count,
-        "precision": config.execution.precision,
-        "torch": torch.__version__,
     }
     folder.write_summary(summary)
     folder.close()

@@ -1,4 +1,4 @@
-"""What an evaluation leaves on disk: every prediction, and figures of each class."""
+"""What an evaluation leaves, on disk and in words: predictions, figures of each class, tables."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvla_fast.engine.logging import RunFolder
+from dvla_fast.engine.predict import BEFORE, FIXED, LEARNED, VISUAL
 from dvla_fast.engine.result_check import result_fault
-from dvla_fast.engine.statistics import (
+from dvla_fast.engine.run_folder import RunFolder
+from dvla_fast.errors import MissingDependencyError, OutputError
+from dvla_fast.files import json_text
+from dvla_fast.pictures.confusion import plot_confusion
+from dvla_fast.statistics import (
     CHECKPOINT_INTERVAL,
+    INTERVAL,
+    PAIRED_INTERVAL,
     class_accuracies,
     confusion,
+    p_text,
     points,
     shared_note,
 )
-from dvla_fast.errors import MissingDependencyError, OutputError
-from dvla_fast.files import json_text
 
 _COMMANDS = ("evaluate", "demo")  # whose folders hold records
 
@@ -133,6 +138,40 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     return summary
 
 
+def result_table(results: list[dict[str, Any]]) -> str:
+    """Lay out results as a plain table: a row per method, an accuracy and a difference per shot."""
+    names = [name for name in (BEFORE, VISUAL, FIXED, LEARNED) if name in results[0]["methods"]]
+    labels = {name: name for name in names}
+    if FIXED in labels:
+        labels[FIXED] = f"{FIXED} (alpha = {results[0]['fixed_alpha']:g})"
+    width = max(map(len, labels.values())) + 2
+    way = results[0]["way"]
+    header = "".join(f"{way}-way {result['shot']}-shot".rjust(18) for result in results)
+    lines = [f"{'method':<{width}}{header}", "-" * (width + 18 * len(results))]
+    for name in names:
+        cells = [_cell(result["methods"][name], "accuracy") for result in results]
+        lines.append(f"{labels[name]:<{width}}" + "".join(cell.rjust(18) for cell in cells))
+    main = results[0]["method"]
+    if len(names) > 1:
+        lines += ["", f"{main} minus, on the same episodes (points)"]
+    for name in names:
+        if name == main:
+            continue
+        pairs = [result["paired"][f"{main} - {name}"] for result in results]
+        cells = [_cell(pair, "difference").rjust(18) for pair in pairs]
+        lines.append(f"  {labels[name]:<{width - 2}}" + "".join(cells))
+        lines.append(" " * width + "".join(p_text(pair["p_value"]).rjust(18) for pair in pairs))
+    lines += ["", f"{results[0]['episodes']} episodes each; {INTERVAL}"]
+    if len(names) > 1:
+        lines.append(f"differences: {PAIRED_INTERVAL}")
+    return "\n".join(lines)
+
+
+def _cell(value: dict[str, float], key: str) -> str:
+    sign = "+" if key == "difference" else ""
+    return f"{100 * value[key]:{sign}.2f} ± {points(value['ci95'])}"
+
+
 def checkpoints_table(results: Sequence[dict[str, Any]]) -> str:
     """Lay out what several checkpoints say about training again, in percent; "" for a single one.
 
@@ -209,8 +248,6 @@ def write_confusion(
     ``confusion-<shot>shot.json`` (counts, and how often each class was a choice), and
     ``confusion-<shot>shot.png`` where matplotlib is installed.
     """
-    from dvla_fast.report.confusion import plot_confusion
-
     method, shot = result["method"], result["shot"]
     given = (record.classes, record.labels, record.predictions[method], len(names))
     matrix, rows = confusion(*given), class_accuracies(*given)

@@ -41,7 +41,6 @@ def reward_curves(
     sampler: EpisodeSampler,
     weights: Mapping[str, float],
     episodes: int = 64,
-    alphas: Sequence[float] = ALPHAS,
     maps: Tensor | None = None,
 ) -> Tensor:
     """Mean rewards of base episodes with one gate set and the others at their policy's mean.
@@ -52,11 +51,10 @@ def reward_curves(
         sampler: of ``data.base``.
         weights: of the rewards, by name.
         episodes: how many, the first of the sampler's list.
-        alphas: values to set.
         maps: what ``DVLA.prefix`` gives for all base images, if it is known already.
 
     Returns:
-        (L, len(alphas)) float64, a row a gated layer.
+        (L, len(ALPHAS)) float64, a row a gated layer.
 
     Raises:
         ValueError: less than one episode.
@@ -64,7 +62,7 @@ def reward_curves(
     if episodes < 1:
         raise ValueError(f"episodes: expected at least 1, got {episodes}")
     positions = split_classes(data, "base").cpu()
-    sums = torch.zeros(len(model.gated_layers), len(alphas), dtype=torch.float64)
+    sums = torch.zeros(len(model.gated_layers), len(ALPHAS), dtype=torch.float64)
     for first in range(0, episodes, _BATCH):
         batch = sampler.batch(first, min(_BATCH, episodes - first))
         support, query = (_inputs(data, maps, index) for index in (batch.support, batch.query))
@@ -74,7 +72,7 @@ def reward_curves(
         )
         text = texts.episodes(classes)
         for layer, location in enumerate(model.gated_layers):
-            for column, alpha in enumerate(alphas):
+            for column, alpha in enumerate(ALPHAS):
                 output = model(
                     support, support_labels, query, text, way=sampler.way,
                     alpha={location: alpha}, sample=False, from_prefix=maps is not None,

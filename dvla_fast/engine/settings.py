@@ -14,11 +14,11 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields, is_dataclass
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from dvla_fast.errors import DVLAError
+from dvla_fast.errors import DVLAError, MissingDependencyError
 
 T = TypeVar("T")
 
@@ -65,12 +65,40 @@ def repeated(values: list[int]) -> str:
     return f"{', '.join(map(str, twice))} is there more than once in {values}" if twice else ""
 
 
-def one_of(module: str, constant: str, *more: str) -> Callable[[str], str]:
-    """A check against the names that a module lists; it is loaded when a value is checked."""
+def one_of(*names: str, note: str = "") -> Callable[[str], str]:
+    """A check against names; all names that a setting may have are checked by it, and only there.
 
-    def check(name: str) -> str:
-        known = (*more, *getattr(import_module(module), constant))
-        return "" if name in known else f"{name!r} is unknown; choose one of {', '.join(known)}"
+    Args:
+        names: what is known. ``module:CONSTANT`` stands for those that a module lists, which is
+            loaded when a value is checked.
+        note: more to say of a name that is not.
+    """
+
+    def check(given: str) -> str:
+        known: list[str] = []
+        for name in names:
+            known += resolve_name(name) if ":" in name else [name]
+        if given in known:
+            return ""
+        more = f" ({note})" if note else ""
+        return f"{given!r} is unknown; choose one of {', '.join(known)}{more}"
+
+    return check
+
+
+def accepted_by(function: str) -> Callable[[Any], str]:
+    """A check by a ``module:function`` that raises ValueError, ``"its name: what is wrong"``.
+
+    It is loaded when a value is checked; an empty one stands for the default.
+    """
+
+    def check(value: Any) -> str:
+        try:
+            if value:
+                resolve_name(function)(value)
+        except ValueError as error:
+            return str(error).partition(": ")[2]
+        return ""
 
     return check
 
@@ -118,6 +146,17 @@ def _loader() -> Any:
             return node
 
     return StrictLoader
+
+
+def to_yaml(config: dict[str, Any]) -> str:
+    """Return settings as YAML (MissingDependencyError without PyYAML)."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingDependencyError(
+            "run folders need PyYAML, which is not installed; run pip install 'dvla-fast[train]'"
+        ) from error
+    return yaml.safe_dump(config, sort_keys=False)
 
 
 def read_settings(path: str, cls: type[T], default: T, option: str = "--config") -> T:

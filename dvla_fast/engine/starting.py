@@ -59,13 +59,9 @@ def normalise_for(data: FewShotData, config: ModelConfig, checkpoint: str = "") 
     files, and otherwise those of the base images.
 
     Raises:
-        UsageError: an unknown name, or statistics of another number of channels.
+        UsageError: statistics of another number of channels.
     """
     name = config.normalisation
-    if name not in NORMALISATIONS:
-        raise UsageError(
-            f"--model.normalisation: unknown {name!r}; choose one of {', '.join(NORMALISATIONS)}"
-        )
     start = checkpoint or config.pretrained
     if name == "auto" and config.backbone == "clip":
         name = "clip"
@@ -171,8 +167,8 @@ def continue_gates(
 
     Args:
         model: its backbone loaded from the checkpoint; changed in place.
-        spec: its description (``build.model_spec``).
-        semantics: description of its texts (``build.build_texts``).
+        spec: its description (``models.model_spec``).
+        semantics: description of its texts (``texts.build_texts``).
         checkpoint: of a run, or a file of published weights; may be empty.
 
     Returns:

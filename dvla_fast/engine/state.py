@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dvla_fast import __version__
 from dvla_fast.engine.checkpoint import (
     load_checkpoint,
     load_weights,
@@ -21,8 +23,8 @@ from dvla_fast.engine.checkpoint import (
 )
 from dvla_fast.engine.description import REMEDY, RESUMED, check_entries
 from dvla_fast.engine.inputs import check_inputs
-from dvla_fast.engine.logging import RunFolder
 from dvla_fast.engine.models import fingerprint
+from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.settings import differences
 from dvla_fast.errors import CheckpointError
 
@@ -37,19 +39,20 @@ class TrainingState:
             (weights, optimiser, random states) and ``<kind>-best.safetensors`` (weights).
         spec: description of the model, stored in the file and compared on loading.
         modules: prefix -> module to save.
+        facts: more to note in the files.
     """
 
     folder: RunFolder
     kind: str
     spec: dict[str, Any]
-    modules: dict[str, nn.Module]
+    modules: Mapping[str, nn.Module]
     optimizer: torch.optim.Optimizer
     rng: np.random.Generator
+    facts: dict[str, Any] = field(default_factory=dict)
     epoch: int = 0
     step: int = 0
     best: float = -1.0
     best_epoch: int = -1
-    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def last_path(self) -> Path:
@@ -67,8 +70,6 @@ class TrainingState:
         }
 
     def _info(self) -> dict[str, Any]:
-        from dvla_fast import __version__
-
         return {
             "kind": self.kind,
             "model": self.spec,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dvla_fast.engine.settings import UsageError, option
+from dvla_fast.engine.settings import one_of, option
 
 
 @dataclass
@@ -31,7 +31,9 @@ class SelectionOptions(EncoderOptions):
         0,
     )
     template: str = option(
-        "all", "chosen attributes that the template of that selection names: all, or the last"
+        "all",
+        "chosen attributes that the template of that selection names: all, or the last",
+        check=one_of("dvla_fast.semantics.topk:TEMPLATES"),
     )
 
 
@@ -44,19 +46,5 @@ class TextOptions(SelectionOptions):
         "texts of a class that the gates read: all (attributes and description), attributes, "
         "description, name ('A photo of a NAME' alone), or shuffled (all, of another class of its "
         "split: a control)",
+        check=one_of("dvla_fast.semantics.tokens:PARTS"),
     )
-
-
-def check_template(template: str, where: str) -> None:
-    """Refuse an unknown template of the selection.
-
-    Args:
-        where: the option that gave it.
-
-    Raises:
-        UsageError: it is unknown.
-    """
-    from dvla_fast.semantics.topk import TEMPLATES  # loads torch
-
-    if template not in TEMPLATES:
-        raise UsageError(f"{where}: {template!r} is unknown; choose one of {', '.join(TEMPLATES)}")

@@ -14,7 +14,7 @@ from dvla_fast.data import FewShotData
 from dvla_fast.data.shapes import BANKS, KINDS, make_classes
 from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.engine.settings import UsageError
-from dvla_fast.engine.text_options import EncoderOptions, check_template
+from dvla_fast.engine.text_options import EncoderOptions
 from dvla_fast.semantics import (
     EncodedTexts,
     HashedNGramEncoder,
@@ -25,7 +25,7 @@ from dvla_fast.semantics import (
     load_bank,
 )
 from dvla_fast.semantics.encoders import check_dim, encoder_identity
-from dvla_fast.semantics.tokens import PARTS, encode_names, shuffled_sources, stored_tokens
+from dvla_fast.semantics.tokens import encode_names, shuffled_sources, stored_tokens
 from dvla_fast.semantics.vectors import CachedEncoder, vectors_path
 
 
@@ -98,11 +98,6 @@ def encode_texts(
 
     For parts ``shuffled`` the caller exchanges the names (:func:`text_sources`).
     """
-    check_template(config.template, "semantics.template")
-    if config.parts not in PARTS:
-        raise UsageError(
-            f"semantics.parts: {config.parts!r} is unknown; choose one of {', '.join(PARTS)}"
-        )
     bank = build_bank(bank) if isinstance(bank, str) else bank
     if bank.vectors and config.parts == "name":
         raise UsageError(

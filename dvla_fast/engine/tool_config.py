@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dvla_fast.engine.config import LARGEST_SEED, DataConfig
-from dvla_fast.engine.settings import about, option, positional
+from dvla_fast.engine.settings import about, one_of, option, positional
 from dvla_fast.engine.text_options import EncoderOptions, SelectionOptions
 
 
@@ -172,7 +172,9 @@ class LanguageModelConfig:
     """Who writes the texts."""
 
     backend: str = option(
-        "openai", "openai (any server that speaks its protocol), transformers, or files"
+        "openai",
+        "openai (any server that speaks its protocol), transformers, or files",
+        check=one_of("openai", "transformers", "files"),
     )
     model: str = option(
         "",
@@ -216,7 +218,9 @@ class ConstructConfig:
     candidates: int = option(16, "attributes asked for", 2)
     top_k: int = option(8, "attributes chosen of them by progressive selection", 1)
     template: str = option(
-        "all", "chosen attributes that the selection's template names: all, last"
+        "all",
+        "chosen attributes that the selection's template names: all, last",
+        check=one_of("dvla_fast.semantics.topk:TEMPLATES"),
     )
     attempts: int = option(2, "answers asked for before a class fails", 1)
     candidates_prompt: str = option("", "file of the first question; empty: the package's own")

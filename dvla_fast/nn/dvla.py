@@ -7,6 +7,7 @@ decide from the supports alone, and queries replay their decision (method §3 an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class DVLA(nn.Module):
         fixed_alpha: the gate of policy "fixed".
 
     Raises:
-        TypeError: ``backbone`` is none.
+        TypeError: ``backbone`` is none, or an option that is a number is something else.
         ValueError: options that do not fit the backbone or each other.
     """
 
@@ -77,6 +78,8 @@ class DVLA(nn.Module):
         self.gated_layers = _checked_layers(backbone, gated_layers)
         if text_scope not in TEXT_SCOPES:
             raise ValueError(f"text_scope: unknown {text_scope!r}; expected one of {TEXT_SCOPES}")
+        if not isinstance(temperature, (float, Real, Tensor)):  # to mypy a float is no Real
+            raise TypeError(f"temperature: expected a number, got {temperature!r}")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
         self.backbone = backbone

@@ -10,9 +10,9 @@ from typing import Any
 
 from dvla_fast.engine.compare import difference_in_episodes, other_pixels
 from dvla_fast.engine.entries import count, number
-from dvla_fast.engine.logging import read_metrics
 from dvla_fast.engine.records import EpisodeRecord
 from dvla_fast.engine.result_check import GATED_LAYERS, result_fault
+from dvla_fast.engine.run_folder import read_metrics
 from dvla_fast.engine.settings import load_yaml
 from dvla_fast.errors import OutputError
 

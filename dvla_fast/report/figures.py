@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dvla_fast.engine.statistics import class_accuracies, confusion, mean_interval, p_text
 from dvla_fast.report.collect import Run
 from dvla_fast.report.published import published_for
 from dvla_fast.report.seeds import over_checkpoints
@@ -21,6 +20,7 @@ from dvla_fast.report.svg import (
     line_chart,
     scatter,
 )
+from dvla_fast.statistics import class_accuracies, confusion, mean_interval, p_text
 
 _MOST_POINTS = 600  # of a scatter chart
 _MOST_CLASSES = 40  # of a chart by class

@@ -66,7 +66,7 @@ def run_report(config: ReportRun, *, quiet: bool = False) -> Written:
         UsageError: no run given.
         OutputError: no folder holds a run, or the page cannot be written.
     """
-    from dvla_fast.engine.logging import Progress
+    from dvla_fast.engine.progress import Progress
 
     started = time.monotonic()
     if not config.runs:

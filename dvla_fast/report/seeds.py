@@ -9,8 +9,8 @@ from typing import Any
 from dvla_fast.engine.compare import difference_in_episodes
 from dvla_fast.engine.entries import list_of, mapping, record, text
 from dvla_fast.engine.recipes import result_differences, training_of
-from dvla_fast.engine.statistics import checkpoint_interval, points, shared_note
 from dvla_fast.report.collect import Run
+from dvla_fast.statistics import checkpoint_interval, points, shared_note
 
 Found = tuple[Run, dict[str, Any]]
 

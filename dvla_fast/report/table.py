@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dvla_fast.engine.settings import UsageError
-from dvla_fast.engine.statistics import checkpoint_interval, points
 from dvla_fast.report.collect import Run
 from dvla_fast.report.seeds import Found, accuracies_of, recipe_groups
+from dvla_fast.statistics import checkpoint_interval, points
 
 _EPISODES = "1.96·s/√n over the episodes"
 _TRAININGS = "the 95 % t interval over the trainings"

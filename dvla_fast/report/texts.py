@@ -76,7 +76,7 @@ def class_texts(
     """Find the phrases behind encoded texts, and the candidates that they were chosen from.
 
     Args:
-        sources: the class whose texts each class has (``build.text_sources``); none: its own.
+        sources: the class whose texts each class has (``texts.text_sources``); none: its own.
 
     Raises:
         BankError: as ``build_texts``.

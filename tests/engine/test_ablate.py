@@ -22,12 +22,12 @@ from dvla_fast.engine.ablation_cells import Cell, Store, Workshop, start_alike
 from dvla_fast.engine.ablation_claims import hallucinated_shares
 from dvla_fast.engine.ablation_variants import all_variants, chosen_variants
 from dvla_fast.engine.config import AblateConfig, AblateRun, AugmentConfig, DemoRun, SemanticsConfig
-from dvla_fast.engine.logging import RunFolder, read_config, read_metrics
 from dvla_fast.engine.models import build_model
+from dvla_fast.engine.run_folder import RunFolder, read_config, read_metrics
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import OutputError
-from dvla_fast.report.ablation import _places
+from dvla_fast.pictures.ablation import _places
 from dvla_fast.semantics.transformers_encoder import TransformersEncoder
 
 
@@ -356,6 +356,9 @@ def test_settings_that_do_not_fit_fail_before_work(config: AblateRun) -> None:
     config.ablate.variants = ["layers=9.9"]
     with pytest.raises(UsageError, match=r"variant layers=9\.9"):
         run_ablate(config, quiet=True)
+    config.pretrain.batch_size = 1
+    with pytest.raises(UsageError, match="leaves BatchNorm nothing to compare"):
+        run_ablate(config, quiet=True)
     assert not Path(config.output).exists()
 
 
@@ -394,7 +397,7 @@ def test_command_line(
     config: AblateRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dvla_fast.cli import main
-    from dvla_fast.engine.logging import to_yaml
+    from dvla_fast.engine.settings import to_yaml
 
     config.output = ""
     config.ablate.seeds = 1

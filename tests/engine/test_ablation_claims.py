@@ -13,7 +13,7 @@ from dvla_fast.engine.ablation_cells import Cell, Store
 from dvla_fast.engine.ablation_claims import _best_fixed, _claim, weigh_claims
 from dvla_fast.engine.ablation_variants import Variant
 from dvla_fast.engine.config import AblateConfig, AblateRun, EvaluateConfig
-from dvla_fast.engine.statistics import holm
+from dvla_fast.statistics import holm
 
 SEEDS, SHOTS = range(2), (1, 5)
 # mean accuracies by shot; those of other variants are not computed

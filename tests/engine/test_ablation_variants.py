@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dvla_fast.engine.ablation_tables import _estimate
 from dvla_fast.engine.ablation_variants import GROUPS, all_variants, chosen_variants
 from dvla_fast.engine.config import AblateConfig, AblateRun, DemoRun, SemanticsConfig
 from dvla_fast.engine.settings import UsageError, read_settings
-from dvla_fast.report.ablation import _estimate
 from dvla_fast.semantics.importing import read_published, save_published
 
 CONFIGS = Path(__file__).parents[2] / "configs"

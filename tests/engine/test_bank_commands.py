@@ -341,7 +341,7 @@ def test_encode(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("command", ["encode", "show"])
 def test_an_unknown_template(command: str, birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, command, birds, "--top_k=2", "--template=zzz", status=2)
-    assert "--template: 'zzz' is unknown; choose one of all, last" in text
+    assert "template: 'zzz' is unknown; choose one of all, last" in text
 
 
 def test_encode_where_nothing_can_be_written(

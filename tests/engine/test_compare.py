@@ -16,8 +16,8 @@ from scipy import stats
 from dvla_fast.cli import main
 from dvla_fast.engine.compare import NotComparableError, compare_groups, comparison_text, verdict
 from dvla_fast.engine.records import EpisodeRecord, checkpoints_table
-from dvla_fast.engine.statistics import checkpoint_interval, holm, unpaired_difference
 from dvla_fast.errors import OutputError
+from dvla_fast.statistics import checkpoint_interval, holm, unpaired_difference
 from tests.engine.runs import CLASSES, evaluate_arguments, write_evaluation
 
 

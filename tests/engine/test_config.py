@@ -66,6 +66,14 @@ def test_partial_mapping_keeps_the_other_defaults() -> None:
         ({"metatune": {"objective": "trpo"}}, "metatune.objective: 'trpo' is unknown"),
         ({"metatune": {"baseline": "mean"}}, "baseline: 'mean' is unknown; choose one of auto,"),
         ({"metatune": {"reference": "best"}}, "metatune.reference: 'best' is unknown"),
+        ({"model": {"backbone": "vit"}}, "model.backbone: 'vit' is unknown; choose one of small,"),
+        ({"model": {"normalisation": "mine"}}, "normalisation: 'mine' is unknown; choose one of a"),
+        ({"data": {"resident": "maybe"}}, "data.resident: 'maybe' is unknown; choose one of auto"),
+        ({"semantics": {"seen_images": "ignore"}}, "'ignore' is unknown; choose one of exclude, r"),
+        ({"semantics": {"template": "first"}}, "semantics.template: 'first' is unknown"),
+        ({"semantics": {"parts": "names"}}, "semantics.parts: 'names' is unknown; choose one of"),
+        ({"evaluate": {"episode_list": "other"}}, "evaluate.episode_list: 'other' is unknown"),
+        ({"execution": {"precision": "float16"}}, r"unknown; .* bfloat16 \(float16 would need its"),
         ({"evaluate": {"split": "tset"}}, r"evaluate.split: 'tset' .* novel \(or test\)"),
         ({"model": {"gated_layers": [2, 1]}}, "model.gated_layers: expected a list, got 2"),
         ({"seed": -1}, "seed: expected 0 to 9223372036854775807, got -1"),
@@ -95,6 +103,12 @@ def test_partial_mapping_keeps_the_other_defaults() -> None:
         ({"pretrain": {"lr": "fast"}}, "pretrain.lr: expected float, got 'fast'"),
         ({"data": {"holdout": 1}}, "data.holdout: expected above 0 and below 1"),
         ({"metatune": {"augment": {"crop": 2}}}, "metatune.augment.crop: expected 0.01 to 1"),
+        ({"pretrain": {"augment": {"crop": 0.0}}}, "augment.crop: expected 0.01 to 1"),
+        ({"pretrain": {"augment": {"color_jitter": 1.5}}}, "augment.color_jitter: expected 0 to 1"),
+        (
+            {"metatune": {"augment": {"rand_augment": "auto"}}},
+            "metatune.augment.rand_augment: 'auto' is not of the form",
+        ),
         ({"data": {"dataset": 3}}, "data.dataset: expected str, got 3"),
     ],
 )
@@ -161,6 +175,8 @@ def test_one_file_for_several_commands(tmp_path: Path) -> None:
         ("evaluate: {epsodes: 3}", r"evaluate\.epsodes \(did you mean evaluate\.episodes"),
         ("metatune: {rewards: {acuracy: 1}}", r"metatune\.rewards: unknown 'acuracy'"),
         ("metatune: {way: 1}", r"experiment\.yaml: metatune\.way"),
+        ("evaluate: {episode_list: autors}", r"evaluate\.episode_list: 'autors' is unknown"),
+        ("semantics: {parts: names}", r"semantics\.parts: 'names' is unknown"),
         ("semantics: 3", r"semantics: expected 'name: value'"),
     ):
         path.write_text(text)

@@ -11,9 +11,9 @@ import yaml
 
 from dvla_fast.cli import main
 from dvla_fast.engine.config import AblateRun, DemoRun
-from dvla_fast.engine.demo import result_table
-from dvla_fast.engine.logging import read_metrics
 from dvla_fast.engine.predict import LEARNED, VISUAL
+from dvla_fast.engine.records import result_table
+from dvla_fast.engine.run_folder import read_metrics
 from dvla_fast.engine.settings import read_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -97,3 +97,13 @@ def test_demo_on_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert summary["dataset"] == "shapes-varied"
     assert summary["semantics"]["bank"] == "shapes-varied"
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_recipe_that_cannot_run_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    arguments = ["demo", "--device=cpu", "--pretrain.batch_size=1", f"--output={output}"]
+    assert main(arguments) == 2
+    assert "leaves BatchNorm nothing to compare" in capsys.readouterr().err
+    assert not output.exists()

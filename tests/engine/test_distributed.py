@@ -17,7 +17,7 @@ from dvla_fast.cli import main
 from dvla_fast.engine import distributed
 from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.distributed import Processes
-from dvla_fast.engine.logging import read_metrics
+from dvla_fast.engine.run_folder import read_metrics
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.nn.backbones.visformer import _normed
 from tests.data import trees

@@ -35,8 +35,6 @@ def test_authors_list_is_the_legacy_stream(few_digits: FewShotData) -> None:
     assert again.fingerprint(20) == sampler.fingerprint(20)
     with pytest.raises(UsageError, match="--seed 4294967296: the authors' list takes seeds from 0"):
         build_sampler("authors", images, 3, 2, 4, 2**32)
-    with pytest.raises(UsageError, match="episode_list: 'other' is unknown"):
-        build_sampler("other", images, 3, 2, 4, 0)
 
 
 def test_authors_list_of_another_seed_is_said(backbone: str, tmp_path: Path) -> None:

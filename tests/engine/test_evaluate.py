@@ -23,7 +23,6 @@ from dvla_fast.engine.build import without_test_split
 from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from dvla_fast.engine.config import DemoRun, EvaluateConfig
 from dvla_fast.engine.evaluate import Contender, Evaluation, compare, trained_normalisation
-from dvla_fast.engine.logging import Progress, read_metrics
 from dvla_fast.engine.predict import (
     FIXED,
     LEARNED,
@@ -35,7 +34,9 @@ from dvla_fast.engine.predict import (
     image_features,
     predict_visual,
 )
+from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.records import EpisodeRecord
+from dvla_fast.engine.run_folder import read_metrics
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import DataError, TrainingError
 from dvla_fast.nn import DVLA
@@ -156,7 +157,8 @@ def test_every_stretch_of_work_shows_itself(
     contender = Contender(model, {"plain": make_model().backbone, VISUAL: model.backbone})
     with Progress({"evaluate": 1.0}, clock=clock) as progress:
         progress.begin("evaluate", 6)
-        Evaluation([contender], few_digits, texts, config, 0).shot(1, progress)
+        sampler = EpisodeSampler(few_digits.novel, 5, 1, 4, 0)
+        Evaluation([contender], few_digits, texts, config).evaluate(sampler, progress)
     lines = capsys.readouterr().err.splitlines()
     assert sum("of 120 images" in line for line in lines) == 4  # all, for the plain backbone
     assert sum(" images" in line for line in lines) > 4  # those that the episodes use
@@ -184,14 +186,16 @@ def test_paired_result_has_the_promised_fields(
 ) -> None:
     model = make_model()
     contender = Contender(model, {VISUAL: model.backbone})
-    run = Evaluation([contender], few_digits, texts, tiny.evaluate, seed=3)
-    result, record = run.shot(1)
+    run = Evaluation([contender], few_digits, texts, tiny.evaluate)
+    sampler = EpisodeSampler(few_digits.novel, 5, 1, tiny.evaluate.query, seed=3)
+    result, record = run.evaluate(sampler)
     promised = {"dataset", "split", "way", "shot", "query", "episodes", "seed", "interval"}
     assert promised | {"accuracy", "ci95"} <= set(result)
     assert set(result["methods"]) == {VISUAL, FIXED, LEARNED}
     assert set(result["paired"]) == {f"{LEARNED} - {VISUAL}", f"{LEARNED} - {FIXED}"}
     assert record.accuracies(LEARNED).mean().item() == pytest.approx(result["accuracy"], abs=1e-6)
-    assert run.shot(1)[0] == result
+    assert result["seed"] == 3
+    assert run.evaluate(sampler)[0] == result
 
 
 def test_checkpoints_are_averaged_episode_by_episode(
@@ -204,7 +208,8 @@ def test_checkpoints_are_averaged_episode_by_episode(
     contenders = [Contender(m, {VISUAL: m.backbone}) for m in (first, second)]
 
     def accuracy(chosen: list[Contender]) -> dict:
-        return Evaluation(chosen, few_digits, texts, tiny.evaluate, 0).shot(1)[0]
+        sampler = EpisodeSampler(few_digits.novel, 5, 1, tiny.evaluate.query, 0)
+        return Evaluation(chosen, few_digits, texts, tiny.evaluate).evaluate(sampler)[0]
 
     alone = [accuracy([contender])["accuracy"] for contender in contenders]
     both = accuracy(contenders)
@@ -313,15 +318,15 @@ def test_run_leaves_predictions_and_confusion(backbone: str, tmp_path: Path) -> 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, stop: int) -> list[int]:
     """Count the shots that are evaluated, and stop before this one."""
-    real, seen = Evaluation.shot, []
+    real, seen = Evaluation.evaluate, []
 
-    def shot(self: Evaluation, number: int, *more: Any) -> Any:
-        seen.append(number)
-        if number == stop:
+    def evaluate(self: Evaluation, sampler: EpisodeSampler, *more: Any) -> Any:
+        seen.append(sampler.shot)
+        if sampler.shot == stop:
             raise KeyboardInterrupt
-        return real(self, number, *more)
+        return real(self, sampler, *more)
 
-    monkeypatch.setattr(Evaluation, "shot", shot)
+    monkeypatch.setattr(Evaluation, "evaluate", evaluate)
     return seen
 
 
@@ -392,12 +397,13 @@ def test_images_go_through_in_the_same_batches_after_a_stop(
     runs = []
     for finished in (False, True):
         contender = Contender(model, {VISUAL: model.backbone})
-        evaluation = Evaluation([contender], few_digits, texts, config, 0)
+        evaluation = Evaluation([contender], few_digits, texts, config)
+        first, second = (EpisodeSampler(few_digits.novel, config.way, k, 2, 0) for k in (3, 1))
         if finished:
-            evaluation.pass_over(EpisodeSampler(few_digits.novel, config.way, 3, 2, 0))
+            evaluation.pass_over(first)
         else:
-            evaluation.shot(3)
-        evaluation.shot(1)
+            evaluation.evaluate(first)
+        evaluation.evaluate(second)
         runs.append(batches.copy())
         batches.clear()
     assert runs[0] == runs[1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.evaluation import predict_afresh
-from dvla_fast.data import FewShotData
+from dvla_fast.data import EpisodeSampler, FewShotData
 from dvla_fast.engine.config import DemoRun
 from dvla_fast.engine.evaluate import Contender, Evaluation
 from dvla_fast.engine.predict import FIXED, VISUAL, EpisodePredictor, Predictions
@@ -32,13 +32,13 @@ def test_the_fixed_gate_has_the_value_asked_for(
     monkeypatch.setattr(EpisodePredictor, "predict", predict)
     config = replace(tiny.evaluate, fixed_alpha=alpha)
     contender = Contender(model, {VISUAL: model.backbone})
-    run = Evaluation([contender], few_digits, texts, config, seed=3)
-    result, record = run.shot(1)
+    sampler = EpisodeSampler(few_digits.novel, config.way, 1, config.query, 3)
+    result, record = Evaluation([contender], few_digits, texts, config).evaluate(sampler)
     (found,) = seen
     gates = found[FIXED].alphas
     assert gates is not None
     torch.testing.assert_close(gates, torch.full_like(gates, alpha))
     assert result["fixed_alpha"] == alpha
-    slow = predict_afresh(model, few_digits, texts, "novel", run.sampler(1), config.episodes, alpha)
+    slow = predict_afresh(model, few_digits, texts, "novel", sampler, config.episodes, alpha)
     torch.testing.assert_close(found[FIXED].logits, slow.logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(record.predictions[FIXED][0], found[FIXED].predicted)

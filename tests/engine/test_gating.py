@@ -22,15 +22,14 @@ from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import DemoRun, MetatuneConfig, ModelConfig
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
-from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.models import backbone_spec, build_model, model_spec
+from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.stages import StageRun
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.nn import DVLA
 from dvla_fast.ops import value_checks
 from dvla_fast.rl import BASELINES, OBJECTIVES, reward_names
-
-SILENT = Progress({}, enabled=False)
 
 
 def make_model(config: DemoRun) -> tuple[DVLA, dict[str, Any]]:
@@ -43,9 +42,8 @@ def tune(folder: RunFolder, data: FewShotData, config: DemoRun) -> Path:
     texts, _ = build_texts(config.semantics, data, torch.device("cpu"))
     model, spec = make_model(config)
     rng = seed_everything(2)
-    return metatune_module.metatune(
-        config.metatune, model, spec, data, texts, folder, rng, 0, SILENT
-    )
+    run = StageRun(folder, rng)
+    return metatune_module.metatune(config.metatune, model, spec, data, texts, run)
 
 
 def with_gating(config: DemoRun, **settings: Any) -> DemoRun:
@@ -154,6 +152,20 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     tensors, _ = load_checkpoint(best)
     for name, tensor in expected.items():
         assert torch.equal(tensors[name], tensor), name
+
+
+def test_the_accuracy_of_the_step_before_is_kept(few_digits: FewShotData, tiny: DemoRun) -> None:
+    """For the reward that compares with it; in the checkpoint as "history.accuracy"."""
+    gates, rollout = rollout_of(few_digits, with_gating(tiny, rewards={"episode_improvement": 1.0}))
+    right = rollout.output.logits.argmax(-1) == rollout.query_labels
+    kept = gates.modules["history"].state_dict()
+    assert kept["accuracy"].item() == pytest.approx(right.float().mean().item())
+    gates.modules["history"].load_state_dict({"accuracy": torch.tensor(0.25)})
+    again = gates.play(episodes_of(few_digits, tiny), 5)
+    right = again.output.logits.argmax(-1) == again.query_labels
+    expected = right.float().mean(1) - 0.25
+    torch.testing.assert_close(again.reward_parts["episode_improvement"][-1], expected)
+    assert "history" not in rollout_of(few_digits, tiny)[0].modules
 
 
 def test_draws_of_one_episode_share_the_first_gates_state(
@@ -314,7 +326,6 @@ def test_settings_with_effect_are_not(tiny: DemoRun, settings: dict[str, Any]) -
         ({"objective": "trpo"}, "objective: unknown 'trpo'"),
         ({"baseline": "mean"}, "baseline: unknown 'mean'"),
         ({"rewards": {"glory": 1.0}}, "rewards: unknown 'glory'"),
-        ({"reference": "best"}, "reference: unknown 'best'"),
         ({"objective": "ppo", "clip": 1.5}, r"clip: expected a number in \(0, 1\)"),
         ({"objective": "dpo", "samples": 3}, "samples: dpo compares pairs, got 3"),
         ({"objective": "grpo", "samples": 1}, "samples: expected at least 2"),

@@ -196,6 +196,6 @@ def test_wrong_settings_fail_before_the_folder_is_made(checkpoint: Path, tmp_pat
     path = tmp_path / "wrong.yaml"
     path.write_text("language_model: {backend: oracle}")
     wrong = dataclasses.replace(EVALUATE, construct=str(path))
-    with pytest.raises(UsageError, match="backend 'oracle' is unknown"):
+    with pytest.raises(UsageError, match=r"language_model\.backend: 'oracle' is unknown"):
         evaluate(checkpoint, tmp_path / "run", evaluate=wrong)
     assert not (tmp_path / "run").exists()

@@ -24,7 +24,6 @@ from dvla_fast.engine.config import (
     DemoRun,
     EvaluateConfig,
     EvaluateRun,
-    MetatuneRun,
     ModelConfig,
     SemanticsConfig,
 )
@@ -33,7 +32,6 @@ from dvla_fast.engine.episode_lists import build_sampler
 from dvla_fast.engine.evaluate import run_evaluate
 from dvla_fast.engine.inputs import images_fingerprint
 from dvla_fast.engine.leaks import leak_summary, seen_images
-from dvla_fast.engine.metatune import run_metatune
 from dvla_fast.engine.models import backbone_spec, build_model, model_spec
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.errors import DataError
@@ -243,17 +241,6 @@ def test_the_verdict_is_in_the_summary(checkpoint: Path, tmp_path: Path) -> None
     assert (plain["leaks"]["verdict"], plain["leaks"]["action"]) == ("clean", "none")
     assert plain["episodes_sha256"] == reported["episodes_sha256"]
     assert plain["accuracy"] == reported["accuracy"]
-
-
-def test_unknown_action_is_refused_before_work(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="'ignore' is unknown; choose one of exclude, report"):
-        evaluate(checkpoint, tmp_path / "run", seen_images="ignore")
-    config = MetatuneRun(
-        output=str(tmp_path / "run"), semantics=SemanticsConfig(seen_images="ignore")
-    )
-    with pytest.raises(UsageError, match="'ignore' is unknown; choose one of exclude, report"):
-        run_metatune(config)
-    assert not (tmp_path / "run").exists()
 
 
 def test_only_the_evaluated_classes_need_texts(checkpoint: Path, tmp_path: Path) -> None:

@@ -17,15 +17,14 @@ from dvla_fast.engine.config import DemoRun, MetatuneConfig
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
-from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.metatune import parameter_groups
 from dvla_fast.engine.metatune_steps import Step, _Totals, _training_mode
+from dvla_fast.engine.run_folder import RunFolder
+from dvla_fast.engine.stages import StageRun
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.rl import episode_accuracy
 from dvla_fast.semantics import EncodedTexts
 from tests.engine.runs import random_model, small_spec
-
-SILENT = Progress({}, enabled=False)
 
 
 @pytest.fixture
@@ -152,7 +151,8 @@ def test_the_first_step_is_compared_with_chance(
     gates = GateTraining(config, random_model(small_spec(512)).train())
     previous = 1 / config.way
     for first in (0, 2):
-        assert gates._previous().item() == pytest.approx(previous)  # type: ignore[union-attr]
+        kept = gates.modules["history"].state_dict()["accuracy"]
+        assert kept.item() == pytest.approx(previous)
         rollout = play(gates, few_digits, texts, first)
         reached = episode_accuracy(rollout.output.logits, rollout.query_labels)
         torch.testing.assert_close(rollout.rewards, (reached - previous).expand(2, 2))
@@ -198,10 +198,8 @@ def test_the_episodes_that_select_are_not_those_of_training(
     monkeypatch.setattr(metatune_module, "Step", Seen)
     monkeypatch.setattr(metatune_module, "monitor_sampler", monitor)
     spec, config = small_spec(512), replace(tiny.metatune, epochs=0, shots=[1, 2])
-    folder, rng = RunFolder(tmp_path / "run", {}), seed_everything(7)
-    metatune_module.metatune(
-        config, random_model(spec), spec, few_digits, texts, folder, rng, 7, SILENT
-    )
+    run = StageRun(RunFolder(tmp_path / "run", {}), seed_everything(7), 7)
+    metatune_module.metatune(config, random_model(spec), spec, few_digits, texts, run)
     assert seeds["training"] == [7, 7]
     assert seeds["monitor"][0] not in seeds["training"]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dvla_fast.engine.checkpoint import load_checkpoint
-from dvla_fast.engine.logging import read_metrics
+from dvla_fast.engine.run_folder import read_metrics
 
 SETTINGS = [
     "--device=cpu",

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import fcntl
-import io
 import os
-import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from dvla_fast.engine.bars import live_bars
-from dvla_fast.engine.logging import Progress, RunFolder
+from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.errors import OutputError
 
 CONFIG = {"output": "x", "resume": False, "seed": 1, "pretrain": {"epochs": 3}}
@@ -79,7 +75,7 @@ def test_one_process_writes_a_run(tmp_path: Path) -> None:
 
 def test_a_killed_run_lets_go(tmp_path: Path) -> None:
     program = (
-        "import sys; from dvla_fast.engine.logging import RunFolder; "
+        "import sys; from dvla_fast.engine.run_folder import RunFolder; "
         f"folder = RunFolder(sys.argv[1], {CONFIG!r}); print(flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "run")]
@@ -159,77 +155,6 @@ def test_metrics_are_cut_to_the_checkpoint(tmp_path: Path) -> None:
     assert [row["step"] for row in folder.rows("metatune")] == [5]
     folder.close()
     assert list((folder.path / "tensorboard").glob("events*"))
-
-
-def test_a_line_after_half_a_minute_of_silence(capsys: pytest.CaptureFixture[str]) -> None:
-    now = [0.0]
-    with Progress({"evaluate": 1.0}, clock=lambda: now[0]) as progress:
-        progress.begin("evaluate", 100)
-
-        def said(seconds: float, count: int = 1) -> str:
-            now[0] += seconds
-            progress.advance(count)
-            return capsys.readouterr().err
-
-        assert said(29.0) == ""
-        assert said(1.0, 9) == "[ 10 %, about 270 s left] evaluate\n"
-        assert said(29.0, 0) == ""
-        progress.note("5-shot 80 %")
-        assert capsys.readouterr().err.endswith("evaluate: 5-shot 80 %\n")
-        assert said(29.0, 0) == ""
-        now[0] += 2.0
-        progress.tick("32 of 640 images")
-        assert capsys.readouterr().err == "[ 10 %, about 810 s left] evaluate: 32 of 640 images\n"
-        progress.tick("64 of 640 images")
-        assert said(1.0) == ""
-    silent = Progress({"evaluate": 1.0}, enabled=False, clock=lambda: now[0])
-    silent.begin("evaluate", 2)
-    now[0] += 100.0
-    silent.advance()
-    assert capsys.readouterr().err == ""
-
-
-def test_progress_counts_the_whole_run(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress({"first": 0.25, "second": 0.75}) as progress:
-        progress.begin("first", 10, done=4)
-        assert progress.fraction() == pytest.approx(0.1)
-        progress.advance(6)
-        progress.begin("second", 4)
-        assert progress.fraction() == pytest.approx(0.25)
-        progress.advance(2)
-        progress.note("half way")
-        assert progress.fraction() == pytest.approx(0.625)
-    assert "second: half way" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_notes_are_shown_as_they_are(
-    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Before the first stage too, and with brackets, which mean something to rich."""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    with Progress({"stage": 1.0}) as progress:
-        progress.note("the gates of runs/[a] learn on")
-        progress.begin("stage", 1)
-        progress.note("failed: no [/such] tag")
-        progress.advance()
-    said = capsys.readouterr().err
-    assert "the gates of runs/[a] learn on" in said
-    assert "None" not in said
-    assert "failed: no [/such]" in said
-
-
-@pytest.mark.parametrize("width", [40, 80, 100, 160])
-def test_bars_tell_how_far_it_is_whatever_the_width(width: int) -> None:
-    console = Console(width=width, color_system=None, file=io.StringIO(), force_terminal=True)
-    bars = live_bars(console)
-    figures = "epoch 5/20  loss 3.135  accuracy 4.2%  held-out 5-way 1-shot 24.4%"
-    bars.add_task("pre-train", total=20, completed=5, note=figures)
-    console.print(bars.get_renderable())
-    (line,) = console.file.getvalue().splitlines()
-    assert re.search(r"^pre\S* .* +25% 0:00:00 left -:--:-- ", line)
-    assert (figures[:26] in line) == (width >= 80)
-    assert (figures in line) == (width == 160)
 
 
 def test_a_full_disk_while_logging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

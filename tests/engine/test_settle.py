@@ -130,7 +130,7 @@ def test_next_commands(photos: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["mps", "meta", "cpu:7", "cuda:x", "gpu:0", ""])
 def test_unknown_devices(name: str) -> None:
-    with pytest.raises(DVLAError, match=r"is unknown; choose cpu, cuda, cuda:N or auto"):
+    with pytest.raises(UsageError, match=r"is unknown; choose cpu, cuda, cuda:N or auto"):
         pick_device(name)
 
 

@@ -273,7 +273,7 @@ def test_no_start_and_wrong_starts(tmp_path: Path, capsys: pytest.CaptureFixture
     arguments = metatune("visformer_tiny", run, "--checkpoint=x.pth")
     assert "x.pth: no such file" in fails(arguments, capsys, 1)
     arguments = metatune("visformer_tiny", run, "--model.normalisation=imagnet")
-    assert "unknown 'imagnet'" in fails([*arguments, "--checkpoint=x.pth"], capsys, 2)
+    assert "'imagnet' is unknown" in fails([*arguments, "--checkpoint=x.pth"], capsys, 2)
     assert not run.exists()
 
 

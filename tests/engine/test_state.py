@@ -11,7 +11,7 @@ from torch import nn
 
 from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.execution import adamw
-from dvla_fast.engine.logging import RunFolder
+from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.state import TrainingState
 
 

@@ -23,7 +23,6 @@ from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import DemoRun, ModelConfig, PretrainConfig
 from dvla_fast.engine.divergence import DivergenceWatch
 from dvla_fast.engine.execution import Execution, adamw
-from dvla_fast.engine.logging import Progress, RunFolder
 from dvla_fast.engine.models import (
     backbone_spec,
     build_model,
@@ -38,6 +37,9 @@ from dvla_fast.engine.monitor import (
     validation_text,
 )
 from dvla_fast.engine.pretrain import learning_rate, pretrain, turn_classes
+from dvla_fast.engine.progress import Progress
+from dvla_fast.engine.run_folder import RunFolder
+from dvla_fast.engine.stages import StageRun
 from dvla_fast.engine.state import TrainingState
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import CheckpointError, DataError, TrainingError
@@ -48,7 +50,7 @@ SILENT = Progress({}, enabled=False)
 
 def run_pretrain(folder: RunFolder, data: FewShotData, config: DemoRun) -> Path:
     spec = backbone_spec(config.model, 1, 16)
-    return pretrain(config.pretrain, data, spec, folder, seed_everything(0), 0, SILENT)
+    return pretrain(config.pretrain, data, spec, StageRun(folder, seed_everything(0)))
 
 
 def run_metatune(folder: RunFolder, data: FewShotData, config: DemoRun, start: Path) -> Path:
@@ -57,9 +59,8 @@ def run_metatune(folder: RunFolder, data: FewShotData, config: DemoRun, start: P
     spec = model_spec(config.model, backbone_spec(config.model, 1, 16), 512)
     model = build_model(spec)
     load_backbone(model, spec["backbone"], start)
-    return metatune_module.metatune(
-        config.metatune, model, spec, data, texts, folder, rng, 0, SILENT
-    )
+    run = StageRun(folder, rng)
+    return metatune_module.metatune(config.metatune, model, spec, data, texts, run)
 
 
 def test_schedule_warms_up_then_falls_to_zero() -> None:
@@ -136,8 +137,8 @@ def test_validation_asks_for_upright_classes_alone(few_digits: FewShotData, tiny
     model = build_pretrain_model(backbone_spec(tiny.model, 1, 16), 3 * count)
     model["head"] = Head()
     sampler = EpisodeSampler(few_digits.monitor, 5, 1, 1, 0)
-    _, accuracy = pretrain_module._validate(model.eval(), few_digits, sampler, 2)
-    assert accuracy == 1.0
+    figures = pretrain_module._validate(model.eval(), few_digits, sampler, 2)
+    assert figures["monitor_accuracy"] == 1.0
 
 
 def test_pretraining_learns(tmp_path: Path, few_digits: FewShotData, tiny: DemoRun) -> None:

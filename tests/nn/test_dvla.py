@@ -269,6 +269,13 @@ def test_a_backbone_that_is_none() -> None:
         DVLA(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("option", ["temperature", "concentration", "fixed_alpha"])
+def test_an_option_that_is_no_number(option: str) -> None:
+    backbone = SmallConvAttention(image_size=8, width=8, depths=(1, 1, 1), num_heads=2)
+    with pytest.raises(TypeError, match=f"{option}: expected a number, got 'a'"):
+        DVLA(backbone, **{"text_dim": TEXT_DIM, "num_heads": 2, option: "a"})
+
+
 @pytest.mark.parametrize(
     ("match", "options"),
     [

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dvla_fast.engine.logging import RunFolder, read_config
+from dvla_fast.engine.run_folder import RunFolder, read_config
 from dvla_fast.report.collect import read_runs
 from dvla_fast.report.figures import (
     collapse_line,

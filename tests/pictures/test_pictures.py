@@ -1,10 +1,9 @@
-"""The picture is drawn from a run folder, in full size and with ink on it."""
+"""Pictures are drawn in full size and with ink on them, whatever names are in them."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +14,10 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from dvla_fast.data import load_digits
+from dvla_fast.engine.demo import _samples as _typical
 from dvla_fast.engine.predict import FIXED, LEARNED, VISUAL
-from dvla_fast.report.confusion import plot_confusion
-from dvla_fast.report.plots import _gates, _rewards, _samples, _whole_epochs, plot_run
+from dvla_fast.pictures.confusion import plot_confusion
+from dvla_fast.pictures.demo import _gates, _rewards, _samples, _whole_epochs, plot_demo
 
 
 def test_every_gated_layer_is_drawn() -> None:
@@ -62,12 +62,11 @@ def test_confusion_of_any_names(tmp_path: Path) -> None:
     assert long[0] < 1.7 * short[0]
 
 
-def test_names_under_samples_are_whole_in_two_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    digits = load_digits()
+def test_names_under_samples_are_whole_in_two_lines() -> None:
     names = ("Rote Drossel", "n02085620", FORMULA, "Pneumonoultramicroscopic bird", "x")
-    base = replace(digits.base, class_names=names)
     figure = Figure()
-    _samples(figure, Bbox([[0, 0], [1, 1]]), replace(digits, base=base))
+    samples = {"learned": dict.fromkeys(names, np.zeros((4, 4)))}
+    _samples(figure, Bbox([[0, 0], [1, 1]]), samples)
     found = [axis.get_xlabel() for axis in figure.axes[:5]]
     assert found[:2] == ["Rote\nDrossel", "n02085620"]
     assert all(len(line.replace("\\$", "$")) <= 10 for label in found for line in label.split("\n"))
@@ -78,22 +77,19 @@ def test_names_under_samples_are_whole_in_two_lines(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("epochs", [1, 6])
 @pytest.mark.parametrize("shots", [[1], [1, 5]])
 def test_picture(tmp_path: Path, epochs: int, shots: list[int]) -> None:
-    rows = []
+    pretrain: list[dict[str, Any]] = []
+    metatune: list[dict[str, Any]] = []
     for step in range(1, epochs + 1):
-        rows.append(
-            {"stage": "pretrain", "step": step, "loss": 2 / step, "accuracy": 1 - 1 / (step + 1)}
-        )
-        rows.append(
+        pretrain.append({"step": step, "loss": 2 / step, "accuracy": 1 - 1 / (step + 1)})
+        metatune.append(
             {
-                **{"stage": "metatune", "step": step, "accuracy": 0.8},
-                **{"reward": [0.1 * step, 0.2], "baseline": [0.1, 0.1]},
-                **{"alpha_mean": [0.6, 0.4], "alpha_std": [0.1, 0.1]},
+                **{"step": step, "accuracy": 0.8, "reward": [0.1 * step, 0.2]},
+                **{"baseline": [0.1, 0.1], "alpha_mean": [0.6, 0.4], "alpha_std": [0.1, 0.1]},
             }
         )
-    rows[-1]["monitor_accuracy"] = 0.9
-    rows[-2]["monitor_episode_accuracy"] = 0.9
-    rows[0]["loss"] = None  # written where it is not a number
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metatune[-1]["monitor_accuracy"] = 0.9
+    pretrain[-1]["monitor_episode_accuracy"] = 0.9
+    pretrain[0]["loss"] = None  # written where it is not a number
     methods = {
         name: {"accuracy": 0.5 + 0.01 * index, "ci95": 0.01}
         for index, name in enumerate((VISUAL, FIXED, LEARNED))
@@ -101,13 +97,15 @@ def test_picture(tmp_path: Path, epochs: int, shots: list[int]) -> None:
     results = [
         {
             **{"way": 5, "shot": shot, "episodes": 10, "accuracy": 0.5, "ci95": None},
-            **{"methods": methods, "fixed_alpha": 0.5},
+            **{"methods": methods, "fixed_alpha": 0.5, "method": LEARNED},
         }
         for shot in shots
     ]
     output = tmp_path / "curves.tmp"  # a temporary name on the way to an atomic replacement
-    summary = {"results": results, "gated_layers": [[2, 1], [3, 0]]}
-    plot_run(tmp_path, output, load_digits(), summary)
+    summary = {"dataset": "digits", "results": results, "gated_layers": [[2, 1], [3, 0]]}
+    digits = load_digits()
+    samples = {"learned in training": _typical(digits.base), "never seen": _typical(digits.novel)}
+    plot_demo(output, summary, pretrain, metatune, samples, {FIXED: f"{FIXED}, α = 0.5"})
     with Image.open(output) as image:
         assert image.format == "PNG"
         assert image.width > 1500

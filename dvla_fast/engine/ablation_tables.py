@@ -1,4 +1,4 @@
-"""An ablation as a Markdown table, as CSV, and as a forest plot of paired differences."""
+"""An ablation as a Markdown page and as CSV."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-from dvla_fast.pictures import plain, require_matplotlib
-from dvla_fast.report.plots import BLUE, GREY, GRID, INK, MUTED, ORANGE, STYLE
-
-_LEVEL = 0.05
+from dvla_fast.statistics import LEVEL
 
 
 def markdown_table(summary: Mapping[str, Any]) -> str:
-    """Lay out the summary of ``engine.ablate`` as a Markdown page."""
+    """Lay out the summary of an ablation as a Markdown page."""
     reference, shots = summary["reference"], summary["shots"]
     seeds = len(summary["seeds"])
     lines = [f"# Ablation on {summary['dataset']}", ""]
@@ -27,7 +23,7 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
         f"seed{'s' if seeds > 1 else ''}; accuracies and differences in points.",
         "",
         f"Δ: minus `{reference}` on the same episodes and seeds, with its 95 % interval; p after "
-        f"Holm's correction over {summary['comparisons']} comparisons; **bold**: below {_LEVEL}.",
+        f"Holm's correction over {summary['comparisons']} comparisons; **bold**: below {LEVEL}.",
         "",
     ]
     if summary["note"]:
@@ -92,7 +88,7 @@ def _cells(row: Mapping[str, Any], seeds: int) -> list[str]:
             cells += ["", ""]
             continue
         text = _estimate(difference)
-        bold = difference["p_holm"] < _LEVEL
+        bold = difference["p_holm"] < LEVEL
         cells += [f"**{text}**" if bold else text, _p(difference["p_holm"])]
     alpha = row["results"][0].get("alpha")
     cells.append(" ".join(f"{value:.2f}" for value in alpha) if alpha else "")
@@ -195,98 +191,3 @@ def csv_table(summary: Mapping[str, Any]) -> str:
                 + [difference.get("seeds")]
             )
     return stream.getvalue()
-
-
-def plot_ablation(summary: Mapping[str, Any], output: str | Path) -> None:
-    """Draw paired differences with their intervals, a row a variant and a column a shot, as PNG.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.style import context
-
-    places, heads, labels = _places(summary)
-    shots = summary["shots"]
-    height = 1.6 + 0.23 * max(places.values(), default=0)
-    with context(STYLE):
-        figure = Figure(figsize=(3.4 + 3.9 * len(shots), height), dpi=150, facecolor="white")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(1, len(shots), sharey=True, squeeze=False)[0]
-        for column, axis in enumerate(axes):
-            _forest(axis, summary, column, places)
-            axis.set_ylim(max(places.values(), default=0) + 1, -0.5)
-        axes[0].set_yticks(list(labels), list(labels.values()), fontsize=8.5, color=INK)
-        for place, title in heads.items():
-            axes[0].annotate(
-                title, (0, place), xycoords=("axes fraction", "data"), xytext=(-8, 0),
-                textcoords="offset points", ha="right", va="center", fontsize=8.5,
-                fontweight="bold", annotation_clip=False,
-            )  # fmt: skip
-        note = f"; {summary['note']}" if summary["note"] else ""
-        seeds = len(summary["seeds"])
-        over = " over seeds and episodes" if seeds > 1 else ""  # else the note says over what
-        figure.text(
-            0.01, 0.008,
-            f"{plain(summary['dataset'])}, {summary['way']}-way, {summary['episodes']} paired "
-            f"episodes, {seeds} seed{'s' if seeds > 1 else ''}; 95 % intervals{over}; "
-            f"filled: p < {_LEVEL} after Holm{note}",
-            fontsize=7.5, color=MUTED,
-        )  # fmt: skip
-        figure.tight_layout(rect=(0, 0.35 / height, 1, 1))
-        figure.savefig(output, format="png")
-
-
-def _places(summary: Mapping[str, Any]) -> tuple[dict[str, int], dict[int, str], dict[int, str]]:
-    """Where rows stand: variant -> place, place -> group's title, place -> label."""
-    places: dict[str, int] = {}
-    heads: dict[int, str] = {}
-    labels: dict[int, str] = {}
-    place = 0
-    for title, rows in _by_group(summary):
-        drawn = [row for row in rows if row["variant"] != summary["reference"]]
-        if not drawn:
-            continue
-        heads[place] = title
-        for offset, row in enumerate(drawn, 1):
-            places[row["variant"]] = place + offset
-            labels[place + offset] = row["variant"] + _paired(row, len(summary["seeds"]))
-        place += len(drawn) + 1
-    return places, heads, labels
-
-
-def _paired(row: Mapping[str, Any], seeds: int) -> str:
-    counts = [x["difference"]["seeds"] for x in row["results"] if x["difference"] is not None]
-    if not counts:
-        return " (not computed)"
-    return f" ({min(counts)} of {seeds} seeds)" if min(counts) < seeds else ""
-
-
-def _forest(axis: Any, summary: Mapping[str, Any], column: int, places: Mapping[str, int]) -> None:
-    shot = summary["shots"][column]
-    axis.axvline(0, color=MUTED, linewidth=1)
-    for row in summary["rows"]:
-        result = row["results"][column]
-        if row["variant"] == summary["reference"]:
-            known = result["accuracy"]
-            level = f"{100 * known['estimate']:.1f} %" if known else "not computed"
-            axis.set_title(f"{shot}-shot: minus {row['variant']} ({level})", fontsize=10)
-        difference = result["difference"]
-        if difference is None:
-            continue
-        place, estimate = places[row["variant"]], 100 * difference["estimate"]
-        stands = difference["p_holm"] < _LEVEL
-        colour = GREY if not stands else (BLUE if estimate > 0 else ORANGE)
-        ink = colour if stands else MUTED
-        if difference["low"] is not None:
-            ends = [100 * difference["low"], 100 * difference["high"]]
-            axis.plot(ends, [place, place], color=ink, linewidth=1.6)
-        axis.plot(
-            [estimate], [place], "o", markersize=5, color=ink,
-            markerfacecolor=colour if stands else "white",
-        )  # fmt: skip
-    axis.set_xlabel("difference in accuracy, points")
-    axis.grid(axis="y", color=GRID, linewidth=0.4)
-    axis.tick_params(axis="y", length=0)

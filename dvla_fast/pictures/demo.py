@@ -8,86 +8,66 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from dvla_fast.pictures import (
+    BLUE,
+    GREEN,
+    GREY,
+    GRID,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    new_figure,
+    plain,
+    styled,
+)  # fmt: skip
+from dvla_fast.statistics import points
 
-from dvla_fast.data import FewShotData
-from dvla_fast.data.images import unit_range
-from dvla_fast.engine.logging import read_metrics
-from dvla_fast.engine.predict import FIXED, LEARNED
-from dvla_fast.engine.statistics import points
-from dvla_fast.pictures import plain, require_matplotlib
-
-# Colour-blind safe (Okabe and Ito); grey for what is only there to compare with.
-BLUE, ORANGE, _GREEN, _PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#8E5BA6", "#9AA5B1"
-_LAYER_COLOURS = (BLUE, ORANGE, _GREEN, _PURPLE, "#B07D00", "#3B4A57", "#CC79A7", "#5DA9C9")
+_LAYER_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#B07D00", "#3B4A57", "#CC79A7", "#5DA9C9")
 _FEW_LAYERS = 4
 _SAMPLE = 10  # letters of a name that fit under a sample image
-INK, MUTED, GRID = "#1F2933", "#616E7C", "#E4E7EB"
-STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": INK,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlesize": 11,
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 2.0,
-    "lines.solid_capstyle": "round",
-}
+
+Samples = Mapping[str, Mapping[str, Any]]
+"""What classes are to the training -> class -> image, (H, W) or (H, W, C) in [0, 1]; five a row."""
 
 
-def plot_run(
-    folder: str | Path, output: str | Path, data: FewShotData, summary: Mapping[str, Any]
+def plot_demo(
+    output: str | Path,
+    summary: Mapping[str, Any],
+    pretrain: Sequence[Mapping[str, Any]],
+    metatune: Sequence[Mapping[str, Any]],
+    samples: Samples,
+    labels: Mapping[str, str],
 ) -> None:
-    """Draw the run in ``folder`` as a PNG file.
+    """Draw a run of the demo as a PNG file.
 
     Args:
-        folder: run folder with ``metrics.jsonl``.
         output: file to write, whatever its suffix.
-        data: the data set, for the sample images.
         summary: the demo's summary, with its ``results``.
+        pretrain, metatune: rows of the metrics of both stages.
+        samples: one image of each of a few classes.
+        labels: what methods of the results are called, where not by their names.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.style import context
-
-    pretrain = read_metrics(folder, "pretrain")
-    metatune = read_metrics(folder, "metatune")
     layers = [f"stage {stage}, block {block}" for stage, block in summary["gated_layers"]]
-    with context(STYLE):
-        figure = Figure(figsize=(13.2, 7.8), dpi=150, facecolor="white")
-        FigureCanvasAgg(figure)  # no global state: safe in threads and without a display
+    with styled():
+        figure = new_figure(13.2, 7.8, 150)
         rows = figure.add_gridspec(
             2, 3, left=0.055, right=0.985, top=0.855, bottom=0.075, wspace=0.36, hspace=0.42
         )
         axes = [figure.add_subplot(rows[row, column]) for row in range(2) for column in range(3)]
-        _title(figure, data, summary)
+        _title(figure, summary)
         _pretraining(axes[0], pretrain)
         _metatuning(axes[1], metatune)
         _rewards(axes[2], metatune, layers)
         _gates(axes[3], metatune, layers)
         for axis in axes[:4]:
             _whole_epochs(axis)
-        _results(axes[4], summary["results"])
+        _results(axes[4], summary["results"], labels)
         axes[5].axis("off")
-        _samples(figure, axes[5].get_position(), data)
+        _samples(figure, axes[5].get_position(), samples)
         figure.savefig(output, format="png")
 
 
@@ -98,7 +78,7 @@ def _whole_epochs(axis: Any) -> None:
     axis.xaxis.set_major_locator(whole)
 
 
-def _title(figure: Any, data: FewShotData, summary: Mapping[str, Any]) -> None:
+def _title(figure: Any, summary: Mapping[str, Any]) -> None:
     results = summary["results"]
     scores = "   ".join(
         f"{result['way']}-way {result['shot']}-shot  {100 * result['accuracy']:.1f} ± "
@@ -106,7 +86,7 @@ def _title(figure: Any, data: FewShotData, summary: Mapping[str, Any]) -> None:
         for result in results
     )
     figure.text(
-        0.055, 0.962, f"DVLA-RL on {plain(data.name, 60)}: a gate learned by REINFORCE",
+        0.055, 0.962, f"DVLA-RL on {plain(summary['dataset'], 60)}: a gate learned by REINFORCE",
         fontsize=16, fontweight="bold", va="center",
     )  # fmt: skip
     figure.text(
@@ -132,7 +112,7 @@ def _pretraining(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     (line,) = axis.plot(steps, _percent(accuracy), color=BLUE, label="training accuracy")
     steps, held_out = _curve(rows, "monitor_episode_accuracy")
     (dots,) = axis.plot(
-        steps, _percent(held_out), "o-", color=_GREEN, markersize=4, linewidth=1.4,
+        steps, _percent(held_out), "o-", color=GREEN, markersize=4, linewidth=1.4,
         label="held-out images, 1-shot",
     )  # fmt: skip
     axis.set(xlabel="epoch", ylabel="accuracy, %", ylim=(None, 100.4))
@@ -156,7 +136,7 @@ def _metatuning(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.plot(steps, _percent(accuracy), color=BLUE, label="training episodes, gate sampled")
     steps, held_out = _curve(rows, "monitor_accuracy")
     axis.plot(
-        steps, _percent(held_out), "o-", color=_GREEN, markersize=4, linewidth=1.4,
+        steps, _percent(held_out), "o-", color=GREEN, markersize=4, linewidth=1.4,
         label="held-out images, gate at its mean",
     )  # fmt: skip
     axis.set(xlabel="epoch", ylabel="accuracy, %", ylim=(None, 100.4))
@@ -204,18 +184,16 @@ def _gates(axis: Any, rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) 
     axis.legend(loc="lower left", bbox_to_anchor=(0.0, 0.06), ncols=columns)
 
 
-def _results(axis: Any, results: Sequence[Mapping[str, Any]]) -> None:
+def _results(axis: Any, results: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> None:
     axis.set_title("5  Novel classes, same episodes for all", pad=24)
-    # compare() puts the reference method anywhere; the learned gate reads best at the bottom
-    names = sorted(results[0]["methods"], key=lambda name: name == LEARNED)
-    fixed = f"fixed gate, α = {results[0]['fixed_alpha']:g}"
-    labels = {FIXED: fixed}
+    main = results[0]["method"]  # reads best at the bottom
+    names = sorted(results[0]["methods"], key=lambda name: name == main)
     marks = ("o", "s", "D", "^")
     for index, result in enumerate(results):
         offset = 0.13 * (index - (len(results) - 1) / 2)
         for row, name in enumerate(names):
             value = result["methods"][name]
-            colour = ORANGE if name == LEARNED else GREY
+            colour = ORANGE if name == main else GREY
             x, y = 100 * value["accuracy"], len(names) - 1 - row - offset
             axis.errorbar(
                 x, y, xerr=100 * (value["ci95"] or 0.0), fmt=marks[index % 4], color=colour,
@@ -224,7 +202,7 @@ def _results(axis: Any, results: Sequence[Mapping[str, Any]]) -> None:
             )  # fmt: skip
             axis.annotate(
                 f"{x:.1f}", (x, y), xytext=(0, 7), textcoords="offset points", ha="center",
-                fontsize=8.5, color=INK if name == LEARNED else MUTED,
+                fontsize=8.5, color=INK if name == main else MUTED,
             )  # fmt: skip
     axis.set_yticks(range(len(names)), [_wrap(labels.get(name, name)) for name in names][::-1])
     axis.tick_params(axis="y", length=0)
@@ -242,30 +220,22 @@ def _wrap(label: str) -> str:
     )
 
 
-def _typical(images: Tensor) -> Tensor:
-    """Return the image nearest to the mean of images (n, C, H, W), as (H, W, C)."""
-    distance = (images - images.mean(0)).square().sum((1, 2, 3))
-    return images[distance.argmin()].permute(1, 2, 0).cpu()
-
-
-def _samples(figure: Any, box: Any, data: FewShotData) -> None:
-    """Draw one image of each of up to five base and five novel classes inside ``box``."""
+def _samples(figure: Any, box: Any, samples: Samples) -> None:
+    """Draw the samples inside ``box``, a row for what each of their classes is to the training."""
     pad = 0.012
     figure.text(
         box.x0, box.y1 + 0.0135, "6  What it sees", fontsize=11, fontweight="bold", va="bottom"
     )
-    groups = ((data.base, "learned in training", MUTED), (data.novel, "never seen", ORANGE))
     width = (box.width - 4 * pad) / 5
     height = width * figure.get_figwidth() / figure.get_figheight()
-    for row, (images, caption, colour) in enumerate(groups):
+    for row, (caption, pictures) in enumerate(samples.items()):
         top = box.y1 - row * (height + 0.105) - 0.028
-        figure.text(box.x0, top + 0.006, caption, fontsize=9.5, color=colour, va="bottom")
-        for column, name in enumerate(images.class_names[:5]):
+        figure.text(
+            box.x0, top + 0.006, caption, fontsize=9.5, color=(MUTED, ORANGE)[row], va="bottom"
+        )
+        for column, (name, picture) in enumerate(pictures.items()):
             axis = figure.add_axes((box.x0 + column * (width + pad), top - height, width, height))
-            picture = _typical(unit_range(images.images[images.labels == column]))
-            axis.imshow(
-                picture.squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest"
-            )
+            axis.imshow(picture, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
             for spine in axis.spines.values():

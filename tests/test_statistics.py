@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dvla_fast.engine.statistics import (
+from dvla_fast.statistics import (
     checkpoint_interval,
     class_accuracies,
     confusion,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dvla_fast.pictures import plain, require_matplotlib
+from dvla_fast.pictures import GRID, INK, new_figure, plain
 
 _NAMED = 60  # classes whose names still fit on the axes
 _BESIDE = 42  # letters of the names that still fit beside each other below the matrix
@@ -28,20 +28,15 @@ def plot_confusion(
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    require_matplotlib()
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     count = len(names)
     side = min(16.0, 4.5 + 0.22 * count)
     # room for names beside and below, so that long ones take none of the matrix's
     room = 0.085 * max(map(len, map(plain, names))) if count <= _NAMED else 0.0
-    size = (side + 1.2 + room, side + room)
-    figure = Figure(figsize=size, dpi=120, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)  # no global state: safe in threads and without a display
+    figure = new_figure(side + 1.2 + room, side + room, 120, layout="constrained")
+    from matplotlib import colormaps
+
     axis = figure.add_subplot()
-    colours = colormaps["Blues"].with_extremes(bad="#E4E7EB")
+    colours = colormaps["Blues"].with_extremes(bad=GRID)
     picture = axis.imshow(100 * rates.numpy(), cmap=colours, vmin=0, vmax=100)
     if count <= _NAMED:
         letters, labels = 10 if count <= 20 else 6, [plain(name) for name in names]
@@ -53,7 +48,7 @@ def plot_confusion(
             for column in range(count):
                 value = rates[row, column].item()
                 if value == value:  # not NaN
-                    ink = "white" if value > 0.55 else "#1F2933"
+                    ink = "white" if value > 0.55 else INK
                     text = f"{100 * value:.0f}"
                     axis.text(column, row, text, ha="center", va="center", color=ink, fontsize=9)
     axis.set_xlabel("predicted")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dvla_fast.errors import MissingDependencyError
 
+LEVEL = 0.05  # of the tests
 INTERVAL = "mean ± 1.96 * s / sqrt(n), s = sample standard deviation over the n episodes"
 PAIRED_INTERVAL = (
     "mean ± t(0.975, n - 1) * s / sqrt(n), s = sample standard deviation of the n episodes' "

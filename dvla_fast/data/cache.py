@@ -133,16 +133,16 @@ class _Builder:
         self.fd = -1
 
     def fingerprint(self, start: int) -> str:
-        """Hash what a chunk is made from: sizes and times of files, or pixels of arrays."""
+        """Hash what a chunk is made from: sizes and times of files, or what is stored."""
         digest = hashlib.sha256(f"{FORMAT} {self.image_size}".encode())
         for split, index in self.rows[start : start + CHUNK]:
-            source = split.source(index)
+            source = split.references[index]
             if isinstance(source, Path):
                 name = self.listing.image_id(split, index)
                 line = f"{name}\0{state_of(source)}\n"
                 digest.update(line.encode(errors=_ANY_NAME))
             else:
-                digest.update(np.ascontiguousarray(source).tobytes())
+                digest.update(split.stored(index))
         return digest.hexdigest()
 
     def already_there(self) -> Prepared:

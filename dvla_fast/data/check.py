@@ -362,15 +362,15 @@ def _report_equal(groups: list[list[Place]], remedy: str, report: Report) -> Non
 
 def _look(split: Split, index: int) -> tuple[bytes, str, int] | str:
     """Return the digest of an image's pixels, its mode and shorter side; or what is wrong."""
-    source = split.source(index)
-    if isinstance(source, Path):
-        try:
+    try:
+        source = split.source(index)
+        if isinstance(source, Path):
             rgb, mode, side = open_rgb(source)
-        except DataError as error:
-            return str(error)
-        pixels = np.asarray(rgb)
-    else:
-        pixels, mode, side = np.ascontiguousarray(source), "RGB", min(source.shape[:2])
+            pixels = np.asarray(rgb)
+        else:
+            pixels, mode, side = source, "RGB", min(source.shape[:2])
+    except DataError as error:
+        return str(error)
     digest = hashlib.sha256(str(pixels.shape).encode())
     digest.update(np.ascontiguousarray(pixels).data)
     return digest.digest(), mode, side

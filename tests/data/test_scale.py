@@ -1,0 +1,73 @@
+"""What a large data set must not cost: files read again, images decoded again, work without a sign.
+
+Counted on small trees: the costs that grow with the images are told by the number of calls.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter
+from pathlib import Path, PurePath
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dvla_fast.data import cache, cache_index, check_data, list_data, load_split_list, prepare_cache
+from dvla_fast.data.png_images import PngImages
+from tests.data import trees
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "CHUNK", 7)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return trees.split_folders(tmp_path / "photos")  # 48 images
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> Counter[str]:
+    """Count the calls of a function from now on."""
+    calls: Counter[str] = Counter()
+    whole = getattr(owner, name)
+
+    def count(*arguments, **options):
+        calls[name] += 1
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, count)
+    return calls
+
+
+def test_png_files_of_a_pickle_are_decoded_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decodings = counted(monkeypatch, PngImages, "_decoded")
+    listing = list_data(trees.tiered(tmp_path / "tiered", count=2))
+    assert decodings["_decoded"] == 3  # the first of each split, for its size
+    assert listing.reduced == 84
+    images = sum(map(len, listing.splits.values()))
+    prepare_cache(tmp_path / "tiered", tmp_path / "cache", 8)
+    assert decodings["_decoded"] == 2 * 3 + images
+    prepare_cache(tmp_path / "tiered", tmp_path / "cache", 8)  # is there, which the files tell
+    assert decodings["_decoded"] == 3 * 3 + images
+
+
+def test_png_files_that_cannot_be_read(tmp_path: Path) -> None:
+    path = trees.tiered(tmp_path / "tiered", count=3) / "val_images_png.pkl"
+    array = list_data(path.parent).splits["val"].array
+    assert isinstance(array, PngImages)
+    small = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(small, "PNG")
+    files = [np.asarray(item) for item in array.files]
+    files[3], files[290] = files[3][:100], np.frombuffer(small.getvalue(), np.uint8)
+    trees.dump(path, files)
+    report = check_data(path.parent, shot=1, query=1, image_size=84)
+    damaged, other = (line for line in report.problems if str(path) in line)
+    assert damaged.startswith(f"{path}: cannot read image 3 of 291 (")
+    assert other.startswith(f"{path}: image 290 is (8, 8, 3), the first (84, 84, 3)")
+    done = prepare_cache(path.parent, tmp_path / "cache", 8, skip_unreadable=True)
+    assert len(done.skipped) == 2

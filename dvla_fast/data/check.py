@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -269,7 +270,7 @@ def _passed_over(listing: Listing) -> list[str]:
         folders = sorted({path.parent for path in found if isinstance(path, Path)})
     else:
         return []  # lists and archives name their images
-    inside = [path for folder in folders for path in _visible(folder) if not is_image(path)]
+    inside = [path for folder in folders for path in _visible(folder, images=False)]
     nested = [path for path in inside if path.is_dir()]
     others = [path for path in inside if not path.is_dir()]
     if others:
@@ -293,10 +294,11 @@ def _images_in(folders: Iterable[Path]) -> int:
     return sum(is_image(path) for folder in folders for path in folder.rglob("*"))
 
 
-def _visible(folder: Path) -> list[Path]:
+def _visible(folder: Path, images: bool = True) -> list[Path]:
+    """What lies in a folder, hidden files apart; ``images``: image files, too."""
     with reading(folder):
-        inside = folder.iterdir()
-        return sorted(path for path in inside if not path.name.startswith((".", "__")))
+        names = [name for name in os.listdir(folder) if not name.startswith((".", "__"))]
+        return [folder / name for name in sorted(names) if images or not is_image(name)]
 
 
 def _check_images(

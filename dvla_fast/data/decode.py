@@ -35,9 +35,10 @@ def pillow() -> Any:
     return Image
 
 
-def is_image(path: Path) -> bool:
-    """Tell image files by their suffix; hidden files are none."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+def is_image(path: Path | str) -> bool:
+    """Tell image files by their suffix, in a path or the name alone; hidden files are none."""
+    name = path if isinstance(path, str) else path.name
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 def open_rgb(path: Path) -> tuple[Any, str, int]:

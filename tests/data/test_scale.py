@@ -71,3 +71,20 @@ def test_png_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert other.startswith(f"{path}: image 290 is (8, 8, 3), the first (84, 84, 3)")
     done = prepare_cache(path.parent, tmp_path / "cache", 8, skip_unreadable=True)
     assert len(done.skipped) == 2
+
+
+def test_listed_paths_are_not_made_absolute_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = trees.csv_lists(tmp_path / "mini", load_split_list("miniimagenet_ravi"))
+    absolute = counted(monkeypatch, os.path, "abspath")
+    relative = counted(monkeypatch, PurePath, "relative_to")
+    listing = list_data(root)
+    assert sum(len(listing.image_ids(split)) for split in listing.splits.values()) == 200
+    assert (absolute["abspath"], relative["relative_to"]) < (10, 10)
+
+
+def test_images_of_a_class_are_sorted_by_name(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comparisons = counted(monkeypatch, PurePath, "__lt__")
+    check_data(tree, shot=1, query=1, decode_images=False)
+    assert comparisons["__lt__"] <= 40  # of folders: eight classes in three splits, several times

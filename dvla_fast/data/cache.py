@@ -99,7 +99,7 @@ def prepare_cache(
     if output.exists():
         return builder.already_there()
     try:
-        with builder.open():
+        with builder.open(advance):
             builder.run(workers or os.cpu_count() or 1, advance)
             return builder.finish(skip_unreadable)
     except OSError as error:
@@ -170,8 +170,12 @@ class _Builder:
         return digest.hexdigest()
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """Make or reopen the partial folder, alone, with room for all images."""
+    def open(self, advance: Callable[[int, int], None]) -> Iterator[None]:
+        """Make or reopen the partial folder, alone, with room for all images.
+
+        Args:
+            advance: called as the images of finished chunks are read.
+        """
         import fcntl  # not on every system
 
         self.partial.mkdir(parents=True, exist_ok=True)
@@ -194,7 +198,7 @@ class _Builder:
                 except OSError:
                     os.ftruncate(self.fd, before)
                     raise
-                self._reuse(entries)
+                self._reuse(entries, advance)
                 yield
             finally:
                 os.close(self.fd)
@@ -203,7 +207,7 @@ class _Builder:
         start = entry["start"]
         return start in self.chunks and entry["fingerprint"] == self.fingerprint(start)
 
-    def _reuse(self, entries: list[dict[str, Any]]) -> None:
+    def _reuse(self, entries: list[dict[str, Any]], advance: Callable[[int, int], None]) -> None:
         for entry in filter(self._fits, entries):
             start = entry["start"]
             count = min(CHUNK, len(self.rows) - start)
@@ -211,6 +215,7 @@ class _Builder:
             if hashlib.sha256(stored).hexdigest() == entry["sha256"]:
                 self.done[start] = entry
                 self.reused += count
+                advance(self.reused, len(self.rows))
 
     def run(self, workers: int, advance: Callable[[int, int], None]) -> None:
         """Decode the chunks that are not on record."""

@@ -74,7 +74,7 @@ def check_data(
         decode_images: read every image (finds unreadable ones and duplicates); else only count.
             The images of a cache are always read, for their checksums.
         workers: threads; 0: a few more than cores.
-        advance: called with the images done so far and all of them.
+        advance: called with the images done so far and all of them, those of a cache, too.
 
     Raises:
         DataError: nothing recognised at all, as ``list_data``.
@@ -82,7 +82,7 @@ def check_data(
     """
     report = Report()
     if is_cache(root):
-        _check_cache(root, shot + query, decode_images, report)
+        _check_cache(root, shot + query, decode_images, advance, report)
         return report
     listing = list_data(root, splits, strict=False)
     _describe(listing, report)
@@ -95,7 +95,13 @@ def check_data(
     return report
 
 
-def _check_cache(root: str | Path, needed: int, compare: bool, report: Report) -> None:
+def _check_cache(
+    root: str | Path,
+    needed: int,
+    compare: bool,
+    advance: Callable[[int, int], None],
+    report: Report,
+) -> None:
     index = read_index(root)
     report.facts.append(
         f"cache of {index['name']}, {index['images']} images of {index['image_size']} pixels, "
@@ -113,12 +119,20 @@ def _check_cache(root: str | Path, needed: int, compare: bool, report: Report) -
     for name, entry in index["splits"].items():
         where = f"{root} ({name})"
         report.add(report.problems, _small(where, entry["keys"], entry["counts"], needed))
-    if not compare:
-        report.add(report.problems, verify_cache(root))
-        return
+    stride, read = 3 * index["image_size"] ** 2, 0
     with ThreadPoolExecutor(1) as pool:  # hashing releases the GIL
-        rows = _Rows(3 * index["image_size"] ** 2, pool)
-        report.add(report.problems, verify_cache(root, rows))
+        rows = _Rows(stride, pool)
+
+        def look(chunk: bytes) -> None:
+            nonlocal read
+            if compare:
+                rows(chunk)
+            read += len(chunk)
+            advance(read // stride, index["images"])
+
+        report.add(report.problems, verify_cache(root, look))
+    if not compare:
+        return
     places = [(name, file) for name, entry in index["splits"].items() for file in entry["files"]]
     groups = [[places[row] for row in group] for group in rows.equal()]
     _report_equal(groups, "remove one and run 'dvla-fast data prepare' again", report)

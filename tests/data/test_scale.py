@@ -42,6 +42,34 @@ def counted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> Counte
     return calls
 
 
+@pytest.mark.parametrize("decode_images", [True, False])
+def test_checking_a_cache_says_how_far_it_is(
+    tree: Path, tmp_path: Path, decode_images: bool
+) -> None:
+    prepare_cache(tree, tmp_path / "cache", 16)
+    told: list[tuple[int, int]] = []
+    report = check_data(
+        tmp_path / "cache", shot=1, query=1, decode_images=decode_images,
+        advance=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    assert report.problems == []
+    assert told == [(done, 48) for done in (7, 14, 21, 28, 35, 42, 48)]
+
+
+def test_kept_images_count_as_they_are_read(tree: Path, tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == 21:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_cache(tree, tmp_path / "cache", 16, advance=stop)
+    told: list[int] = []
+    done = prepare_cache(
+        tree, tmp_path / "cache", 16, advance=lambda done, total: told.append(done)
+    )
+    assert (done.reused, told) == (21, [7, 14, 21, 28, 35, 42, 48])
+
+
 def test_png_files_of_a_pickle_are_decoded_when_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -244,27 +244,26 @@ class _Builder:
         images = np.zeros((len(rows), self.stride), dtype=np.uint8)
         bad: dict[str, str] = {}
 
-        def fill(index: int) -> None:
+        def fill(index: int) -> tuple[bytes, NDArray[np.int64]]:
             split, row = rows[index]
             try:
                 images[index] = decode(split.source(row), self.image_size).reshape(-1)
             except DataError as error:
                 bad[str(start + index)] = str(error)
+            return row_hash(images[index]), _sums(images[index])
 
         fingerprint = self.fingerprint(start)
-        for _ in pool.map(fill, range(len(rows))):
-            pass
-        base = range(max(0, min(len(rows), self.base_rows - start)))
-        good = [i for i in base if str(start + i) not in bad]
-        pixels = images[good].reshape(len(good), 3, self.image_size**2).astype(np.int64)
+        hashes, sums = zip(*pool.map(fill, range(len(rows))))
+        base = max(0, min(len(rows), self.base_rows - start))
+        total, square = np.stack([np.zeros((2, 3), np.int64), *sums[:base]]).sum(0).tolist()
         _write(self.fd, images, start * self.stride)
         return {
             "start": start,
             "fingerprint": fingerprint,
             "sha256": hashlib.sha256(images.data).hexdigest(),
-            "sum": pixels.sum((0, 2)).tolist(),
-            "square": (pixels**2).sum((0, 2)).tolist(),
-            "rows": b"".join(map(row_hash, images)).hex(),
+            "sum": total,
+            "square": square,
+            "rows": b"".join(hashes).hex(),
             "bad": bad,
         }
 
@@ -297,17 +296,22 @@ class _Builder:
         return Prepared(self.output, len(keep), decoded, self.reused, tuple(index["skipped"]))
 
     def _compact(self, keep: list[int]) -> list[str]:
-        """Move the kept rows together, chunk by chunk; returns the chunks' checksums."""
+        """Move the kept rows together, chunk by chunk; returns the chunks' checksums.
+
+        Chunks that stay as they are have theirs on record and are not read again.
+        """
         checksums = []
         for start in range(0, len(keep), CHUNK):
             rows = keep[start : start + CHUNK]
+            if rows == list(range(start, min(start + CHUNK, len(self.rows)))):
+                checksums.append(self.done[start]["sha256"])
+                continue
             first = rows[0] * self.stride
             block = os.pread(self.fd, (rows[-1] - rows[0] + 1) * self.stride, first)
             images = np.frombuffer(block, np.uint8).reshape(-1, self.stride)
-            images = images[np.asarray(rows) - rows[0]]
-            if rows[0] != start or rows[-1] - rows[0] + 1 != len(rows):
-                _write(self.fd, images, start * self.stride)
-            checksums.append(hashlib.sha256(np.ascontiguousarray(images).data).hexdigest())
+            images = np.ascontiguousarray(images[np.asarray(rows) - rows[0]])
+            _write(self.fd, images, start * self.stride)
+            checksums.append(hashlib.sha256(images.data).hexdigest())
         os.ftruncate(self.fd, len(keep) * self.stride)
         os.fsync(self.fd)
         return checksums
@@ -368,6 +372,13 @@ class _Builder:
         return list(in_two_splits(kept, places))
 
 
+def _sums(image: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Sums of a channel's values and of their squares: (2, 3)."""
+    pixels = image.reshape(3, -1)
+    squares = np.square(pixels, dtype=np.uint16)  # 255 * 255 fits
+    return np.stack([pixels.sum(1, dtype=np.int64), squares.sum(1, dtype=np.int64)])
+
+
 def _statistics(total: Any, square: Any, pixels: int) -> dict[str, list[float]] | None:
     if not pixels:
         return None
@@ -413,7 +424,7 @@ def open_cache(
         )
     warn_if_enlarged(path, index["reduced"], image_size)
     warn_of_shared(str(path), index["shared"])
-    images = map_images(path)
+    images = map_images(path, index)
     sets, row = {}, 0
     for name in SPLITS:
         if name not in index["splits"]:

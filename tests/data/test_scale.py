@@ -42,6 +42,35 @@ def counted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> Counte
     return calls
 
 
+def test_a_finished_cache_is_not_read_again(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = counted(monkeypatch, os, "pread")
+    prepare_cache(tree, tmp_path / "cache", 16)
+    assert reads["pread"] == 0
+    assert cache.verify_cache(tmp_path / "cache") == []
+
+
+def test_only_what_moves_is_read_again(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = list_data(tree).splits["test"].references[-1]
+    Path(last).write_bytes(b"no image")
+    reads = counted(monkeypatch, os, "pread")
+    done = prepare_cache(tree, tmp_path / "cache", 16, skip_unreadable=True)
+    assert (done.images, reads["pread"]) == (47, 1)  # the last chunk, one row shorter
+    assert cache.verify_cache(tmp_path / "cache") == []
+
+
+def test_opening_a_cache_reads_its_index_once(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_cache(tree, tmp_path / "cache", 16)
+    reads = counted(monkeypatch, cache_index, "index_checksum")
+    cache.open_cache(tmp_path / "cache", 16)
+    assert reads["index_checksum"] == 1
+
+
 @pytest.mark.parametrize("decode_images", [True, False])
 def test_checking_a_cache_says_how_far_it_is(
     tree: Path, tmp_path: Path, decode_images: bool

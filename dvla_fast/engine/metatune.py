@@ -129,11 +129,11 @@ def metatune(
     rates = {"metatune.lr": config.lr, "metatune.backbone_lr": config.backbone_lr}
     watch = DivergenceWatch("meta-tuning", state, rates)
     epoch = Epoch(step, watch)
-    progress.begin("meta-tune", config.epochs, state.epoch)
+    progress.begin("meta-tune", config.epochs * config.steps_per_epoch, state.step)
     numbers = monitor_episodes(data, config.way, config.shots[0], config.query)
     monitor = monitor_sampler(data, numbers, seed + 1, progress)
     while state.epoch < config.epochs:
-        row = epoch(state)
+        row = epoch(state, progress.advance)
         score = None
         if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
             with execution.eager(), watch.after("validation"):
@@ -151,7 +151,6 @@ def metatune(
         folder.log("metatune", state.epoch, **row)
         with watch.after("saving"):
             state.save(score)
-        progress.advance()
         progress.note(_describe(row, state.epoch, config.epochs, numbers))
     return state.best_path
 

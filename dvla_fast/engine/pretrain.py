@@ -9,7 +9,7 @@ of the base classes), never the novel classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +135,13 @@ def pretrain(
         load_published(model["backbone"], pretrained)
     epoch = Epoch(config, model, data, state.optimizer, execution, outputs)
     watch = DivergenceWatch("pre-training", state, {"pretrain.lr": config.lr})
-    progress.begin("pre-train", config.epochs, state.epoch)
+    images = len(data.base)
+    progress.begin("pre-train", config.epochs * images, state.epoch * images)
     numbers = monitor_episodes(data, *_VALIDATION)
     sampler = monitor_sampler(data, numbers, seed, progress)
     while state.epoch < config.epochs:
         with watch.training():
-            row: dict[str, Any] = epoch(state)
+            row: dict[str, Any] = epoch(state, progress.advance)
         watch.check(row, epoch.losses)
         state.epoch += 1
         score = None
@@ -154,7 +155,6 @@ def pretrain(
         folder.log("pretrain", state.epoch, **row)
         with watch.after("saving"):
             state.save(score)
-        progress.advance()
         progress.note(_describe(row, state.epoch, config.epochs, numbers))
     return state.best_path
 
@@ -226,8 +226,14 @@ class Epoch:
         self.parameters = list(model.parameters())
         self.losses: list[Tensor] = []
 
-    def __call__(self, state: TrainingState) -> dict[str, float]:
-        """Train; returns the epoch's mean loss and accuracy, and its last learning rate."""
+    def __call__(
+        self, state: TrainingState, advance: Callable[[int], None] = lambda images: None
+    ) -> dict[str, float]:
+        """Train; returns the epoch's mean loss and accuracy, and its last learning rate.
+
+        Args:
+            advance: called with the images of each step.
+        """
         self.model.train()
         config, base, processes = self.config, self.data.base, self.execution.processes
         order = torch.from_numpy(state.rng.permutation(len(base)))
@@ -253,6 +259,7 @@ class Epoch:
             correct = (logits.detach().argmax(1) == hard).float().mean()
             self.losses.append(loss.detach().float())
             totals += torch.stack([self.losses[-1], correct])
+            advance(len(index))
         # The one synchronisation of the epoch.
         loss_mean, accuracy = (processes.mean(totals) / len(batches)).tolist()
         return {"loss": loss_mean, "accuracy": accuracy, "lr": rate}

@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dvla_fast.data import cache, cache_index, check_data, list_data, load_split_list, prepare_cache
+from dvla_fast.data import (
+    EpisodeSampler,
+    cache,
+    cache_index,
+    check_data,
+    list_data,
+    load_digits,
+    load_split_list,
+    prepare_cache,
+)
 from dvla_fast.data.png_images import PngImages
 from tests.data import trees
 
@@ -145,3 +154,21 @@ def test_images_of_a_class_are_sorted_by_name(tree: Path, monkeypatch: pytest.Mo
     comparisons = counted(monkeypatch, PurePath, "__lt__")
     check_data(tree, shot=1, query=1, decode_images=False)
     assert comparisons["__lt__"] <= 40  # of folders: eight classes in three splits, several times
+
+
+def test_episodes_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From classes of 9,547 images (ChestX) a list of 2,000 takes seconds."""
+    images = load_digits().base
+    draws = counted(monkeypatch, np.random, "Philox")
+    sampler = EpisodeSampler(images, 5, 1, 2, seed=0)
+    first = sampler.fingerprint(300)
+    assert sampler.fingerprint(300) == first
+    sampler.batch(100, 100)
+    assert draws["Philox"] == 3
+    late = sampler.batch(128 * 99, 1).query  # what is remembered is bounded
+    for number in range(40):
+        sampler.batch(128 * number, 1)
+    assert len(sampler._blocks) == 32
+    assert draws["Philox"] == 41
+    assert (sampler.batch(128 * 99, 1).query == late).all()
+    assert sampler.fingerprint(300) == first

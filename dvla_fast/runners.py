@@ -11,6 +11,8 @@ from typing import Any
 
 from dvla_fast.terminal import INTERRUPTED, fail
 
+_SHOWN = 10  # images that a command names; the rest is counted
+
 
 def _demo(config: Any) -> int:
     from dvla_fast.engine.demo import result_table, run_demo
@@ -75,8 +77,12 @@ def _data_prepare(config: Any) -> int:
             )
     except KeyboardInterrupt:
         return fail("interrupted; the same command continues", INTERRUPTED)
-    for line in done.skipped:
+    for line in done.skipped[:_SHOWN]:
         print(f"left out: {line}")
+    if len(done.skipped) > _SHOWN:
+        print(
+            f"... and {len(done.skipped) - _SHOWN} more, all named by 'skipped' in its index.json"
+        )
     print(
         f"cache       {done.path}, {done.images} images ({done.decoded} decoded, {done.reused} "
         f"kept)\nnext        dvla-fast pretrain --data.dataset {shlex.quote(str(done.path))} "

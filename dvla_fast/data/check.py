@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from dvla_fast.data.cache import verify_cache
 from dvla_fast.data.cache_index import is_cache, read_index
-from dvla_fast.data.decode import IMAGE_SUFFIXES, is_image, open_rgb
+from dvla_fast.data.decode import IMAGE_SUFFIXES, in_blocks, is_image, open_rgb
 from dvla_fast.data.equal import Place, crosses, equal_rows, places_text, row_hash
 from dvla_fast.data.folders import reading, visible_folders
 from dvla_fast.data.layouts import list_data
@@ -329,7 +330,7 @@ def _check_images(
     bad, small, done = [], 0, 0
     with ThreadPoolExecutor(workers or None) as pool:
         for name, split in listing.splits.items():
-            for index, result in enumerate(_looks(pool, split)):
+            for index, result in enumerate(in_blocks(pool, partial(_look, split), len(split))):
                 if isinstance(result, str):
                     if split.references[index] not in listing.absent:  # they are on record
                         bad.append(result)
@@ -354,13 +355,6 @@ def _check_images(
             f"{small} of {total} images have a side of at most half of {image_size} pixels: they "
             "would be enlarged"
         )
-
-
-def _looks(pool: ThreadPoolExecutor, split: Split) -> Iterator[tuple[bytes, str, int] | str]:
-    # in blocks: a million waiting tasks would take a gigabyte
-    for start in range(0, len(split), 1024):
-        rows = range(start, min(start + 1024, len(split)))
-        yield from pool.map(_look, [split] * len(rows), rows)
 
 
 def _report_equal(groups: list[list[Place]], remedy: str, report: Report) -> None:

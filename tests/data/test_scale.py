@@ -8,18 +8,23 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dvla_fast.cli import main
 from dvla_fast.data import (
     EpisodeSampler,
     cache,
     cache_index,
     check_data,
+    decode,
     list_data,
+    load_data,
     load_digits,
     load_split_list,
     prepare_cache,
@@ -156,6 +161,23 @@ def test_images_of_a_class_are_sorted_by_name(tree: Path, monkeypatch: pytest.Mo
     assert comparisons["__lt__"] <= 40  # of folders: eight classes in three splits, several times
 
 
+@pytest.mark.parametrize("use", [lambda tree: load_data(str(tree), 16), check_data])
+def test_few_images_wait_to_be_decoded(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, use: Callable[[Path], object]
+) -> None:
+    waiting: list[int] = []
+    whole = ThreadPoolExecutor.map
+
+    def count(self, work, items):
+        waiting.append(len(items))
+        return whole(self, work, items)
+
+    monkeypatch.setattr(decode, "_BLOCK", 5)
+    monkeypatch.setattr(ThreadPoolExecutor, "map", count)
+    use(tree)
+    assert (max(waiting), sum(waiting)) == (5, 48)
+
+
 def test_episodes_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """From classes of 9,547 images (ChestX) a list of 2,000 takes seconds."""
     images = load_digits().base
@@ -172,3 +194,15 @@ def test_episodes_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert draws["Philox"] == 41
     assert (sampler.batch(128 * 99, 1).query == late).all()
     assert sampler.fingerprint(300) == first
+
+
+def test_few_of_many_unreadable_images_are_named(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in sorted(tree.rglob("*.jpg"))[::3]:
+        path.write_bytes(b"")
+    arguments = ["data", "prepare", str(tree), f"--output={tmp_path / 'cache'}", "--image_size=16"]
+    assert main([*arguments, "--skip_unreadable"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("left out: ") for line in lines) == 10
+    assert lines[10] == "... and 6 more, all named by 'skipped' in its index.json"

@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dvla_fast.cli import main
@@ -29,6 +30,7 @@ from dvla_fast.data import (
     load_split_list,
     prepare_cache,
 )
+from dvla_fast.data.images import channel_statistics
 from dvla_fast.data.png_images import PngImages
 from tests.data import trees
 
@@ -206,3 +208,20 @@ def test_few_of_many_unreadable_images_are_named(
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("left out: ") for line in lines) == 10
     assert lines[10] == "... and 6 more, all named by 'skipped' in its index.json"
+
+
+def test_channel_statistics_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = torch.randint(0, 256, (90, 3, 224, 224), dtype=torch.uint8)
+    expected = stored.float() / 255
+    sizes: list[int] = []
+    whole = torch.Tensor.double
+
+    def double(self: torch.Tensor) -> torch.Tensor:
+        sizes.append(self.numel())
+        return whole(self)
+
+    monkeypatch.setattr(torch.Tensor, "double", double)
+    mean, std = channel_statistics(stored)
+    assert max(sizes) <= 2**23
+    torch.testing.assert_close(mean, expected.mean((0, 2, 3)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(std, expected.std((0, 2, 3)), rtol=1e-4, atol=0)

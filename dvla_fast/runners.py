@@ -12,6 +12,8 @@ from typing import Any
 
 from dvla_fast.terminal import fail
 
+_SHOWN = 10  # images that a command names; the rest is counted
+
 
 def _demo(config: Any) -> int:
     from dvla_fast.engine.demo import run_demo
@@ -74,8 +76,12 @@ def _data_prepare(config: Any) -> int:
             workers=config.workers,
             advance=partial(progress.reach, "prepare"),
         )
-    for line in done.skipped:
+    for line in done.skipped[:_SHOWN]:
         print(f"left out: {line}")
+    if len(done.skipped) > _SHOWN:
+        print(
+            f"... and {len(done.skipped) - _SHOWN} more, all named by 'skipped' in its index.json"
+        )
     print(
         f"cache       {done.path}, {done.images} images ({done.decoded} decoded, {done.reused} "
         f"kept)\nnext        dvla-fast pretrain --data.dataset {shlex.quote(str(done.path))} "

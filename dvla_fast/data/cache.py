@@ -99,7 +99,7 @@ def prepare_cache(
     if output.exists():
         return builder.already_there()
     try:
-        with builder.open():
+        with builder.open(advance):
             builder.run(workers or os.cpu_count() or 1, advance)
             return builder.finish(skip_unreadable)
     except OSError as error:
@@ -133,16 +133,16 @@ class _Builder:
         self.fd = -1
 
     def fingerprint(self, start: int) -> str:
-        """Hash what a chunk is made from: sizes and times of files, or pixels of arrays."""
+        """Hash what a chunk is made from: sizes and times of files, or what is stored."""
         digest = hashlib.sha256(f"{FORMAT} {self.image_size}".encode())
         for split, index in self.rows[start : start + CHUNK]:
-            source = split.source(index)
+            source = split.references[index]
             if isinstance(source, Path):
                 name = self.listing.image_id(split, index)
                 line = f"{name}\0{state_of(source)}\n"
                 digest.update(line.encode(errors=_ANY_NAME))
             else:
-                digest.update(np.ascontiguousarray(source).tobytes())
+                digest.update(split.stored(index))
         return digest.hexdigest()
 
     def already_there(self) -> Prepared:
@@ -170,8 +170,12 @@ class _Builder:
         return digest.hexdigest()
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """Make or reopen the partial folder, alone, with room for all images."""
+    def open(self, advance: Callable[[int, int], None]) -> Iterator[None]:
+        """Make or reopen the partial folder, alone, with room for all images.
+
+        Args:
+            advance: called as the images of finished chunks are read.
+        """
         import fcntl  # not on every system
 
         self.partial.mkdir(parents=True, exist_ok=True)
@@ -194,7 +198,7 @@ class _Builder:
                 except OSError:
                     os.ftruncate(self.fd, before)
                     raise
-                self._reuse(entries)
+                self._reuse(entries, advance)
                 yield
             finally:
                 os.close(self.fd)
@@ -203,7 +207,7 @@ class _Builder:
         start = entry["start"]
         return start in self.chunks and entry["fingerprint"] == self.fingerprint(start)
 
-    def _reuse(self, entries: list[dict[str, Any]]) -> None:
+    def _reuse(self, entries: list[dict[str, Any]], advance: Callable[[int, int], None]) -> None:
         for entry in filter(self._fits, entries):
             start = entry["start"]
             count = min(CHUNK, len(self.rows) - start)
@@ -211,6 +215,7 @@ class _Builder:
             if hashlib.sha256(stored).hexdigest() == entry["sha256"]:
                 self.done[start] = entry
                 self.reused += count
+                advance(self.reused, len(self.rows))
 
     def run(self, workers: int, advance: Callable[[int, int], None]) -> None:
         """Decode the chunks that are not on record."""
@@ -239,27 +244,26 @@ class _Builder:
         images = np.zeros((len(rows), self.stride), dtype=np.uint8)
         bad: dict[str, str] = {}
 
-        def fill(index: int) -> None:
+        def fill(index: int) -> tuple[bytes, NDArray[np.int64]]:
             split, row = rows[index]
             try:
                 images[index] = decode(split.source(row), self.image_size).reshape(-1)
             except DataError as error:
                 bad[str(start + index)] = str(error)
+            return row_hash(images[index]), _sums(images[index])
 
         fingerprint = self.fingerprint(start)
-        for _ in pool.map(fill, range(len(rows))):
-            pass
-        base = range(max(0, min(len(rows), self.base_rows - start)))
-        good = [i for i in base if str(start + i) not in bad]
-        pixels = images[good].reshape(len(good), 3, self.image_size**2).astype(np.int64)
+        hashes, sums = zip(*pool.map(fill, range(len(rows))))
+        base = max(0, min(len(rows), self.base_rows - start))
+        total, square = np.stack([np.zeros((2, 3), np.int64), *sums[:base]]).sum(0).tolist()
         _write(self.fd, images, start * self.stride)
         return {
             "start": start,
             "fingerprint": fingerprint,
             "sha256": hashlib.sha256(images.data).hexdigest(),
-            "sum": pixels.sum((0, 2)).tolist(),
-            "square": (pixels**2).sum((0, 2)).tolist(),
-            "rows": b"".join(map(row_hash, images)).hex(),
+            "sum": total,
+            "square": square,
+            "rows": b"".join(hashes).hex(),
             "bad": bad,
         }
 
@@ -292,17 +296,22 @@ class _Builder:
         return Prepared(self.output, len(keep), decoded, self.reused, tuple(index["skipped"]))
 
     def _compact(self, keep: list[int]) -> list[str]:
-        """Move the kept rows together, chunk by chunk; returns the chunks' checksums."""
+        """Move the kept rows together, chunk by chunk; returns the chunks' checksums.
+
+        Chunks that stay as they are have theirs on record and are not read again.
+        """
         checksums = []
         for start in range(0, len(keep), CHUNK):
             rows = keep[start : start + CHUNK]
+            if rows == list(range(start, min(start + CHUNK, len(self.rows)))):
+                checksums.append(self.done[start]["sha256"])
+                continue
             first = rows[0] * self.stride
             block = os.pread(self.fd, (rows[-1] - rows[0] + 1) * self.stride, first)
             images = np.frombuffer(block, np.uint8).reshape(-1, self.stride)
-            images = images[np.asarray(rows) - rows[0]]
-            if rows[0] != start or rows[-1] - rows[0] + 1 != len(rows):
-                _write(self.fd, images, start * self.stride)
-            checksums.append(hashlib.sha256(np.ascontiguousarray(images).data).hexdigest())
+            images = np.ascontiguousarray(images[np.asarray(rows) - rows[0]])
+            _write(self.fd, images, start * self.stride)
+            checksums.append(hashlib.sha256(images.data).hexdigest())
         os.ftruncate(self.fd, len(keep) * self.stride)
         os.fsync(self.fd)
         return checksums
@@ -363,6 +372,13 @@ class _Builder:
         return list(in_two_splits(kept, places))
 
 
+def _sums(image: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Sums of a channel's values and of their squares: (2, 3)."""
+    pixels = image.reshape(3, -1)
+    squares = np.square(pixels, dtype=np.uint16)  # 255 * 255 fits
+    return np.stack([pixels.sum(1, dtype=np.int64), squares.sum(1, dtype=np.int64)])
+
+
 def _statistics(total: Any, square: Any, pixels: int) -> dict[str, list[float]] | None:
     if not pixels:
         return None
@@ -408,7 +424,7 @@ def open_cache(
         )
     warn_if_enlarged(path, index["reduced"], image_size)
     warn_of_shared(str(path), index["shared"])
-    images = map_images(path)
+    images = map_images(path, index)
     sets, row = {}, 0
     for name in SPLITS:
         if name not in index["splits"]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,12 @@ def read_index(path: str | Path) -> dict[str, Any]:
     return index
 
 
-def map_images(path: str | Path) -> torch.Tensor:
+def map_images(path: str | Path, index: Mapping[str, Any]) -> torch.Tensor:
     """Map a cache's images, all splits in order: uint8 (N, 3, S, S), never to be written to.
 
-    Raises:
-        DataError: as ``read_index``.
+    Args:
+        index: of the cache, as of ``read_index``.
     """
-    index = read_index(path)
     shape = (index["images"], 3, index["image_size"], index["image_size"])
     mapped = np.memmap(Path(path) / IMAGES, np.uint8, "r", shape=shape)
     with warnings.catch_warnings():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,7 @@ import numpy as np
 
 from dvla_fast.data.cache import verify_cache
 from dvla_fast.data.cache_index import is_cache, read_index
-from dvla_fast.data.decode import IMAGE_SUFFIXES, is_image, open_rgb
+from dvla_fast.data.decode import IMAGE_SUFFIXES, in_blocks, is_image, open_rgb
 from dvla_fast.data.equal import Place, crosses, equal_rows, places_text, row_hash
 from dvla_fast.data.folders import reading, visible_folders
 from dvla_fast.data.layouts import list_data
@@ -73,7 +75,7 @@ def check_data(
         decode_images: read every image (finds unreadable ones and duplicates); else only count.
             The images of a cache are always read, for their checksums.
         workers: threads; 0: a few more than cores.
-        advance: called with the images done so far and all of them.
+        advance: called with the images done so far and all of them, those of a cache, too.
 
     Raises:
         DataError: nothing recognised at all, as ``list_data``.
@@ -81,7 +83,7 @@ def check_data(
     """
     report = Report()
     if is_cache(root):
-        _check_cache(root, shot + query, decode_images, report)
+        _check_cache(root, shot + query, decode_images, advance, report)
         return report
     listing = list_data(root, splits, strict=False)
     _describe(listing, report)
@@ -94,7 +96,13 @@ def check_data(
     return report
 
 
-def _check_cache(root: str | Path, needed: int, compare: bool, report: Report) -> None:
+def _check_cache(
+    root: str | Path,
+    needed: int,
+    compare: bool,
+    advance: Callable[[int, int], None],
+    report: Report,
+) -> None:
     index = read_index(root)
     report.facts.append(
         f"cache of {index['name']}, {index['images']} images of {index['image_size']} pixels, "
@@ -112,12 +120,20 @@ def _check_cache(root: str | Path, needed: int, compare: bool, report: Report) -
     for name, entry in index["splits"].items():
         where = f"{root} ({name})"
         report.add(report.problems, _small(where, entry["keys"], entry["counts"], needed))
-    if not compare:
-        report.add(report.problems, verify_cache(root))
-        return
+    stride, read = 3 * index["image_size"] ** 2, 0
     with ThreadPoolExecutor(1) as pool:  # hashing releases the GIL
-        rows = _Rows(3 * index["image_size"] ** 2, pool)
-        report.add(report.problems, verify_cache(root, rows))
+        rows = _Rows(stride, pool)
+
+        def look(chunk: bytes) -> None:
+            nonlocal read
+            if compare:
+                rows(chunk)
+            read += len(chunk)
+            advance(read // stride, index["images"])
+
+        report.add(report.problems, verify_cache(root, look))
+    if not compare:
+        return
     places = [(name, file) for name, entry in index["splits"].items() for file in entry["files"]]
     groups = [[places[row] for row in group] for group in rows.equal()]
     _report_equal(groups, "remove one and run 'dvla-fast data prepare' again", report)
@@ -269,7 +285,7 @@ def _passed_over(listing: Listing) -> list[str]:
         folders = sorted({path.parent for path in found if isinstance(path, Path)})
     else:
         return []  # lists and archives name their images
-    inside = [path for folder in folders for path in _visible(folder) if not is_image(path)]
+    inside = [path for folder in folders for path in _visible(folder, images=False)]
     nested = [path for path in inside if path.is_dir()]
     others = [path for path in inside if not path.is_dir()]
     if others:
@@ -293,10 +309,11 @@ def _images_in(folders: Iterable[Path]) -> int:
     return sum(is_image(path) for folder in folders for path in folder.rglob("*"))
 
 
-def _visible(folder: Path) -> list[Path]:
+def _visible(folder: Path, images: bool = True) -> list[Path]:
+    """What lies in a folder, hidden files apart; ``images``: image files, too."""
     with reading(folder):
-        inside = folder.iterdir()
-        return sorted(path for path in inside if not path.name.startswith((".", "__")))
+        names = [name for name in os.listdir(folder) if not name.startswith((".", "__"))]
+        return [folder / name for name in sorted(names) if images or not is_image(name)]
 
 
 def _check_images(
@@ -313,7 +330,7 @@ def _check_images(
     bad, small, done = [], 0, 0
     with ThreadPoolExecutor(workers or None) as pool:
         for name, split in listing.splits.items():
-            for index, result in enumerate(_looks(pool, split)):
+            for index, result in enumerate(in_blocks(pool, partial(_look, split), len(split))):
                 if isinstance(result, str):
                     if split.references[index] not in listing.absent:  # they are on record
                         bad.append(result)
@@ -340,13 +357,6 @@ def _check_images(
         )
 
 
-def _looks(pool: ThreadPoolExecutor, split: Split) -> Iterator[tuple[bytes, str, int] | str]:
-    # in blocks: a million waiting tasks would take a gigabyte
-    for start in range(0, len(split), 1024):
-        rows = range(start, min(start + 1024, len(split)))
-        yield from pool.map(_look, [split] * len(rows), rows)
-
-
 def _report_equal(groups: list[list[Place]], remedy: str, report: Report) -> None:
     """Report groups of places that hold one image."""
     crossing = [group for group in groups if crosses(group)]
@@ -362,15 +372,15 @@ def _report_equal(groups: list[list[Place]], remedy: str, report: Report) -> Non
 
 def _look(split: Split, index: int) -> tuple[bytes, str, int] | str:
     """Return the digest of an image's pixels, its mode and shorter side; or what is wrong."""
-    source = split.source(index)
-    if isinstance(source, Path):
-        try:
+    try:
+        source = split.source(index)
+        if isinstance(source, Path):
             rgb, mode, side = open_rgb(source)
-        except DataError as error:
-            return str(error)
-        pixels = np.asarray(rgb)
-    else:
-        pixels, mode, side = np.ascontiguousarray(source), "RGB", min(source.shape[:2])
+            pixels = np.asarray(rgb)
+        else:
+            pixels, mode, side = source, "RGB", min(source.shape[:2])
+    except DataError as error:
+        return str(error)
     digest = hashlib.sha256(str(pixels.shape).encode())
     digest.update(np.ascontiguousarray(pixels).data)
     return digest.digest(), mode, side

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +19,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 # The usual evaluation crop: resize the short side to 256, crop the central 224.
 _RESIZE_RATIO = 256 / 224
 _ORIENTATION = 0x0112  # EXIF tag
+_BLOCK = 1024
+T = TypeVar("T")
 
 
 def pillow() -> Any:
@@ -35,9 +39,16 @@ def pillow() -> Any:
     return Image
 
 
-def is_image(path: Path) -> bool:
-    """Tell image files by their suffix; hidden files are none."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+def is_image(path: Path | str) -> bool:
+    """Tell image files by their suffix, in a path or the name alone; hidden files are none."""
+    name = path if isinstance(path, str) else path.name
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def in_blocks(pool: Executor, work: Callable[[int], T], count: int) -> Iterator[T]:
+    """Do ``work`` for 0 to count - 1, in order: a million waiting tasks would take a gigabyte."""
+    for start in range(0, count, _BLOCK):
+        yield from pool.map(work, range(start, min(start + _BLOCK, count)))
 
 
 def open_rgb(path: Path) -> tuple[Any, str, int]:

@@ -22,6 +22,8 @@ from dvla_fast.errors import DataError
 # is one vectorised draw, and any block can be drawn without those before it. Part of the meaning
 # of a seed: never change it.
 BLOCK = 128
+# Blocks that a sampler remembers: 4,096 episodes, a few megabytes.
+_KEPT = 32
 
 
 class EpisodeBatch(NamedTuple):
@@ -104,7 +106,7 @@ class EpisodeSampler:
         self._table = np.zeros((len(counts), counts.max()), dtype=np.int64)
         for label, count in enumerate(counts):
             self._table[label, :count] = np.flatnonzero(labels == label)
-        self._cached: tuple[int, tuple[np.ndarray, np.ndarray]] | None = None
+        self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._barred: np.ndarray | None = None  # [N]
         if not_as_query is not None and bool(not_as_query.any()):
             self._barred = not_as_query.cpu().numpy()
@@ -127,9 +129,15 @@ class EpisodeSampler:
             )
 
     def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """One block, drawn once: an evaluation passes several times over its list."""
+        if number not in self._blocks:
+            if len(self._blocks) == _KEPT:
+                del self._blocks[next(iter(self._blocks))]  # the oldest
+            self._blocks[number] = self._draw(number)
+        return self._blocks[number]
+
+    def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Draw one block: classes (BLOCK, way) and image positions (BLOCK, way, shot + query)."""
-        if self._cached is not None and self._cached[0] == number:
-            return self._cached[1]
         stream = np.random.SeedSequence(
             self.seed, spawn_key=(self.way, self.shot, self.query, number)
         )
@@ -140,9 +148,7 @@ class EpisodeSampler:
         if self._barred is not None:
             self._bar(keys, classes)
         order = keys.argsort(2, kind="stable")[..., : self.shot + self.query]
-        block = classes, np.take_along_axis(self._table[classes], order, axis=2)
-        self._cached = number, block
-        return block
+        return classes, np.take_along_axis(self._table[classes], order, axis=2)
 
     def _bar(self, keys: np.ndarray, classes: np.ndarray) -> None:
         """Move barred images behind the queries, unless they are among the supports."""

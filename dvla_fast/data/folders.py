@@ -56,7 +56,8 @@ def class_folders(folder: Path) -> dict[str, References]:
                 "rename or merge them"
             )
         with reading(path):
-            found[name] = sorted(item for item in path.iterdir() if is_image(item))
+            # by their names, before paths are made of them: there may be a million
+            found[name] = [path / item for item in sorted(filter(is_image, os.listdir(path)))]
     return found
 
 

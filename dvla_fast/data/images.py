@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dvla_fast.errors import DataError
 
+_PIECE = 2**23  # values
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -161,7 +163,8 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     scale = 255.0 if images.dtype == torch.uint8 else 1.0
     total = torch.zeros(images.shape[1], dtype=torch.float64)
     square = torch.zeros_like(total)
-    for chunk in images.split(1024):  # float64 in pieces: a large set would not fit twice
+    # float64 in pieces of 64 MiB: a large set would not fit twice
+    for chunk in images.split(max(1, _PIECE // max(1, images[0].numel()))):
         values = chunk.double() / scale
         total += values.sum((0, 2, 3))
         square += values.square().sum((0, 2, 3))

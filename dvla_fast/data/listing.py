@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dvla_fast.data.png_images import PngImages
 from dvla_fast.data.splits import published_name
 from dvla_fast.errors import DataError
 
@@ -33,6 +34,8 @@ def within(root: Path, path: Path, table: Path) -> Path:
     Raises:
         DataError: ``..`` or an absolute path lead out of ``root``.
     """
+    if str(path).startswith(f"{root}{os.sep}") and ".." not in str(path):
+        return path  # nearly all are, of up to a million
     place = Path(os.path.abspath(path))
     if place.is_relative_to(os.path.abspath(root)) or place.is_relative_to(root.resolve()):
         return path
@@ -56,7 +59,7 @@ class Split:
         keys: class keys as on disk; names: readable class names in the same order.
         references: (N,) one file, or one row of ``array``, for each image.
         labels: (N,) int64 indices into ``keys``.
-        array: (M, H, W, 3) uint8 images, where they come decoded; else None.
+        array: (M, H, W, 3) uint8 images, where they come decoded or in a pickle; else None.
         reduced: the array holds smaller copies of the original images.
         file_order: the images of a class are in the order of their file names.
     """
@@ -66,7 +69,7 @@ class Split:
     names: tuple[str, ...]
     references: References
     labels: NDArray[np.int64]
-    array: NDArray[np.uint8] | None = None
+    array: NDArray[np.uint8] | PngImages | None = None
     reduced: bool = False
     file_order: bool = True
 
@@ -74,12 +77,26 @@ class Split:
         return len(self.references)
 
     def source(self, index: int) -> Path | NDArray[np.uint8]:
-        """Return what ``decode`` reads: a path, or an array (H, W, 3)."""
+        """Return what ``decode`` reads: a path, or an array (H, W, 3).
+
+        Raises:
+            DataError: as ``PngImages``.
+        """
         reference = self.references[index]
         if isinstance(reference, Path):
             return reference
         assert self.array is not None
-        return self.array[reference]
+        pixels: NDArray[np.uint8] = self.array[reference]
+        return pixels
+
+    def stored(self, index: int) -> bytes:
+        """Return an image of ``array`` as it is stored, by which a change is known."""
+        row = self.references[index]
+        assert isinstance(row, int)
+        if isinstance(self.array, PngImages):
+            return self.array.file(row)
+        assert self.array is not None
+        return np.ascontiguousarray(self.array[row]).tobytes()
 
     def counts(self) -> NDArray[np.int64]:
         """Return the number of images of each class (C,)."""
@@ -136,6 +153,9 @@ class Listing:
         reference = split.references[index]
         if not isinstance(reference, Path):
             return f"{Path(split.where).name}[{reference}]"
+        text, top = str(reference), f"{self.root}{os.sep}"
+        if text.startswith(top):  # nearly all do, of up to a million
+            return text[len(top) :]
         for root in (self.root, *self._real_roots):
             if reference.is_relative_to(root):
                 return reference.relative_to(root).as_posix()
@@ -170,7 +190,7 @@ class Found:
 
     layout: str
     classes: dict[str, Mapping[str, References]]
-    arrays: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    arrays: dict[str, NDArray[np.uint8] | PngImages] = field(default_factory=dict)
     parts: dict[str, frozenset[Path]] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
     incomplete: str = ""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvla_fast.data.decode import decode, pillow
+from dvla_fast.data.decode import decode, in_blocks, pillow
 from dvla_fast.data.equal import in_two_splits, row_hash, warn_of_shared
 from dvla_fast.data.images import FewShotData, ImageSet, channel_statistics, hold_out
 from dvla_fast.data.layouts import list_data
@@ -103,7 +103,7 @@ def _decode_split(split: Split, image_size: int) -> tuple[Tensor, bytes]:
         return row_hash(images[index].data)
 
     with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
-        hashes = b"".join(pool.map(fill, range(len(split))))
+        hashes = b"".join(in_blocks(pool, fill, len(split)))
     if bad:
         raise DataError(
             f"{bad[min(bad)]} ({len(bad)} of {len(split)} images of {split.where} cannot be read; "

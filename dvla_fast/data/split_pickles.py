@@ -7,16 +7,15 @@ FC100 and miniImageNet, renmengye/few-shot-ssl-public (``fewshot/data/tiered_ima
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dvla_fast.data.decode import pillow
 from dvla_fast.data.listing import Found, References
 from dvla_fast.data.pickles import load_pickle
+from dvla_fast.data.png_images import PngImages
 from dvla_fast.data.splits import SPLITS, load_split_list
 from dvla_fast.errors import DataError
 
@@ -190,31 +189,8 @@ def _unpacked(path: Path) -> Any:
     return array[..., ::-1]
 
 
-def _png_images(path: Path) -> Any:
-    """Decode all PNG files of a pickle: uint8 (N, H, W, 3)."""
+def _png_images(path: Path) -> PngImages:
     content = load_pickle(path)
     if not isinstance(content, list | tuple) or not content:
         raise DataError(f"{path}: not a list of PNG images; get it again")
-    first = _png(path, content, 0)
-    images = np.empty((len(content), *first.shape), np.uint8)
-    for row in range(len(content)):
-        pixels = _png(path, content, row)
-        if pixels.shape != first.shape:
-            raise DataError(
-                f"{path}: image {row} is {pixels.shape}, the first {first.shape}; get it again"
-            )
-        images[row] = pixels
-    return images
-
-
-def _png(path: Path, content: Any, row: int) -> NDArray[np.uint8]:
-    Image = pillow()
-    item = content[row]
-    try:
-        data = item if isinstance(item, bytes) else np.asarray(item, dtype=np.uint8).tobytes()
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path}: cannot read image {row} of {len(content)} ({error}); get it again"
-        ) from error
+    return PngImages(path, content)

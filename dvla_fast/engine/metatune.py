@@ -114,16 +114,20 @@ def metatune(
     step = Step(config, model, data, texts, state.optimizer, gates, execution, run.seed, prefixes)
     rates = {"metatune.lr": config.lr, "metatune.backbone_lr": config.backbone_lr}
     watch = DivergenceWatch("meta-tuning", state, rates)
-    run.progress.begin("meta-tune", config.epochs, state.epoch)
+    epoch = Epoch(step, watch)
+    run.progress.begin("meta-tune", config.epochs * config.steps_per_epoch, state.step)
     numbers = _monitor_episodes(data, config)
     sampler = monitor_sampler(data, numbers, run.seed + 1, run.progress)
+
+    def train(state: TrainingState) -> dict[str, Any]:
+        return epoch(state, run.progress.advance)
 
     def validate() -> dict[str, Any]:
         count, processes = config.validation_episodes, execution.processes.count
         return _validate(model, data, texts, sampler, count, processes, prefixes)
 
     validation = Validation(_SELECTS, numbers, validate)
-    return run_epochs(config, run, watch, Epoch(step, watch), validation, _describe)
+    return run_epochs(config, run, watch, train, validation, _describe)
 
 
 def _monitor_episodes(data: FewShotData, config: MetatuneConfig) -> dict[str, Any]:

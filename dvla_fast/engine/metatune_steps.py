@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -145,8 +146,13 @@ class Epoch:
         self.step, self.watch = step, watch
         self._collapsed: set[int] = set()  # layers that were warned of
 
-    def __call__(self, state: TrainingState) -> dict[str, Any]:
+    def __call__(
+        self, state: TrainingState, advance: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
         """Train; returns the epoch's figures and counts it in ``state``.
+
+        Args:
+            advance: called after each step.
 
         Raises:
             TrainingError: training diverged.
@@ -162,6 +168,7 @@ class Epoch:
             with self.watch.training():
                 totals.add(*self.step(state.step))
             state.step += 1
+            advance()
         row = totals.row(self.step.execution.processes)
         self.watch.check(row["loss"], totals.losses)
         state.epoch += 1

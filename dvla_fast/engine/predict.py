@@ -241,9 +241,8 @@ class EpisodePredictor:
             else:
                 parts.append(self._whole(name, batch, sampler.way))
             labels.append(batch.query_labels)
-            if progress is not None:  # episodes count once, with the last method
-                last = name == next(reversed(self.modes))
-                progress.advance(len(batch.classes) if last else 0)
+            if progress is not None:  # an episode counts once, each method for its part
+                progress.advance(len(batch.classes) / len(self.modes))
         logits, alphas = (torch.cat(column).cpu() for column in zip(*parts))
         if not bool(logits.isfinite().all()):
             raise TrainingError(

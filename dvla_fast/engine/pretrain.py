@@ -9,7 +9,7 @@ of the base classes), never the novel classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +121,14 @@ def pretrain(
         load_published(model["backbone"], pretrained)
     epoch = Epoch(config, model, data, state.optimizer, run.execution, outputs)
     watch = DivergenceWatch("pre-training", state, {"pretrain.lr": config.lr})
-    run.progress.begin("pre-train", config.epochs, state.epoch)
+    images = len(data.base)
+    run.progress.begin("pre-train", config.epochs * images, state.epoch * images)
     numbers = monitor_episodes(data, *_VALIDATION)
     sampler = monitor_sampler(data, numbers, run.seed, run.progress)
 
     def train(state: TrainingState) -> dict[str, Any]:
         with watch.training():
-            row = epoch(state)
+            row = epoch(state, run.progress.advance)
         watch.check(row["loss"], epoch.losses)
         state.epoch += 1
         return row
@@ -203,8 +204,14 @@ class Epoch:
         self.parameters = list(model.parameters())
         self.losses: list[Tensor] = []
 
-    def __call__(self, state: TrainingState) -> dict[str, float]:
-        """Train; returns the epoch's mean loss and accuracy, and its last learning rate."""
+    def __call__(
+        self, state: TrainingState, advance: Callable[[int], None] = lambda images: None
+    ) -> dict[str, float]:
+        """Train; returns the epoch's mean loss and accuracy, and its last learning rate.
+
+        Args:
+            advance: called with the images of each step.
+        """
         self.model.train()
         config, base, processes = self.config, self.data.base, self.execution.processes
         order = torch.from_numpy(state.rng.permutation(len(base)))
@@ -230,6 +237,7 @@ class Epoch:
             correct = (logits.detach().argmax(1) == hard).float().mean()
             self.losses.append(loss.detach().float())
             totals += torch.stack([self.losses[-1], correct])
+            advance(len(index))
         # The one synchronisation of the epoch.
         loss_mean, accuracy = (processes.mean(totals) / len(batches)).tolist()
         return {"loss": loss_mean, "accuracy": accuracy, "lr": rate}

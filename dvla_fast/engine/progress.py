@@ -31,10 +31,9 @@ class Progress:
     ) -> None:
         self._stages = stages
         self._clock = clock
-        self._finished = 0.0
+        self._finished = self._done = 0.0
         self._current: str | None = None
         self._total = 1
-        self._done = 0
         self._start = self._shown = clock()  # _shown: when a line was printed last
         self._rich: Any = None
         self._tasks: dict[str, Any] = {}
@@ -74,7 +73,7 @@ class Progress:
             self._tasks[stage] = self._rich.add_task(stage, total=total, completed=done, note="")
         self._update_overall()
 
-    def advance(self, count: int = 1) -> None:
+    def advance(self, count: float = 1) -> None:
         """Count finished units of the current stage."""
         self._done += count
         if self._rich is not None:

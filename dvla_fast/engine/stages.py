@@ -64,7 +64,8 @@ def run_epochs(
 
     Args:
         watch: of the stage, with its state.
-        epoch: trains for one, counts it in the state, and returns its figures.
+        epoch: trains for one, counts it in the state and its work in the display, and returns its
+            figures.
         describe: says them in a line.
 
     Returns:
@@ -83,7 +84,6 @@ def run_epochs(
         run.folder.log(state.kind, state.epoch, **row)
         with watch.after("saving"):
             state.save(score)
-        run.progress.advance()
         text = f"epoch {state.epoch}/{config.epochs}  {describe(row)}"
         if score is not None:
             text += f"  held-out {numbers['way']}-way {numbers['shot']}-shot {score:.1%}"

@@ -157,7 +157,7 @@ def _cache_classes(
     root: Path, parts: Sequence[str], count: int, seed: int, max_side: int
 ) -> list[ClassSource]:
     index = read_index(root)
-    images = map_images(root)
+    images = map_images(root, index)
     classes, first = [], 0
     starts = {}
     for part in SPLITS:  # the rows of a cache are in this order

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -105,15 +106,16 @@ def test_class_in_two_splits(tree: Path) -> None:
 def test_folders_that_may_not_be_read(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made so here, as root may read everything."""
     for name in ("b", "test", tree.name):
-        whole = Path.iterdir
+        iterdir, listdir = Path.iterdir, os.listdir
 
-        def iterdir(self: Path, name: str = name, whole=whole):
-            if self.name == name:
-                raise PermissionError(13, "Permission denied", str(self))
-            return whole(self)
+        def barred(folder, name: str = name, whole=iterdir):
+            if Path(folder).name == name:
+                raise PermissionError(13, "Permission denied", str(folder))
+            return whole(folder)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "iterdir", iterdir)
+            patch.setattr(Path, "iterdir", barred)
+            patch.setattr(os, "listdir", partial(barred, whole=listdir))
             with pytest.raises(DataError, match=rf"{name}: cannot be read \(Permission"):
                 load_data(str(tree), image_size=16)
 

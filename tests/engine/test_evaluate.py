@@ -163,7 +163,8 @@ def test_every_stretch_of_work_shows_itself(
     assert sum("of 120 images" in line for line in lines) == 4  # all, for the plain backbone
     assert sum(" images" in line for line in lines) > 4  # those that the episodes use
     batches = [line for line in lines if line.endswith("] evaluate")]
-    assert len(batches) == (4 if text_scope == "class" else 6)  # of both gates
+    shares = [17, 33, 50, 100] if text_scope == "class" else [17, 33, 50, 67, 83, 100]
+    assert [int(line[1:].split("%")[0]) for line in batches] == shares  # of both gates
     assert "100 %" in lines[-1]
 
 

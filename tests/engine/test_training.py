@@ -63,6 +63,26 @@ def run_metatune(folder: RunFolder, data: FewShotData, config: DemoRun, start: P
     return metatune_module.metatune(config.metatune, model, spec, data, texts, run)
 
 
+def test_progress_moves_within_an_epoch(
+    few_digits: FewShotData, tiny: DemoRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of tieredImageNet takes minutes to hours."""
+    shown: list[tuple[str | None, float]] = []
+
+    def advance(self: Progress, count: int = 1) -> None:
+        self._done += count
+        shown.append((self._current, self._done / self._total))
+
+    monkeypatch.setattr(Progress, "advance", advance)
+    best = run_pretrain(RunFolder(tmp_path / "a", {}), few_digits, tiny)
+    run_metatune(RunFolder(tmp_path / "b", {}), few_digits, tiny, best)
+    images, batch = len(few_digits.base), tiny.pretrain.batch_size
+    trained = [share for stage, share in shown if stage == "pre-train"]
+    assert len(trained) == 2 * -(-images // batch)
+    assert (trained[0], trained[-1]) == (batch / (2 * images), 1)
+    assert [share for stage, share in shown if stage == "meta-tune"] == [0.25, 0.5, 0.75, 1]
+
+
 def test_schedule_warms_up_then_falls_to_zero() -> None:
     config = PretrainConfig(epochs=10, warmup_epochs=2, lr=1.0, warmup_lr=0.1)
     rates = [learning_rate(config, step, 5) for step in range(50)]

@@ -85,6 +85,7 @@ def build_sampler(
     """
     if name == "own":
         return EpisodeSampler(images, way, shot, query, seed, not_as_query)
+    assert name == "authors"  # the option checks what is given
     if not 0 <= seed < _SEEDS:
         raise UsageError(
             f"--seed {seed}: the authors' list takes seeds from 0 to {_SEEDS - 1}, and theirs is 0"

@@ -50,6 +50,7 @@ class Execution:
     ) -> None:
         self.config = config or ExecutionConfig()
         self.processes = processes or Processes()
+        assert self.config.precision in ("float32", "bfloat16")  # the option checks what is given
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Ready a module for training: memory format, shared norms, compilation.

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from benchmarks.ratios import bounds, bounds_markdown, by_group, markdown, rows
+from benchmarks.pairing import OURS
+from benchmarks.ratios import BOUND, bounds, bounds_markdown, by_group, markdown, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -192,8 +193,9 @@ def eager_groups(names: list[str]) -> set[str]:
     found: dict[str, bool] = {}
     for name in names:
         for group, providers in by_group(record(name)).items():
-            peers = [peer for peer in providers if not peer.startswith("dvla_fast")]
-            found.setdefault(group, all(peer.startswith("eager ") for peer in peers))
+            peers = [peer for peer in providers if not peer.startswith((OURS, BOUND))]
+            if OURS in providers and peers:
+                found.setdefault(group, all(peer.startswith("eager ") for peer in peers))
     return {group for group, eager in found.items() if eager}
 
 
@@ -213,9 +215,9 @@ def recipe_hours(name: str) -> tuple[float, float] | None:
         ("pretraining visformer_tiny 224 px 2048 images", EPOCHS * VIEWS / 2048),
         ("meta-tuning visformer_tiny 224 px 16 episodes", TUNING_EPISODES / 16),
     ):
-        if "dvla_fast" not in groups.get(stage, {}):
+        if OURS not in groups.get(stage, {}):
             return None
-        found.append(groups[stage]["dvla_fast"]["median_us"] * share / 3.6e9)
+        found.append(groups[stage][OURS]["median_us"] * share / 3.6e9)
     return found[0], found[1]
 
 
@@ -236,7 +238,8 @@ def gpu_summary() -> str:
             parts.append(
                 "At these rates the steps of the full miniImageNet recipe (800 epochs of "
                 "pre-training, 48,000 episodes of meta-tuning) take "
-                f"{hours[0]:.1f} + {hours[1]:.1f} hours, without validation."
+                f"{hours[0]:.1f} + {hours[1]:.1f} hours, without validation, colour jitter and "
+                "checkpoints."
             )
     return "\n\n".join(parts)
 

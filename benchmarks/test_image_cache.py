@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from dvla_fast.data import list_data, prepare_cache
-from dvla_fast.data.cache_index import map_images
+from dvla_fast.data.cache_index import map_images, read_index
 from dvla_fast.data.decode import decode
 
 BATCH, SIZE, IMAGES = 64, 224, 512
@@ -51,7 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Tensor, 
     prepare_cache(root / "photos", root / "cache", SIZE)
     files = [Path(str(path)) for path in list_data(root / "photos").splits["train"].references]
     kilobytes = sum(path.stat().st_size for path in files) / len(files) / 1000
-    return files, map_images(root / "cache")[:IMAGES], kilobytes
+    return files, map_images(root / "cache", read_index(root / "cache"))[:IMAGES], kilobytes
 
 
 def reader(provider: str, files: list[Path], images: Tensor, threads: int) -> Callable:

@@ -44,7 +44,7 @@ def ours(execution: ExecutionConfig) -> Steps:
 
 def plain_metatuning(texts: str, half: bool) -> Steps:
     def steps(setting: loops.Setting) -> Iterator[int]:
-        encode = loops.text_tower(texts, setting.device)
+        encode = loops.text_tower(texts, setting.device, half)
         return loops.plain_metatuning(setting, encode, WORKERS, half)
 
     return steps
@@ -63,9 +63,9 @@ ROWS: dict[tuple[str, str], Steps] = {
     ("pretraining", "dvla_fast"): ours(BFLOAT16),
     ("pretraining", "plain loop bfloat16"): plain_pretraining(True),
     ("meta-tuning", "dvla_fast"): our_metatuning(1),
-    ("meta-tuning", "dvla_fast, 4 a step"): our_metatuning(4),
-    ("meta-tuning", "plain loop bfloat16"): plain_metatuning("clip", True),
     ("meta-tuning", "plain loop bfloat16, texts kept"): plain_metatuning("none", True),
+    ("meta-tuning", "plain loop bfloat16"): plain_metatuning("clip", True),
+    ("meta-tuning", "dvla_fast, 4 a step"): our_metatuning(4),
     ("pretraining", "plain loop float32"): plain_pretraining(False),
     ("meta-tuning", "plain loop float32"): plain_metatuning("clip", False),
     ("pretraining", "dvla_fast float32"): ours(FLOAT32),

@@ -91,6 +91,7 @@ def test_a_first_record_of_a_gpu(
         row("beta_policy n=100 forward eager", "eager PyTorch", 123.0),
         row("beta_policy n=100 forward+backward eager", "dvla_fast", 10.0),
         row("beta_policy n=100 forward+backward eager", "eager PyTorch", 50.0),
+        row("beta_policy n=100 forward eager", "bound: writing its four outputs", 1.0),
         row("pretraining visformer_tiny 224 px 2048 images", "dvla_fast", 0.36e6),
         row("meta-tuning visformer_tiny 224 px 16 episodes", "dvla_fast", 0.6e6),
     )
@@ -100,7 +101,7 @@ def test_a_first_record_of_a_gpu(
     assert "| `beta_policy`, 100 states | 12×, 5.0× ¹ |" in text
     assert "NVIDIA H200: 2027-01-01, driver 1.2, torch 2.11, Triton 3.6, commit abcdef0." in text
     # 61,440,000 images at 2,048 in 0.36 s, and 48,000 episodes at 16 in 0.6 s
-    assert "take 3.0 + 0.5 hours, without validation" in text
+    assert "take 3.0 + 0.5 hours, without validation, colour" in text
     assert text.endswith("End.\n")
     tables.main()
     assert page.read_text() == text

@@ -155,7 +155,7 @@ class Listing:
             return f"{Path(split.where).name}[{reference}]"
         text, top = str(reference), f"{self.root}{os.sep}"
         if text.startswith(top):  # nearly all do, of up to a million
-            return text[len(top) :]
+            return text[len(top) :].replace(os.sep, "/")
         for root in (self.root, *self._real_roots):
             if reference.is_relative_to(root):
                 return reference.relative_to(root).as_posix()

@@ -49,9 +49,14 @@ class PngImages:
         return pixels
 
     def file(self, row: int) -> bytes:
-        """Return an image as it is stored."""
+        """Return an image as it is stored; of what is none, nothing, which cannot be read."""
         item = self.files[row]
-        return item if isinstance(item, bytes) else np.asarray(item, dtype=np.uint8).tobytes()
+        if isinstance(item, bytes):
+            return item
+        try:
+            return np.asarray(item, dtype=np.uint8).tobytes()
+        except (TypeError, ValueError, OverflowError):
+            return b""
 
     def _decoded(self, row: int) -> NDArray[np.uint8]:
         Image = pillow()

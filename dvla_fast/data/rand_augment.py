@@ -73,6 +73,7 @@ class RandAugment:
         Raises:
             MissingDependencyError: torchvision is not installed.
         """
+        require_torchvision()  # some operations need it, whether drawn or not
         draws = draws or Draws(len(images))
         images = images.clone()
         count = len(_COLOURS) + len(_MOVES)
@@ -99,14 +100,15 @@ class RandAugment:
 
 
 def _autocontrast(images: Tensor, strength: Tensor) -> Tensor:
-    return _torchvision().autocontrast(images)
+    return require_torchvision().autocontrast(images)
 
 
 def _equalize(images: Tensor, strength: Tensor) -> Tensor:
-    return _torchvision().equalize(images)
+    return require_torchvision().equalize(images)
 
 
-def _torchvision() -> Any:
+def require_torchvision() -> Any:
+    """torchvision's functions on images (MissingDependencyError without it)."""
     try:
         from torchvision.transforms.v2 import functional
     except ImportError as error:

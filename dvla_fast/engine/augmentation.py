@@ -11,7 +11,7 @@ from torch import Tensor
 from dvla_fast.data import FewShotData
 from dvla_fast.data.augment import Draws, color_jitter, random_affine, random_erasing
 from dvla_fast.data.images import unit_range
-from dvla_fast.data.rand_augment import RandAugment
+from dvla_fast.data.rand_augment import RandAugment, require_torchvision
 from dvla_fast.engine.config import AugmentConfig, PretrainConfig
 from dvla_fast.errors import MissingDependencyError
 
@@ -22,11 +22,18 @@ class Augmentation:
     Args:
         config: the amounts.
         data: whose images they are.
+
+    Raises:
+        MissingDependencyError: RandAugment without torchvision.
+        ValueError: a description of RandAugment that is none.
     """
 
     def __init__(self, config: AugmentConfig, data: FewShotData) -> None:
         self.config, self.data = config, data
-        self.rand = RandAugment.parse(config.rand_augment) if config.rand_augment else None
+        self.rand = None
+        if config.rand_augment:
+            require_torchvision()
+            self.rand = RandAugment.parse(config.rand_augment)
         # Digits have a black background, which zeros continue; photographs are mirrored outwards.
         self.padding = "zeros" if data.channels == 1 else "reflection"
         self.fill = 255 * data.mean

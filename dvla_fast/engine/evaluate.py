@@ -389,7 +389,7 @@ def _result(
     else:
         evaluation.pass_over(sampler)
         folder.log("evaluate", shot, accuracy=result["accuracy"], ci95=result["ci95"])
-        progress.advance(config.episodes * len(evaluation.contenders))
+        progress.skip(config.episodes * len(evaluation.contenders))
     progress.note(
         f"{shot}-shot {result['accuracy']:.2%} ± {points(result['ci95'])} % ({result['method']})"
     )

@@ -92,6 +92,7 @@ class SeenImages(NamedTuple):
     @property
     def barred(self) -> Tensor | None:
         """(N,) bool, the images that are kept out of the queries; None: none are."""
+        assert self.action in ("exclude", "report")  # the option checks what is given
         return self.mask if self.action == "exclude" else None
 
     def summary(self, sampler: EpisodeSampler, episodes: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from dvla_fast.data import EpisodeSampler, FewShotData
+from dvla_fast.engine.augmentation import Augmentation
 from dvla_fast.engine.build import (
     build_data,
     normalisation,
@@ -260,9 +261,15 @@ def _warn_of_lacking_texts(texts: EncodedTexts, data: FewShotData) -> None:
 def check_metatuning(
     config: MetatuneConfig, model: DVLA, data: FewShotData, processes: Processes
 ) -> None:
-    """Find settings that cannot train before a folder is made (DataError, UsageError)."""
+    """Find settings that cannot train before a folder is made.
+
+    Raises:
+        DataError, UsageError: what does not fit together.
+        MissingDependencyError: augmentation that needs torchvision, without it.
+    """
     for shot in config.shots:
         EpisodeSampler(data.base, config.way, shot, config.query, 0)
     _monitor_episodes(data, config)
+    Augmentation(config.augment, data)
     GateTraining(config, model, processes)
     processes.share(config.episodes_per_step, "metatune.episodes_per_step")

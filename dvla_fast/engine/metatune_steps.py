@@ -80,8 +80,9 @@ class Step:
 
     def __call__(self, number: int) -> tuple[dict[str, Tensor], Tensor]:
         """Take step ``number`` of the run; returns figures and alphas (L, E), on the device."""
+        episodes = self._episodes(number)  # in float32: half types would move pixels
         with self.execution.autocast():
-            rollout, loss, figures = self._loss(number)
+            rollout, loss, figures = self._loss(episodes)
         self.execution.update(loss, self.optimizer, self.clip_norms)
         for _ in range(self.gates.epochs - 1):
             with self.execution.autocast():
@@ -90,17 +91,16 @@ class Step:
             if "clip_fraction" in latest:  # of the last epoch: in the first one nothing is clipped
                 figures["clip_fraction"] = latest["clip_fraction"]
         figures.update(self.gates.movement(rollout))
-        episodes = rollout.rewards.shape[1]
+        count = rollout.rewards.shape[1]
         with torch.no_grad():
             alphas = torch.stack(
-                [t.alpha.float().reshape(episodes, -1).mean(1) for t in rollout.output.layers]
+                [t.alpha.float().reshape(count, -1).mean(1) for t in rollout.output.layers]
             )
         return figures, alphas
 
-    def _loss(self, number: int) -> tuple[Rollout, Tensor, dict[str, Tensor]]:
-        config = self.config
+    def _episodes(self, number: int) -> Episodes:
         turn, sampler = divmod(number, len(self.samplers))
-        count = config.episodes_per_step
+        count = self.config.episodes_per_step
         batch = self.samplers[sampler].batch(turn * count, count)
         batch = EpisodeBatch(*(part[self.share] for part in batch))
         labels = [
@@ -108,17 +108,16 @@ class Step:
             for part in (batch.support_labels, batch.query_labels, self.positions[batch.classes])
         ]
         support_labels, query_labels, classes = labels
-        rollout = self.gates.play(
-            Episodes(
-                self.images(batch.support),
-                support_labels,
-                self.images(batch.query),
-                query_labels,
-                self.texts.episodes(classes),
-            ),
-            config.way,
-            from_prefix=self.maps is not None,
+        return Episodes(
+            self.images(batch.support),
+            support_labels,
+            self.images(batch.query),
+            query_labels,
+            self.texts.episodes(classes),
         )
+
+    def _loss(self, episodes: Episodes) -> tuple[Rollout, Tensor, dict[str, Tensor]]:
+        rollout = self.gates.play(episodes, self.config.way, from_prefix=self.maps is not None)
         loss, figures = total_loss(
             rollout.output,
             rollout.query_labels,

@@ -121,7 +121,7 @@ def pretrain(
         load_published(model["backbone"], pretrained)
     epoch = Epoch(config, model, data, state.optimizer, run.execution, outputs)
     watch = DivergenceWatch("pre-training", state, {"pretrain.lr": config.lr})
-    images = len(data.base)
+    images = _images_an_epoch(config, data, run.execution.processes)
     run.progress.begin("pre-train", config.epochs * images, state.epoch * images)
     numbers = monitor_episodes(data, *_VALIDATION)
     sampler = monitor_sampler(data, numbers, run.seed, run.progress)
@@ -170,8 +170,11 @@ def check_pretraining(config: PretrainConfig, data: FewShotData, processes: Proc
     Raises:
         UsageError: batches too small or of unequal shares.
         DataError: too few images to validate on.
+        MissingDependencyError: augmentation that needs torchvision, without it.
     """
     monitor_episodes(data, *_VALIDATION)
+    Augmentation(config.augment, data)
+    build_mixer(config, 2)
     processes.share(config.batch_size, "pretrain.batch_size")
     images, smallest = min(config.batch_size, len(data.base)), 2 * processes.count
     if images < smallest:
@@ -179,6 +182,12 @@ def check_pretraining(config: PretrainConfig, data: FewShotData, processes: Proc
             f"pretrain.batch_size: a step of {images} image(s) leaves BatchNorm nothing to compare;"
             f" give at least {smallest}"
         )
+
+
+def _images_an_epoch(config: PretrainConfig, data: FewShotData, processes: Processes) -> int:
+    """The base images, less a last batch that BatchNorm leaves out."""
+    rest = len(data.base) % config.batch_size
+    return len(data.base) - (rest if rest < 2 * processes.count else 0)
 
 
 class Epoch:

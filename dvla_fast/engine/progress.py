@@ -32,6 +32,7 @@ class Progress:
         self._stages = stages
         self._clock = clock
         self._finished = self._done = 0.0
+        self._earlier = 0.0  # share of the whole run that earlier processes did
         self._current: str | None = None
         self._total = 1
         self._start = self._shown = clock()  # _shown: when a line was printed last
@@ -69,6 +70,7 @@ class Progress:
         if self._current is not None:
             self._finished += self._stages.get(self._current, 0.0)
         self._current, self._total, self._done = stage, max(1, total), done
+        self._earlier += self._share(done)
         if self._rich is not None:
             self._tasks[stage] = self._rich.add_task(stage, total=total, completed=done, note="")
         self._update_overall()
@@ -80,6 +82,11 @@ class Progress:
             self._rich.advance(self._tasks[self._current or ""], count)
         self._update_overall()
         self.tick()
+
+    def skip(self, count: float) -> None:
+        """Count units that an earlier process finished: they say nothing of the time left."""
+        self._earlier += self._share(count)
+        self.advance(count)
 
     def reach(self, stage: str, done: int, total: int) -> None:
         """Say that ``done`` of ``total`` units of a stage are finished; begins it where need be."""
@@ -115,14 +122,16 @@ class Progress:
 
     def fraction(self) -> float:
         """Return the finished share of the whole run, in [0, 1]."""
-        share = self._stages.get(self._current or "", 0.0)
-        return min(1.0, self._finished + share * self._done / self._total)
+        return min(1.0, self._finished + self._share(self._done))
 
     def seconds_left(self) -> float | None:
-        """Estimate the seconds left from the share done so far; None while that says nothing."""
-        fraction = self.fraction()
-        elapsed = self._clock() - self._start
-        return elapsed * (1 - fraction) / fraction if fraction > 0.02 else None
+        """Estimate the seconds left from the share done here; None while that says nothing."""
+        left, here = 1 - self.fraction(), self.fraction() - self._earlier
+        return (self._clock() - self._start) * left / here if here > 0.02 else None
+
+    def _share(self, count: float) -> float:
+        """What units of the current stage are of the whole run."""
+        return self._stages.get(self._current or "", 0.0) * count / self._total
 
     def _update_overall(self) -> None:
         if "all" in self._tasks:

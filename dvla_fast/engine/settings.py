@@ -97,7 +97,8 @@ def accepted_by(function: str) -> Callable[[Any], str]:
             if value:
                 resolve_name(function)(value)
         except ValueError as error:
-            return str(error).partition(": ")[2]
+            name, _, wrong = str(error).partition(": ")
+            return wrong or name
         return ""
 
     return check

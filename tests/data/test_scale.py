@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from dvla_fast.data import (
 )
 from dvla_fast.data.images import channel_statistics
 from dvla_fast.data.png_images import PngImages
+from dvla_fast.errors import DataError
 from tests.data import trees
 
 
@@ -135,13 +137,19 @@ def test_png_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert isinstance(array, PngImages)
     small = io.BytesIO()
     Image.new("RGB", (8, 8)).save(small, "PNG")
-    files = [np.asarray(item) for item in array.files]
+    files: list[Any] = [np.asarray(item) for item in array.files]
     files[3], files[290] = files[3][:100], np.frombuffer(small.getvalue(), np.uint8)
+    files[5] = None
     trees.dump(path, files)
     report = check_data(path.parent, shot=1, query=1, image_size=84)
-    damaged, other = (line for line in report.problems if str(path) in line)
+    damaged, none, other = (line for line in report.problems if str(path) in line)
     assert damaged.startswith(f"{path}: cannot read image 3 of 291 (")
+    assert none.startswith(f"{path}: cannot read image 5 of 291 (")
     assert other.startswith(f"{path}: image 290 is (8, 8, 3), the first (84, 84, 3)")
+    with pytest.raises(DataError, match="a class needs at least 2"):
+        prepare_cache(path.parent, tmp_path / "cache", 8, skip_unreadable=True)
+    files[5] = np.asarray(array.files[5])
+    trees.dump(path, files)
     done = prepare_cache(path.parent, tmp_path / "cache", 8, skip_unreadable=True)
     assert len(done.skipped) == 2
 

@@ -13,7 +13,7 @@ from torch import nn
 from dvla_fast.data import EpisodeBatch, EpisodeSampler, FewShotData
 from dvla_fast.engine import metatune as metatune_module
 from dvla_fast.engine.build import seed_everything, split_classes
-from dvla_fast.engine.config import DemoRun, MetatuneConfig
+from dvla_fast.engine.config import AugmentConfig, DemoRun, ExecutionConfig, MetatuneConfig
 from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
@@ -49,6 +49,31 @@ def play(gates: GateTraining, data: FewShotData, texts: EncodedTexts, first: int
         images[batch.support], batch.support_labels, images[batch.query], batch.query_labels, text
     )
     return gates.play(episodes, 5)
+
+
+def test_augmentation_is_not_rounded_to_the_half_type(
+    few_digits: FewShotData,
+    texts: EncodedTexts,
+    tiny: DemoRun,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In bfloat16 the places that pixels are taken from would be off by tenths of a pixel."""
+    seen: list[torch.Tensor] = []
+    real = GateTraining.play
+
+    def play(self: GateTraining, episodes: Episodes, *rest: Any, **more: Any) -> Rollout:
+        seen.append(episodes.support)
+        return real(self, episodes, *rest, **more)
+
+    monkeypatch.setattr(GateTraining, "play", play)
+    config = replace(tiny.metatune, augment=AugmentConfig(shift=0.1, rotate=10.0))
+    for precision in ("float32", "bfloat16"):
+        step = make_step(config, few_digits, texts)
+        step.execution = Execution(ExecutionConfig(precision=precision))
+        torch.manual_seed(1)
+        step(0)
+    assert seen[0].dtype == torch.float32
+    assert torch.equal(*seen)
 
 
 def test_no_step_plays_the_episodes_of_another(

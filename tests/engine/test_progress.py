@@ -52,6 +52,20 @@ def test_a_line_after_half_a_minute_of_silence(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("as_it_begins", [True, False])
+def test_work_of_an_earlier_process_says_nothing_of_the_time_left(as_it_begins: bool) -> None:
+    now = [0.0]
+    progress = Progress({"train": 0.5, "test": 0.5}, enabled=False, clock=lambda: now[0])
+    progress.begin("train", 100, done=60 if as_it_begins else 0)
+    if not as_it_begins:
+        progress.skip(60)
+    assert progress.fraction() == pytest.approx(0.3)
+    assert progress.seconds_left() is None
+    now[0] = 30.0
+    progress.advance(20)  # a tenth of the run in half a minute, and six tenths are left
+    assert progress.seconds_left() == pytest.approx(180.0)
+
+
 def test_progress_counts_the_whole_run(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress({"first": 0.25, "second": 0.75}) as progress:
         progress.begin("first", 10, done=4)

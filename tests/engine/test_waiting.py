@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -37,10 +38,34 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-@pytest.mark.parametrize("work", [test_execution.second_step, test_execution.second_epoch])
+METATUNING: list[dict[str, Any]] = [  # settings of meta-tuning, and of the model
+    {},
+    {"model": {"text_scope": "class", "alpha_scope": "image"}},
+    {"model": {"text_scope": "candidate", "policy": "categorical"}},
+    {"objective": "ppo", "kl_weight": 0.1},
+    {"objective": "grpo"},
+    {"objective": "counterfactual", "baseline": "value"},
+    {"objective": "dpo"},
+    {"objective": "pathwise"},
+    {"baseline": "leave-one-out"},
+    {"backbone_lr": 0.0, "shots": [1, 2]},
+]
+
+
+@pytest.mark.parametrize(
+    ("work", "changes"),
+    [(test_execution.second_epoch, {}), *((test_execution.second_step, x) for x in METATUNING)],
+)
 def test_a_step_needs_no_values_of_the_device(
-    work: Callable, few_digits: FewShotData, tiny: DemoRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    work: Callable, changes: dict[str, Any], few_digits: FewShotData, tiny: DemoRun,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    tuning = {name: value for name, value in changes.items() if name != "model"}
+    tiny = dataclasses.replace(
+        tiny,
+        model=dataclasses.replace(tiny.model, **changes.get("model", {})),
+        metatune=dataclasses.replace(tiny.metatune, **tuning),
+    )
     monkeypatch.setattr(distributed, "pick_device", torch.device)
     # What is read once, before the first step.
     positions = build.split_classes(few_digits, "base")

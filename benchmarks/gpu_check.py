@@ -7,7 +7,8 @@ runs every test marked ``gpu``, compute-sanitizer (memcheck and racecheck, where
 small cases, and the GPU benchmarks, and writes benchmarks/results/<gpu>.json: GPU, driver,
 versions, build, commit, date, what each step said, and every row. The file is written anew after
 each step; rows of a step that is killed are in a file beside it, .rows. A step whose time is over
-is cut off and keeps its finished rows. Exit status 1 unless every step that can run here passed.
+is cut off and keeps its finished rows. ``--onto`` adds the steps of one call to an earlier call's
+record. Exit status 1 unless every step that can run here passed.
 """
 
 from __future__ import annotations
@@ -295,6 +296,9 @@ def arguments_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--commit", help="what is checked, where git cannot say it")
     parser.add_argument(
+        "--onto", type=Path, help="an earlier record: its other steps, and rows not made anew, stay"
+    )
+    parser.add_argument(
         "--allow-missing-extension",
         action="store_true",
         help="go on where the extension, or its CUDA part, is not built",
@@ -308,13 +312,41 @@ def measured(rows: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def run_steps(record: dict[str, Any], path: Path, steps: Sequence[str], deadline: float) -> None:
+def earlier_record(path: Path | None, record: dict[str, Any]) -> dict[str, Any]:
+    """What is added to; nothing without a path.
+
+    Raises:
+        ValueError: no record, or one of another GPU or commit.
+    """
+    if path is None:
+        return {}
+    try:
+        earlier = json.loads(path.read_text())
+        found = {key: earlier[key] for key in ("gpu", "commit", "checks", "medians")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--onto {path}: not a record of this check ({error!r})") from error
+    for key in ("gpu", "commit"):
+        if found[key] != record[key]:
+            raise ValueError(f"--onto {path}: its {key} is {found[key]}, not {record[key]}")
+    return found
+
+
+def run_steps(
+    record: dict[str, Any],
+    path: Path,
+    steps: Sequence[str],
+    deadline: float,
+    earlier: dict[str, Any],
+) -> None:
     """Fills the record and writes it before the first step, after each, and where it is ended."""
     checks = record["checks"] = {}
     rows = path.with_suffix(".rows")
 
     def keep() -> None:
-        record["medians"] = measured(rows)
+        made = measured(rows)
+        anew = {(row["group"], row["provider"]) for row in made}
+        kept = earlier.get("medians", [])
+        record["medians"] = [x for x in kept if (x["group"], x["provider"]) not in anew] + made
         write(record, path)
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -324,7 +356,8 @@ def run_steps(record: dict[str, Any], path: Path, steps: Sequence[str], deadline
             for name, share in SHARE.items():
                 keep()
                 if name not in steps:
-                    checks[name] = {"outcome": "not run: not asked for", "seconds": 0}
+                    unasked = {"outcome": "not run: not asked for", "seconds": 0}
+                    checks[name] = earlier.get("checks", {}).get(name, unasked)
                 elif name in SANITIZERS and (problem := sanitizer_problem()):
                     checks[name] = {"outcome": f"not run: {problem}", "seconds": 0}
                 else:
@@ -349,12 +382,17 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    try:
+        earlier = earlier_record(options.onto, record)
+    except ValueError as error:
+        print(f"benchmarks.gpu_check: {error}", file=sys.stderr)
+        return 1
     # Where a shell has put this into the background, steps would ignore their interrupt; and a
     # step, a process group of its own, would go on where this is ended.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     path = options.output or RESULTS / file_name(record["gpu"])
-    run_steps(record, path, options.steps, begin + options.seconds - GRACE_SECONDS)
+    run_steps(record, path, options.steps, begin + options.seconds - GRACE_SECONDS, earlier)
     print(summary(record["checks"]))
     print(f"{len(record['medians'])} rows written to {path}")
     fine = ("passed", "not run")

@@ -210,6 +210,41 @@ def test_compute_sanitizer_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -
     assert problem() is None
 
 
+def test_steps_are_added_to_an_earlier_record(
+    gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two calls, one record: what the second does not do, or measure, stays as it was."""
+    old, slow = {**ROW, "provider": "old"}, {**ROW, "median_us": 30.0}
+    checks = {"eager": {"outcome": "passed", "seconds": 3}, "gate": {"outcome": "failed"}}
+    earlier = {"gpu": "NVIDIA H200", "commit": "abc", "checks": checks, "medians": [old, slow]}
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    machine = {"gpu": "NVIDIA H200", "commit": "abc", "build": BUILT}
+    monkeypatch.setattr(gpu_check, "machine", lambda _: dict(machine))
+
+    def check(name: str, seconds: float, folder: Path, rows: Path) -> dict[str, Any]:
+        rows.write_text(json.dumps(ROW) + "\n")
+        return {"outcome": "passed", "seconds": 1.0}
+
+    monkeypatch.setattr(gpu_check, "check", check)
+    output = tmp_path / "h200.json"
+    options = ["--steps", "gate", "--output", str(output), "--onto", str(tmp_path / "earlier.json")]
+    assert gpu_check.main(options) == 0
+    record = json.loads(output.read_text())
+    assert record["medians"] == [old, ROW]
+    assert record["checks"]["eager"] == checks["eager"]
+    assert record["checks"]["gate"]["outcome"] == "passed"
+    assert record["checks"]["tests"]["outcome"] == "not run: not asked for"
+    output.unlink()
+    for broken, word in (({"commit": "other"}, "its commit is other"), ({"gpu": None}, "its gpu")):
+        (tmp_path / "earlier.json").write_text(json.dumps(earlier | broken))
+        assert gpu_check.main(options) == 1
+        assert word in capsys.readouterr().err
+    (tmp_path / "earlier.json").write_text("[]")
+    assert gpu_check.main(options) == 1
+    assert "not a record" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_whole_record(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outcomes and rows are in the file after each step; one that fails shows in the status."""
     output = tmp_path / "h200.json"

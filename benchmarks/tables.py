@@ -226,7 +226,9 @@ def gpu_summary() -> str:
     names = gpu_records()
     if not names:
         return NO_GPU
-    kept = {record(name)["gpu"]: [name] for name in names}
+    kept: dict[str, list[str]] = {}
+    for name in names:
+        kept.setdefault(record(name)["gpu"], []).append(name)
     parts = [summary(GPU_LINES, kept)]
     for name in names:
         of = record(name)

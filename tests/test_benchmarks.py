@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -178,13 +180,13 @@ def test_every_benchmark_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def small_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_setting(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Settings of 80 base images."""
     from benchmarks import training_loops
 
-    recipe = dataclasses.replace(training_loops.RECIPE, batch_size=20)
     monkeypatch.setattr(training_loops, "CLASSES", 5)
-    monkeypatch.setattr(training_loops.Setting.__init__, "__defaults__", (16, "cpu", recipe))
+    recipe = dataclasses.replace(training_loops.RECIPE, batch_size=20)
+    return functools.partial(training_loops.Setting, per_class=16, recipe=recipe)
 
 
 @pytest.mark.slow
@@ -200,7 +202,7 @@ def test_training_beside_the_plain_loop(
     monkeypatch.setitem(
         training.EXECUTIONS, "dvla_fast bfloat16", ExecutionConfig(channels_last=True)
     )
-    small_training(monkeypatch)
+    monkeypatch.setattr(training, "Setting", small_setting(monkeypatch))
     monkeypatch.setattr(training, "FEWEST", 1)
     monkeypatch.setattr(training, "EPISODES", (1,))
     training.main(
@@ -222,7 +224,6 @@ def test_training_on_a_gpu_beside_the_plain_loop(
     from benchmarks import test_training_gpu as gpu
     from benchmarks import training_loops
 
-    small_training(monkeypatch)
     encode = training_loops.text_tower("clip", torch.device("cpu"))
     assert encode is not None
     assert encode(2).square().sum(-1).tolist() == pytest.approx([1, 1], abs=1e-5)
@@ -232,7 +233,7 @@ def test_training_on_a_gpu_beside_the_plain_loop(
     monkeypatch.setattr(gpu, "AMOUNTS", {"pretraining": (80, "images"), "meta-tuning": (1, "of")})
     monkeypatch.setattr(gpu, "BFLOAT16", gpu.FLOAT32)
     monkeypatch.setattr(gpu, "IMAGES", 80)
-    setting = training_loops.Setting(tmp_path, 32)
+    setting = small_setting(monkeypatch)(tmp_path, 32)
     assert training_loops.check(setting) < 0.01
     taken = []
 

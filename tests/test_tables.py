@@ -105,6 +105,15 @@ def test_a_first_record_of_a_gpu(
     assert text.endswith("End.\n")
     tables.main()
     assert page.read_text() == text
+    gpu(
+        results / "nvidia-h200-more.json",
+        *(row(f"beta_policy n=1600 {mode} eager", name, time) for mode in tables.MODES
+          for name, time in (("dvla_fast", 1.0), ("eager PyTorch", 7.0))),
+    )  # fmt: skip
+    tables.main()
+    text = page.read_text()  # two records of one GPU are one column
+    assert "| `beta_policy`, 100 states | 12×, 5.0× ¹ |" in text
+    assert "| `beta_policy`, 1,600 states | 7.0×, 7.0× ¹ |" in text
 
 
 def test_gpu_lines_name_groups_that_are_measured() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from dvla_fast.data import EpisodeBatch, EpisodeSampler, FewShotData
 from dvla_fast.data.augment import Draws
 from dvla_fast.data.images import to_device_of
+from dvla_fast.engine.alpha_gradients import AlphaGradients
 from dvla_fast.engine.augmentation import Augmentation
 from dvla_fast.engine.build import split_classes
 from dvla_fast.engine.config import MetatuneConfig
@@ -59,6 +61,9 @@ class Step:
         self.share = execution.processes.share(
             config.episodes_per_step, "metatune.episodes_per_step"
         )
+        self.alpha_gradients: AlphaGradients | None = None
+        if config.objective == "pathwise" and not execution.config.compile:  # hooks do not compile
+            self.alpha_gradients = AlphaGradients(model.gates)
         baseline = [] if gates.baseline is None else list(gates.baseline.parameters())
         self.clip_norms = [
             (list(model.parameters()), config.clip_norm),
@@ -84,6 +89,8 @@ class Step:
         with self.execution.autocast():
             rollout, loss, figures = self._loss(episodes)
         self.execution.update(loss, self.optimizer, self.clip_norms)
+        if self.alpha_gradients is not None:
+            figures.update(self.alpha_gradients.figures())
         for _ in range(self.gates.epochs - 1):
             with self.execution.autocast():
                 policy_loss, latest = self.gates.again(rollout)
@@ -117,7 +124,11 @@ class Step:
         )
 
     def _loss(self, episodes: Episodes) -> tuple[Rollout, Tensor, dict[str, Tensor]]:
-        rollout = self.gates.play(episodes, self.config.way, from_prefix=self.maps is not None)
+        watching = (
+            nullcontext() if self.alpha_gradients is None else self.alpha_gradients.watching()
+        )
+        with watching:
+            rollout = self.gates.play(episodes, self.config.way, from_prefix=self.maps is not None)
         loss, figures = total_loss(
             rollout.output,
             rollout.query_labels,

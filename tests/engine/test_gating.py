@@ -99,7 +99,7 @@ def test_recipes_train_the_policies(
             assert not torch.equal(tensors[f"model.{name}"], tensor), name
     (row,) = folder.rows("metatune")
     keys = ["policy_kl", "entropy", "alpha", "alpha_spread", "advantage_mean", "advantage_std"]
-    keys += [] if recipe == "pathwise" else ["gradient_variance"]
+    keys += ["gradient_variance", "gradient_mean"]
     keys += ["clip_fraction"] if recipe.startswith(("ppo", "grpo")) else []
     keys += ["value_error"] if "value" in recipe else []
     keys += ["kl_reference"] if recipe in ("kl", "grpo") else []

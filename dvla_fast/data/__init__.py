@@ -1,5 +1,7 @@
 """Data sets and episodes: images in memory, class splits, and a seeded few-shot sampler."""
 
+from collections.abc import Callable
+
 from dvla_fast.data.cache import open_cache, prepare_cache
 from dvla_fast.data.cache_index import is_cache
 from dvla_fast.data.check import check_data
@@ -37,6 +39,7 @@ def load_data(
     holdout: float = 0.25,
     split_seed: int = 0,
     splits: str = "",
+    advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> FewShotData:
     """Load ``"digits"``, a cache, or the data set in a folder.
 
@@ -47,6 +50,7 @@ def load_data(
             there are no validation classes.
         split_seed: seed of that share; part of the data set, not of a run.
         splits: split list, as ``list_data``.
+        advance: called with the images of a folder decoded so far and all of them.
 
     Raises:
         DataError: missing or empty folders, unreadable images, too few of them, unclear splits.
@@ -56,4 +60,4 @@ def load_data(
         return load_digits(image_size, holdout, split_seed)
     if is_cache(dataset):
         return open_cache(dataset, image_size, holdout, split_seed, splits)
-    return load_images(dataset, image_size, holdout, split_seed, splits)
+    return load_images(dataset, image_size, holdout, split_seed, splits, advance)

@@ -71,7 +71,7 @@ def prepare_cache(
     *,
     skip_unreadable: bool = False,
     workers: int = 0,
-    advance: Callable[[int, int], None] = lambda done, total: None,
+    advance: Callable[[int, int, int], None] = lambda done, total, earlier: None,
 ) -> Prepared:
     """Decode a data set once into a cache, in parallel; continue a build that was stopped.
 
@@ -81,7 +81,8 @@ def prepare_cache(
         image_size: side S of the square images.
         skip_unreadable: leave unreadable images out, on record, instead of failing in the end.
         workers: threads; 0: one for each core.
-        advance: called with the images done so far and all of them.
+        advance: called with the images done so far, all of them, and those of the done ones
+            that an earlier call made.
 
     Raises:
         DataError: as ``list_data``; unreadable images (all are looked at first, and named in
@@ -170,7 +171,7 @@ class _Builder:
         return digest.hexdigest()
 
     @contextmanager
-    def open(self, advance: Callable[[int, int], None]) -> Iterator[None]:
+    def open(self, advance: Callable[[int, int, int], None]) -> Iterator[None]:
         """Make or reopen the partial folder, alone, with room for all images.
 
         Args:
@@ -207,7 +208,9 @@ class _Builder:
         start = entry["start"]
         return start in self.chunks and entry["fingerprint"] == self.fingerprint(start)
 
-    def _reuse(self, entries: list[dict[str, Any]], advance: Callable[[int, int], None]) -> None:
+    def _reuse(
+        self, entries: list[dict[str, Any]], advance: Callable[[int, int, int], None]
+    ) -> None:
         for entry in filter(self._fits, entries):
             start = entry["start"]
             count = min(CHUNK, len(self.rows) - start)
@@ -215,9 +218,9 @@ class _Builder:
             if hashlib.sha256(stored).hexdigest() == entry["sha256"]:
                 self.done[start] = entry
                 self.reused += count
-                advance(self.reused, len(self.rows))
+                advance(self.reused, len(self.rows), self.reused)
 
-    def run(self, workers: int, advance: Callable[[int, int], None]) -> None:
+    def run(self, workers: int, advance: Callable[[int, int, int], None]) -> None:
         """Decode the chunks that are not on record."""
         done = self.reused
         with (
@@ -237,7 +240,7 @@ class _Builder:
                 os.fsync(journal.fileno())
                 self.done[start] = entry
                 done += min(CHUNK, len(self.rows) - start)
-                advance(done, len(self.rows))
+                advance(done, len(self.rows), self.reused)
 
     def _chunk(self, start: int, pool: ThreadPoolExecutor) -> dict[str, Any]:
         rows = self.rows[start : start + CHUNK]

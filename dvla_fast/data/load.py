@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from dvla_fast.errors import DataError
 # Channel statistics of ImageNet, for collections that are only evaluated on and have no base
 # classes: statistics of the images under evaluation would be knowledge of the test set.
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_TOLD = 100  # images, after which progress is told
 
 
 def load_images(
@@ -30,12 +32,17 @@ def load_images(
     holdout: float = 0.25,
     split_seed: int = 0,
     splits: str = "",
+    advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> FewShotData:
     """Decode a data set of any known layout into memory.
 
     Every image is decoded once, resized, centre-cropped and kept as uint8: few-shot training reads
     each image many times, and decoding would otherwise dominate. A set too large for memory, or one
     that is used often, is better prepared once (``prepare_cache``).
+
+    Args:
+        root: the data set's folder.
+        image_size, holdout, split_seed, splits, advance: as ``dvla_fast.data.load_data``.
 
     Returns:
         FewShotData with uint8 images (N, 3, image_size, image_size).
@@ -48,10 +55,12 @@ def load_images(
     listing = list_data(root, splits)
     warn_if_enlarged(listing.root, listing.reduced, image_size)
     _check_memory(listing, image_size)
-    sets, hashes, places = {}, bytearray(), []
+    sets, hashes = {}, bytearray()
+    places: list[tuple[str, str]] = []
+    total = sum(map(len, listing.splits.values()))
     for name, split in listing.splits.items():
-        ids = listing.image_ids(split)
-        images, digests = _decode_split(split, image_size)
+        ids, before = listing.image_ids(split), len(places)
+        images, digests = _decode_split(split, image_size, advance, (before, total))
         labels = torch.from_numpy(split.labels)
         sets[name] = ImageSet(
             split.where, images, labels, split.names, ids=ids, file_order=split.file_order
@@ -90,8 +99,15 @@ def _check_memory(listing: Listing, image_size: int) -> None:
         )
 
 
-def _decode_split(split: Split, image_size: int) -> tuple[Tensor, bytes]:
-    """Decode a split's images, uint8 (N, 3, S, S), and hash them as ``equal_rows`` takes it."""
+def _decode_split(
+    split: Split, image_size: int, advance: Callable[[int, int], None], counts: tuple[int, int]
+) -> tuple[Tensor, bytes]:
+    """Decode a split's images, uint8 (N, 3, S, S), and hash them as ``equal_rows`` takes it.
+
+    Args:
+        counts: images of the splits before it, and of all.
+    """
+    before, total = counts
     images = np.empty((len(split), 3, image_size, image_size), dtype=np.uint8)
     bad: dict[int, str] = {}
 
@@ -103,14 +119,18 @@ def _decode_split(split: Split, image_size: int) -> tuple[Tensor, bytes]:
         return row_hash(images[index].data)
 
     with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
-        hashes = b"".join(in_blocks(pool, fill, len(split)))
+        hashes = bytearray()
+        for done, digest in enumerate(in_blocks(pool, fill, len(split)), 1):
+            hashes += digest
+            if done % _TOLD == 0 or done == len(split):
+                advance(before + done, total)
     if bad:
         raise DataError(
             f"{bad[min(bad)]} ({len(bad)} of {len(split)} images of {split.where} cannot be read; "
             "'dvla-fast data check' names all, 'dvla-fast data prepare --skip_unreadable' makes a "
             "cache without them)"
         )
-    return torch.from_numpy(images), hashes
+    return torch.from_numpy(images), bytes(hashes)
 
 
 def assemble(

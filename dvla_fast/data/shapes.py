@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter, ne
 from pathlib import Path
@@ -172,11 +172,13 @@ def load_shapes(
     seed: int = 0,
     classes: int = 120,
     kind: str = "shapes",
+    advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> FewShotData:
     """Draw the data set: 120 classes, split by class into 72 base, 24 validation and 24 novel.
 
     Args:
         kind: "shapes" or "shapes-varied".
+        advance: called with the images drawn so far and all of them.
 
     Returns:
         FewShotData with uint8 images (N, 3, image_size, image_size).
@@ -189,12 +191,14 @@ def load_shapes(
     if images_per_class < 2:
         raise DataError(f"shapes: images_per_class must be at least 2, got {images_per_class}")
     made = make_classes(classes, seed, varied=_varied(kind))
-    sets = {}
+    sets, total, drawn = {}, classes * images_per_class, 0
     for split, members in made.splits.items():
-        images = [
-            draw_images(made.classes[index], range(images_per_class), image_size, seed, index)
-            for index in members
-        ]
+        images = []
+        for index in members:
+            of_class, numbers = made.classes[index], range(images_per_class)
+            images.append(draw_images(of_class, numbers, image_size, seed, index))
+            drawn += images_per_class
+            advance(drawn, total)
         pixels = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).contiguous()
         labels = torch.arange(len(members)).repeat_interleave(images_per_class)
         names = tuple(made.names[index] for index in members)

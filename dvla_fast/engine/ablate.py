@@ -64,7 +64,7 @@ def run_ablate(config: AblateRun, *, quiet: bool = False) -> dict[str, Any]:
         raise UsageError("--wandb: an ablation logs no curves; leave it empty")
     device = _device(config.device)
     store = Store(Path(config.output))
-    workshop = Workshop(config, store, device)
+    workshop = Workshop(config, store, device, quiet=quiet)
     variants = chosen_variants(config, workshop.data.channels)
     workshop.check(variants)
     seeds = list(range(config.seed, config.seed + config.ablate.seeds))

@@ -177,14 +177,17 @@ class Workshop:
         config: the base configuration.
         store: where backbones and running cells lie.
         device: of all tensors.
+        quiet: do not show how far reading the images is.
 
     Raises:
         DataError, BankError, UsageError: as building the data.
     """
 
-    def __init__(self, config: AblateRun, store: Store, device: torch.device) -> None:
+    def __init__(
+        self, config: AblateRun, store: Store, device: torch.device, *, quiet: bool = True
+    ) -> None:
         self.config, self.store, self.device = config, store, device
-        data = build_data(config.data, device, training=True)
+        data = build_data(config.data, device, training=True, quiet=quiet)
         self.data = normalise_for(data, config.model)
         self._texts: dict[str, tuple[EncodedTexts, dict[str, Any]]] = {}
         self._encoders: dict[str, TextEncoder] = {}

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -360,7 +361,7 @@ def check(config: SemanticsCheck) -> int:
 def _data_set(config: DataConfig) -> tuple[list[str], dict[str, Sequence[str]]]:
     """Return the class names and the image ids by split of a data set, without its images."""
     if config.dataset in MADE_SIZES:
-        data = build_data(config, pick_device("cpu"))
+        data = build_data(replace(config, image_size=16), pick_device("cpu"))  # drawn in a moment
         parts = {"base": data.base, "monitor": data.monitor, "novel": data.novel}
         return list(data.class_names), {name: part.ids for name, part in parts.items()}
     if is_cache(config.dataset):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import fields, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from dvla_fast.data import FewShotData, ImageSet, load_data
 from dvla_fast.data.shapes import KINDS, load_shapes
 from dvla_fast.engine.config import DataConfig
+from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.settle import sized
 from dvla_fast.errors import DataError, DVLAError
@@ -47,19 +49,29 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def build_data(config: DataConfig, device: torch.device, *, training: bool = False) -> FewShotData:
+def build_data(
+    config: DataConfig, device: torch.device, *, training: bool = False, quiet: bool = True
+) -> FewShotData:
     """Load the data set onto the device; the images of a cache stay on disk.
+
+    Args:
+        training: it is to be trained on.
+        quiet: do not show how far it is.
 
     Raises:
         DataError: missing or unusable; or, for ``training``, without base classes.
     """
     config = sized(config)
-    if config.dataset in KINDS:
-        data = load_shapes(config.image_size, config.images_per_class, kind=config.dataset)
-    else:
-        data = load_data(
-            config.dataset, config.image_size, config.holdout, config.split_seed, config.splits
-        )
+    with Progress({"read images": 1.0}, enabled=not quiet) as progress:
+        advance = partial(progress.reach, "read images")
+        if config.dataset in KINDS:
+            size, each = config.image_size, config.images_per_class
+            data = load_shapes(size, each, kind=config.dataset, advance=advance)
+        else:
+            data = load_data(
+                config.dataset, config.image_size, config.holdout, config.split_seed,
+                config.splits, advance,
+            )  # fmt: skip
     if training and not len(data.base):
         raise DataError(
             f"{config.dataset}: no base classes to train on, only classes to evaluate; train on "

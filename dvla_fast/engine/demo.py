@@ -58,7 +58,7 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     started = time.monotonic()
     execution = _execution(config)
     device = execution.processes.device
-    data = build_data(config.data, device)
+    data = build_data(config.data, device, quiet=quiet)
     texts, semantics = build_texts(config.semantics, data, device)
     backbone = backbone_spec(config.model, data.channels, data.image_size)
     spec = model_spec(config.model, backbone, semantics["dim"])

@@ -314,7 +314,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast evaluate`` does; returns the summary that it writes."""
     paths, settings = checkpoint_paths(config), config.evaluate
     device = pick_device(config.device)
-    data = build_data(config.data, device)
+    data = build_data(config.data, device, quiet=quiet)
     loaded = [load_model(path, data) for path in paths]
     contenders = [Contender(model, {VISUAL: backbone}) for model, backbone, _ in loaded]
     infos = [info for _, _, info in loaded]

@@ -199,7 +199,8 @@ def run_metatune(
     """
     processes = Processes(config.device)
     execution = Execution(config.execution, processes)
-    data = build_data(config.data, processes.device, training=True)
+    shown = not quiet and processes.main
+    data = build_data(config.data, processes.device, training=True, quiet=not shown)
     texts, semantics = build_texts(config.semantics, data, processes.device, ["base", "monitor"])
     _warn_of_lacking_texts(texts, data)
     spec = model_spec(
@@ -226,7 +227,7 @@ def run_metatune(
     keep_settings_files(folder, files)
     facts = {"semantics": semantics, "started_from": started, "gates": gates}
     noted = {**facts, "start": start.facts, "training": start.stages}
-    with Progress({"meta-tune": 1.0}, enabled=not quiet and processes.main) as progress:
+    with Progress({"meta-tune": 1.0}, enabled=shown) as progress:
         if gates == "continued":
             progress.note(f"the gates of {config.checkpoint} learn on")
         run = StageRun(folder, rng, config.seed, progress, execution)

@@ -299,7 +299,8 @@ def run_pretrain(
     """
     processes = Processes(config.device)
     execution = Execution(config.execution, processes)
-    data = build_data(config.data, processes.device, training=True)
+    shown = not quiet and processes.main
+    data = build_data(config.data, processes.device, training=True, quiet=not shown)
     data = normalise_for(data, config.model)
     spec = backbone_spec(config.model, data.channels, data.image_size)
     # Settings that fit no model or no batch fail before the folder is made.
@@ -310,7 +311,7 @@ def run_pretrain(
     folder = open_folder(config.output, to_dict(config), processes, config.resume, config.wandb)
     keep_settings_files(folder, files)
     rng = seed_everything(config.seed)
-    with Progress({"pre-train": 1.0}, enabled=not quiet and processes.main) as progress:
+    with Progress({"pre-train": 1.0}, enabled=shown) as progress:
         run = StageRun(folder, rng, config.seed, progress, execution)
         best = pretrain(config.pretrain, data, spec, run, config.model.pretrained)
     processes.wait()

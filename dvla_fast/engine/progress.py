@@ -33,6 +33,7 @@ class Progress:
         self._clock = clock
         self._finished = self._done = 0.0
         self._earlier = 0.0  # share of the whole run that earlier processes did
+        self._found = 0  # units of the current stage that reach() was told of as an earlier one's
         self._current: str | None = None
         self._total = 1
         self._start = self._shown = clock()  # _shown: when a line was printed last
@@ -88,10 +89,17 @@ class Progress:
         self._earlier += self._share(count)
         self.advance(count)
 
-    def reach(self, stage: str, done: int, total: int) -> None:
-        """Say that ``done`` of ``total`` units of a stage are finished; begins it where need be."""
+    def reach(self, stage: str, done: int, total: int, earlier: int = 0) -> None:
+        """Say that ``done`` of ``total`` units of a stage are finished; begins it where need be.
+
+        Args:
+            earlier: how many of ``done`` an earlier process finished.
+        """
         if stage != self._current:
             self.begin(stage, total)
+            self._found = 0
+        self.skip(earlier - self._found)
+        self._found = earlier
         self.advance(done - self._done)
 
     def tick(self, text: str = "") -> None:

@@ -153,7 +153,7 @@ cache.prepare_cache({str(tree)!r}, {str(tmp_path / "cache")!r}, 16, workers=1)
 def stopped_build(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop a build after two of its chunks."""
 
-    def stop(done: int, total: int) -> None:
+    def stop(done: int, total: int, earlier: int) -> None:
         if done >= 14:
             raise KeyboardInterrupt
 
@@ -373,7 +373,7 @@ def test_unwritable_place(tree: Path, tmp_path: Path) -> None:
 
 
 def test_two_builds_at_once(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def second(done: int, total: int) -> None:
+    def second(done: int, total: int, earlier: int) -> None:
         with pytest.raises(OutputError, match="another process is building this cache"):
             prepare_cache(tree, tmp_path / "cache", 16)
 

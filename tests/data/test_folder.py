@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dvla_fast.data import load_data
+from dvla_fast.data import load, load_data
 from dvla_fast.errors import DataError
 
 
@@ -130,3 +130,13 @@ def test_modes_of_folders(tree: Path, place: str, mode: int) -> None:
             load_data(str(tree), image_size=16)
     finally:
         (tree / place).chmod(0o755)
+
+
+def test_progress_of_reading_is_told(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "_TOLD", 5)
+    told: list[tuple[int, int]] = []
+    data = load_data(str(tree), image_size=16, advance=lambda *counts: told.append(counts))
+    total = sum(len(part) for part in (data.base, data.monitor, data.novel))
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert told[-1] == (total, total)
+    assert len(told) >= total // 5

@@ -104,17 +104,18 @@ def test_checking_a_cache_says_how_far_it_is(
 
 
 def test_kept_images_count_as_they_are_read(tree: Path, tmp_path: Path) -> None:
-    def stop(done: int, total: int) -> None:
+    def stop(done: int, total: int, earlier: int) -> None:
         if done == 21:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         prepare_cache(tree, tmp_path / "cache", 16, advance=stop)
-    told: list[int] = []
+    told: list[tuple[int, int]] = []
     done = prepare_cache(
-        tree, tmp_path / "cache", 16, advance=lambda done, total: told.append(done)
+        tree, tmp_path / "cache", 16, advance=lambda done, _, earlier: told.append((done, earlier))
     )
-    assert (done.reused, told) == (21, [7, 14, 21, 28, 35, 42, 48])
+    kept = [(7, 7), (14, 14), (21, 21)]
+    assert (done.reused, told) == (21, [*kept, (28, 21), (35, 21), (42, 21), (48, 21)])
 
 
 def test_png_files_of_a_pickle_are_decoded_when_asked_for(

@@ -227,7 +227,11 @@ def test_varied_classes_stay_apart() -> None:
     ],
 )
 def test_data_set_and_its_texts(kind: str, banks: dict[str, int]) -> None:
-    data = load_shapes(image_size=16, images_per_class=2, kind=kind)
+    told: list[tuple[int, int]] = []
+    data = load_shapes(
+        image_size=16, images_per_class=2, kind=kind, advance=lambda *counts: told.append(counts)
+    )
+    assert told == [(done, 240) for done in range(2, 242, 2)]
     assert data.name == kind
     assert [len(data.split(s).class_names) for s in ("base", "monitor", "novel")] == [72, 24, 24]
     assert len(set(data.class_names)) == 120

@@ -52,17 +52,22 @@ def test_a_line_after_half_a_minute_of_silence(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("as_it_begins", [True, False])
-def test_work_of_an_earlier_process_says_nothing_of_the_time_left(as_it_begins: bool) -> None:
+@pytest.mark.parametrize("told", ["begin", "skip", "reach"])
+def test_work_of_an_earlier_process_says_nothing_of_the_time_left(told: str) -> None:
     now = [0.0]
     progress = Progress({"train": 0.5, "test": 0.5}, enabled=False, clock=lambda: now[0])
-    progress.begin("train", 100, done=60 if as_it_begins else 0)
-    if not as_it_begins:
+    if told == "reach":
+        progress.reach("train", 25, 100, 25)
+        progress.reach("train", 60, 100, 60)
+    else:
+        progress.begin("train", 100, done=60 if told == "begin" else 0)
+    if told == "skip":
         progress.skip(60)
     assert progress.fraction() == pytest.approx(0.3)
     assert progress.seconds_left() is None
     now[0] = 30.0
-    progress.advance(20)  # a tenth of the run in half a minute, and six tenths are left
+    # A tenth of the run in half a minute, and six tenths are left.
+    progress.reach("train", 80, 100, 60) if told == "reach" else progress.advance(20)
     assert progress.seconds_left() == pytest.approx(180.0)
 
 

@@ -113,6 +113,7 @@ class Setting:
         make_photographs(folder / "photos", per_class)
         prepare_cache(folder / "photos", folder / "cache", image_size)
         self.device, self.recipe, self.image_size = torch.device(device), recipe, image_size
+        torch.backends.cudnn.benchmark = True  # of both sides
         config = DataConfig(dataset=str(folder / "cache"), image_size=image_size)
         self.data = build_data(config, self.device, training=True)
         self.files = files_of(self.data, folder / "photos")

@@ -167,6 +167,9 @@ class ExecutionConfig:
     )
     channels_last: bool = option(False, "keep images and feature maps with their channels last")
     compile: bool = option(False, "torch.compile the model; the first steps take a minute or two")
+    cudnn_benchmark: bool = option(
+        True, "on a GPU, let cuDNN time its convolutions at the first step; false: by its own guess"
+    )
 
 
 @dataclass

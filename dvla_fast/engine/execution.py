@@ -41,7 +41,7 @@ class Execution:
     """Runs the steps of a training stage as configured.
 
     Args:
-        config: precision, memory format, compilation.
+        config: precision, memory format, compilation; how cuDNN chooses, for the whole process.
         processes: who takes part, and on which device.
     """
 
@@ -51,6 +51,8 @@ class Execution:
         self.config = config or ExecutionConfig()
         self.processes = processes or Processes()
         assert self.config.precision in ("float32", "bfloat16")  # the option checks what is given
+        if self.processes.device.type == "cuda":
+            torch.backends.cudnn.benchmark = self.config.cudnn_benchmark
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Ready a module for training: memory format, shared norms, compilation.

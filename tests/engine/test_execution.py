@@ -184,6 +184,18 @@ def no_waiting() -> Any:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_cudnn_times_its_convolutions_where_it_is_wanted(
+    wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not wanted)
+    config = ExecutionConfig(cudnn_benchmark=wanted)
+    Execution(config, Processes("cpu"))
+    assert torch.backends.cudnn.benchmark != wanted  # of no concern there
+    Execution(config, SimpleNamespace(device=torch.device("cuda")))  # type: ignore[arg-type]
+    assert torch.backends.cudnn.benchmark == wanted
+
+
 def second_step(device: torch.device, data: FewShotData, tiny: DemoRun, watch: Any) -> None:
     """A second step of meta-tuning under `watch`: the first one allocates and compiles."""
     texts, _ = build_texts(tiny.semantics, data, device)

@@ -18,8 +18,10 @@ draws a contact sheet. Image i of a class is the same whatever else is drawn.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from operator import attrgetter, ne
 from pathlib import Path
@@ -191,15 +193,20 @@ def load_shapes(
     if images_per_class < 2:
         raise DataError(f"shapes: images_per_class must be at least 2, got {images_per_class}")
     made = make_classes(classes, seed, varied=_varied(kind))
-    sets, total, drawn = {}, classes * images_per_class, 0
+
+    def draw(index: int) -> NDArray[np.uint8]:
+        return draw_images(made.classes[index], range(images_per_class), image_size, seed, index)
+
+    images = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy releases the GIL
+        order = [index for members in made.splits.values() for index in members]
+        for index, drawn in zip(order, pool.map(draw, order)):
+            images[index] = drawn
+            advance(len(images) * images_per_class, classes * images_per_class)
+    sets = {}
     for split, members in made.splits.items():
-        images = []
-        for index in members:
-            of_class, numbers = made.classes[index], range(images_per_class)
-            images.append(draw_images(of_class, numbers, image_size, seed, index))
-            drawn += images_per_class
-            advance(drawn, total)
-        pixels = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).contiguous()
+        pixels = torch.from_numpy(np.concatenate([images[index] for index in members]))
+        pixels = pixels.permute(0, 3, 1, 2).contiguous()
         labels = torch.arange(len(members)).repeat_interleave(images_per_class)
         names = tuple(made.names[index] for index in members)
         ids = tuple(f"{name}/{index}" for name in names for index in range(images_per_class))

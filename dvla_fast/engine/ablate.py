@@ -36,6 +36,7 @@ from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.run_folder import read_config
 from dvla_fast.engine.settings import (
     UsageError,
+    checked,
     differences,
     from_mapping,
     to_dict,
@@ -58,7 +59,7 @@ def run_ablate(config: AblateRun, *, quiet: bool = False) -> dict[str, Any]:
         UsageError: unknown groups or variants, or settings that do not fit.
         OutputError: the folder cannot be written, or holds an ablation of other settings.
     """
-    started = time.monotonic()
+    started, config = time.monotonic(), checked(config)
     require_scipy()
     if config.wandb:
         raise UsageError("--wandb: an ablation logs no curves; leave it empty")

@@ -40,7 +40,7 @@ from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.recipes import recipe_of
 from dvla_fast.engine.records import keep_record
 from dvla_fast.engine.run_folder import RunFolder
-from dvla_fast.engine.settings import UsageError, to_dict
+from dvla_fast.engine.settings import UsageError, checked, to_dict
 from dvla_fast.engine.stages import StageRun
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.engine.trained_classes import training_stages
@@ -55,7 +55,7 @@ _SHARES = {"pre-train": 0.22, "meta-tune": 0.43, "evaluate": 0.35}
 
 def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast demo`` does; returns the summary that it writes."""
-    started = time.monotonic()
+    started, config = time.monotonic(), checked(config)
     execution = _execution(config)
     device = execution.processes.device
     data = build_data(config.data, device, quiet=quiet)

@@ -45,7 +45,7 @@ from dvla_fast.engine.records import (
     keep_result,
 )
 from dvla_fast.engine.run_folder import RunFolder
-from dvla_fast.engine.settings import to_dict
+from dvla_fast.engine.settings import checked, to_dict
 from dvla_fast.engine.starting import published, published_visformer, trained_normalisation
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.engine.trained_classes import require_untrained, training_stages
@@ -312,6 +312,7 @@ class _Texts(NamedTuple):
 
 def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast evaluate`` does; returns the summary that it writes."""
+    config = checked(config)
     paths, settings = checkpoint_paths(config), config.evaluate
     device = pick_device(config.device)
     data = build_data(config.data, device, quiet=quiet)

@@ -36,7 +36,7 @@ from dvla_fast.engine.predict import LEARNED, EpisodePredictor
 from dvla_fast.engine.prefixes import PrefixMaps, check_constant_prefix
 from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.run_folder import open_folder
-from dvla_fast.engine.settings import to_dict
+from dvla_fast.engine.settings import checked, to_dict
 from dvla_fast.engine.stages import StageRun, Validation, run_epochs, training_summary
 from dvla_fast.engine.starting import begin_metatuning, continue_gates
 from dvla_fast.engine.state import TrainingState
@@ -197,6 +197,7 @@ def run_metatune(
     Args:
         files: the settings files that it was given, for the command that follows.
     """
+    config = checked(config)
     processes = Processes(config.device)
     execution = Execution(config.execution, processes)
     shown = not quiet and processes.main

@@ -19,7 +19,7 @@ from dvla_fast.data.decode import decode, is_image
 from dvla_fast.data.folders import class_folders
 from dvla_fast.engine.classifier import FewShotClassifier
 from dvla_fast.engine.progress import Progress
-from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.settings import UsageError, checked
 from dvla_fast.engine.tool_config import PredictImages
 from dvla_fast.errors import DataError, OutputError
 from dvla_fast.files import check_new, check_writable, json_text, write_text_atomic
@@ -143,6 +143,7 @@ def run_predict(config: PredictImages, *, quiet: bool = False) -> Answers:
         OutputError: the output cannot be written.
         CheckpointError, BankError: as ``FewShotClassifier``.
     """
+    config = checked(config)
     output = _check(config)
     files = find_images(config.images)
     classifier = FewShotClassifier.load(config.checkpoint, config.device)

@@ -38,7 +38,7 @@ from dvla_fast.engine.next_steps import keep_settings_files
 from dvla_fast.engine.predict import image_features, predict_visual
 from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.run_folder import open_folder
-from dvla_fast.engine.settings import UsageError, to_dict
+from dvla_fast.engine.settings import UsageError, checked, to_dict
 from dvla_fast.engine.stages import StageRun, Validation, run_epochs, training_summary
 from dvla_fast.engine.starting import load_published, normalise_for
 from dvla_fast.engine.state import TrainingState
@@ -297,6 +297,7 @@ def run_pretrain(
     Args:
         files: the settings files that it was given, for the command that follows.
     """
+    config = checked(config)
     processes = Processes(config.device)
     execution = Execution(config.execution, processes)
     shown = not quiet and processes.main

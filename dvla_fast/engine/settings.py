@@ -261,6 +261,15 @@ def from_mapping(
     return result
 
 
+def checked(config: T) -> T:
+    """Return settings that were made in Python, checked as those of a command are.
+
+    Raises:
+        UsageError: a value of another type, or one out of its field's range.
+    """
+    return from_mapping(type(config), to_dict(config), type(config).__name__)
+
+
 def _check_known(values: Iterable[Any], known: list[str], where: str, section: str) -> None:
     unknown = sorted(str(key) for key in values if key not in known)
     if not unknown:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from dvla_fast.cli import main
+from dvla_fast.engine.ablate import run_ablate
 from dvla_fast.engine.config import (
     AblateRun,
     DemoRun,
     EvaluateConfig,
     EvaluateRun,
+    ExecutionConfig,
+    MetatuneConfig,
     MetatuneRun,
+    PretrainConfig,
     PretrainRun,
     demo_config,
 )
+from dvla_fast.engine.demo import run_demo
+from dvla_fast.engine.evaluate import run_evaluate
+from dvla_fast.engine.metatune import run_metatune
+from dvla_fast.engine.predict_images import run_predict
+from dvla_fast.engine.pretrain import run_pretrain
 from dvla_fast.engine.settings import UsageError, differences, from_mapping, read_settings, to_dict
-from dvla_fast.engine.tool_config import DataCheck
+from dvla_fast.engine.tool_config import DataCheck, PredictImages
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -209,3 +220,23 @@ def test_a_list_may_be_given_by_its_only_entry() -> None:
 def test_splits_have_the_names_of_data_sets_too(given: str, kept: str) -> None:
     assert from_mapping(EvaluateRun, {"evaluate": {"split": given}}).evaluate.split == kept
     assert EvaluateConfig(split=given).split == kept
+
+
+@pytest.mark.parametrize(
+    ("run", "config"),
+    [
+        (run_pretrain, PretrainRun(pretrain=PretrainConfig(batch_size=0))),
+        (run_metatune, MetatuneRun(metatune=MetatuneConfig(reference="epcoh"))),
+        (run_evaluate, EvaluateRun(evaluate=EvaluateConfig(split="tset"))),
+        (run_demo, DemoRun(execution=ExecutionConfig(precision="half"))),
+        (run_ablate, AblateRun(seed="one")),  # type: ignore[arg-type]
+        (run_predict, PredictImages(device=0)),  # type: ignore[arg-type]
+    ],
+)
+def test_settings_made_in_python_are_checked_as_a_commands_are(
+    run: Callable[[Any], Any], config: Any
+) -> None:
+    with pytest.raises(
+        UsageError, match=rf"^{type(config).__name__}: [a-z_.]+: .*(expected|unknown)"
+    ):
+        run(config)

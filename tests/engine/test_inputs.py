@@ -62,7 +62,7 @@ def test_an_ablation_does_not_go_on_with_another_bank(tiny: DemoRun, tmp_path: P
     config = AblateRun(
         output=str(tmp_path / "run"), device="cpu", model=tiny.model, semantics=tiny.semantics,
         pretrain=tiny.pretrain, metatune=tiny.metatune, evaluate=tiny.evaluate,
-        ablate=AblateConfig(seeds=1, processes=1, variants=["visual"], draws=50),
+        ablate=AblateConfig(seeds=1, processes=1, variants=["visual"], draws=100),
     )  # fmt: skip
     config.metatune.backbone_lr = 0.0
     summary = run_ablate(config, quiet=True)

@@ -280,7 +280,7 @@ def test_demo_and_ablation_keep_seen_images_out(tiny: DemoRun, tmp_path: Path) -
         output=str(tmp_path / "ablation"), device="cpu", model=tiny.model,
         semantics=tiny.semantics, pretrain=tiny.pretrain, metatune=tiny.metatune,
         evaluate=tiny.evaluate,
-        ablate=AblateConfig(seeds=1, processes=1, variants=["visual"], draws=50),
+        ablate=AblateConfig(seeds=1, processes=1, variants=["visual"], draws=100),
     )  # fmt: skip
     workshop = Workshop(config, Store(tmp_path / "ablation"), torch.device("cpu"))
     leaks = workshop.leaks()["1"]

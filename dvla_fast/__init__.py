@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dvla_fast.backends import get_backend, set_backend
 
@@ -31,15 +31,30 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def __getattr__(name: str) -> Any:
-    """Resolves public names on first use: ``import dvla_fast`` costs little beside torch."""
-    if name not in _LAZY:
-        raise AttributeError(f"module 'dvla_fast' has no attribute {name!r}")
-    module = _LAZY[name]
-    value = (
-        getattr(importlib.import_module(module), name)
-        if module
-        else importlib.import_module(f"dvla_fast.{name}")
-    )
-    globals()[name] = value
-    return value
+if TYPE_CHECKING:
+    from dvla_fast import distributions as distributions
+    from dvla_fast import functional as functional
+    from dvla_fast import nn as nn
+    from dvla_fast import report as report
+    from dvla_fast import rl as rl
+    from dvla_fast import semantics as semantics
+    from dvla_fast._extension import build_info as build_info
+    from dvla_fast.engine.classifier import FewShotClassifier as FewShotClassifier
+    from dvla_fast.nn import DVLA as DVLA
+    from dvla_fast.nn import GateOutput as GateOutput
+    from dvla_fast.nn import RLAGate as RLAGate
+    from dvla_fast.rl import ReinforceLoss as ReinforceLoss
+else:  # which would make every name known to type checkers
+
+    def __getattr__(name: str) -> Any:
+        """Resolves public names on first use: ``import dvla_fast`` costs little beside torch."""
+        if name not in _LAZY:
+            raise AttributeError(f"module 'dvla_fast' has no attribute {name!r}")
+        module = _LAZY[name]
+        value = (
+            getattr(importlib.import_module(module), name)
+            if module
+            else importlib.import_module(f"dvla_fast.{name}")
+        )
+        globals()[name] = value
+        return value

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dvla_fast.nn.backbones.base import GatedBackbone, Location
 from dvla_fast.nn.episode import EpisodeOutput, LayerTrace, TextTokens
-from dvla_fast.nn.episode_checks import check_episodes, check_learned, check_text
+from dvla_fast.nn.episode_checks import (
+    check_episodes,
+    check_learned,
+    check_no_replay,
+    check_text,
+)
 from dvla_fast.nn.gate import RLAGate
 from dvla_fast.nn.gate_pass import GatePass, per_layer
 from dvla_fast.nn.layers import reset_parts
@@ -80,6 +85,8 @@ class DVLA(nn.Module):
             raise ValueError(f"text_scope: unknown {text_scope!r}; expected one of {TEXT_SCOPES}")
         if not isinstance(temperature, (float, Real, Tensor)):  # to mypy a float is no Real
             raise TypeError(f"temperature: expected a number, got {temperature!r}")
+        if isinstance(temperature, Tensor) and temperature.requires_grad:
+            raise TypeError("temperature: expected a number, got a tensor that asks to be learned")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
         self.backbone = backbone
@@ -167,10 +174,11 @@ class DVLA(nn.Module):
         """
         check_episodes(support, support_labels, query, way)
         if text is not None:
-            check_text(text, support.shape[0], way, self.text_dim, self.text_scope != "episode")
+            check_text(text, support, way, self.text_dim, self.text_scope != "episode")
         start = self.gated_layers[0] if from_prefix else None
         counts = (support.shape[1], query.shape[1])
         if text is None:
+            check_no_replay(alpha=alpha, action_logit=action_logit)
             features = self._through(torch.cat((support, query), dim=1), None, start)
             return self._classify(features, counts, support_labels, way, ())
         options: dict[str, Any] = {"sample": sample, "generator": generator}
@@ -186,6 +194,9 @@ class DVLA(nn.Module):
             queries = self._candidates(pass_, query, from_prefix)
         logits = nearest_prototypes(seen, support_labels, queries, way, self.temperature)
         return EpisodeOutput(logits, tuple(pass_.traces), support_labels, support_labels)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def supports_are_independent(self, alpha: Any = None) -> bool:
         """Whether a support's feature is the same in every episode that draws the image.
@@ -230,8 +241,9 @@ class DVLA(nn.Module):
         check_episodes(support, support_labels, support, way, whole=False)
         start = self.gated_layers[0] if from_prefix else None
         if text is None:
+            check_no_replay(alpha=alpha)
             return self._through(support, None, start), ()
-        check_text(text, support.shape[0], way, self.text_dim, self.text_scope != "episode")
+        check_text(text, support, way, self.text_dim, self.text_scope != "episode")
         options: dict[str, Any] = {"sample": sample, "generator": generator}
         pass_ = GatePass(self, text, (support.shape[1], 0), way, options, alpha, None)
         if self.text_scope == "episode":
@@ -276,7 +288,7 @@ class DVLA(nn.Module):
                 " give what support_features returned for the same text"
             )
         if text is not None:
-            check_text(text, query.shape[0], way, self.text_dim, self.text_scope != "episode")
+            check_text(text, query, way, self.text_dim, self.text_scope != "episode")
         start = self.gated_layers[0] if from_prefix else None
         if text is None or self.text_scope == "class":  # which sees no text in its queries
             queries = self._through(query, None, start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ def check_episodes(
     if way < 1:
         raise ValueError(f"way: expected a positive number, got {way}")
     check_labels(labels, (episodes, count), way, whole)
+    _check_devices("support", support, query=query, support_labels=labels)
 
 
 def check_labels(labels: Tensor, shape: tuple[int, ...], way: int, whole: bool = True) -> None:
@@ -81,6 +82,7 @@ def check_learned(
             f"features: shape {tuple(features.shape)}, expected ({query.shape[0]}, supports, d)"
         )
     check_labels(labels, tuple(features.shape[:2]), way)
+    _check_devices("query", query, features=features, support_labels=labels)
     for trace in layers:
         if trace.support_before.shape[:2] != labels.shape:
             raise ValueError(
@@ -89,11 +91,16 @@ def check_learned(
             )
 
 
-def check_text(text: TextTokens, episodes: int, way: int, text_dim: int, by_class: bool) -> None:
+def check_text(text: TextTokens, images: Tensor, way: int, text_dim: int, by_class: bool) -> None:
     """Likewise for their texts; ``by_class``: whether those of a class are taken apart."""
     if not hasattr(text, "levels"):
         raise TypeError(f"text: expected TextTokens, got {type(text).__name__}")
-    tokens = text.tokens
+    names = ("tokens", "levels", "class_embedding", "mask")
+    parts = {f"text.{name}": getattr(text, name, None) for name in names}
+    for name, part in parts.items():
+        if not isinstance(part, Tensor) and not (part is None and name == "text.mask"):
+            raise TypeError(f"{name}: expected a tensor, got {type(part).__name__}")
+    tokens, episodes = text.tokens, images.shape[0]
     if tokens.dim() != 3 or tokens.shape[0] != episodes or tokens.shape[2] != text_dim:
         raise ValueError(
             f"text.tokens: shape {tuple(tokens.shape)}, expected ({episodes}, P, {text_dim})"
@@ -123,3 +130,18 @@ def check_text(text: TextTokens, episodes: int, way: int, text_dim: int, by_clas
             f"text.tokens: {tokens.shape[1]} tokens do not fall into {way} classes evenly,"
             " as this text_scope needs; pad the classes and set text.mask"
         )
+    _check_devices("the images", images, **parts)
+
+
+def check_no_replay(**given: Any) -> None:
+    """Raises ValueError where gates are to be replayed in a pass without texts, which has none."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}: without text no gate runs that could replay it; give text")
+
+
+def _check_devices(first: str, given: Tensor, **others: Tensor | None) -> None:
+    """Raises ValueError where one of the others is on another device than the first."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != given.device:
+            raise ValueError(f"{name}: on {tensor.device}, {first} on {given.device}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -223,6 +223,9 @@ class RLAGate(nn.Module):
         return GateOutput(
             updated, fused, step.alpha, step.action_logit, step.log_prob, step.entropy, state
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     @torch.no_grad()
     def explain(

@@ -59,7 +59,8 @@ def gated_attention(
 
     Args:
         query: (T, H, P, D), float32, float16, bfloat16 or (reference and C++) float64.
-        image_tokens: (B, N, C), dtype of ``query``, or float32 where that is a half type.
+        image_tokens: (B, N, C), dtype of ``query``, or float32 where that is a half type; under
+            autocast of one half type the other one, too.
         kv_weight: (2·H·D, C), dtype of ``query``: the rows of the keys, head after head, then those
             of the values.
         text_key: (T, H, P, D), dtype of ``query``.
@@ -93,6 +94,12 @@ def gated_attention(
     query, kv_weight, text_key, text_value, out_weight = _autocast(
         query, kv_weight, text_key, text_value, out_weight
     )
+    if _is_other_half(image_tokens, query):
+        updated, fused = gated_attention(
+            query, image_tokens.float(), kv_weight, text_key, text_value, alpha, out_weight,
+            image_mask=image_mask, text_mask=text_mask, scale=scale, backend=backend,
+        )  # fmt: skip
+        return updated.to(image_tokens.dtype), fused
     _check(
         query, image_tokens, kv_weight, text_key, text_value, alpha, out_weight,
         image_mask, text_mask,
@@ -121,6 +128,13 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _is_other_half(image_tokens: Tensor, query: Tensor) -> bool:
+    """Whether image tokens are of one half type, and autocast computes in the other one."""
+    types = {getattr(x, "dtype", None) for x in (image_tokens, query)}
+    on = types == {torch.float16, torch.bfloat16} and torch.is_autocast_enabled(query.device.type)
+    return on and image_tokens.device == query.device
 
 
 def _composed(

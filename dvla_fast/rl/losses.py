@@ -7,7 +7,7 @@ L = L_sup + λ L_RL with, for the paper's REINFORCE, ∇L_RL = −E[(R − b) �
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -193,6 +193,9 @@ class PolicyLoss(nn.Module):
             baseline=level.mean(1),
         )
         return loss, figures
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def value_loss(self, values: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted squared error that a value network learns from, and its parts (L,)."""

@@ -126,6 +126,31 @@ def test_autocast(make_gate: MakeGate, inputs: tuple, dtype: torch.dtype) -> Non
     assert all(p.grad is None or p.grad.isfinite().all() for p in gate.parameters())
 
 
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_gate_under_autocast_of_the_other_half_type(
+    make_gate: MakeGate, inputs: tuple, weights: torch.dtype
+) -> None:
+    """Tokens keep their dtype and lose no digit that their own type has."""
+    computed = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}[weights]
+    gate = make_gate()
+    wide = gate(*inputs, alpha=0.4)
+    gate = gate.to(weights)
+    image, text = (x.to(weights).requires_grad_() for x in inputs)
+    for given in ((image, text), (image.detach().float(), text)):
+        with torch.autocast("cpu", computed):
+            out = gate(*given, alpha=0.4)
+            seen = gate.explain(*given, alpha=0.4)
+        assert (out.image_tokens.dtype, out.fused.dtype) == (given[0].dtype, computed)
+        assert (out.image_tokens.float() - wide.image_tokens).abs().max() < 0.05
+        assert seen.image.isfinite().all()
+    with torch.autocast("cpu", computed):
+        gate(image, text).image_tokens.float().sum().backward()
+    assert image.grad is not None
+    assert image.grad.dtype == weights
+    with pytest.raises(TypeError, match="image_tokens: dtype"):
+        gate(inputs[0].to(computed), text)
+
+
 def test_model_under_autocast(make_model: MakeModel) -> None:
     model = make_model()
     support, labels, query, _ = make_episodes(2, 3, 1, 2)

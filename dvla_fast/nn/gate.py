@@ -155,7 +155,8 @@ class RLAGate(nn.Module):
         """Run the gate.
 
         Args:
-            image_tokens: (B, N, dim), dtype of the weights; under autocast float32 or its dtype.
+            image_tokens: (B, N, dim), dtype of the weights; under autocast also float32 or its
+                dtype.
             text_tokens: (T, P, text_dim), B a multiple of T; images i·B/T … see text group i.
             image_mask: (B, N) bool, True = a token; masked ones are attended by nothing.
             text_mask: (T, P) bool, likewise; H is 0 at masked places.
@@ -243,7 +244,8 @@ class RLAGate(nn.Module):
     ) -> GateAttention:
         """Compute the attention that :meth:`forward` mixes and never stores, and α.
 
-        Arguments are those of :meth:`forward`; by default α is the policy's mean. The weights take
+        Arguments are those of :meth:`forward` but ``action_logit`` (give ``alpha``); by default α
+        is the policy's mean. The weights take
         B·H·P·N numbers of memory, which is what the fused forward avoids: ask for few images.
 
         Raises:

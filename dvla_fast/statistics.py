@@ -130,6 +130,23 @@ def shared_note(name: str, accuracies: Sequence[float]) -> str:
     )
 
 
+def lineage_note(name: str, started_from: Sequence[str | None]) -> str:
+    """Say that trainings start from fewer backbones than they are; else "".
+
+    Args:
+        started_from: what each training's backbone was pre-trained as; None: not known.
+    """
+    known = [origin for origin in started_from if origin]
+    count = len(set(known))
+    if count == len(known):
+        return ""
+    backbones = "one pre-trained backbone" if count == 1 else f"{count} pre-trained backbones"
+    return (
+        f"{name}: {len(known)} trainings start from {backbones}: their spread speaks of "
+        "meta-tuning again, not of pre-training"
+    )
+
+
 def _without_spread(mean: float, rounding: float) -> dict[str, float | None]:
     if abs(mean) < rounding:
         return {"difference": mean, "ci95": 0.0, "p_value": 1.0}

@@ -27,6 +27,7 @@ from dvla_fast.statistics import (
     PAIRED_INTERVAL,
     episode_class_accuracies,
     holm,
+    lineage_note,
     p_text,
     paired_difference,
     points,
@@ -237,7 +238,12 @@ def _compare_shot(
     trained = [_checkpoint_accuracies(side, name) for side, name in zip(sides, names)]
     several = min(map(len, trained)) > 1
     told = [f"{side} ({name})" for side, name in zip("AB", names)]
-    notes = [note for note in map(shared_note, told, trained) if note and several]
+    origins = [
+        [key for _, results in group for key in results[shot].get("started_from") or []]
+        for group in groups
+    ]
+    of_sides = [*map(shared_note, told, trained), *map(lineage_note, told, origins)]
+    notes = [note for note in of_sides if note and several]
     row: dict[str, Any] = {
         "shot": shot,
         "way": groups[0][0][1][shot]["way"],
@@ -387,7 +393,8 @@ def _reach(row: dict[str, Any]) -> str:
             f"{row['checkpoints'][0]} and {row['checkpoints'][1]} checkpoint(s)"
         )
     counts = f"{row['checkpoints'][0]} and {row['checkpoints'][1]} checkpoints, {over['test']}"
-    return f"over training runs ({counts}): {verdict(over)}"
+    alone = "; this speaks of meta-tuning again with the same backbone" if row["notes"] else ""
+    return f"over training runs ({counts}): {verdict(over)}{alone}"
 
 
 def _class_lines(rows: Sequence[dict[str, Any]], limit: int) -> list[str]:

@@ -37,7 +37,7 @@ from dvla_fast.engine.models import backbone_spec, build_model, load_backbone, m
 from dvla_fast.engine.predict import BEFORE, FIXED, VISUAL
 from dvla_fast.engine.pretrain import check_pretraining, pretrain
 from dvla_fast.engine.progress import Progress
-from dvla_fast.engine.recipes import recipe_of
+from dvla_fast.engine.recipes import recipe_of, started_from
 from dvla_fast.engine.records import keep_record
 from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.settings import UsageError, checked, to_dict
@@ -153,6 +153,7 @@ def _provenance(
     return {
         "checkpoint": str(checkpoint),
         "checkpoints_sha256": [info.get("tensors_sha256")],
+        "started_from": [started_from(info)],
         "recipe": recipe_of(model, info),
         "semantics": semantics,
         "device": str(device),

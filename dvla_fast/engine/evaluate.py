@@ -37,7 +37,7 @@ from dvla_fast.engine.predict import (
     predict_visual,
 )
 from dvla_fast.engine.progress import Progress
-from dvla_fast.engine.recipes import check_one_recipe, checkpoint_paths, recipe_of
+from dvla_fast.engine.recipes import check_one_recipe, checkpoint_paths, recipe_of, started_from
 from dvla_fast.engine.records import (
     EpisodeRecord,
     finished_result,
@@ -331,6 +331,7 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         "checkpoint": config.checkpoint,
         "checkpoints": paths,
         "checkpoints_sha256": [info.get("tensors_sha256") for info in infos],
+        "started_from": [started_from(info) for info in infos],
         "trained_on": infos[0].get("dataset"),
         "trained_split_list": infos[0].get("split_list"),
         "recipe": recipe_of(contenders[0].model, infos[0]),

@@ -97,6 +97,16 @@ def recipe_of(model: DVLA | None, info: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def started_from(info: Mapping[str, Any]) -> str | None:
+    """What a meta-tuned checkpoint's backbone was pre-trained as; None: pre-trained, or not told.
+
+    The hash of our checkpoint, or the name of published weights.
+    """
+    start = info.get("start") or {}
+    origin: str | None = start.get("sha256") or start.get("pretrained")
+    return origin if info.get("kind") == "metatune" else None
+
+
 def _texts(described: Mapping[str, Any]) -> dict[str, Any]:
     """What decides about texts, of their description."""
     keys = ["encoder", *COMPARED]

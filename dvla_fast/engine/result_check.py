@@ -46,6 +46,7 @@ _OPTIONAL: dict[str, Check] = {
     "fixed_alpha": _share, "seed": number(0, 2**63), "dataset": text, "split": text,
     "split_sha256": or_none(text), "images_sha256": or_none(text), "checkpoint": text,
     "checkpoints": list_of(text), "checkpoints_sha256": list_of(or_none(text)),
+    "started_from": list_of(or_none(text)),
     "gated_layers": GATED_LAYERS,
     "recipe": or_none(mapping), "semantics": or_none(mapping),
     "text_differences": mapping_of(mapping), "leaks": _leaks,

@@ -110,8 +110,8 @@ def trained_normalisation(data: FewShotData, info: Mapping[str, Any]) -> FewShot
 class Start(NamedTuple):
     """What a run began with.
 
-    facts: of published weights, for the run's records; stages: of training that came before, as
-    from ``trained_classes.training_stages``.
+    facts: of published weights, or the hash of a checkpoint, for the run's records; stages: of
+    training that came before, as from ``trained_classes.training_stages``.
     """
 
     facts: dict[str, Any]
@@ -153,7 +153,7 @@ def begin_metatuning(
         return data, Start(info, others)
     if config.normalisation == "auto":
         data = trained_normalisation(data, info)
-    return data, Start({}, training_stages(info))
+    return data, Start({"sha256": info.get("tensors_sha256")}, training_stages(info))
 
 
 # Of a model's description: what the parameters of its gates depend on, or what they mean.

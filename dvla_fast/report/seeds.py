@@ -10,7 +10,7 @@ from dvla_fast.engine.compare import difference_in_episodes
 from dvla_fast.engine.entries import list_of, mapping, record, text
 from dvla_fast.engine.recipes import result_differences, training_of
 from dvla_fast.report.collect import Run
-from dvla_fast.statistics import checkpoint_interval, points, shared_note
+from dvla_fast.statistics import checkpoint_interval, lineage_note, points, shared_note
 
 Found = tuple[Run, dict[str, Any]]
 
@@ -32,7 +32,8 @@ def over_checkpoints(run: Run, result: Mapping[str, Any]) -> str:
     if not found or len(found.get("accuracies", ())) < 2:
         return ""
     count = f"{len(found['accuracies'])} checkpoints"
-    return _sentence(f"{run.name}, over {count}", str(result["method"]), found)
+    started_from = result.get("started_from") or []
+    return _sentence(f"{run.name}, over {count}", str(result["method"]), found, started_from)
 
 
 def recipe_groups(runs: Sequence[Run]) -> list[list[Found]]:
@@ -71,6 +72,11 @@ def accuracies_of(group: Sequence[Found], method: str) -> list[float]:
     return found
 
 
+def origins_of(group: Sequence[Found]) -> list[str | None]:
+    """What the backbone of each training of a group was pre-trained as; empty: not known."""
+    return [origin for _, result in group for origin in result.get("started_from") or []]
+
+
 def _belongs(result: dict[str, Any], group: Sequence[Found]) -> bool:
     first = group[0][1]
     same = all(result[key] == first[key] for key in ("shot", "method"))
@@ -97,12 +103,19 @@ def _group_sentence(group: Sequence[Found]) -> str:
     names = ", ".join(run.name for run, _ in group)
     who = f"{first['way']}-way {first['shot']}-shot, {first['method']}, over {len(accuracies)} "
     found = checkpoint_interval(accuracies)
-    return _sentence(f"{who}trainings of one recipe ({names})", first["method"], found)
+    who = f"{who}trainings of one recipe ({names})"
+    return _sentence(who, first["method"], found, origins_of(group))
 
 
-def _sentence(who: str, method: str, found: Mapping[str, Any]) -> str:
+def _sentence(
+    who: str, method: str, found: Mapping[str, Any], started_from: Sequence[str | None]
+) -> str:
     values = ", ".join(f"{100 * value:.1f}" for value in found["accuracies"])
-    note = shared_note(method, found["accuracies"]) or "this t interval speaks of training again"
+    note = (
+        shared_note(method, found["accuracies"])
+        or lineage_note(method, started_from)
+        or "this t interval speaks of training again"
+    )
     return (
         f"{who}: {100 * found['accuracy']:.2f} ± {points(found.get('ci95'))} % ({values}); {note}."
     )

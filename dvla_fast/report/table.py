@@ -10,8 +10,8 @@ from pathlib import Path
 
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.report.collect import Run
-from dvla_fast.report.seeds import Found, accuracies_of, recipe_groups
-from dvla_fast.statistics import checkpoint_interval, points
+from dvla_fast.report.seeds import Found, accuracies_of, origins_of, recipe_groups
+from dvla_fast.statistics import checkpoint_interval, lineage_note, points, shared_note
 
 _EPISODES = "1.96·s/√n over the episodes"
 _TRAININGS = "the 95 % t interval over the trainings"
@@ -32,6 +32,8 @@ class Row:
     trainings: int
     accuracy: float
     half: float | None
+    notes: tuple[str, ...] = ()
+    """What the half width does not speak of."""
 
     @property
     def interval(self) -> str:
@@ -64,9 +66,15 @@ def _row(group: Sequence[Found], method: str) -> Row:
     accuracies = accuracies_of(group, method)
     mine = first if method == first["method"] else first["methods"][method]
     accuracy, half = accuracies[0], mine["ci95"]
+    notes: list[str] = []
     if len(accuracies) > 1:
         over = checkpoint_interval(accuracies)
         accuracy, half = over["accuracy"], over["ci95"]
+        if shared_note(method, accuracies):  # a spread of 0 that nobody should print
+            half = None
+            notes.append("n/a: these trainings share what is compared")
+        elif note := lineage_note(method, origins_of(group)):
+            notes.append(note)
     return Row(
         ", ".join(run.name for run, _ in group),
         method,
@@ -78,6 +86,7 @@ def _row(group: Sequence[Found], method: str) -> Row:
         len(accuracies),
         accuracy,
         half,
+        tuple(notes),
     )
 
 
@@ -93,7 +102,8 @@ def as_csv(rows: Sequence[Row]) -> str:
         half = "" if row.half is None else f"{100 * row.half:.4f}"
         writer.writerow(
             [row.runs, row.method, row.dataset, row.split, row.way, row.shot, row.episodes,
-             row.trainings, f"{100 * row.accuracy:.4f}", half, row.interval]
+             row.trainings, f"{100 * row.accuracy:.4f}", half,
+             "; ".join((row.interval, *row.notes))]
         )  # fmt: skip
     return text.getvalue()
 
@@ -142,6 +152,7 @@ def _legend(rows: Sequence[Row]) -> str:
         numbers = " or ".join(dict.fromkeys(several))
         other = ", where there are several" if any(row.trainings == 1 for row in rows) else ""
         said.append(f"± {_TRAININGS} ({numbers}){other}")
+    said += dict.fromkeys(note for row in rows for note in row.notes)
     return "; ".join(said) + "."
 
 

@@ -139,6 +139,28 @@ def test_trainings_that_share_what_is_compared(tmp_path: Path) -> None:
     assert "1-shot y" not in table
 
 
+def test_trainings_from_one_backbone_say_so(tmp_path: Path) -> None:
+    """Their spread is that of meta-tuning, whatever is compared."""
+
+    def write(side: str, origins: list[str | None]) -> list[str]:
+        return [
+            str(write_evaluation(tmp_path / f"{side}{i}", 0.6 + 0.01 * i, started_from=[origin]))
+            for i, origin in enumerate(origins)
+        ]
+
+    one, apart = write("a", ["x", "x", "y"]), write("b", ["x", "y", None])
+    compared = compare_groups(one, apart)
+    said = "A (learned gate): 3 trainings start from 2 pre-trained backbones: their spread speaks"
+    assert [note[: len(said)] for note in compared["results"][0]["notes"]] == [said]
+    text = comparison_text(compared)
+    assert f"\n  {said}" in text
+    assert "this speaks of meta-tuning again with the same backbone" in text
+    assert "meta-tuning" not in comparison_text(compare_groups(one[1:], apart))
+    over = {"x": checkpoint_interval([0.5, 0.6])}
+    result = {"shot": 1, "over_checkpoints": over, "started_from": ["x", "x"]}
+    assert "2 trainings start from one pre-trained backbone" in checkpoints_table([result])
+
+
 def test_each_checkpoint_counts_once_whatever_run_it_is_in(tmp_path: Path) -> None:
     """Both verdicts, and those by class, are about one and the same mean."""
     three = write_evaluation(tmp_path / "three", 0.7, checkpoints=3)

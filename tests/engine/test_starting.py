@@ -93,7 +93,10 @@ def test_from_pretraining_to_evaluation(
     tuned = tmp_path / "tuned" / "checkpoints" / "metatune-best.safetensors"
     summary = evaluate(tuned, tmp_path / "result")
     assert summary["methods"].keys() == {"visual prototypes", "fixed gate", "learned gate"}
-    assert "visual prototypes" in evaluate(start, tmp_path / "visual")["methods"]
+    assert summary["results"][0]["started_from"] == [load_checkpoint(start)[1]["tensors_sha256"]]
+    visual = evaluate(start, tmp_path / "visual")
+    assert "visual prototypes" in visual["methods"]
+    assert visual["results"][0]["started_from"] == [None]
     for run, asked in (("pre", {"way": 5, "shot": 1, "query": 15}), ("tuned", None)):
         told = json.loads((tmp_path / run / "summary.json").read_text())["monitor_episodes"]
         assert (told["way"], told["shot"], told.get("asked")) == (5, 1, asked)

@@ -66,6 +66,25 @@ def test_what_was_evaluated_otherwise_is_a_row_of_its_own(tmp_path: Path) -> Non
     assert learned == pytest.approx(expected)
 
 
+def test_a_spread_of_nothing_is_not_printed(tmp_path: Path) -> None:
+    """Visual prototypes of trainings from one backbone; the learned gates' spread has a note."""
+    runs = [
+        evaluation(tmp_path / name, right, started_from=["x"])
+        for name, right in (("a", 0.5), ("b", 0.55))
+    ]
+    learned, visual = csv.DictReader(table(tmp_path / "t.csv", *runs).splitlines())
+    assert (visual["accuracy"], visual["half_width"]) == ("0.0000", "")
+    assert visual["interval"].endswith("; n/a: these trainings share what is compared")
+    assert float(learned["half_width"]) > 1
+    from_one = "2 trainings start from one pre-trained backbone"
+    assert from_one in learned["interval"]
+    for name in ("t.md", "t.tex"):
+        said = table(tmp_path / name, *runs)
+        assert "0.00 ± n/a" in said or r"0.00 $\pm$ n/a" in said
+        assert "n/a: these trainings share what is compared" in said
+        assert from_one in said
+
+
 def test_a_column_for_each_number_of_supports(tmp_path: Path) -> None:
     run = evaluation(tmp_path / "one|two", 0.5)
     five = evaluation(tmp_path / "five", 0.75, shot=5, split="base", ci95=None)

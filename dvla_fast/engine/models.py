@@ -73,10 +73,15 @@ def model_spec(config: ModelConfig, spec: dict[str, Any], text_dim: int) -> dict
     return {"backbone": spec, "text_dim": text_dim, **gate}
 
 
-def build_model(spec: dict[str, Any]) -> DVLA:
-    """Build the model that ``model_spec`` describes."""
+def build_model(spec: dict[str, Any], backbone: Any = None) -> DVLA:
+    """Build the model that ``model_spec`` describes, around ``backbone`` if it is built already.
+
+    Raises:
+        UsageError: layers that the backbone does not have, heads that do not fit its width, ….
+    """
     arguments = dict(spec)
-    backbone = _backbone(arguments.pop("backbone"))
+    described = arguments.pop("backbone")
+    backbone = backbone or _backbone(described)
     layers = arguments.pop("gated_layers") or None  # empty: the backbone's own choice
     try:
         return DVLA(backbone, layers, **arguments)

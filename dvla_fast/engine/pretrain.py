@@ -32,7 +32,12 @@ from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.divergence import DivergenceWatch
 from dvla_fast.engine.execution import Execution, adamw
 from dvla_fast.engine.inputs import run_inputs
-from dvla_fast.engine.models import backbone_spec, build_pretrain_model
+from dvla_fast.engine.models import (
+    backbone_spec,
+    build_model,
+    build_pretrain_model,
+    model_spec,
+)
 from dvla_fast.engine.monitor import monitor_episodes, monitor_sampler, scored
 from dvla_fast.engine.next_steps import keep_settings_files
 from dvla_fast.engine.predict import image_features, predict_visual
@@ -305,7 +310,8 @@ def run_pretrain(
     data = normalise_for(data, config.model)
     spec = backbone_spec(config.model, data.channels, data.image_size)
     # Settings that fit no model or no batch fail before the folder is made.
-    build_pretrain_model(spec, 1, config.pretrain.drop_path)
+    backbone = build_pretrain_model(spec, 1, config.pretrain.drop_path)["backbone"]
+    build_model(model_spec(config.model, spec, text_dim=1), backbone)  # for the stage that follows
     check_pretraining(config.pretrain, data, processes)
     if config.model.pretrained:
         load_published(build_pretrain_model(spec, 1)["backbone"], config.model.pretrained)

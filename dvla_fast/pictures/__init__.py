@@ -6,7 +6,7 @@ in this file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,11 @@ from dvla_fast.errors import MissingDependencyError
 # Colour-blind safe (Okabe and Ito); grey for what is only there to compare with.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#8E5BA6", "#9AA5B1"
 INK, MUTED, GRID = "#1F2933", "#616E7C", "#E4E7EB"
+# Of scripts that matplotlib's own font lacks: on Linux, macOS and Windows.
+_OTHER_SCRIPTS = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "IPAGothic",
+    "Droid Sans Fallback", "Hiragino Sans", "PingFang SC", "Microsoft YaHei", "Arial Unicode MS",
+)  # fmt: skip
 _STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -78,6 +83,18 @@ def new_figure(width: float, height: float, dpi: int, **options: Any) -> Any:
     figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white", **options)
     FigureCanvasAgg(figure)
     return figure
+
+
+def fonts() -> tuple[list[str], Callable[[str], bool]]:
+    """Return font families for names in any script, and whether they have a text's letters."""
+    from matplotlib import font_manager
+
+    installed = set(font_manager.get_font_names())
+    families = ["DejaVu Sans", *(name for name in _OTHER_SCRIPTS if name in installed)]
+    letters: set[int] = set()
+    for family in families:
+        letters |= font_manager.get_font(font_manager.findfont(family)).get_charmap().keys()
+    return families, lambda text: all(ord(letter) in letters for letter in text)
 
 
 def plain(name: str, longest: int = 28) -> str:

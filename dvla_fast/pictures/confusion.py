@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dvla_fast.pictures import GRID, INK, new_figure, plain
+from dvla_fast.pictures import GRID, INK, fonts, new_figure, plain
 
 _NAMED = 60  # classes whose names still fit on the axes
 _BESIDE = 42  # letters of the names that still fit beside each other below the matrix
@@ -22,7 +22,7 @@ def plot_confusion(
     Args:
         rates: (C, C): share of class i (row) taken for class j, of the times j was a choice; NaN
             where it never was, left grey.
-        names: of the C classes.
+        names: of the C classes; numbers stand for those that no installed font can draw.
         output: file to write, whatever its suffix.
 
     Raises:
@@ -39,10 +39,14 @@ def plot_confusion(
     colours = colormaps["Blues"].with_extremes(bad=GRID)
     picture = axis.imshow(100 * rates.numpy(), cmap=colours, vmin=0, vmax=100)
     if count <= _NAMED:
-        letters, labels = 10 if count <= 20 else 6, [plain(name) for name in names]
+        families, drawable = fonts()
+        labels = [
+            plain(name) if drawable(name) else f"class {index}" for index, name in enumerate(names)
+        ]
         turned = count > 6 or count * max(map(len, labels)) > _BESIDE
-        axis.set_xticks(range(count), labels, rotation=90 if turned else 0, fontsize=letters)
-        axis.set_yticks(range(count), labels, fontsize=letters)
+        look = {"fontsize": 10 if count <= 20 else 6, "fontfamily": families}
+        axis.set_xticks(range(count), labels, rotation=90 if turned else 0, **look)
+        axis.set_yticks(range(count), labels, **look)
     if count <= _WRITTEN:
         for row in range(count):
             for column in range(count):
@@ -55,5 +59,6 @@ def plot_confusion(
     axis.set_ylabel("true")
     axis.set_title(plain(title, 200), loc="left", fontsize=11)
     bar = figure.colorbar(picture, ax=axis, shrink=0.8)
-    bar.set_label("% of queries, where the class was a choice")
+    never = "; grey: the two were never in one episode" if rates.isnan().any() else ""
+    bar.set_label(f"% of queries, where the class was a choice{never}")
     figure.savefig(output, format="png")

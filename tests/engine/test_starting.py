@@ -325,3 +325,18 @@ def test_regularisation_may_change_between_the_stages(
     other = '--model.backbone_options={"widths": [8, 8, 16, 24]}'
     arguments = [*metatune("resnet12", tmp_path / "b", f"--checkpoint={start}"), other]
     assert "of another model" in fails(arguments, capsys, 1)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--model.gated_layers=[[9, 9]]", "location (9, 9): no such (stage, block)"),
+        ("--model.num_heads=7", "num_heads"),
+    ],
+)
+def test_pretraining_refuses_gates_that_the_next_stage_could_not_build(
+    option: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pretrain", f"--output={tmp_path / 'run'}", "--device=cpu", option]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

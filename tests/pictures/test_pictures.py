@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
 
+from dvla_fast import pictures
 from dvla_fast.data import load_digits
 from dvla_fast.engine.demo import _samples as _typical
 from dvla_fast.engine.predict import FIXED, LEARNED, VISUAL
@@ -60,6 +61,30 @@ def test_confusion_of_any_names(tmp_path: Path) -> None:
     long = confusion_size(tmp_path / "long.png", names)
     assert long[1] > 0.9 * short[1]
     assert long[0] < 1.7 * short[0]
+
+
+def test_confusion_in_other_scripts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Fonts that have the letters are taken where they are installed; else numbers stand there."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    names = ["\u65e5\u672c\u732b", "cat"]
+    rates = torch.tensor([[1.0, float("nan")], [0.5, 0.5]])
+    monkeypatch.setattr(pictures, "_OTHER_SCRIPTS", ("No such font",))
+    plot_confusion(rates, names, tmp_path / "a.png")
+    plot_confusion(torch.eye(2), ["dog", "cat"], tmp_path / "b.png")
+    first, second = (
+        next(axis for axis in figure.axes if axis.get_label() != "<colorbar>") for figure in drawn
+    )
+    assert [label.get_text() for label in first.get_xticklabels()] == ["class 0", "cat"]
+    assert [label.get_text() for label in second.get_yticklabels()] == ["dog", "cat"]
+    bars = [figure.axes[-1].get_ylabel() for figure in drawn]
+    assert "grey: the two were never in one episode" in bars[0]
+    assert "grey" not in bars[1]
+    for figure in drawn:
+        FigureCanvasAgg(figure).draw()
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_names_under_samples_are_whole_in_two_lines() -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dvla_fast import _extension, backends, reference
+from dvla_fast.arguments import expect_tensor
 from dvla_fast.ops import schemas
 from dvla_fast.ops.dual_attention import (
     candidates,
@@ -229,6 +230,7 @@ def _check(
     }
     for (name, tensor), dims in zip(named.items(), (4, 2, 4, 4, 2)):
         check_tensor(name, tensor, dims, getattr(query, "dtype", None))
+    expect_tensor("image_tokens", image_tokens)
     passed = image_tokens.dtype == torch.float32 and query.dtype != torch.float64
     check_tensor("image_tokens", image_tokens, 3, torch.float32 if passed else query.dtype)
     _, heads, _, width = query.shape

@@ -15,6 +15,7 @@ from torch.distributions import Distribution, constraints, register_kl
 from torch.distributions.utils import broadcast_all
 
 from dvla_fast import _extension, functional
+from dvla_fast.arguments import expect_number, expect_tensor
 from dvla_fast.ops.beta_special import beta_cdf, beta_implicit_derivatives, beta_kl
 from dvla_fast.ops.first_order import first_order_term
 
@@ -27,7 +28,7 @@ _with_slope_of_draw = first_order_term("MeanConcentrationBeta.rsample")
 class MeanConcentrationBeta(Distribution):
     """Beta distribution of a gate α in (0, 1), parametrised by mean and concentration.
 
-    Parameters of half types are widened to float32.
+    Parameters are brought to one dtype as PyTorch's operations are, at least float32.
 
     Args:
         logits: log(p/(1 − p)) of the mean, any shape; give this or ``mean``.
@@ -36,6 +37,7 @@ class MeanConcentrationBeta(Distribution):
         validate_args: check parameters and values (default: PyTorch's global setting).
 
     Raises:
+        TypeError: a parameter is neither a number nor a tensor, or complex.
         ValueError: not exactly one of ``logits`` and ``mean`` is given, or a parameter is invalid.
     """
 
@@ -55,13 +57,13 @@ class MeanConcentrationBeta(Distribution):
         validate_args: bool | None = None,
     ) -> None:
         if mean is not None and logits is None:
-            given, self.concentration = _broadcast(mean, concentration)
+            given, self.concentration = _broadcast("mean", mean, concentration)
             checked = self._validate_args if validate_args is None else validate_args
             if checked and not bool(((given > 0) & (given < 1)).all()):
                 raise ValueError("mean: expected values strictly between 0 and 1")
             self.logits = torch.logit(given)
         elif logits is not None and mean is None:
-            self.logits, self.concentration = _broadcast(logits, concentration)
+            self.logits, self.concentration = _broadcast("logits", logits, concentration)
         else:
             raise ValueError("give exactly one of logits and mean")
         super().__init__(self.logits.shape, validate_args=validate_args)
@@ -136,7 +138,7 @@ class MeanConcentrationBeta(Distribution):
         """
         if self._validate_args:
             self._validate_sample(value)
-        return self.log_prob_logit(torch.logit(_inside(value)))
+        return self.log_prob_logit(self._logit_of(value))
 
     def log_prob_logit(self, logit: Tensor) -> Tensor:
         """Log-density (with respect to α) at the sample with this logit."""
@@ -157,7 +159,7 @@ class MeanConcentrationBeta(Distribution):
         """P(α ≤ value), without gradient; see :func:`dvla_fast.functional.beta_cdf`."""
         if self._validate_args:
             self._validate_sample(value)
-        inside = beta_cdf(self.logits, self.concentration, torch.logit(_inside(value)))
+        inside = beta_cdf(self.logits, self.concentration, self._logit_of(value))
         inside = torch.where(value <= 0, torch.zeros_like(inside), inside)
         return torch.where(value >= 1, torch.ones_like(inside), inside)
 
@@ -167,20 +169,34 @@ class MeanConcentrationBeta(Distribution):
             " b = concentration0"
         )
 
+    def _logit_of(self, value: Tensor) -> Tensor:
+        """The logit of α, moved off 0 and 1, which may be whole numbers."""
+        expect_tensor("value", value)
+        if not value.is_floating_point():
+            value = value.to(self.logits.dtype)
+        return torch.logit(_inside(value))
+
     def _shapes(self) -> tuple[Tensor, Tensor]:
         kappa = self.concentration
         return kappa * torch.sigmoid(self.logits), kappa * torch.sigmoid(-self.logits)
 
 
-def _broadcast(first: Tensor | float, second: Tensor | float) -> tuple[Tensor, Tensor]:
-    """The two as tensors of one shape; half types as float32, which the ops compute in.
+def _broadcast(name: str, first: Tensor | float, second: Tensor | float) -> tuple[Tensor, Tensor]:
+    """The parameter of that name and κ as tensors of one shape and dtype, which the ops compute in.
 
-    A number beside half tensors keeps its digits so, and a large κ does not become infinite.
+    At least float32: a number beside half tensors keeps its digits so, and a large κ does not
+    become infinite.
     """
-    first, second = (
-        x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
-        for x in (first, second)
-    )
+    for which, x in ((name, first), ("concentration", second)):
+        if not isinstance(x, Tensor):
+            expect_number(which, x, "a number or a tensor")
+        elif x.is_complex():
+            raise TypeError(f"{which}: expected real values, got {x.dtype}")
+    # A number takes part in no promotion: asked of one, a graph would hold it as a constant.
+    tensors = [x for x in (first, second) if isinstance(x, Tensor)]
+    dtype = torch.result_type(tensors[0], tensors[-1]) if tensors else torch.float32
+    dtype = torch.promote_types(dtype, torch.float32)
+    first, second = (x.to(dtype) if isinstance(x, Tensor) else x for x in (first, second))
     if isinstance(first, Tensor) and not isinstance(second, Tensor):
         second = first.new_zeros(()) + second  # where broadcast_all would make a graph's constant
     a, b = broadcast_all(first, second)

@@ -78,6 +78,59 @@ def test_the_global_setting_decides_what_is_validated() -> None:
         Distribution.set_default_validate_args(__debug__)
 
 
+@pytest.mark.parametrize("parameter", ["logits", "mean"])
+@pytest.mark.parametrize("kappa", [torch.float64, torch.float32, torch.int64, torch.float16, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_everything_has_the_wider_dtype(
+    parameter: str, dtype: torch.dtype, kappa: torch.dtype | None
+) -> None:
+    number = 10.0 if kappa is None else torch.full((3,), 10, dtype=kappa)
+    given = {parameter: torch.full((3,), 0.25, dtype=dtype)}
+    policy = MeanConcentrationBeta(**given, concentration=number)
+    wide = torch.float64 if torch.float64 in (dtype, kappa) else torch.float32
+    value = policy.sample()
+    for x in (
+        value, policy.rsample(), policy.mean, policy.variance, policy.mode, policy.entropy(),
+        policy.concentration0, policy.log_prob(value), policy.cdf(value),
+        kl_divergence(policy, policy),
+    ):  # fmt: skip
+        assert x.dtype == wide
+
+
+def test_whole_numbers_are_parameters_and_values() -> None:
+    whole = MeanConcentrationBeta(logits=torch.tensor([0, 1, -1]), concentration=torch.tensor(10))
+    real = MeanConcentrationBeta(logits=torch.tensor([0.0, 1.0, -1.0]), concentration=10.0)
+    assert whole.sample().dtype == torch.float32
+    torch.testing.assert_close(whole.entropy(), real.entropy())
+    for value in (0, 1):
+        for method in ("log_prob", "cdf"):
+            got, want = (
+                getattr(policy, method)(torch.tensor(x))
+                for policy, x in ((whole, value), (real, float(value)))
+            )
+            torch.testing.assert_close(got, want)
+    double = MeanConcentrationBeta(logits=torch.zeros(3).double())
+    torch.testing.assert_close(
+        double.log_prob(torch.tensor(1)), double.log_prob(torch.tensor(1.0).double())
+    )
+
+
+@pytest.mark.parametrize("name", ["logits", "mean", "concentration"])
+def test_parameters_of_a_wrong_kind(name: str) -> None:
+    for wrong, kind in (
+        ("a", "a number or a tensor, got 'a'"),
+        ([0.5], r"a number or a tensor, got"),
+    ):
+        with pytest.raises(TypeError, match=f"^{name}: expected {kind}"):
+            MeanConcentrationBeta(
+                **{"logits": 0.0, name: wrong} if name != "mean" else {name: wrong}
+            )
+    with pytest.raises(
+        TypeError, match=r"concentration: expected real values, got torch\.complex64"
+    ):
+        MeanConcentrationBeta(logits=0.0, concentration=torch.ones(2, dtype=torch.cfloat))
+
+
 def test_wrong_arguments_raise() -> None:
     with pytest.raises(ValueError, match="exactly one"):
         MeanConcentrationBeta(concentration=1.0)

@@ -8,13 +8,13 @@ that is resumed needs only a counter.
 from __future__ import annotations
 
 import hashlib
-from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dvla_fast.arguments import expect_whole
 from dvla_fast.data.images import ImageSet
 from dvla_fast.errors import DataError
 
@@ -69,8 +69,7 @@ class EpisodeSampler:
         not_as_query: Tensor | None = None,
     ) -> None:
         for name, value in (("way", way), ("shot", shot), ("query", query), ("seed", seed)):
-            if not isinstance(value, Integral) or isinstance(value, bool):
-                raise TypeError(f"{name}: expected a whole number, got {value!r}")
+            expect_whole(name, value)
             if name == "seed" and value < 0:
                 raise DataError(f"seed must be at least 0, got {value}")
             if name != "seed" and value < 1:

@@ -27,13 +27,20 @@ def seed_everything(seed: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(seed))
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device for cpu, cuda, cuda:N or auto.
+def pick_device(name: str | torch.device) -> torch.device:
+    """Return the device for cpu, cuda, cuda:N or auto, or the one given if it is of such a kind.
 
     Raises:
+        TypeError: neither a name nor a device.
         UsageError: unknown name.
         DVLAError: no such device here.
     """
+    if isinstance(name, torch.device):
+        name = name.type if name.type == "cpu" else str(name)
+    if not isinstance(name, str):
+        raise TypeError(
+            f"device: expected cpu, cuda, cuda:N, auto or a torch.device, got {type(name).__name__}"
+        )
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:

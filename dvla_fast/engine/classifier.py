@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dvla_fast.arguments import expect_whole
 from dvla_fast.data.decode import as_rgb, open_rgb, pillow, to_square
 from dvla_fast.data.folders import class_folders
 from dvla_fast.data.images import unit_range
@@ -112,18 +113,21 @@ class FewShotClassifier:
         return () if self._learned is None else self._learned.class_names
 
     @classmethod
-    def load(cls, checkpoint: str | Path, device: str = "auto") -> FewShotClassifier:
+    def load(cls, checkpoint: str | Path, device: str | torch.device = "auto") -> FewShotClassifier:
         """Load a checkpoint of ``dvla-fast metatune`` (or ``pretrain``: then without texts).
 
         Args:
             checkpoint: ``.safetensors`` file of a run's ``checkpoints/`` folder.
-            device: "cpu", "cuda", or "auto": cuda where there is one.
+            device: "cpu", "cuda", "cuda:N", such a ``torch.device``, or "auto": cuda where there is
+                one.
 
         Raises:
             CheckpointError: missing, damaged, or of another kind.
+            TypeError: ``device`` is neither a name nor a device.
             UsageError: an unknown device.
             DVLAError: a device that is not there.
         """
+        place = pick_device(device)
         tensors, info = load_checkpoint(checkpoint, ("pretrain", "metatune"))
         with described_by(checkpoint):
             model = build_model(info["model"] if info["kind"] == "metatune" else _ungated(info))
@@ -131,7 +135,7 @@ class FewShotClassifier:
             load_weights(model, tensors, "model.", checkpoint)
         else:
             load_weights(model.backbone, tensors, "model.backbone.", checkpoint)
-        return cls(model.eval().to(pick_device(device)), info)
+        return cls(model.eval().to(place), info)
 
     @torch.inference_mode()
     def learn(
@@ -192,14 +196,15 @@ class FewShotClassifier:
 
     @torch.inference_mode()
     def classify(self, images: Sequence[Picture], batch: int = 32) -> Classification:
-        """Classify images; each by itself, so that their number and order change nothing.
+        """Classify images; each by itself: their number and order change rounding alone.
 
         Args:
             batch: images of one pass. In text scope "candidate" each counts once for every class.
 
         Raises:
             ValueError: nothing was learned, no images, or ``batch`` is not positive.
-            TypeError: ``images`` is no list, or something in it no image.
+            TypeError: ``images`` is no list, something in it no image, or ``batch`` no whole
+                number.
             DataError: an image that cannot be read.
         """
         known = self._learned
@@ -208,6 +213,7 @@ class FewShotClassifier:
         _check_list(images, "classify: images")
         if not len(images):
             raise ValueError("classify: no images were given")
+        expect_whole("classify: batch", batch)
         if batch < 1:
             raise ValueError(f"classify: batch: expected 1 or more images, got {batch}")
         parts, way = [], len(known.class_names)

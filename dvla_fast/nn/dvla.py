@@ -7,12 +7,12 @@ decide from the supports alone, and queries replay their decision (method §3 an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from dvla_fast.arguments import expect_number
 from dvla_fast.nn.backbones.base import GatedBackbone, Location
 from dvla_fast.nn.episode import EpisodeOutput, LayerTrace, TextTokens
 from dvla_fast.nn.episode_checks import (
@@ -47,9 +47,9 @@ class DVLA(nn.Module):
             supports see their own class's texts, queries none; "candidate": supports likewise, and
             each query goes through once for every class, with that class's texts, and is compared
             with that class's prototype as it came out (ours, in none of the papers).
-        level_weights: (attribute, description) weights for each gated layer; they scale the text
-            tokens, and equal weights leave them alone. Default: (0.7, 0.3) before the backbone's
-            ``deep_from`` (stage 3 of Visformer), then (0.3, 0.7).
+        level_weights: (attribute, description) weights for each gated layer, pairs or an array
+            (layers, 2); they scale the text tokens, and equal weights leave them alone. Default:
+            (0.7, 0.3) before the backbone's ``deep_from`` (stage 3 of Visformer), then (0.3, 0.7).
         policy: of the gates: "beta", "categorical", "fixed", "static" or "mlp".
         hidden_dim: hidden width of the policy networks.
         fixed_alpha: the gate of policy "fixed".
@@ -69,7 +69,7 @@ class DVLA(nn.Module):
         temperature: float = 0.2,
         alpha_scope: str = "episode",
         text_scope: str = "episode",
-        level_weights: Sequence[Sequence[float]] | None = None,
+        level_weights: Sequence[Sequence[float]] | Tensor | None = None,
         policy: str = "beta",
         hidden_dim: int = 128,
         fixed_alpha: float = 0.5,
@@ -83,9 +83,9 @@ class DVLA(nn.Module):
         self.gated_layers = _checked_layers(backbone, gated_layers)
         if text_scope not in TEXT_SCOPES:
             raise ValueError(f"text_scope: unknown {text_scope!r}; expected one of {TEXT_SCOPES}")
-        if not isinstance(temperature, (float, Real, Tensor)):  # to mypy a float is no Real
-            raise TypeError(f"temperature: expected a number, got {temperature!r}")
-        if isinstance(temperature, Tensor) and temperature.requires_grad:
+        if not isinstance(temperature, Tensor):
+            expect_number("temperature", temperature)
+        elif temperature.requires_grad:
             raise TypeError("temperature: expected a number, got a tensor that asks to be learned")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature: expected a positive finite number, got {temperature}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dvla_fast import _extension
+from dvla_fast.arguments import expect_tensor, expect_whole
 from dvla_fast.ops.value_checks import require, value_checks
 
 if TYPE_CHECKING:
@@ -33,16 +34,16 @@ def check_episodes(
         )
     if min(episodes, count, query.shape[1]) < 1:
         raise ValueError("support, query: an episode needs at least one image of each")
-    if way < 1:
-        raise ValueError(f"way: expected a positive number, got {way}")
     check_labels(labels, (episodes, count), way, whole)
     _check_devices("support", support, query=query, support_labels=labels)
 
 
 def check_labels(labels: Tensor, shape: tuple[int, ...], way: int, whole: bool = True) -> None:
     """Likewise for the supports' labels: below ``way``, and where ``whole`` of every class."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"support_labels: expected a tensor, got {type(labels).__name__}")
+    expect_whole("way", way)
+    if way < 1:
+        raise ValueError(f"way: expected a positive number, got {way}")
+    expect_tensor("support_labels", labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"support_labels: expected int64, got {labels.dtype}")
     if tuple(labels.shape) != shape:
@@ -57,8 +58,7 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], way: int, whole: bool =
 
 def check_images(name: str, images: Tensor) -> None:
     """Likewise for the supports or the queries alone."""
-    if not isinstance(images, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(images).__name__}")
+    expect_tensor(name, images)
     if images.dim() != 5:
         raise ValueError(
             f"{name}: shape {tuple(images.shape)}, expected (episodes, images, C, H, W)"

@@ -7,7 +7,7 @@ mixes the two answers by α; the mix goes back into the image stream (method §3
 from __future__ import annotations
 
 import math
-from numbers import Integral, Real
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from dvla_fast import _extension, functional, reference
+from dvla_fast.arguments import expect_tensor, expect_whole
 from dvla_fast.nn.layers import is_plain, weight_of
 from dvla_fast.nn.policy import PolicyStep, build_policy
 from dvla_fast.ops.gate_policy import check_groups_and_masks
 from dvla_fast.ops.value_checks import require, value_checks
 
 ALPHA_SCOPES = ("episode", "image")
-_WHOLE = (Integral, torch.SymInt)  # SymInt: a size of a graph with dynamic shapes
 
 
 class GateOutput(NamedTuple):
@@ -101,8 +101,7 @@ class RLAGate(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("text_dim", text_dim), ("num_heads", num_heads)):
-            if not isinstance(value, Integral) or isinstance(value, bool):
-                raise TypeError(f"{name}: expected a whole number, got {value!r}")
+            expect_whole(name, value)
             if value < 1:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         if dim % num_heads:
@@ -282,8 +281,8 @@ class RLAGate(nn.Module):
     ) -> int:
         groups = text_tokens.shape[0]
         for name, value in (("episodes", episodes), ("state_images", supports)):
-            if value is not None and not isinstance(value, _WHOLE):
-                raise TypeError(f"{name}: expected a whole number, got {value!r}")
+            if value is not None:
+                expect_whole(name, value)
         if self.alpha_scope == "image":
             if episodes is not None or supports is not None:
                 raise ValueError("episodes, state_images: only alpha_scope='episode' has them")
@@ -314,8 +313,7 @@ class RLAGate(nn.Module):
             ("image_tokens", image_tokens, self.dim),
             ("text_tokens", text_tokens, self.text_dim),
         ):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+            expect_tensor(name, tensor)
             if tensor.dim() != 3 or tensor.shape[-1] != width:
                 raise ValueError(
                     f"{name}: shape {tuple(tensor.shape)}, expected (batch, tokens, {width})"
@@ -358,8 +356,7 @@ def _check_first_run() -> None:
 def _check_action(action_logit: Tensor | None, decisions: int) -> None:
     if action_logit is None:
         return
-    if not isinstance(action_logit, Tensor):
-        raise TypeError(f"action_logit: expected a tensor, got {type(action_logit).__name__}")
+    expect_tensor("action_logit", action_logit)
     if tuple(action_logit.shape) != (decisions,):
         raise ValueError(
             f"action_logit: shape {tuple(action_logit.shape)}, expected ({decisions},)"

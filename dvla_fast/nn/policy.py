@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,9 +18,10 @@ from torch.nn import functional as F
 from torch.utils import _pytree
 
 from dvla_fast import _extension, functional, reference
+from dvla_fast.arguments import expect_number, expect_whole
 from dvla_fast.nn.layers import is_plain, lookup, reset_parts, weight_of
 from dvla_fast.ops.first_order import first_order_term
-from dvla_fast.ops.gate_policy import check_fixed_concentration
+from dvla_fast.ops.gate_policy import fixed_concentration
 from dvla_fast.ops.value_checks import require, value_checks
 
 P = TypeVar("P", bound="GatePolicy")
@@ -175,12 +175,7 @@ class BetaPolicy(GatePolicy):
 
     def __init__(self, dim: int, hidden_dim: int = 128, concentration: float = 10.0) -> None:
         super().__init__()
-        check_fixed_concentration(concentration)
-        if not 0.0 < concentration < float("inf"):
-            raise ValueError(
-                f"concentration: expected a positive finite number, got {concentration}"
-            )
-        self.concentration = float(concentration)
+        self.concentration = fixed_concentration(concentration)
         self.network = StateNetwork(dim, hidden_dim)
 
     def forward(
@@ -478,11 +473,10 @@ def build_policy(
     """
     if name not in POLICIES:
         raise ValueError(f"policy: unknown {name!r}; expected one of {POLICIES}")
-    if not isinstance(hidden_dim, Integral):
-        raise TypeError(f"hidden_dim: expected a whole number, got {hidden_dim!r}")
+    expect_whole("hidden_dim", hidden_dim)
     for option, value in (("concentration", concentration), ("fixed_alpha", fixed_alpha)):
-        if not isinstance(value, (Real, Tensor)):
-            raise TypeError(f"{option}: expected a number, got {value!r}")
+        if not isinstance(value, Tensor):
+            expect_number(option, value)
     if hidden_dim < 1:
         raise ValueError(f"hidden_dim: expected a positive number, got {hidden_dim}")
     return _POLICIES[name](dim, hidden_dim, concentration, fixed_alpha)

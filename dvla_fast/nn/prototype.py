@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dvla_fast.arguments import expect_tensor
 from dvla_fast.nn.episode_checks import check_labels
 from dvla_fast.reference import in_own_precision
 
@@ -80,6 +81,7 @@ def _check(support: Tensor, labels: Tensor, query: Tensor, way: int, temperature
         ("support_features", support, (3,)),
         ("query_features", query, (3, 4)),
     ):
+        expect_tensor(name, tensor)
         if tensor.dim() not in known:
             wanted = " or ".join(map(str, known))
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {wanted} dimensions")
@@ -91,8 +93,6 @@ def _check(support: Tensor, labels: Tensor, query: Tensor, way: int, temperature
             f"query_features: shape {tuple(query.shape)} does not fit support_features"
             f" {tuple(support.shape)}"
         )
-    if way < 1:
-        raise ValueError(f"way: expected a positive number, got {way}")
     check_labels(labels, tuple(support.shape[:2]), way)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a positive finite number, got {temperature}")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from dvla_fast import _extension, backends, reference
+from dvla_fast.arguments import expect_number, expect_tensor
 from dvla_fast.ops import schemas
 from dvla_fast.ops.first_order import first_order
 from dvla_fast.ops.value_checks import require, setting, value_checks
@@ -69,8 +70,8 @@ def beta_policy(
         ``concentration``, once.
 
     Raises:
-        TypeError: ``logits`` or ``action_logit`` is no tensor, logits not a floating one, or
-            ``generator`` no generator.
+        TypeError: ``logits`` or ``action_logit`` is no tensor, logits not a floating one,
+            ``concentration`` neither a number nor a real tensor, or ``generator`` no generator.
         ValueError: shapes or devices do not fit; where values are checked (by default on the CPU,
             :func:`dvla_fast.functional.set_value_checks`), κ is not positive and finite or logits
             or actions hold NaN. Unchecked, the results of such elements are NaN.
@@ -82,8 +83,7 @@ def beta_policy(
         out = _extension.calls.beta_policy(logits, concentration, generator, setting(), cuda)
         if out is not None:
             return BetaPolicyOutput(*out)
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
+    expect_tensor("logits", logits)
     if logits.dtype not in _LARGEST:
         if not logits.is_floating_point():
             raise TypeError(f"logits: expected a floating tensor, got {logits.dtype}")
@@ -92,8 +92,7 @@ def beta_policy(
     if action_logit is not None:
         if deterministic:
             raise ValueError("action_logit and deterministic=True exclude each other")
-        if not isinstance(action_logit, Tensor):
-            raise TypeError(f"action_logit: expected a tensor, got {type(action_logit).__name__}")
+        expect_tensor("action_logit", action_logit)
         if action_logit.shape != logits.shape:
             raise ValueError(
                 f"action_logit: shape {tuple(action_logit.shape)}, expected {tuple(logits.shape)}"
@@ -109,7 +108,7 @@ def beta_policy(
             key = draw_key(device, generator)
         return _run(logits, kappa, value, action_logit, key, chosen)
     full = torch.full((), value, dtype=logits.dtype, device=device)
-    _check_values(logits, full if kappa is None else kappa, action_logit)
+    check_values(logits, full if kappa is None else kappa, action_logit)
     return BetaPolicyOutput(
         *reference.beta_policy(
             logits, full if kappa is None else kappa, action_logit, deterministic, generator
@@ -128,6 +127,7 @@ def beta_sample(
 
 def beta_log_prob(logits: Tensor, concentration: float | Tensor, action_logit: Tensor) -> Tensor:
     """Log-density of a stored action, shapes and errors as in :func:`beta_policy`."""
+    expect_tensor("action_logit", action_logit)  # None would be one that is drawn
     return beta_policy(logits, concentration, action_logit=action_logit).log_prob
 
 
@@ -305,13 +305,12 @@ def _checked_concentration(
     concentration: float | Tensor, logits: Tensor
 ) -> tuple[Tensor | None, float]:
     """(tensor or None, number): the two forms the op takes."""
-    if not isinstance(concentration, Tensor):
-        value = float(concentration)
-        if not 0.0 < value <= _LARGEST[logits.dtype]:
-            raise ValueError(f"concentration: expected a positive finite number, got {value}")
+    value = number_or_none("concentration", concentration, _LARGEST[logits.dtype])
+    if value is not None:
         if torch.compiler.is_compiling():  # a number is a constant of a graph, a tensor is not
             return logits.new_zeros(()) + value, 0.0
         return None, value
+    assert isinstance(concentration, Tensor)
     if concentration.device != logits.device:
         raise ValueError(f"concentration: on {concentration.device}, logits on {logits.device}")
     try:
@@ -326,11 +325,30 @@ def _checked_concentration(
     return concentration.to(logits.dtype), 0.0
 
 
-def _check_values(logits: Tensor, kappa: Tensor, action_logit: Tensor | None) -> None:
-    """What the ops check on their way, for the reference path; a traced graph cannot raise."""
+def number_or_none(name: str, concentration: float | Tensor, largest: float) -> float | None:
+    """A concentration that is a number, in its range; None: it is a tensor, of real numbers."""
+    if isinstance(concentration, Tensor):
+        if concentration.is_complex():
+            raise TypeError(f"{name}: expected real values, got {concentration.dtype}")
+        return None
+    expect_number(name, concentration, "a number or a tensor")
+    value = float(concentration)
+    if not 0.0 < value <= largest:
+        raise ValueError(f"{name}: expected a positive finite number, got {value}")
+    return value
+
+
+def check_values(
+    logits: Tensor, kappa: Tensor, action_logit: Tensor | None = None, prefix: str = ""
+) -> None:
+    """What the ops check on their way, for PyTorch's paths; a traced graph cannot raise.
+
+    ``prefix``: of the names of logits and concentration.
+    """
     if _extension.transforming() or not value_checks(logits.device):
         return
-    require(~torch.isnan(logits), "logits: NaN found")
+    require(~torch.isnan(logits), f"{prefix}logits: NaN found")
     if action_logit is not None:
         require(~torch.isnan(action_logit), "action_logit: NaN found")
-    require((kappa > 0) & torch.isfinite(kappa), "concentration: expected positive finite values")
+    positive = (kappa > 0) & torch.isfinite(kappa)
+    require(positive, f"{prefix}concentration: expected positive finite values")

@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dvla_fast.arguments import expect_tensor
+from dvla_fast.ops.beta_policy import check_values, number_or_none
+
 _NODES = 128
 _LOW, _HIGH = -4.0, 4.25  # beyond these, what is left out is below float64's rounding
 _SHIFT = 8  # Stirling's series below is exact to rounding from here on
+_LARGEST = torch.finfo(torch.float64).max
 _SMALL_SHAPE = 0.1  # a = κp: below, the derivative by κ takes its form without 1/a
 
 
@@ -45,6 +49,12 @@ def beta_cdf(logits: Tensor, concentration: float | Tensor, action_logit: Tensor
     Returns:
         Tensor of the broadcast shape, in [0, 1], in ``logits``' dtype (at least float32), without
         gradient. Within 1e-7 whatever κ, and relatively so for actions below the policy's logit.
+
+    Raises:
+        TypeError: logits or action no tensor, or ``concentration`` neither a number nor a real one.
+        ValueError: κ as a number is not positive and finite; where values are checked
+            (:func:`dvla_fast.functional.set_value_checks`), κ as a tensor is not, or logits or
+            actions hold NaN.
     """
     with torch.no_grad():
         tail, upper = _tail(logits, concentration, action_logit)
@@ -70,6 +80,9 @@ def beta_implicit_derivatives(
 
     Returns:
         :class:`ImplicitDerivatives` in ``logits``' dtype (at least float32), without gradient.
+
+    Raises:
+        TypeError, ValueError: as :func:`beta_cdf`.
     """
     with torch.no_grad():
         tail, upper = _tail(logits, concentration, action_logit)
@@ -112,8 +125,8 @@ class _Tail(NamedTuple):
 def _tail(
     logits: Tensor, concentration: float | Tensor, action_logit: Tensor
 ) -> tuple[_Tail, Tensor]:
-    eta = logits.detach().double().clamp(-300, 300)  # as the kernels
-    kappa = _double(concentration, eta.device).detach()
+    expect_tensor("action_logit", action_logit)
+    eta, kappa = (x.detach() for x in _policy(logits, concentration, action_logit))
     eta, kappa, draw = torch.broadcast_tensors(eta, kappa, action_logit.detach().double())
     upper = draw > eta
     sign = torch.where(upper, -1.0, 1.0)
@@ -140,11 +153,22 @@ def _tail(
     return _Tail(a, b, draw, *((phi * value).sum(-1) for phi in integrands)), upper
 
 
-def _double(x: float | Tensor, device: torch.device) -> Tensor:
-    # A number is filled in on the device: copying it there would wait for the GPU.
-    if isinstance(x, Tensor):
-        return x.to(device, torch.float64)
-    return torch.full((), x, dtype=torch.float64, device=device)
+def _policy(
+    logits: Tensor,
+    concentration: float | Tensor,
+    action_logit: Tensor | None = None,
+    prefix: str = "",
+) -> tuple[Tensor, Tensor]:
+    """A policy's logits and concentration in float64, looked at; ``prefix``: of their names."""
+    expect_tensor(f"{prefix}logits", logits)
+    value = number_or_none(f"{prefix}concentration", concentration, _LARGEST)
+    if value is None:
+        assert isinstance(concentration, Tensor)
+        kappa = concentration.to(logits.device, torch.float64)
+    else:  # filled in on the device: copying it there would wait for the GPU
+        kappa = torch.full((), value, dtype=torch.float64, device=logits.device)
+    check_values(logits, kappa, action_logit, prefix)
+    return logits.double().clamp(-300, 300), kappa  # as the kernels
 
 
 def _exponent(a: Tensor, kappa: Tensor, logit: Tensor, s: Tensor) -> Tensor:
@@ -189,9 +213,12 @@ def beta_kl(
 
     Returns:
         Tensor of the broadcast shape in ``logits``' dtype (at least float32), differentiable.
+
+    Raises:
+        TypeError, ValueError: as :func:`beta_cdf`.
     """
-    eta, other = (x.double().clamp(-300, 300) for x in (logits, other_logits))  # as the kernels
-    kappa, other_kappa = (_double(x, eta.device) for x in (concentration, other_concentration))
+    eta, kappa = _policy(logits, concentration)
+    other, other_kappa = _policy(other_logits, other_concentration, prefix="other_")
     a, b = kappa * torch.sigmoid(eta), kappa * torch.sigmoid(-eta)
     c, d = other_kappa * torch.sigmoid(other), other_kappa * torch.sigmoid(-other)
     kl = _gamma_divergence(a, c) + _gamma_divergence(b, d) - _gamma_divergence(kappa, other_kappa)

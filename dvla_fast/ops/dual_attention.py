@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dvla_fast import _extension, backends, reference
+from dvla_fast.arguments import expect_number, expect_tensor
 from dvla_fast.ops import schemas
 from dvla_fast.ops.first_order import first_order
 
@@ -62,7 +63,8 @@ def dual_attention(
         to ``alpha`` when it requires grad.
 
     Raises:
-        TypeError: a dtype is not supported or differs from the query's; a mask is not bool.
+        TypeError: a dtype is not supported or differs from the query's; a mask is not bool;
+            ``scale`` is no number.
         ValueError: shapes or devices do not fit together, or ``scale`` is NaN or infinite.
         BackendError: the backend asked for cannot run with these inputs.
     """
@@ -96,9 +98,10 @@ def candidates(query: Tensor) -> tuple[tuple[str, str | None], ...]:
 
 
 def finite_scale(scale: float | None, width: int) -> float:
-    """The scale asked for, or D^-1/2; ValueError unless it is finite as the kernels' float32."""
+    """The scale asked for, or D^-1/2; raises unless it is a number, finite in float32."""
     if scale is None:
         return 1.0 / math.sqrt(width)
+    expect_number("scale", scale)
     if not -_LARGEST <= scale <= _LARGEST:  # written so that NaN is outside
         raise ValueError(f"scale: expected a finite float32 number, got {scale}")
     return scale
@@ -260,8 +263,7 @@ def _check(
 
 def check_tensor(name: str, tensor: Tensor, dims: int, dtype: torch.dtype | None) -> None:
     """Type, rank and dtype of an argument; ``dtype`` is the query's."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    expect_tensor(name, tensor)
     if tensor.dim() != dims:
         raise ValueError(f"{name}: expected {dims} dimensions, got shape {tuple(tensor.shape)}")
     if tensor.dtype != dtype:
@@ -297,8 +299,7 @@ def check_text_and_gate(
     batch = images[0]
     expect_shape("text_key", text_key, (groups, heads, text_key.shape[2], width))
     expect_shape("text_value", text_value, (groups, heads, text_key.shape[2], width))
-    if not isinstance(alpha, Tensor):
-        raise TypeError(f"alpha: expected a tensor, got {type(alpha).__name__}")
+    expect_tensor("alpha", alpha)
     if not alpha.is_floating_point():
         raise TypeError(f"alpha: expected a floating tensor, got {alpha.dtype}")
     if alpha.shape not in ((), (batch,), (batch, heads)):
@@ -311,8 +312,7 @@ def check_text_and_gate(
     ):
         if mask is None:
             continue
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(mask).__name__}")
+        expect_tensor(name, mask)
         if mask.dtype != torch.bool:
             raise TypeError(f"{name}: expected bool (True = attend), got {mask.dtype}")
         expect_shape(name, mask, shape)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from dvla_fast import _extension, backends, reference
+from dvla_fast.arguments import expect_number, expect_tensor, expect_whole
 from dvla_fast.ops import schemas
 from dvla_fast.ops.beta_policy import beta_policy, draw_key
 from dvla_fast.ops.value_checks import setting, value_checks
@@ -148,7 +149,7 @@ def gate_policy(
             return GatePolicyOutput(*out)
     _check(image_tokens, text_tokens, groups_per_decision, state_images, image_mask, text_mask)
     _check_weights(image_tokens, hidden_weight, hidden_bias, out_weight, out_bias)
-    check_fixed_concentration(concentration)
+    kappa = fixed_concentration(concentration)
     decisions = _decisions(image_tokens, text_tokens, groups_per_decision)
     _check_action(action_logit, deterministic, decisions, image_tokens.device)
     pooling = (image_mask, text_mask, groups_per_decision, state_images or 0)
@@ -161,13 +162,10 @@ def gate_policy(
         state = reference.gate_state(image_tokens, text_tokens, *pooling)
         logits = reference.state_logits(state, *weights).squeeze(-1)
         step = beta_policy(
-            logits, concentration, action_logit=action_logit, deterministic=deterministic,
+            logits, kappa, action_logit=action_logit, deterministic=deterministic,
             generator=generator, backend=backend,
         )  # fmt: skip
         return GatePolicyOutput(*step, state)
-    kappa = float(concentration)
-    if not 0.0 < kappa <= _LARGEST:
-        raise ValueError(f"concentration: expected a positive finite number, got {kappa}")
     key = None
     if action_logit is not None:
         action_logit = action_logit.detach().to(wide)
@@ -245,6 +243,7 @@ def _check(
     text_mask: Tensor | None,
 ) -> None:
     for name, tensor in (("image_tokens", image_tokens), ("text_tokens", text_tokens)):
+        expect_tensor(name, tensor)
         if tensor.dim() != 3:
             raise ValueError(
                 f"{name}: shape {tuple(tensor.shape)}, expected (outer, tokens, width)"
@@ -263,12 +262,14 @@ def _check(
             f"text_tokens: dtype {text_tokens.dtype} does not go with {image_tokens.dtype}"
         )
     check_groups_and_masks(image_tokens, text_tokens, image_mask, text_mask)
+    expect_whole("groups_per_decision", groups_per_decision)
     if groups_per_decision < 0 or (groups_per_decision and groups % groups_per_decision):
         raise ValueError(
             f"groups_per_decision: {groups} text groups do not fall into runs of"
             f" {groups_per_decision}"
         )
     if state_images is not None:
+        expect_whole("state_images", state_images)
         if groups_per_decision == 0:
             raise ValueError("state_images: every image has its own decision")
         if not 1 <= state_images <= images // groups:
@@ -315,6 +316,7 @@ def _check_weights(
     out_weight: Tensor,
     out_bias: Tensor,
 ) -> None:
+    expect_tensor("hidden_weight", hidden_weight)
     if hidden_weight.dim() != 2 or hidden_weight.shape[0] == 0:
         raise ValueError(f"hidden_weight: shape {tuple(hidden_weight.shape)}, expected (K, 2C + 1)")
     units, features = hidden_weight.shape[0], 2 * image_tokens.shape[2] + 1
@@ -324,6 +326,7 @@ def _check_weights(
         ("out_weight", out_weight, (1, units)),
         ("out_bias", out_bias, (1,)),
     ):
+        expect_tensor(name, tensor)
         if tensor.shape != shape:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {shape}")
         if not tensor.is_floating_point():
@@ -331,13 +334,21 @@ def _check_weights(
         _check_device(name, tensor, image_tokens)
 
 
-def check_fixed_concentration(concentration: float) -> None:
-    """Refuse a tensor, which would be read as a number and lose its gradient."""
+def fixed_concentration(concentration: float) -> float:
+    """A concentration that is a constant: positive, and finite in float32.
+
+    A tensor is refused: read as a number, it would lose its gradient.
+    """
     if isinstance(concentration, Tensor):
         raise TypeError(
             f"concentration: expected a number, got a tensor of shape {tuple(concentration.shape)};"
             " compose functional.gate_state and functional.beta_policy for a learned one"
         )
+    expect_number("concentration", concentration)
+    kappa = float(concentration)
+    if not 0.0 < kappa <= _LARGEST:
+        raise ValueError(f"concentration: expected a positive finite number, got {kappa}")
+    return kappa
 
 
 def _check_action(
@@ -347,8 +358,7 @@ def _check_action(
         return
     if deterministic:
         raise ValueError("action_logit and deterministic=True exclude each other")
-    if not isinstance(action_logit, Tensor):
-        raise TypeError(f"action_logit: expected a tensor, got {type(action_logit).__name__}")
+    expect_tensor("action_logit", action_logit)
     if action_logit.shape != (decisions,):
         raise ValueError(
             f"action_logit: shape {tuple(action_logit.shape)}, expected ({decisions},)"

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dvla_fast import _extension, backends, reference
+from dvla_fast.arguments import expect_tensor
 from dvla_fast.ops import schemas
 from dvla_fast.ops.dual_attention import (
     candidates,
@@ -91,6 +92,12 @@ def gated_attention(
         )  # fmt: skip
         if results is not None:
             return cast(tuple[Tensor, Tensor], results)
+    named = {
+        "query": query, "image_tokens": image_tokens, "kv_weight": kv_weight,
+        "text_key": text_key, "text_value": text_value, "out_weight": out_weight,
+    }  # fmt: skip
+    for name, tensor in named.items():
+        expect_tensor(name, tensor)
     query, kv_weight, text_key, text_value, out_weight = _autocast(
         query, kv_weight, text_key, text_value, out_weight
     )
@@ -123,7 +130,7 @@ def gated_attention(
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts as a linear layer does; image tokens keep their dtype, for they pass through."""
-    device = getattr(tensors[0], "device", torch.device("meta")).type  # checked later
+    device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -132,7 +139,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _is_other_half(image_tokens: Tensor, query: Tensor) -> bool:
     """Whether image tokens are of one half type, and autocast computes in the other one."""
-    types = {getattr(x, "dtype", None) for x in (image_tokens, query)}
+    types = {image_tokens.dtype, query.dtype}
     on = types == {torch.float16, torch.bfloat16} and torch.is_autocast_enabled(query.device.type)
     return on and image_tokens.device == query.device
 
@@ -242,7 +249,7 @@ def _check(
         "out_weight": out_weight,
     }
     for (name, tensor), dims in zip(named.items(), (4, 2, 4, 4, 2)):
-        check_tensor(name, tensor, dims, getattr(query, "dtype", None))
+        check_tensor(name, tensor, dims, query.dtype)
     passed = image_tokens.dtype == torch.float32 and query.dtype != torch.float64
     check_tensor("image_tokens", image_tokens, 3, torch.float32 if passed else query.dtype)
     _, heads, _, width = query.shape

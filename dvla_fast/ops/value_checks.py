@@ -14,8 +14,9 @@ _CPU = torch.device("cpu")
 def set_value_checks(enabled: bool | None) -> None:
     """Checks of tensors' values, for the whole process.
 
-    Looked at are those of ``beta_policy`` and ``gate_policy``, the labels that ``DVLA``,
-    ``prototype_logits`` and rewards read, and the rewards that ``EMABaseline`` takes in.
+    Looked at are those of the policy's ops (``beta_policy``, ``gate_policy``, ``beta_cdf``,
+    ``beta_kl`` and their like), the labels that ``DVLA``, ``prototype_logits`` and rewards read,
+    and the rewards that ``EMABaseline`` takes in.
 
     ``True``: on every device. A CPU raises ``ValueError``. On a GPU the kernel itself stops with a
     device-side assertion, which costs no synchronisation and shows as a RuntimeError of some later

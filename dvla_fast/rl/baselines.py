@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from dvla_fast import _extension
+from dvla_fast.arguments import expect_number, expect_tensor, expect_whole
 from dvla_fast.nn.layers import reset_parts
 from dvla_fast.nn.policy import StateNetwork
 from dvla_fast.ops.value_checks import require, value_checks
+from dvla_fast.rl.checks import expect_layers
 
 
 class EMABaseline(nn.Module):
@@ -39,6 +41,7 @@ class EMABaseline(nn.Module):
         momentum: share of the old value that an update keeps.
 
     Raises:
+        TypeError: ``num_layers`` is no whole number, or ``momentum`` no number.
         ValueError: a parameter out of its range.
     """
 
@@ -47,6 +50,8 @@ class EMABaseline(nn.Module):
 
     def __init__(self, num_layers: int, momentum: float = 0.9) -> None:
         super().__init__()
+        expect_whole("num_layers", num_layers)
+        expect_number("momentum", momentum)
         if num_layers < 1:
             raise ValueError(f"num_layers: expected a positive number, got {num_layers}")
         if not 0.0 <= momentum < 1.0:
@@ -65,8 +70,10 @@ class EMABaseline(nn.Module):
         """Rewards (L, E) -> baseline (L, 1) from earlier steps; takes these in when training.
 
         Raises:
+            TypeError: rewards that are no tensor.
             ValueError: rewards of another shape; NaN or infinite ones to take in.
         """
+        expect_tensor("rewards", rewards)
         if rewards.dim() != 2 or rewards.shape[0] != self.value.shape[0]:
             raise ValueError(
                 f"rewards: shape {tuple(rewards.shape)}, expected ({self.value.shape[0]}, E)"
@@ -95,11 +102,14 @@ class LeaveOneOutBaseline(nn.Module):
             compares different episodes: unbiased too, less sharp.
 
     Raises:
+        TypeError: ``samples`` is no whole number.
         ValueError: fewer than two samples.
     """
 
     def __init__(self, samples: int | None = None) -> None:
         super().__init__()
+        if samples is not None:
+            expect_whole("samples", samples)
         if samples is not None and samples < 2:
             raise ValueError(f"samples: expected at least 2, got {samples}")
         self.samples = samples
@@ -131,6 +141,7 @@ class ValueBaseline(nn.Module):
         hidden_dim: hidden width.
 
     Raises:
+        TypeError: a size is no whole number.
         ValueError: no layer, or a size that is not positive.
     """
 
@@ -138,6 +149,8 @@ class ValueBaseline(nn.Module):
 
     def __init__(self, dims: Sequence[int], hidden_dim: int = 128) -> None:
         super().__init__()
+        for name, size in (*(("dims", dim) for dim in dims), ("hidden_dim", hidden_dim)):
+            expect_whole(name, size)
         if not dims or min(dims) < 1 or hidden_dim < 1:
             raise ValueError(f"dims, hidden_dim: expected positive, got {dims} and {hidden_dim}")
         self.networks = nn.ModuleList(StateNetwork(dim, hidden_dim) for dim in dims)
@@ -214,8 +227,10 @@ def normalise_advantage(advantage: Tensor, epsilon: float = 1e-4) -> Tensor:
     """(A − mean)/(standard deviation + ε) over the episodes of each layer, (L, E).
 
     Raises:
-        ValueError: fewer than two episodes.
+        TypeError: no tensor.
+        ValueError: another shape, or fewer than two episodes.
     """
+    expect_layers("advantage", advantage)
     if advantage.shape[1] < 2:
         raise ValueError(
             f"advantage: {advantage.shape[1]} episode cannot be normalised; needs two or more"

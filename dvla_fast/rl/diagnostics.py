@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dvla_fast.arguments import expect_tensor
+from dvla_fast.rl.checks import expect_layers
+
 COLLAPSE_EDGE = 0.02
 COLLAPSE_ENTROPY = 0.02
 COLLAPSE_SHARE = 0.9
@@ -17,7 +20,12 @@ COLLAPSE_SHARE = 0.9
 
 @torch.no_grad()
 def advantage_figures(advantage: Tensor) -> dict[str, Tensor]:
-    """Mean, standard deviation and extremes over the episodes of each layer: (L, E) -> (L,)."""
+    """Mean, standard deviation and extremes over the episodes of each layer: (L, E) -> (L,).
+
+    Raises:
+        TypeError, ValueError: no tensor of that form, or one without an episode.
+    """
+    expect_layers("advantage", advantage)
     return {
         "advantage_mean": advantage.mean(1),
         "advantage_std": advantage.std(1, unbiased=False),
@@ -45,8 +53,9 @@ def gradient_figures(coefficient: Tensor, score: Tensor) -> dict[str, Tensor]:
         "gradient_mean" and "gradient_variance", (L,) each.
 
     Raises:
-        ValueError: scores that do not fit the coefficients.
+        TypeError, ValueError: scores that are no tensor or do not fit the coefficients.
     """
+    expect_tensor("scores", score)
     if score.shape[:-1] != coefficient.shape:
         raise ValueError(
             f"scores: shape {tuple(score.shape)}, expected {(*coefficient.shape, 'outputs')}"

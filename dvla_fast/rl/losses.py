@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dvla_fast.arguments import expect_number, expect_tensor
 from dvla_fast.nn.episode import EpisodeOutput, TextTokens
 from dvla_fast.rl.baselines import normalise_advantage
+from dvla_fast.rl.checks import expect_layers
 from dvla_fast.rl.diagnostics import advantage_figures, alpha_figures, gradient_figures
 from dvla_fast.rl.objectives import (
     LARGEST_LOG_RATIO,
+    OBJECTIVES,
     Decisions,
     Objective,
     Pathwise,
@@ -66,6 +69,7 @@ class PolicyLoss(nn.Module):
         value_weight: of the squared error of a baseline whose values carry a gradient.
 
     Raises:
+        TypeError: ``objective`` is none, or a weight or the discount no number.
         ValueError: a weight or the discount out of its range, or an option the objective does not
             take.
     """
@@ -82,6 +86,9 @@ class PolicyLoss(nn.Module):
         value_weight: float = 0.5,
     ) -> None:
         super().__init__()
+        if objective is not None and not isinstance(objective, Objective):
+            raise TypeError(_no_objective(objective))
+        expect_number("discount", discount)
         if not 0.0 <= discount <= 1.0:
             raise ValueError(f"discount: expected a number in [0, 1], got {discount}")
         for name, value in (
@@ -90,6 +97,7 @@ class PolicyLoss(nn.Module):
             ("kl_weight", kl_weight),
             ("value_weight", value_weight),
         ):
+            expect_number(name, value)
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a finite number from 0, got {value}")
         self.objective = Reinforce() if objective is None else objective
@@ -154,8 +162,10 @@ class PolicyLoss(nn.Module):
             "value_error" and "kl_reference" (L,) where there are any.
 
         Raises:
-            TypeError: rewards that are not floating, or a baseline of another kind.
-            ValueError: shapes that do not fit together, or something the objective lacks.
+            TypeError: something else than a tensor, rewards that are not floating, or a baseline
+                or reference of another kind.
+            ValueError: no episode, shapes that do not fit together, or something the objective
+                lacks.
         """
         self._check(log_prob, entropy, rewards, old_log_prob, reference, baseline)
         if not self.objective.differentiable:
@@ -219,24 +229,34 @@ class PolicyLoss(nn.Module):
         reference: Reference | None,
         baseline: Any,
     ) -> None:
+        expect_layers("rewards", rewards)
+        expect_layers("log_prob", log_prob, decisions=True)
         if not rewards.is_floating_point():
             raise TypeError(f"rewards: expected a floating tensor, got {rewards.dtype}")
+        if reference is not None and not isinstance(reference, Reference):
+            raise TypeError(f"reference: expected a Reference, got {type(reference).__name__}")
         if not (baseline is None or isinstance(baseline, Tensor) or callable(baseline)):
             raise TypeError(
                 f"baseline: expected a module, a tensor or None, got {type(baseline).__name__}"
             )
-        if rewards.dim() != 2 or log_prob.shape[:2] != rewards.shape:
+        if log_prob.shape[:2] != rewards.shape:
             raise ValueError(
                 f"rewards: shape {tuple(rewards.shape)} does not fit log_prob"
                 f" {tuple(log_prob.shape)}"
             )
-        theirs = None if reference is None else reference.log_prob
+        expect_tensor("entropy", entropy)
+        rewarded, theirs = (None, None) if reference is None else reference
+        if rewarded is not None:
+            expect_tensor("reference.rewards", rewarded)
         for name, tensor in (
             ("entropy", entropy),
             ("old_log_prob", old_log_prob),
             ("reference.log_prob", theirs),
         ):
-            if tensor is not None and tensor.shape != log_prob.shape:
+            if tensor is None:
+                continue
+            expect_tensor(name, tensor)
+            if tensor.shape != log_prob.shape:
                 raise ValueError(
                     f"{name}: shape {tuple(tensor.shape)}, expected {tuple(log_prob.shape)}"
                 )
@@ -270,6 +290,12 @@ class ReinforceLoss(PolicyLoss):
         """As :class:`PolicyLoss`; the loss is among the figures as "reinforce" too."""
         loss, figures = super().forward(*args, **kwargs)
         return loss, {**figures, "reinforce": figures["policy_loss"]}
+
+
+def _no_objective(given: object) -> str:
+    by_name = isinstance(given, str) and given in OBJECTIVES
+    hint = f"; build_objective({given!r}) makes one" if by_name else ""
+    return f"objective: expected an Objective, got {type(given).__name__}{hint}"
 
 
 def _like(signal: Tensor, baseline: Tensor) -> Tensor:
@@ -343,7 +369,8 @@ def total_loss(
         :class:`PolicyLoss`.
 
     Raises:
-        TypeError, ValueError: labels that do not fit the logits; see :class:`PolicyLoss`.
+        TypeError, ValueError: labels that do not fit the logits, or weights that
+            :func:`dvla_fast.rl.check_reward_weights` refuses; see :class:`PolicyLoss`.
     """
     check_labels("query_labels", query_labels, output.logits.shape[:2], output.logits.shape[2])
     supervised = F.cross_entropy(output.logits.flatten(0, 1), query_labels.flatten())

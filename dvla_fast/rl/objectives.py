@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dvla_fast.arguments import expect_number, expect_whole
+
 LARGEST_LOG_RATIO = 20.0  # exp(20) is far outside every clip range, and finite
 _EPSILON = 1e-4
 
@@ -85,6 +87,7 @@ class ClippedSurrogate(Objective):
         clip: ε.
 
     Raises:
+        TypeError: ε is no number.
         ValueError: ε outside (0, 1).
     """
 
@@ -93,6 +96,7 @@ class ClippedSurrogate(Objective):
 
     def __init__(self, clip: float = 0.2) -> None:
         super().__init__()
+        expect_number("clip", clip)
         if not 0.0 < clip < 1.0:
             raise ValueError(f"clip: expected a number in (0, 1), got {clip}")
         self.clip = float(clip)
@@ -121,6 +125,7 @@ class GroupRelative(ClippedSurrogate):
         clip: ε.
 
     Raises:
+        TypeError: K is no whole number, or ε no number.
         ValueError: fewer than two samples, or ε outside (0, 1).
     """
 
@@ -128,6 +133,7 @@ class GroupRelative(ClippedSurrogate):
 
     def __init__(self, samples: int = 4, clip: float = 0.2) -> None:
         super().__init__(clip)
+        expect_whole("samples", samples)
         if samples < 2:
             raise ValueError(f"samples: expected at least 2, got {samples}")
         self.samples = samples
@@ -175,6 +181,7 @@ class PreferencePairs(Objective):
         beta: β.
 
     Raises:
+        TypeError: β is no number.
         ValueError: β is not positive.
     """
 
@@ -186,6 +193,7 @@ class PreferencePairs(Objective):
 
     def __init__(self, beta: float = 0.1) -> None:
         super().__init__()
+        expect_number("beta", beta)
         if not 0.0 < beta < float("inf"):
             raise ValueError(f"beta: expected a positive finite number, got {beta}")
         self.beta = float(beta)

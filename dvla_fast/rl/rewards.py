@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dvla_fast import _extension
+from dvla_fast.arguments import expect_number, expect_tensor
 from dvla_fast.nn.episode import EpisodeOutput, TextTokens
 from dvla_fast.nn.prototype import prototype_logits
 from dvla_fast.ops.value_checks import require, value_checks
@@ -43,8 +43,11 @@ def register_reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
     """Decorator: make a function of :class:`RewardInputs` available under ``name``.
 
     Raises:
+        TypeError: the name is no string.
         ValueError: the name is taken.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a string, got {type(name).__name__}")
 
     def register(function: RewardFunction) -> RewardFunction:
         if name in _REWARDS:
@@ -64,16 +67,20 @@ def check_reward_weights(weights: Mapping[str, float]) -> None:
     """Refuse weights that name no reward or are no numbers.
 
     Raises:
-        TypeError: a weight is no number.
+        TypeError: no mapping, or a weight that is no number.
         ValueError: no reward, an unknown one, or a weight that is not finite.
     """
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            "rewards: expected a mapping from names to weights, such as {'accuracy': 1.0}, got"
+            f" {type(weights).__name__}"
+        )
     if not weights:
         raise ValueError(f"rewards: expected at least one of {', '.join(_REWARDS)}")
     for name, weight in weights.items():
         if name not in _REWARDS:
             raise ValueError(f"rewards: unknown {name!r}; expected some of {', '.join(_REWARDS)}")
-        if not isinstance(weight, Real):
-            raise TypeError(f"rewards: expected a number as weight of {name!r}, got {weight!r}")
+        expect_number("rewards", weight, f"a number as weight of {name!r}")
         if not math.isfinite(weight):
             raise ValueError(f"rewards: expected a finite weight of {name!r}, got {weight}")
 
@@ -114,7 +121,16 @@ def discounted_returns(rewards: Tensor, discount: float) -> Tensor:
 
     Discount 0 leaves each layer its own reward, which is the paper's choice; 1 credits a gate with
     everything that comes after it.
+
+    Raises:
+        TypeError, ValueError: rewards that are no tensor, or of no layer.
     """
+    expect_tensor("rewards", rewards)
+    if not rewards.dim() or not rewards.shape[0]:
+        raise ValueError(
+            f"rewards: shape {tuple(rewards.shape)}, expected (layers, episodes) of at least one"
+            " layer"
+        )
     result = [rewards[-1]]
     for reward in rewards.flip(0)[1:]:
         result.append(reward + discount * result[-1])
@@ -127,6 +143,7 @@ def check_labels(name: str, labels: Tensor, shape: torch.Size, way: int) -> None
     Raises:
         TypeError, ValueError: they are not; ``name`` is what the message calls them.
     """
+    expect_tensor(name, labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64, got {labels.dtype}")
     if labels.shape != shape:
@@ -158,13 +175,23 @@ def similarity_reward(aligned: Tensor, class_embedding: Tensor, labels: Tensor) 
         (E,) in [-1, 1].
 
     Raises:
-        TypeError, ValueError: labels that do not fit.
+        TypeError, ValueError: labels or embeddings that do not fit.
     """
     return alignment_cosine(aligned, class_embedding, labels).mean(-1)
 
 
 def alignment_cosine(aligned: Tensor, class_embedding: Tensor, labels: Tensor) -> Tensor:
     """cos(U·GAP(H), t*) of every image, (E, M), differentiable; shapes as in similarity_reward."""
+    for name, tensor in (("aligned", aligned), ("class_embedding", class_embedding)):
+        expect_tensor(name, tensor)
+        if tensor.dim() != 3:
+            raise ValueError(f"{name}: expected 3 dimensions, got shape {tuple(tensor.shape)}")
+    episodes, _, width = aligned.shape
+    if class_embedding.shape[0] != episodes or class_embedding.shape[2] != width:
+        raise ValueError(
+            f"class_embedding: shape {tuple(class_embedding.shape)}, expected"
+            f" ({episodes}, way, {width})"
+        )
     check_labels("labels", labels, aligned.shape[:-1], class_embedding.shape[1])
     index = labels.unsqueeze(-1).expand(-1, -1, class_embedding.shape[-1])
     target = class_embedding.gather(1, index)  # [E, M, text_dim]

@@ -17,6 +17,7 @@ import dvla_fast
 from dvla_fast.cli import main
 from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.engine.modes import evaluating
+from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.texts import encode_texts
 from dvla_fast.errors import BankError, CheckpointError, DataError
 from dvla_fast.nn.dvla import TEXT_SCOPES
@@ -276,6 +277,16 @@ def test_the_control_with_wrong_texts_says_so(make_checkpoint: Callable) -> None
         control.learn(SUPPORTS)  # reads no texts
 
 
+def test_a_device_by_name_or_as_one(make_checkpoint: Callable) -> None:
+    path = make_checkpoint()
+    for device in (torch.device("cpu"), torch.device("cpu", 0)):
+        assert dvla_fast.FewShotClassifier.load(path, device).device.type == "cpu"
+    with pytest.raises(UsageError, match="device 'meta' is unknown; choose cpu"):
+        dvla_fast.FewShotClassifier.load(path, torch.device("meta"))
+    with pytest.raises(TypeError, match=r"device: expected cpu, .* or a torch\.device, got int"):
+        dvla_fast.FewShotClassifier.load(path, 0)  # type: ignore[arg-type]
+
+
 def test_wrong_inputs(make_checkpoint: Callable, tmp_path: Path) -> None:
     classifier = dvla_fast.FewShotClassifier.load(make_checkpoint(), "cpu")
     with pytest.raises(ValueError, match="learn"):
@@ -293,6 +304,8 @@ def test_wrong_inputs(make_checkpoint: Callable, tmp_path: Path) -> None:
         classifier.classify([])
     with pytest.raises(ValueError, match="batch: expected 1 or more images, got 0"):
         classifier.classify(pictures(1, 0), batch=0)
+    with pytest.raises(TypeError, match=r"classify: batch: expected a whole number, got 1\.5"):
+        classifier.classify(pictures(1, 0), batch=1.5)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="uint8"):
         classifier.classify([np.zeros((16, 16, 3))])
     with pytest.raises(DataError, match="no such file"):

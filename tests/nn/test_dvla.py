@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -281,10 +282,34 @@ def test_an_option_that_is_no_number(option: str) -> None:
     [
         (r"location \(2,\): no such", {"gated_layers": [2, 1]}),
         ("level_weights: expected two", {"level_weights": [0.7, 0.3]}),
+        ("level_weights: expected two", {"level_weights": torch.ones(2)}),
+        ("level_weights: expected two", {"level_weights": torch.ones(2, 3)}),
+        ("level_weights: 3 pairs for 2", {"level_weights": np.ones((3, 2))}),
+        ("level_weights: expected two", {"level_weights": ["ab", "cd"]}),
     ],
 )
 def test_numbers_where_pairs_are_meant(match: str, options: dict) -> None:
     test_wrong_constructions(match, options)
+
+
+@pytest.mark.parametrize("form", [list, torch.tensor, np.array, lambda x: list(torch.tensor(x))])
+def test_level_weights_as_pairs_or_as_an_array(make_model: MakeModel, form: Callable) -> None:
+    model = make_model(level_weights=form([(0.5, 1.5), (3.0, 1.0)]))
+    assert model.level_scales == ((0.5, 1.5), (1.5, 0.5))
+    assert {type(x) for pair in model.level_scales for x in pair} == {float}
+
+
+@pytest.mark.parametrize(
+    ("weights", "match"),
+    [
+        ([("a", 1)] * 2, "level_weights: expected a number, got 'a'"),
+        ([(None, 1)] * 2, "level_weights: expected a number, got None"),
+        (3, "level_weights: expected two numbers for each gated layer, got 3"),
+    ],
+)
+def test_level_weights_of_a_wrong_kind(make_model: MakeModel, weights: Any, match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        make_model(level_weights=weights)
 
 
 @pytest.mark.parametrize(
@@ -305,6 +330,8 @@ def test_numbers_where_pairs_are_meant(match: str, options: dict) -> None:
         (TypeError, "query: expected a tensor", {"query": np.zeros((2, 6, 1, 8, 8))}),
         (TypeError, "text: expected TextTokens, got Tensor", {"text": torch.zeros(2, 3, 4)}),
         (ValueError, "way", {"way": 0}),
+        (TypeError, r"way: expected a whole number, got 3\.0", {"way": 3.0}),
+        (TypeError, "way: expected a whole number, got None", {"way": None}),
         (ValueError, "text.tokens: shape", {"text": make_text(1, 3)}),
         (ValueError, "text.class_embedding: shape", {"text": make_text(2, 2)}),
         (

@@ -436,6 +436,7 @@ def test_wrong_calls(
         ("alpha_scope: unknown 'batch'", {"dim": 16, "alpha_scope": "batch"}),
         ("policy: unknown 'gauss'", {"dim": 16, "policy": "gauss"}),
         ("concentration: expected", {"dim": 16, "concentration": 0.0}),
+        ("concentration: expected a positive finite", {"dim": 16, "concentration": 1e39}),
         ("fixed_alpha: expected", {"dim": 16, "policy": "fixed", "fixed_alpha": 1.5}),
         ("hidden_dim: expected", {"dim": 16, "hidden_dim": 0}),
     ],
@@ -450,6 +451,7 @@ def test_wrong_constructions(match: str, options: dict) -> None:
     [
         ("dim: expected a whole number", {"dim": 16.0}),
         ("hidden_dim: expected a whole number", {"dim": 16, "hidden_dim": 12.0}),
+        ("hidden_dim: expected a whole number, got True", {"dim": 16, "hidden_dim": True}),
         ("concentration: expected a number", {"dim": 16, "concentration": "10"}),
         ("fixed_alpha: expected a number", {"dim": 16, "fixed_alpha": None}),
     ],

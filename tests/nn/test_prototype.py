@@ -84,6 +84,8 @@ def test_gradients_reach_supports_and_queries() -> None:
         (TypeError, "support_labels: expected int64", {"support_labels": torch.zeros(1, 4)}),
         (ValueError, "support_labels: shape", {"support_labels": torch.zeros(1, 3).long()}),
         (ValueError, "way", {"way": 0}),
+        (TypeError, r"way: expected a whole number, got 2\.0", {"way": 2.0}),
+        (TypeError, "query_features: expected a tensor, got NoneType", {"query_features": None}),
         (ValueError, "temperature", {"temperature": 0.0}),
         (ValueError, "temperature", {"temperature": float("nan")}),
         (ValueError, "temperature", {"temperature": float("inf")}),

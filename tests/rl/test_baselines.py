@@ -98,6 +98,14 @@ def test_wrong_arguments() -> None:
         EMABaseline(0)
     with pytest.raises(ValueError, match=r"rewards: shape \(3, 4\)"):
         EMABaseline(2)(torch.zeros(3, 4))
+    with pytest.raises(TypeError, match=r"^num_layers: expected a whole number, got 2\.5$"):
+        EMABaseline(2.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^momentum: expected a number, got 'a'$"):
+        EMABaseline(2, "a")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^rewards: expected a tensor, got list$"):
+        EMABaseline(2)([1.0, 2.0])
+    with pytest.raises(TypeError, match=r"^samples: expected a whole number, got 2\.5$"):
+        LeaveOneOutBaseline(2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="samples"):
         LeaveOneOutBaseline(1)
     with pytest.raises(ValueError, match="groups of 4"):

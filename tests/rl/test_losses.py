@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from dvla_fast.rl import (
     EMABaseline,
     LeaveOneOutBaseline,
     PolicyLoss,
+    Reference,
     ReinforceLoss,
     ValueBaseline,
     check_reward_weights,
@@ -143,6 +146,11 @@ def test_no_gradient_flows_into_rewards_or_baseline() -> None:
         ("rewards: shape", ((2, 4), (2, 4), (2, 3))),
         ("rewards: shape", ((4,), (4,), (4,))),
         ("entropy: shape", ((2, 4), (2, 3), (2, 4))),
+        (r"rewards: shape \(4,\), expected \(layers, episodes\); .* x\[None\]", ((4,),) * 3),
+        (r"log_prob: shape \(4,\), .* x\[None\]$", ((4,), (4,), (1, 4))),
+        (r"log_prob: shape .* expected \(layers, episodes\)$", ((1, 4, 2, 2),) * 2 + ((1, 4),)),
+        (r"rewards: shape \(2, 0\), expected at least one layer and one ep", ((2, 0),) * 3),
+        (r"log_prob: shape \(1, 4, 0\), expected at least one", ((1, 4, 0),) * 2 + ((1, 4),)),
     ],
 )
 def test_wrong_shapes(match: str, shapes: tuple) -> None:
@@ -218,3 +226,33 @@ def test_wrong_kinds_are_named() -> None:
     states = [torch.zeros(4, 7), torch.zeros(4, 9)]
     with pytest.raises(ValueError, match="states: 9 wide, expected 7"):
         ValueBaseline([3, 3])(zero, states)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "kind"),
+    [
+        ("log_prob", None, "a tensor, got NoneType"),
+        ("entropy", None, "a tensor, got NoneType"),
+        ("rewards", [1.0], "a tensor, got list"),
+        ("old_log_prob", 0.3, "a tensor, got float"),
+        ("scores", [1.0], "a tensor, got list"),
+        ("reference", torch.zeros(2, 4), "a Reference, got Tensor"),
+        ("reference.log_prob", Reference(None, 0.3), "a tensor, got float"),  # type: ignore
+        ("reference.rewards", Reference([1.0]), "a tensor, got list"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_tensor_is_named(name: str, wrong: Any, kind: str) -> None:
+    zero = torch.zeros(2, 4)
+    arguments: dict[str, Any] = {"log_prob": zero, "entropy": zero, "rewards": zero}
+    with pytest.raises(TypeError, match=f"^{name}: expected {kind}$"):
+        PolicyLoss()(**{**arguments, name.split(".")[0]: wrong})
+
+
+def test_total_loss_wants_weights_by_name() -> None:
+    model, episodes, labels, text = episode_batch()
+    output = model(*episodes, text, way=3)
+    message = r"rewards: expected a mapping from names to weights, such as .*, got list"
+    with pytest.raises(TypeError, match=message):
+        total_loss(output, labels, text, ReinforceLoss(), rewards=["accuracy"])  # type: ignore
+    with pytest.raises(TypeError, match=message):
+        check_reward_weights(["accuracy"])  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from dvla_fast.rl import (
     Reinforce,
     ReinforceLoss,
     ValueBaseline,
+    advantage_figures,
     build_objective,
     discounted_returns,
     normalise_advantage,
@@ -286,6 +287,13 @@ def test_normalised_advantages() -> None:
     torch.testing.assert_close(figures["advantage_std"], torch.ones(2), atol=1e-3, rtol=0)
     with pytest.raises(ValueError, match="1 episode cannot be normalised"):
         normalise_advantage(torch.ones(2, 1))
+    with pytest.raises(ValueError, match=r"advantage: shape \(4,\), expected \(layers, episodes\)"):
+        normalise_advantage(torch.ones(4))
+    for function in (normalise_advantage, advantage_figures):
+        with pytest.raises(ValueError, match=r"advantage: shape \(2, 0\), expected at least one"):
+            function(torch.ones(2, 0))
+        with pytest.raises(TypeError, match="advantage: expected a tensor, got list"):
+            function([[1.0, 2.0]])  # type: ignore[arg-type]
 
 
 def test_value_network_learns_the_rewards_of_states() -> None:
@@ -357,6 +365,32 @@ def test_policy_gradient_does_not_reach_the_value_network() -> None:
 )
 def test_wrong_parameters(match: str, make: object) -> None:
     with pytest.raises(ValueError, match=match):
+        make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("match", "make"),
+    [
+        (
+            r"objective: expected an Objective, got str; build_objective\('ppo'\) makes one",
+            lambda: PolicyLoss("ppo"),
+        ),
+        ("objective: expected an Objective, got str", lambda: PolicyLoss("trpo")),
+        ("objective: expected an Objective, got Linear", lambda: PolicyLoss(torch.nn.Linear(1, 1))),
+        ("weight: expected a number, got None", lambda: PolicyLoss(weight=None)),
+        ("entropy_weight: expected a number, got '1'", lambda: ReinforceLoss("1")),
+        ("kl_weight: expected a number, got None", lambda: PolicyLoss(kl_weight=None)),
+        ("value_weight: expected a number, got True", lambda: PolicyLoss(value_weight=True)),
+        ("discount: expected a number, got None", lambda: PolicyLoss(discount=None)),
+        ("clip: expected a number, got None", lambda: ClippedSurrogate(None)),
+        ("samples: expected a whole number, got 2.5", lambda: GroupRelative(2.5)),
+        ("beta: expected a number, got '1'", lambda: PreferencePairs("1")),
+        ("dims: expected a whole number, got 2.5", lambda: ValueBaseline([2.5])),
+        ("hidden_dim: expected a whole number, got 8.0", lambda: ValueBaseline([2], 8.0)),
+    ],
+)
+def test_parameters_of_a_wrong_kind(match: str, make: object) -> None:
+    with pytest.raises(TypeError, match=f"^{match}$"):
         make()  # type: ignore[operator]
 
 

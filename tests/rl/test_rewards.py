@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from dvla_fast.rl import (
     RewardInputs,
     accuracy_reward,
     alignment_loss,
+    discounted_returns,
     episode_accuracy,
     layer_rewards,
     register_reward,
@@ -207,3 +210,36 @@ def test_a_user_adds_a_reward(output: EpisodeOutput, monkeypatch: pytest.MonkeyP
 def test_wrong_reward_weights(output: EpisodeOutput, weights: dict[str, float], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         weighted_rewards(weights, RewardInputs(output, QUERY_LABELS, one_hot_text(2, 2)))
+
+
+@pytest.mark.parametrize("name", [3, None, lambda inputs: inputs], ids=["int", "None", "function"])
+def test_a_reward_is_registered_by_a_string(name: Any) -> None:
+    with pytest.raises(TypeError, match=f"^name: expected a string, got {type(name).__name__}$"):
+        register_reward(name)
+    assert name not in reward_names()
+
+
+def test_returns_of_no_layer() -> None:
+    for shape in ((0, 3), ()):
+        with pytest.raises(ValueError, match=r"rewards: shape .* of at least one layer"):
+            discounted_returns(torch.zeros(shape), 0.5)
+    with pytest.raises(TypeError, match="rewards: expected a tensor, got list"):
+        discounted_returns([1.0], 0.5)  # type: ignore[arg-type]
+    assert discounted_returns(torch.ones(2, 0), 0.5).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 4, 6), (2, 3, 5)), r"class_embedding: shape \(2, 3, 5\), expected \(2, way, 6\)"),
+        (((2, 4, 6), (1, 3, 6)), r"class_embedding: shape \(1, 3, 6\), expected \(2, way, 6\)"),
+        (((2, 4, 6), (3, 6)), r"class_embedding: expected 3 dimensions, got shape \(3, 6\)"),
+        (((4, 6), (2, 3, 6)), r"aligned: expected 3 dimensions, got shape \(4, 6\)"),
+    ],
+)
+def test_embeddings_that_do_not_fit(shapes: tuple, message: str) -> None:
+    labels = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        similarity_reward(*map(torch.zeros, shapes), labels)
+    with pytest.raises(TypeError, match="labels: expected a tensor, got list"):
+        similarity_reward(torch.zeros(2, 4, 6), torch.zeros(2, 3, 6), [[0] * 4] * 2)  # type: ignore

@@ -1,0 +1,31 @@
+"""What an argument is, by its type alone: no value is read, so that nothing waits for a GPU."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+# The symbols are sizes and numbers of a graph with dynamic shapes. What is usual comes first: an
+# abstract class takes longer to ask.
+_WHOLE = (int, torch.SymInt, Integral)
+_NUMBERS = (float, int, torch.SymFloat, torch.SymInt, Real)
+
+
+def expect_tensor(name: str, value: object) -> None:
+    """Raises TypeError unless the argument of that name is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def expect_number(name: str, value: object, what: str = "a number") -> None:
+    """Likewise for a real number; a tensor is none, for as a number it would lose its gradient."""
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name}: expected {what}, got {value!r}")
+
+
+def expect_whole(name: str, value: object) -> None:
+    """Likewise for a whole number, which 3.0 is not."""
+    if isinstance(value, bool) or not isinstance(value, _WHOLE):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")

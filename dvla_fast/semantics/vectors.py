@@ -4,7 +4,7 @@ For a bank of words the file is a cache: the vector of each text under the hash 
 name of its encoder, so that a text that was edited is the only one to be encoded again, and a
 machine without the encoder's weights can train. For a bank without words it is the bank.
 
-The vectors of a bank that ships with the package lie in the user's cache folder
+The vectors of a bank that comes with the package lie in the user's cache folder
 (``$XDG_CACHE_HOME/dvla-fast/banks``, or ``~/.cache/dvla-fast/banks``).
 """
 
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dvla_fast.errors import BankError, MissingDependencyError
 from dvla_fast.files import REMEDY, check_writable, unwritable, write_atomic
-from dvla_fast.semantics.bank import SemanticBank, bank_path, bundled_banks
+from dvla_fast.semantics.bank import SemanticBank
+from dvla_fast.semantics.bundled import bank_path, bundled_banks
 from dvla_fast.semantics.encoders import TextEncoder
 
 FORMAT = "dvla-fast-vectors/1"
@@ -30,7 +31,7 @@ _PARTS = ("keys", "vectors", "truncated")
 
 
 def vectors_path(source: str | Path) -> Path:
-    """Return the file that holds, or would hold, the vectors of a bank's JSON file."""
+    """Return the file that holds, or would hold, the vectors of a bank of this source."""
     path = Path(source)
     if path.stem in bundled_banks() and path == bank_path(path.stem):
         return _cache_folder() / f"{path.stem}.safetensors"

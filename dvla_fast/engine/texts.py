@@ -50,8 +50,11 @@ def build_texts(
     """
     bank = load_bank(config.bank)
     names = list(data.class_names)
-    lacking = set(bank.missing(names)) if splits else set()
-    if lacking.isdisjoint(name for split in splits for name in data.split(split).class_names):
+    if splits:
+        needed = dict.fromkeys(name for split in splits for name in data.split(split).class_names)
+        which = f"split{'s' if len(splits) > 1 else ''} {' and '.join(splits)}"
+        bank.require(needed, f"the data set ({which})")
+        lacking = set(bank.missing(names))
         names = [name for name in names if name not in lacking]
     sources = text_sources(config, data, names)
     texts, described = encode_texts(config, bank, sources, device, encoder)

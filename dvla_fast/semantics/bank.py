@@ -215,11 +215,14 @@ class SemanticBank:
         """
         write_text_atomic(Path(path), self.to_json())
 
-    def resolve(self, class_names: Iterable[str]) -> list[str]:
+    def resolve(self, class_names: Iterable[str], of: str = "the data set") -> list[str]:
         """Return the bank's own names of classes, in order.
 
         An exact name wins; else case, spaces, underscores, hyphens and the prefixes of class
         folders (``003.``, ``n02085620-``) do not count.
+
+        Args:
+            of: what has these classes, for messages.
 
         Raises:
             BankError: classes that the bank lacks, or a name that fits several of its classes.
@@ -241,7 +244,7 @@ class SemanticBank:
             near = difflib.get_close_matches(missing[0], self.classes, 3)
             hint = f" (near {missing[0]!r}: {', '.join(map(repr, near))})" if near else ""
             raise BankError(
-                f"{self.source}: the bank lacks {len(missing)} class(es) of the data set: "
+                f"{self.source}: the bank lacks {len(missing)} class(es) of {of}: "
                 f"{some_of(list(map(repr, missing)))}{hint}; give the bank of this data set, or "
                 "add them to its 'classes'"
             )
@@ -265,9 +268,9 @@ class SemanticBank:
         """What the texts were made from, as the provenance says: "unknown" where it does not."""
         return str(self.provenance.get("kind", "unknown"))
 
-    def require(self, class_names: Iterable[str]) -> None:
+    def require(self, class_names: Iterable[str], of: str = "the data set") -> None:
         """Check that every named class is in the bank (BankError as :meth:`resolve`)."""
-        self.resolve(class_names)
+        self.resolve(class_names, of)
 
     def select(self, class_names: Iterable[str]) -> list[ClassEntry]:
         """Return the entries of the named classes, in that order (BankError as for `resolve`)."""

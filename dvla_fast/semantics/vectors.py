@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dvla_fast.errors import BankError, MissingDependencyError
-from dvla_fast.files import REMEDY, check_writable, unwritable, write_atomic
+from dvla_fast.files import check_writable, write_atomic
 from dvla_fast.semantics.bank import SemanticBank
 from dvla_fast.semantics.bundled import bank_path, bundled_banks
 from dvla_fast.semantics.encoders import TextEncoder
@@ -53,15 +53,7 @@ def make_room(path: Path) -> None:
     remedy = "copy the bank to a folder that you may write to, and encode it there"
     if path.parent == _cache_folder():
         remedy = "set XDG_CACHE_HOME to a folder that you may write to, here and in training"
-    _make_folder(path, remedy)
     check_writable(path, remedy)
-
-
-def _make_folder(path: Path, remedy: str = REMEDY) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(path, error, remedy) from error
 
 
 class CachedEncoder:
@@ -218,6 +210,7 @@ def write_stored(path: Path, classes: Mapping[str, ClassVectors]) -> None:
     for name, vectors in classes.items():
         tensors[f"attributes|{name}"] = vectors.attributes.contiguous()
         tensors[f"description|{name}"] = vectors.description.contiguous()
+    check_writable(path)
     _write(path, tensors, {"kind": "bank"})
 
 
@@ -283,7 +276,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     safetensors = _safetensors()
     metadata = {"dvla_fast": json.dumps({"format": FORMAT, **info})}
-    _make_folder(path)
     write_atomic(
         path,
         lambda temporary: safetensors.torch.save_file(

@@ -147,6 +147,11 @@ def test_pretraining_checkpoint_evaluates_visually(
     ]
     assert main(arguments) == 0
     assert "visual prototypes" in capsys.readouterr().out
+    arguments = [*arguments[:-1], "--evaluate.episodes=1", f"--output={tmp_path / 'one'}"]
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert "\n1 episode each; " in said.out
+    assert "n/a" not in said.err
 
 
 def test_text_tower_from_meta_tuning_to_evaluation(

@@ -230,8 +230,8 @@ def _check_counts(listing: Listing, report: Report) -> None:
         )
     for split in listing.splits.values():
         counts = zip(split.keys, _counts(listing, split))
-        expected = ((key, count, known.images_per_class.get(key, count)) for key, count in counts)
-        wrong = [f"{key!r} ({n}, known: {right})" for key, n, right in expected if n != right]
+        compared = ((key, count, known.images_per_class.get(key, count)) for key, count in counts)
+        wrong = [f"{key!r} ({n}, known: {right})" for key, n, right in compared if n != right]
         if wrong:
             report.problems.append(
                 f"{split.where}: {len(wrong)} of {len(split.keys)} classes have other numbers of "

@@ -196,10 +196,10 @@ def _parse(name: str, rest: list[str]) -> Any:
     Defaults come from the dataclasses; over them, when resuming, the configuration of the run
     folder; over that, ``--config``; and over all, the options on the command line.
     """
-    from dvla_fast.engine import config as runs
-    from dvla_fast.engine import settings, tool_config
+    from dvla_fast.engine import settings
+    from dvla_fast.engine.command_parser import config_class
 
-    cls = getattr(runs, COMMANDS[name].config, None) or getattr(tool_config, COMMANDS[name].config)
+    cls = config_class(name)
     default = cls()
     if name == "demo":
         from dvla_fast.engine.config import demo_config

@@ -192,10 +192,11 @@ def _broadcast(name: str, first: Tensor | float, second: Tensor | float) -> tupl
             expect_number(which, x, "a number or a tensor")
         elif x.is_complex():
             raise TypeError(f"{which}: expected real values, got {x.dtype}")
-    # A number takes part in no promotion: asked of one, a graph would hold it as a constant.
+    # As torch.result_type, which a graph cannot ask: a tensor of no dimension widens no other one.
     tensors = [x for x in (first, second) if isinstance(x, Tensor)]
-    dtype = torch.result_type(tensors[0], tensors[-1]) if tensors else torch.float32
-    dtype = torch.promote_types(dtype, torch.float32)
+    dtype = torch.float32
+    for x in [x for x in tensors if x.dim()] or tensors:
+        dtype = torch.promote_types(dtype, x.dtype)
     first, second = (x.to(dtype) if isinstance(x, Tensor) else x for x in (first, second))
     if isinstance(first, Tensor) and not isinstance(second, Tensor):
         second = first.new_zeros(()) + second  # where broadcast_all would make a graph's constant

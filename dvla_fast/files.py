@@ -48,12 +48,14 @@ def write_atomic(path: Path, write: Callable[[Path], None], remedy: str = REMEDY
 
 
 def check_writable(path: Path, remedy: str = REMEDY) -> None:
-    """Check that a file can be written before the work that it is for.
+    """Check that a file can be written before the work that it is for; makes its folder.
 
     Raises:
-        OutputError: its folder cannot be written, or no file can have its name; with the remedy.
+        OutputError: its folder cannot be made or written, or no file can have its name; with the
+            remedy.
     """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             os.lstat(path)  # the system knows which names are too long
         with tempfile.NamedTemporaryFile(prefix=_prefix(path), dir=path.parent):

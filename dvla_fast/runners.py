@@ -164,7 +164,7 @@ def _evaluate(config: Any) -> int:
     elif summary["split"] == "base":
         print("\nsplit       base: classes that training works on")
     print(f"\nsummary     {config.output}/summary.json")
-    print(f"page        dvla-fast report {config.output}")
+    print(f"page        {shlex.join(['dvla-fast', 'report', config.output])}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -146,6 +147,11 @@ def test_pretraining_checkpoint_evaluates_visually(
     ]
     assert main(arguments) == 0
     assert "visual prototypes" in capsys.readouterr().out
+    one = ["--evaluate.episodes=1", f"--output={tmp_path / 'one'}"]
+    assert main([*arguments[:-1], *one]) == 0
+    said = capsys.readouterr()
+    assert "\n1 episode each; " in said.out
+    assert "n/a" not in said.err
 
 
 def test_text_tower_from_meta_tuning_to_evaluation(
@@ -196,7 +202,7 @@ def test_bank_that_lacks_a_class(
 ) -> None:
     arguments = metatune(photos, pretrained, f"--output={tmp_path / 'run'}")
     message = fails([*arguments, "--semantics.bank=digits"], capsys)
-    assert "the bank lacks 10 class(es)" in message
+    assert "the bank lacks 5 class(es) of the data set (splits base and monitor)" in message
     assert message.endswith("give the bank of this data set, or add them to its 'classes'")
     assert not (tmp_path / "run").exists()
 
@@ -213,14 +219,18 @@ def test_bank_that_lacks_a_novel_class(
         bank.write_text(json.dumps({"classes": kept}))
         return metatune(photos, pretrained, f"--output={run}", f"--semantics.bank={bank}")
 
-    assert "lacks 2 class(es) of the data set: 'a', 'j'" in fails(tune("aj"), capsys)
+    said = fails(tune("aj"), capsys)  # of the classes that it reads alone
+    assert "lacks 1 class(es) of the data set (splits base and monitor): 'a'; give" in said
     with pytest.warns(UserWarning, match="lacks 2 class.* and evaluating will: 'h', 'j'"):
         assert main(tune("hj")) == 0
     command = ["evaluate", f"--config={run / 'config.yaml'}", f"--output={tmp_path / 'result'}"]
     command += [f"--checkpoint={run}/checkpoints/metatune-best.safetensors"]
     command += ["--evaluate.query=2", "--evaluate.shots=1", "--evaluate.episodes=2"]
     capsys.readouterr()
-    assert "lacks 2 class(es) of the data set: 'h', 'j'" in fails(command, capsys)
+    tune("ahj")
+    assert "lacks 2 class(es) of the data set (split novel): 'h', 'j'; give" in fails(
+        command, capsys
+    )
     tune("")  # the texts of the base classes are the same
     assert main(command) == 0
 
@@ -382,22 +392,22 @@ def test_printed_next_commands_work(
     Path("photos").symlink_to(photos)
     arguments = ["pretrain", "--data.dataset=photos", "--data.image_size=24", "--seed=1"]
     arguments += TINY_PRETRAIN
-    for more, words in (([*small], "metatune"), ([*few], "evaluate"), ([], "")):
+    small += ["--output=runs/metatune of mine"]
+    few += ["--output=runs/evaluate of mine"]
+    page = ["--text_only", "--output=pages/of mine.html"]
+    for more, words in ((small, "metatune"), (few, "evaluate"), (page, "report"), ([], "")):
         assert main(arguments) == 0
         said = capsys.readouterr().out
+        assert words != "report" or "learned gate" in said
         if not words:
             break
-        (line,) = [line for line in said.splitlines() if line.startswith("next ")]
-        program, *arguments = shlex.split(line.removeprefix("next"))
+        start = "page " if words == "report" else "next "
+        (line,) = [line for line in said.splitlines() if line.startswith(start)]
+        program, *arguments = shlex.split(line.removeprefix(start))
         assert (program, arguments[0]) == ("dvla-fast", words)
         arguments = [x.replace("BANK.json", "photos/bank.json") for x in arguments] + more
-    assert "learned gate" in said
-    seeds = {
-        path.parent.name.split("-")[0]: read_config(path.parent)["seed"]
-        for path in Path("runs").glob("*/config.yaml")
-    }
-    assert seeds == {"pretrain": 1, "metatune": 1, "evaluate": 0}
-    seeds = {path.parent.name.split("-")[0]: read_config(path.parent)["seed"]
+    assert Path("pages/of mine.html").is_file()
+    seeds = {re.split("[- ]", path.parent.name)[0]: read_config(path.parent)["seed"]
              for path in Path("runs").glob("*/config.yaml")}  # fmt: skip
     assert seeds == {"pretrain": 1, "metatune": 1, "evaluate": 0}
 

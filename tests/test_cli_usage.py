@@ -141,14 +141,50 @@ def test_mistyped_options_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert main(["pretrain", argument]) == 2
         assert words in capsys.readouterr().err
-    assert "expected int, or a list such as [A,B]" in fails(
-        ["evaluate", "--evaluate.shots=1,2"], capsys, 2
+    two = ["pretrain", "--pretrain.val_episodes", "20", "--pretrain.validate_evry=1"]
+    assert fails(two, capsys, 2).endswith(
+        "; --pretrain.val_episodes: did you mean --pretrain.validation_episodes?"
+        "; --pretrain.validate_evry: did you mean --pretrain.validate_every?"
+    )
+    assert fails(["evaluate", "--model.backbone", "clip"], capsys, 2).endswith(
+        "clip; --model.backbone: not an option of evaluate, but of demo, pretrain, metatune, ablate"
     )
     assert "evaluate.way: expected at least 2" in fails(["evaluate", "--evaluate.way=1"], capsys, 2)
     given = _parse("evaluate", ["--evaluate.shots", "5", "--checkpoints", "X.safetensors"])
     assert (given.evaluate.shots, given.checkpoints) == ([5], ["X.safetensors"])
     given = _parse("evaluate", ["--evaluate.shots=[1,5]", "--checkpoints=[a,b]"])
     assert (given.evaluate.shots, given.checkpoints) == ([1, 5], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "value", "words"),
+    [
+        ("pretrain", "pretrain.epochs", "ten", "expected int, got 'ten'"),
+        ("pretrain", "pretrain.lr", "abc", "expected float, got 'abc'"),
+        ("pretrain", "pretrain.augment.flip", "3", "expected bool, got 3"),
+        ("pretrain", "model.backbone_options", "3", "expected 'name: value' entries, got 3"),
+        ("ablate", "ablate.seeds", "[0,1]", "expected int, got [0, 1]"),
+        ("evaluate", "evaluate.shots", "1,2", "expected int{}, got '1,2'"),
+    ],
+)
+def test_a_wrong_type_reads_alike_on_the_command_line_and_in_a_file(
+    command: str,
+    name: str,
+    value: str,
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = fails([command, f"--{name}", value], capsys, 2)
+    either = words.format(", or a list such as [A,B] without blanks")
+    assert said == f"error: command line: {name}: {either}"
+    content = yaml.safe_load(value)
+    for part in reversed(name.split(".")):
+        content = {part: content}
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump(content))
+    said = fails([command, f"--config={file}"], capsys, 2)
+    assert said == f"error: {file}: {name}: {words.format('')}"
 
 
 @pytest.mark.parametrize("arguments", [["evaluate", "--help"], ["pretrain", "--no-such-option"]])

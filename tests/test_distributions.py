@@ -101,6 +101,9 @@ def test_whole_numbers_are_parameters_and_values() -> None:
     whole = MeanConcentrationBeta(logits=torch.tensor([0, 1, -1]), concentration=torch.tensor(10))
     real = MeanConcentrationBeta(logits=torch.tensor([0.0, 1.0, -1.0]), concentration=10.0)
     assert whole.sample().dtype == torch.float32
+    alone = torch.tensor(10.0, dtype=torch.float64)  # of no dimension: it widens no other tensor
+    assert MeanConcentrationBeta(torch.zeros(3), alone).sample().dtype == torch.float32
+    assert MeanConcentrationBeta(0.0, alone).sample().dtype == torch.float64
     torch.testing.assert_close(whole.entropy(), real.entropy())
     for value in (0, 1):
         for method in ("log_prob", "cdf"):

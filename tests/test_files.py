@@ -20,6 +20,14 @@ def test_json_has_no_infinity() -> None:
     assert json_text({"a": [0.1, 1]}, indent=2) == json.dumps({"a": [0.1, 1]}, indent=2)
 
 
+def test_the_folder_of_an_output_is_made(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "folder" / "page.html")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"page.html: cannot write \(.*\); free space or choose"):
+        check_writable(tmp_path / "file" / "page.html")
+
+
 @pytest.mark.parametrize("name", ["x" * 255, "ü" * 127 + "x", "x" * 249 + ".jsonl"])
 def test_every_name_that_a_file_can_have(tmp_path: Path, name: str) -> None:
     check_writable(tmp_path / name)

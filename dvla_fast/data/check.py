@@ -119,7 +119,7 @@ def _check_cache(
         report.notes.append(f"{index['root']} is not here: not compared with the original files")
     for name, entry in index["splits"].items():
         where = f"{root} ({name})"
-        report.add(report.problems, _small(where, entry["keys"], entry["counts"], needed))
+        report.problems += _small(where, entry["keys"], entry["counts"], needed)
     stride, read = 3 * index["image_size"] ** 2, 0
     with ThreadPoolExecutor(1) as pool:  # hashing releases the GIL
         rows = _Rows(stride, pool)
@@ -224,17 +224,19 @@ def _check_counts(listing: Listing, report: Report) -> None:
         return
     published = f"; published by {known.published}" if known.published else ""
     for name, keys in listing.missing.items():
-        shown = ", ".join(keys[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")
         report.problems.append(
-            f"{name}: {len(keys)} of {len(known.splits[name])} classes missing ({shown}){published}"
+            f"{name}: {len(keys)} of {len(known.splits[name])} classes missing ({_few(keys)})"
+            f"{published}"
         )
-    wrong = []
     for split in listing.splits.values():
-        for key, count in zip(split.keys, _counts(listing, split)):
-            expected = known.images_per_class.get(key)
-            if expected is not None and expected != count:
-                wrong.append(f"{split.where}: class {key!r} has {count} images, known: {expected}")
-    report.add(report.problems, wrong)
+        counts = zip(split.keys, _counts(listing, split))
+        compared = ((key, count, known.images_per_class.get(key, count)) for key, count in counts)
+        wrong = [f"{key!r} ({n}, known: {right})" for key, n, right in compared if n != right]
+        if wrong:
+            report.problems.append(
+                f"{split.where}: {len(wrong)} of {len(split.keys)} classes have other numbers of "
+                f"images than are known: {_few(wrong)}"
+            )
     for name, expected in known.images_per_split.items():
         found = _counts(listing, listing.splits[name]).sum() if name in listing.splits else 0
         if found != expected and not known.images_per_class:
@@ -242,19 +244,27 @@ def _check_counts(listing: Listing, report: Report) -> None:
 
 
 def _small(where: str, keys: Sequence[str], counts: Iterable[int], needed: int) -> list[str]:
+    """Say in a line which classes of a split have too few images; none: no line."""
+    small = [f"{key!r} ({count})" for key, count in zip(keys, counts) if count < needed]
+    if not small:
+        return []
     return [
-        f"{where}: class {key!r} has {count} images, an episode takes {needed}; add images, or"
-        " lower --shot and --query"
-        for key, count in zip(keys, counts)
-        if count < needed
+        f"{where}: {len(small)} of {len(keys)} classes have fewer images than the {needed} that an "
+        f"episode takes: {_few(small)}; add images, or train and evaluate with fewer shots and "
+        "queries (--metatune.shots, --metatune.query, --evaluate.shots, --evaluate.query)"
     ]
+
+
+def _few(items: Sequence[str]) -> str:
+    """Lay out the first few of a list."""
+    return ", ".join(items[:_SHOWN]) + (", ..." if len(items) > _SHOWN else "")
 
 
 def _check_classes(listing: Listing, needed: int, report: Report) -> None:
     known: dict[str, tuple[str, str]] = {}  # by what evaluation compares of a name
     for name, split in listing.splits.items():
         counts = _counts(listing, split)
-        report.add(report.problems, _small(split.where, split.keys, counts, needed))
+        report.problems += _small(split.where, split.keys, counts, needed)
         for key, readable in zip(split.keys, split.names):
             other, twin = known.setdefault(normalised_name(readable), (name, key))
             if (other, twin) != (name, key):

@@ -346,6 +346,7 @@ def _row(
         table = np.stack([found[variant.name, seed][name] for seed in mine])
         result["by_seed"] = table.mean(1).astype(float).tolist()
         result["accuracy"] = crossed_interval([table], config.ablate.draws)
+        del result["accuracy"]["p_value"]  # of an accuracy of 0, which nobody asks about
         if f"alpha-{shot}" in found[variant.name, mine[0]]:
             alphas = [found[variant.name, seed][f"alpha-{shot}"].mean(0) for seed in mine]
             result["alpha"] = np.mean(alphas, 0).astype(float).tolist()

@@ -43,11 +43,11 @@ from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.settings import UsageError, to_dict
 from dvla_fast.engine.stages import StageRun
 from dvla_fast.engine.starting import begin_metatuning, normalise_for
-from dvla_fast.engine.texts import bank_encoder, build_bank, build_texts
+from dvla_fast.engine.texts import bank_encoder, build_texts
 from dvla_fast.errors import OutputError
 from dvla_fast.files import unwritable, write_atomic, write_text_atomic
 from dvla_fast.nn import DVLA
-from dvla_fast.semantics import EncodedTexts, HashedNGramEncoder, TextEncoder
+from dvla_fast.semantics import EncodedTexts, HashedNGramEncoder, TextEncoder, load_bank
 
 BACKBONE = "backbone"
 # What may change between two launches on one folder: which cells there are, not what is in them.
@@ -212,7 +212,7 @@ class Workshop:
 
     def _encoder(self, semantics: SemanticsConfig) -> TextEncoder | None:
         """The encoder of a bank, which remembers: variants have most of their texts in common."""
-        bank = build_bank(semantics.bank)
+        bank = load_bank(semantics.bank)
         if bank.vectors or semantics.encoder == HashedNGramEncoder.name:
             return None
         if bank.source not in self._encoders:

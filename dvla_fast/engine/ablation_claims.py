@@ -13,7 +13,8 @@ from dvla_fast.engine.ablation_variants import FULL, VISUAL
 from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.config import AblateRun
 from dvla_fast.engine.reward_curves import ALPHAS, best_mean
-from dvla_fast.engine.texts import bank_encoder, build_bank
+from dvla_fast.engine.texts import bank_encoder
+from dvla_fast.semantics import load_bank
 from dvla_fast.semantics.topk import progressive_top_k
 
 HOLDS, AGAINST, OPEN, MISSING = "supported", "against", "not shown", "not computed"
@@ -161,7 +162,7 @@ def hallucinated_shares(config: AblateRun) -> dict[str, Any]:
         among those chosen by progressive selection, for k of the sweep and of the configuration.
     """
     made = make_classes(varied=KINDS[config.semantics.bank])
-    bank = build_bank(config.semantics.bank)
+    bank = load_bank(config.semantics.bank)
     encoder = bank_encoder(config.semantics, bank, pick_device("cpu"))
     flags = [dict(zip(text.attributes, text.hallucinated)) for text in made.texts]
     proposals = [list(item) for item in flags]

@@ -11,11 +11,10 @@ from dvla_fast.engine.config import AblateRun
 from dvla_fast.engine.models import backbone_spec
 from dvla_fast.engine.settings import UsageError, did_you_mean, from_mapping
 from dvla_fast.engine.settle import sized
-from dvla_fast.engine.texts import build_bank
 from dvla_fast.nn import build_backbone
 from dvla_fast.nn.level_weights import default_level_weights
 from dvla_fast.rl import OBJECTIVES
-from dvla_fast.semantics import ClassEntry
+from dvla_fast.semantics import ClassEntry, load_bank
 
 FULL, VISUAL = "full", "visual"
 GROUPS = {
@@ -176,7 +175,7 @@ def _semantics(config: AblateRun) -> list[Variant]:
         overrides = {f"semantics.{key}": value for key, value in changes.items()}
         return Variant(name, "semantics", title, overrides)
 
-    bank = build_bank(config.semantics.bank)
+    bank = load_bank(config.semantics.bank)
     rows = [Variant(VISUAL, "semantics", "visual prototypes, no text, no gate", trains=False)]
     if bank.vectors is None:
         rows.append(row("name", "class name alone (A photo of a NAME)", parts="name"))

@@ -22,7 +22,7 @@ from dvla_fast.engine.config import DataConfig
 from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.settle import MADE_SIZES
-from dvla_fast.engine.texts import bank_encoder, build_bank
+from dvla_fast.engine.texts import bank_encoder
 from dvla_fast.engine.tool_config import (
     SemanticsCheck,
     SemanticsDiff,
@@ -36,13 +36,14 @@ from dvla_fast.names import normalised_name
 from dvla_fast.semantics import ClassEntry, SemanticBank, encode_bank
 from dvla_fast.semantics.bank import (
     FORMAT,
-    bank_path,
-    bundled_banks,
     entry_problem,
     format_json,
+    load_bank,
     parse_json,
+    read_bank,
     read_bank_json,
 )
+from dvla_fast.semantics.bundled import bank_path, bundled_banks, is_made
 from dvla_fast.semantics.characters import printable
 from dvla_fast.semantics.check import check_bank
 from dvla_fast.semantics.topk import Selection, progressive_top_k
@@ -57,7 +58,7 @@ def show(config: SemanticsShow) -> int:
     """Show a bank in short, or all that it knows of one class."""
     from rich.console import Console
 
-    bank = build_bank(config.bank)
+    bank = load_bank(config.bank)
     console = Console(highlight=False)
     if not config.class_name:
         console.print(_overview_table(bank))
@@ -153,7 +154,7 @@ def _fate(
 
 def diff(config: SemanticsDiff) -> int:
     """Show what differs between two banks, class by class."""
-    first, second = build_bank(config.first), build_bank(config.second)
+    first, second = load_bank(config.first), load_bank(config.second)
     theirs = {normalised_name(name): name for name in second.classes}
     lines = _other(first.kind, second.kind, "made from")
     lines += _changed_keys(first.provenance, second.provenance)
@@ -231,9 +232,11 @@ def edit(config: SemanticsEdit) -> int:
     """Open one class in the editor, and put it back into the bank if it is valid."""
     path = Path(config.bank)
     if config.bank in bundled_banks():
-        raise UsageError(
-            f"{config.bank}: comes with the package; copy {bank_path(config.bank)} and edit that"
-        )
+        copy = f"copy {bank_path(config.bank)}"
+        if is_made(config.bank):
+            save = f"load_bank({config.bank!r}).save('my-{config.bank}.json')"
+            copy = f'save a copy (python -c "from dvla_fast.semantics import load_bank; {save}")'
+        raise UsageError(f"{config.bank}: comes with the package; {copy} and edit that")
     content = read_bank_json(path)
     bank = SemanticBank.from_dict(content, str(path))
     name = _find(bank, config.class_name)
@@ -305,7 +308,7 @@ def _in_editor(content: bytes, slug: str) -> tuple[bytes, str | None]:
 
 def encode(config: SemanticsEncode) -> int:
     """Encode a bank's texts into the file beside it: those that are not there yet."""
-    bank = build_bank(config.bank)
+    bank = load_bank(config.bank)
     if bank.vectors:
         raise BankError(f"{bank.source}: has vectors and no words; there is nothing to encode")
     make_room(vectors_path(bank.source))  # before the work
@@ -341,19 +344,18 @@ def encode(config: SemanticsEncode) -> int:
 
 def check(config: SemanticsCheck) -> int:
     """Look through a bank, alone and against a data set."""
-    path = bank_path(config.bank)
     names, images = _data_set(config.data) if config.data.dataset else ([], None)
-    content = read_bank_json(path)
+    content, source = read_bank(config.bank)
     words = not (isinstance(content, Mapping) and "vectors" in content)
     encoder = None
     if words:
         from dvla_fast.semantics import build_encoder
 
         encoder = build_encoder(config.encoder, config.dim, truncate=config.truncate)
-    report = check_bank(path, encoder, names, images)
+    report = check_bank(config.bank, encoder, names, images)
     print(report.text())
     if report.problems:
-        raise BankError(f"{path}: {len(report.problems)} line(s) of problems above")
+        raise BankError(f"{source}: {len(report.problems)} line(s) of problems above")
     print("no problems found")
     return 0
 

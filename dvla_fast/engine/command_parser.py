@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
 import re
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -34,7 +36,7 @@ def build_parser(name: str, cls: type, default: Any) -> Any:
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            explained = _explained(message, option_names(cls))
+            explained = _explained(message, name, option_names(cls))
             if not first_process():  # whose usage lines are enough
                 raise SystemExit(fail(explained, WRONG_USAGE))
             super().error(explained, ex)
@@ -66,14 +68,46 @@ def build_parser(name: str, cls: type, default: Any) -> Any:
     return parser
 
 
-def _explained(message: str, options: list[str]) -> str:
-    """Return a parser's message with the option that was meant, or the form that a list has."""
-    unknown = re.search(r"nrecognized arguments: --([^\s=]+)", message)
+def config_class(name: str) -> Any:
+    """Return the configuration dataclass of a command."""
+    from dvla_fast.engine import config, tool_config
+
+    wanted = COMMANDS[name].config
+    return getattr(config, wanted, None) or getattr(tool_config, wanted)
+
+
+def _explained(message: str, name: str, options: list[str]) -> str:
+    """Return a parser's message with the options that were meant, or in the words of settings."""
+    _, unknown, arguments = message.partition("nrecognized arguments: ")
     if unknown:
-        near = did_you_mean(unknown[1], options)
-        return f"{message}; did you mean --{near}?" if near else message
+        given = dict.fromkeys(re.findall(r"(?:^|\s)--([^\s=]+)", arguments))
+        return "; ".join([message, *filter(None, (_meant(x, name, options) for x in given))])
     listed = re.search(r'key "([^"]+)".*list\[(\w+)\].*Given value: (.*)', message, re.DOTALL)
-    if listed:
-        option, kind, value = listed.groups()
-        return f"--{option}: expected {kind}, or a list such as [A,B] without blanks, got {value}"
+    plain = re.search(r'key "([^"]+)".*<class \'(\w+)\'>. Got value: (.*)', message, re.DOTALL)
+    if wrong := listed or plain:
+        option, kind, value = wrong.groups()
+        expected = {"dict": "'name: value' entries"}.get(kind, kind)
+        expected += ", or a list such as [A,B] without blanks" if listed else ""
+        return f"command line: {option}: expected {expected}, got {_quoted(value)}"
     return message
+
+
+def _meant(given: str, name: str, options: list[str]) -> str:
+    """Say which commands have an option that this one lacks, or else what is spelt like it."""
+    others = [
+        other
+        for other, command in COMMANDS.items()
+        if command.config and given in option_names(config_class(other))
+    ]
+    if others:
+        return f"--{given}: not an option of {name}, but of {', '.join(others)}"
+    near = did_you_mean(given, options)
+    return f"--{given}: did you mean --{near}?" if near else ""
+
+
+def _quoted(value: str) -> str:
+    """Show what was given as a message on a settings file does: words in quotes."""
+    with contextlib.suppress(ValueError, SyntaxError):  # no number, list, ...: words
+        read = ast.literal_eval(value)
+        return repr(value if isinstance(read, tuple) else read)
+    return repr(value)

@@ -28,6 +28,7 @@ from dvla_fast.engine.inductive import EpisodeTexts
 from dvla_fast.engine.inputs import images_fingerprint, pixel_facts
 from dvla_fast.engine.leaks import SeenImages, find_seen_images
 from dvla_fast.engine.models import build_model, build_pretrain_model, described_by
+from dvla_fast.engine.monitor import accuracy_text
 from dvla_fast.engine.predict import (
     LEARNED,
     VISUAL,
@@ -56,10 +57,8 @@ from dvla_fast.semantics import EncodedTexts
 from dvla_fast.statistics import (
     INTERVAL,
     PAIRED_INTERVAL,
-    checkpoint_interval,
     mean_interval,
     paired_difference,
-    points,
     require_scipy,
 )
 
@@ -176,10 +175,7 @@ class Evaluation:
             result["computed"] = self.predictors[0].plans
             result["gated_layers"] = [list(pair) for pair in self.predictors[0].model.gated_layers]
         if len(found) > 1:
-            result["over_checkpoints"] = {
-                name: checkpoint_interval(rows.double().mean(1).tolist())
-                for name, rows in accuracies.items()
-            }
+            result["over_checkpoints"] = {name: record.over_checkpoints(name) for name in found[0]}
         return result, record
 
     def pass_over(self, sampler: EpisodeSampler) -> None:
@@ -392,9 +388,8 @@ def _result(
         evaluation.pass_over(sampler)
         folder.log("evaluate", shot, accuracy=result["accuracy"], ci95=result["ci95"])
         progress.skip(config.episodes * len(evaluation.contenders))
-    progress.note(
-        f"{shot}-shot {result['accuracy']:.2%} ± {points(result['ci95'])} % ({result['method']})"
-    )
+    accuracy = accuracy_text(result["accuracy"], result["ci95"])
+    progress.note(f"{shot}-shot {accuracy} ({result['method']})")
     return result
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from dvla_fast.data import EpisodeSampler, FewShotData
 from dvla_fast.engine.config import SemanticsConfig
-from dvla_fast.engine.texts import build_bank
-from dvla_fast.semantics import SemanticBank
+from dvla_fast.semantics import SemanticBank, load_bank
 
 # What texts can be made from without any image: then there is nothing to leak.
 BLIND_KINDS = ("class-names", "definitions")
@@ -102,4 +101,4 @@ class SeenImages(NamedTuple):
 
 def find_seen_images(config: SemanticsConfig, data: FewShotData, split: str) -> SeenImages:
     """Find the images of a split that a run's bank was written from (BankError)."""
-    return SeenImages(*seen_images(build_bank(config.bank), data, split), config.seen_images)
+    return SeenImages(*seen_images(load_bank(config.bank), data, split), config.seen_images)

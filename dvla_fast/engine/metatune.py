@@ -30,7 +30,7 @@ from dvla_fast.engine.inputs import run_inputs
 from dvla_fast.engine.memory import free_mib
 from dvla_fast.engine.metatune_steps import Epoch, Step
 from dvla_fast.engine.models import backbone_spec, build_model, model_spec
-from dvla_fast.engine.monitor import monitor_episodes, monitor_sampler, scored
+from dvla_fast.engine.monitor import monitor_episodes, monitor_sampler, monitor_word, scored
 from dvla_fast.engine.next_steps import keep_settings_files
 from dvla_fast.engine.predict import LEARNED, EpisodePredictor
 from dvla_fast.engine.prefixes import PrefixMaps, check_constant_prefix
@@ -127,7 +127,7 @@ def metatune(
         count, processes = config.validation_episodes, execution.processes.count
         return _validate(model, data, texts, sampler, count, processes, prefixes)
 
-    validation = Validation(_SELECTS, numbers, validate)
+    validation = Validation(_SELECTS, numbers, validate, monitor_word(data))
     return run_epochs(config, run, watch, train, validation, _describe)
 
 

@@ -17,6 +17,8 @@ from dvla_fast.engine.progress import Progress
 from dvla_fast.errors import DataError
 from dvla_fast.statistics import mean_interval, points
 
+HELD_OUT = "held-out"
+
 
 def monitor_episodes(data: FewShotData, way: int, shot: int, query: int) -> dict[str, Any]:
     """Return the numbers of validation episodes, lowered to what the monitor images allow.
@@ -31,7 +33,7 @@ def monitor_episodes(data: FewShotData, way: int, shot: int, query: int) -> dict
     names = data.monitor.class_names
     counts = torch.bincount(data.monitor.labels, minlength=len(names))
     if int(counts.min()) <= shot:
-        held_out = ", raise --data.holdout" if names == data.base.class_names else ""
+        held_out = ", raise --data.holdout" if monitor_word(data) == HELD_OUT else ""
         raise DataError(
             f"{data.monitor.name}: class {names[int(counts.argmin())]!r} has {int(counts.min())} "
             f"image(s), and {shot}-shot validation takes {shot + 1} or more of each; add images"
@@ -44,6 +46,11 @@ def monitor_episodes(data: FewShotData, way: int, shot: int, query: int) -> dict
         "query": min(query, int(counts.min()) - shot),
     }
     return real if real == asked else {**real, "asked": asked}
+
+
+def monitor_word(data: FewShotData) -> str:
+    """Say in a word what the monitor images are: of validation classes, or of base classes."""
+    return HELD_OUT if data.monitor.class_names == data.base.class_names else "validation"
 
 
 def monitor_sampler(
@@ -107,10 +114,14 @@ def validation_text(summary: Mapping[str, Any], key: str) -> str:
     """Say the accuracy of ``validation_facts`` in a line, with what it is of."""
     numbers, count = summary["monitor_episodes"], summary["validations"]
     best = f"; the best of {count} validations" if count > 1 else ""
-    half = summary["monitor_ci95"]
-    spread = "" if half is None else f" ± {points(half)} %"
+    accuracy = accuracy_text(summary[key], summary["monitor_ci95"])
     return (
-        f"accuracy on {summary['monitor']}: {summary[key]:.2%}{spread} ({numbers['episodes']} "
-        f"{numbers['way']}-way {numbers['shot']}-shot episodes, {numbers['query']} "
-        f"{'query' if numbers['query'] == 1 else 'queries'} a class{best})"
+        f"accuracy on {summary['monitor']}: {accuracy} ({numbers['episodes']} {numbers['way']}-way "
+        f"{numbers['shot']}-shot episode{'s' if numbers['episodes'] > 1 else ''}, "
+        f"{numbers['query']} {'query' if numbers['query'] == 1 else 'queries'} a class{best})"
     )
+
+
+def accuracy_text(accuracy: float, half: float | None) -> str:
+    """Lay out an accuracy in percent, with the half width of its interval where it has one."""
+    return f"{accuracy:.2%}" + ("" if half is None else f" ± {points(half)} %")

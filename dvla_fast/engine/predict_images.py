@@ -179,8 +179,8 @@ def _check(config: PredictImages) -> Path:
         raise UsageError(
             f"--output {config.output!r}: the table is written as .csv or .json; name it so"
         )
-    if os.path.isdir(output) or not os.path.isdir(output.parent):
-        raise OutputError(f"{output}: give --output a file in a folder that exists")
+    if os.path.isdir(output):
+        raise OutputError(f"{output}: is a folder; give --output the name of a file")
     for path in (config.bank, *config.images):
         if os.path.exists(output) and os.path.exists(path) and output.samefile(path):
             raise UsageError(

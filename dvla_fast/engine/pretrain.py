@@ -38,7 +38,7 @@ from dvla_fast.engine.models import (
     build_pretrain_model,
     model_spec,
 )
-from dvla_fast.engine.monitor import monitor_episodes, monitor_sampler, scored
+from dvla_fast.engine.monitor import monitor_episodes, monitor_sampler, monitor_word, scored
 from dvla_fast.engine.next_steps import keep_settings_files
 from dvla_fast.engine.predict import image_features, predict_visual
 from dvla_fast.engine.progress import Progress
@@ -141,7 +141,7 @@ def pretrain(
     def validate() -> dict[str, Any]:
         return _validate(model, data, sampler, config.validation_episodes)
 
-    validation = Validation(_SELECTS, numbers, validate)
+    validation = Validation(_SELECTS, numbers, validate, monitor_word(data))
     return run_epochs(config, run, watch, train, validation, _describe)
 
 

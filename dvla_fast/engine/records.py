@@ -26,6 +26,7 @@ from dvla_fast.statistics import (
     CHECKPOINT_INTERVAL,
     INTERVAL,
     PAIRED_INTERVAL,
+    checkpoint_interval,
     class_accuracies,
     confusion,
     lineage_note,
@@ -57,6 +58,16 @@ class EpisodeRecord:
     def accuracies(self, method: str) -> Tensor:
         """Accuracy of each episode (n,), the mean over checkpoints."""
         return (self.predictions[method] == self.labels).double().mean((0, 2))
+
+    def over_checkpoints(self, method: str) -> dict[str, Any]:
+        """Summarise the accuracies of the K >= 2 checkpoints, each over all episodes.
+
+        Checkpoints that got equally many queries right have no spread at all.
+        """
+        right = (self.predictions[method] == self.labels).double().mean((1, 2))
+        found = checkpoint_interval(right.tolist())
+        # the mean of equal numbers may differ from them in its last digit
+        return found | {key: round(found[key], 12) for key in ("std", "ci95")}
 
     def write(self, path: Path) -> None:
         """Write a compressed NumPy archive of int32 and int16 arrays."""
@@ -162,7 +173,8 @@ def result_table(results: list[dict[str, Any]]) -> str:
         cells = [_cell(pair, "difference").rjust(18) for pair in pairs]
         lines.append(f"  {labels[name]:<{width - 2}}" + "".join(cells))
         lines.append(" " * width + "".join(p_text(pair["p_value"]).rjust(18) for pair in pairs))
-    lines += ["", f"{results[0]['episodes']} episodes each; {INTERVAL}"]
+    count = results[0]["episodes"]
+    lines += ["", f"{count} episode{'s' if count > 1 else ''} each; {INTERVAL}"]
     if len(names) > 1:
         lines.append(f"differences: {PAIRED_INTERVAL}")
     return "\n".join(lines)

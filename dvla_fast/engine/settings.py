@@ -401,7 +401,7 @@ def option_names(cls: Any, prefix: str = "") -> list[str]:
     for item in fields(cls):
         if is_dataclass(hints[item.name]):
             names += option_names(hints[item.name], f"{prefix}{item.name}.")
-        else:
+        elif "positional" not in item.metadata:
             names.append(prefix + item.name)
     return names
 

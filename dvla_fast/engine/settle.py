@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from dvla_fast.data import is_cache, split_list_names
 from dvla_fast.data.cache_index import read_index
-from dvla_fast.data.shapes import BANKS, KINDS
+from dvla_fast.data.shapes import KINDS
 from dvla_fast.engine.config import DataConfig, PretrainConfig
 from dvla_fast.engine.settings import UsageError, from_mapping, to_dict
 from dvla_fast.semantics import bundled_banks
@@ -75,7 +75,7 @@ def absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     Names that mean something by themselves (bundled banks, split lists, tags of published weights)
     stay as they are.
     """
-    names = {*MADE_SIZES, *BANKS, *bundled_banks(), *split_list_names()}
+    names = {*MADE_SIZES, *bundled_banks(), *split_list_names()}
     changed = {key: dict(x) if isinstance(x, Mapping) else x for key, x in values.items()}
     for place in _PLACES:
         section, _, key = place.rpartition(".")

@@ -44,12 +44,13 @@ class Validation(NamedTuple):
     """How checkpoints are selected.
 
     key: which of the figures decides; numbers: of the episodes, from ``monitor_episodes``; figures:
-    computes them, for the model as it is.
+    computes them, for the model as it is; images: what the episodes are of, in a word.
     """
 
     key: str
     numbers: Mapping[str, Any]
     figures: Callable[[], dict[str, Any]]
+    images: str
 
 
 def run_epochs(
@@ -86,7 +87,7 @@ def run_epochs(
             state.save(score)
         text = f"epoch {state.epoch}/{config.epochs}  {describe(row)}"
         if score is not None:
-            text += f"  held-out {numbers['way']}-way {numbers['shot']}-shot {score:.1%}"
+            text += f"  {validation.images} {numbers['way']}-way {numbers['shot']}-shot {score:.1%}"
         run.progress.note(text)
     return state.best_path
 

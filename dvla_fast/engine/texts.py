@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from dvla_fast.data import FewShotData
-from dvla_fast.data.shapes import BANKS, KINDS, make_classes
 from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.text_options import EncoderOptions
@@ -24,25 +23,10 @@ from dvla_fast.semantics import (
     encode_bank,
     load_bank,
 )
+from dvla_fast.semantics.bundled import is_made
 from dvla_fast.semantics.encoders import check_dim, encoder_identity
 from dvla_fast.semantics.tokens import encode_names, shuffled_sources, stored_tokens
 from dvla_fast.semantics.vectors import CachedEncoder, vectors_path
-
-
-def build_bank(name: str) -> SemanticBank:
-    """Load a bank by name or path; those of ``shapes.BANKS`` are made with the data set."""
-    if name not in BANKS:
-        return load_bank(name)
-    kind, hallucinated = BANKS[name]
-    content = {
-        "name": name,
-        "provenance": {
-            "kind": "definitions",
-            "writer": "made with the images' definitions, without a look at an image",
-        },
-        "classes": make_classes(varied=KINDS[kind]).bank(hallucinated),
-    }
-    return SemanticBank.from_dict(content, name)
 
 
 def build_texts(
@@ -64,10 +48,13 @@ def build_texts(
     Raises:
         BankError: missing bank, class or text, or a text longer than the encoder reads.
     """
-    bank = build_bank(config.bank)
+    bank = load_bank(config.bank)
     names = list(data.class_names)
-    lacking = set(bank.missing(names)) if splits else set()
-    if lacking.isdisjoint(name for split in splits for name in data.split(split).class_names):
+    if splits:
+        needed = dict.fromkeys(name for split in splits for name in data.split(split).class_names)
+        which = f"split{'s' if len(splits) > 1 else ''} {' and '.join(splits)}"
+        bank.require(needed, f"the data set ({which})")
+        lacking = set(bank.missing(names))
         names = [name for name in names if name not in lacking]
     sources = text_sources(config, data, names)
     texts, described = encode_texts(config, bank, sources, device, encoder)
@@ -98,7 +85,7 @@ def encode_texts(
 
     For parts ``shuffled`` the caller exchanges the names (:func:`text_sources`).
     """
-    bank = build_bank(bank) if isinstance(bank, str) else bank
+    bank = load_bank(bank) if isinstance(bank, str) else bank
     if bank.vectors and config.parts == "name":
         raise UsageError(
             f"semantics.parts: {bank.source} has vectors and no words, so its classes' names "
@@ -150,7 +137,8 @@ def bank_encoder(
         return build_encoder(config.encoder, config.dim, truncate=config.truncate, device=device)
 
     path = vectors_path(bank.source)
-    if not cache and not (Path(bank.source).is_file() and os.path.exists(path)):
+    known = is_made(bank.source) or Path(bank.source).is_file()
+    if not cache and not (known and os.path.exists(path)):
         return build()
     identity = encoder_identity(config.encoder, config.dim)
     name = HashedNGramEncoder.name if config.encoder == HashedNGramEncoder.name else identity

@@ -79,8 +79,8 @@ class PredictImages:
     )
     bank: str = option(
         "",
-        "texts of these classes: path of a bank JSON file or bundled bank name; empty: images "
-        "alone decide",
+        "texts of these classes: path of a bank JSON file, or name of a bundled or made bank; "
+        "empty: images alone decide",
     )
     encoder: str = option(
         "",
@@ -137,7 +137,7 @@ class SemanticsEdit:
 class SemanticsEncode(SelectionOptions):
     """Everything `dvla-fast semantics encode` does."""
 
-    bank: str = positional("bundled bank name, or path of a bank JSON file")
+    bank: str = positional("name of a bundled or made bank, or path of a bank JSON file")
     prune: bool = option(
         False,
         "take away this encoder's vectors of texts that the bank, with this top_k and template, "
@@ -150,7 +150,7 @@ class SemanticsEncode(SelectionOptions):
 class SemanticsCheck(EncoderOptions):
     """Everything `dvla-fast semantics check` does."""
 
-    bank: str = positional("bundled bank name, or path of a bank JSON file")
+    bank: str = positional("name of a bundled or made bank, or path of a bank JSON file")
     data: DataConfig = field(default_factory=lambda: DataConfig(dataset=""))
 
 

@@ -80,6 +80,8 @@ def _whole_epochs(axis: Any) -> None:
 
 def _title(figure: Any, summary: Mapping[str, Any]) -> None:
     results = summary["results"]
+    count = results[0]["episodes"]
+    end = "s" if count > 1 else ""
     scores = "   ".join(
         f"{result['way']}-way {result['shot']}-shot  {100 * result['accuracy']:.1f} ± "
         f"{points(result['ci95'], 1)} %"
@@ -91,7 +93,7 @@ def _title(figure: Any, summary: Mapping[str, Any]) -> None:
     )  # fmt: skip
     figure.text(
         0.055, 0.922,
-        f"Novel classes, learned gate:  {scores}     ({results[0]['episodes']:,} episodes each, "
+        f"Novel classes, learned gate:  {scores}     ({count:,} episode{end} each, "
         "mean and 95 % interval)",
         fontsize=10.5, color=MUTED, va="center",
     )  # fmt: skip
@@ -113,7 +115,7 @@ def _pretraining(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     steps, held_out = _curve(rows, "monitor_episode_accuracy")
     (dots,) = axis.plot(
         steps, _percent(held_out), "o-", color=GREEN, markersize=4, linewidth=1.4,
-        label="held-out images, 1-shot",
+        label="validation images, 1-shot",
     )  # fmt: skip
     axis.set(xlabel="epoch", ylabel="accuracy, %", ylim=(None, 100.4))
     other = axis.twinx()
@@ -137,7 +139,7 @@ def _metatuning(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     steps, held_out = _curve(rows, "monitor_accuracy")
     axis.plot(
         steps, _percent(held_out), "o-", color=GREEN, markersize=4, linewidth=1.4,
-        label="held-out images, gate at its mean",
+        label="validation images, gate at its mean",
     )  # fmt: skip
     axis.set(xlabel="epoch", ylabel="accuracy, %", ylim=(None, 100.4))
     axis.legend(loc="best")

@@ -148,13 +148,13 @@ def training_figures(runs: Sequence[Run]) -> list[Figure]:
         if stage == "metatune":
             loss += _curves(shown, stage, [("supervised", "classification part", True)], -1)
         accuracy = _curves(
-            shown, stage, [("accuracy", "training", False), (held, "held-out", True)], scale=100
+            shown, stage, [("accuracy", "training", False), (held, "validation", True)], scale=100
         )
         what = (
             "share of training images, augmented, that were classified right, and 1-shot accuracy "
-            "on held-out images"
+            "on validation images"
             if stage == "pretrain"
-            else "accuracy on training episodes with drawn gates, and on held-out images with "
+            else "accuracy on training episodes with drawn gates, and on validation images with "
             "the gates at their mean"
         )
         figures += [
@@ -163,8 +163,8 @@ def training_figures(runs: Sequence[Run]) -> list[Figure]:
                 f"{words}: accuracy",
                 accuracy,
                 "accuracy, %",
-                f"The {what}. Checkpoints are chosen by the held-out curve; no novel class is "
-                "read.",
+                f"The {what}. Checkpoints are chosen by the validation curve; no novel class "
+                "is read.",
             ),
         ]
     return [figure for figure in figures if figure is not None]
@@ -248,7 +248,7 @@ def gate_figures(run: Run) -> list[Figure]:
     """Gates over training, by class and by episode."""
     lines = layer_lines(run, "alpha_mean", spread="alpha_std")
     held = [
-        Line(f"{line.name}, held-out", line.points, line.colour, dots=True)
+        Line(f"{line.name}, validation", line.points, line.colour, dots=True)
         for line in layer_lines(run, "monitor_alpha")
     ]
     figures = [
@@ -257,8 +257,8 @@ def gate_figures(run: Run) -> list[Figure]:
             [*lines, *held],
             "α",
             "Mean α of each gated layer (line) and its deviation over the epoch's episodes "
-            "(shade); dots: the policy's mean on held-out images. Near 1 the text asks the image, "
-            "near 0 it attends to itself.",
+            "(shade); dots: the policy's mean on validation images. Near 1 the text asks the "
+            "image, near 0 it attends to itself.",
             (0.0, 1.0),
             0.5,
         )

@@ -74,8 +74,8 @@ def run_report(config: ReportRun, *, quiet: bool = False) -> Written:
     if any(number < 0 for number in config.episodes):
         raise UsageError(f"report: episodes are numbered from 0, got {config.episodes}")
     output = Path(config.output)
-    if os.path.isdir(output) or not os.path.isdir(output.parent):
-        raise OutputError(f"{output}: give --output an HTML file in a folder that exists")
+    if os.path.isdir(output):
+        raise OutputError(f"{output}: is a folder; give --output the name of an HTML file")
     check_new(output, config.overwrite)
     check_writable(output)
     table = Path(config.table) if config.table else None

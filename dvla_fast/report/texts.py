@@ -14,8 +14,14 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from dvla_fast.engine.config import SemanticsConfig
-from dvla_fast.engine.texts import bank_encoder, build_bank
-from dvla_fast.semantics import ClassEntry, EncodedTexts, SemanticBank, progressive_top_k
+from dvla_fast.engine.texts import bank_encoder
+from dvla_fast.semantics import (
+    ClassEntry,
+    EncodedTexts,
+    SemanticBank,
+    load_bank,
+    progressive_top_k,
+)
 
 Scores = Sequence[Sequence[float | None]]
 
@@ -81,7 +87,7 @@ def class_texts(
     Raises:
         BankError: as ``build_texts``.
     """
-    bank = build_bank(config.bank)
+    bank = load_bank(config.bank)
     names, sources = texts.class_names, sources or texts.class_names
     entries = bank.select(sources)
     if shuffled := tuple(sources) != names:  # those images are of other classes

@@ -4,9 +4,9 @@ from dvla_fast.semantics.bank import (
     Candidate,
     ClassEntry,
     SemanticBank,
-    bundled_banks,
     load_bank,
 )
+from dvla_fast.semantics.bundled import bundled_banks
 from dvla_fast.semantics.encoders import HashedNGramEncoder, TextEncoder, build_encoder
 from dvla_fast.semantics.tokens import EncodedTexts, choose_attributes, encode_bank
 from dvla_fast.semantics.topk import Selection, progressive_top_k

@@ -38,12 +38,12 @@ from typing import Any, NamedTuple
 from dvla_fast.errors import BankError
 from dvla_fast.files import write_text_atomic
 from dvla_fast.names import normalised_name
+from dvla_fast.semantics.bundled import bank_path, bundled_banks, is_made, made_content
 from dvla_fast.semantics.characters import is_unicode
 
 FORMAT = "dvla-fast-bank/2"
 FORMATS = ("dvla-fast-bank/1", FORMAT)
 SCHEMA = Path(__file__).parent / "bank.schema.json"
-_BUNDLED = Path(__file__).parent / "banks"
 _ENTRY_KEYS = ("candidates", "attributes", "description", "answers", "images")
 _LINE = 100
 _HALF = "holds half a character (a lone surrogate such as \\ud83d); correct it"
@@ -135,7 +135,7 @@ class SemanticBank:
     """Texts of a set of classes, by class name, with a note on where they come from.
 
     Attributes:
-        source: the file, for messages and for the vectors beside it.
+        source: the file, for messages and for the vectors beside it; of a made bank its name.
         vectors: of a bank that has vectors and no words; else None.
     """
 
@@ -215,11 +215,14 @@ class SemanticBank:
         """
         write_text_atomic(Path(path), self.to_json())
 
-    def resolve(self, class_names: Iterable[str]) -> list[str]:
+    def resolve(self, class_names: Iterable[str], of: str = "the data set") -> list[str]:
         """Return the bank's own names of classes, in order.
 
         An exact name wins; else case, spaces, underscores, hyphens and the prefixes of class
         folders (``003.``, ``n02085620-``) do not count.
+
+        Args:
+            of: what has these classes, for messages.
 
         Raises:
             BankError: classes that the bank lacks, or a name that fits several of its classes.
@@ -241,7 +244,7 @@ class SemanticBank:
             near = difflib.get_close_matches(missing[0], self.classes, 3)
             hint = f" (near {missing[0]!r}: {', '.join(map(repr, near))})" if near else ""
             raise BankError(
-                f"{self.source}: the bank lacks {len(missing)} class(es) of the data set: "
+                f"{self.source}: the bank lacks {len(missing)} class(es) of {of}: "
                 f"{some_of(list(map(repr, missing)))}{hint}; give the bank of this data set, or "
                 "add them to its 'classes'"
             )
@@ -265,9 +268,9 @@ class SemanticBank:
         """What the texts were made from, as the provenance says: "unknown" where it does not."""
         return str(self.provenance.get("kind", "unknown"))
 
-    def require(self, class_names: Iterable[str]) -> None:
+    def require(self, class_names: Iterable[str], of: str = "the data set") -> None:
         """Check that every named class is in the bank (BankError as :meth:`resolve`)."""
-        self.resolve(class_names)
+        self.resolve(class_names, of)
 
     def select(self, class_names: Iterable[str]) -> list[ClassEntry]:
         """Return the entries of the named classes, in that order (BankError as for `resolve`)."""
@@ -285,26 +288,22 @@ class SemanticBank:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def bundled_banks() -> tuple[str, ...]:
-    """Return the names of the banks that ship with the package."""
-    return tuple(sorted(path.stem for path in _BUNDLED.glob("*.json")))
-
-
-def bank_path(name_or_path: str | Path) -> Path:
-    """Return the file of a bundled bank, or the path as it is."""
-    if str(name_or_path) in bundled_banks():
-        return _BUNDLED / f"{name_or_path}.json"
-    return Path(name_or_path)
-
-
 def load_bank(name_or_path: str | Path) -> SemanticBank:
-    """Load a bundled bank by name, or any bank by the path of its JSON file.
+    """Load a bank that comes with the package by name, or any bank by the path of its JSON file.
 
     Raises:
         BankError: no such bank, unreadable or malformed file, incomplete classes.
     """
+    content, source = read_bank(name_or_path)
+    return SemanticBank.from_dict(content, source)
+
+
+def read_bank(name_or_path: str | Path) -> tuple[Any, str]:
+    """Return a bank's content, not looked at, and its source (BankError as `read_bank_json`)."""
+    if is_made(name_or_path):
+        return made_content(str(name_or_path)), str(name_or_path)
     path = bank_path(name_or_path)
-    return SemanticBank.from_dict(read_bank_json(path), str(path))
+    return read_bank_json(path), str(path)
 
 
 def read_bank_json(path: Path) -> Any:

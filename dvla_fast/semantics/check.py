@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dvla_fast.errors import BankError
-from dvla_fast.semantics.bank import SemanticBank, read_bank_json
+from dvla_fast.semantics.bank import SemanticBank, read_bank
 from dvla_fast.semantics.characters import printable
 from dvla_fast.semantics.encoders import TextEncoder
 from dvla_fast.semantics.vectors import read_stored
@@ -31,15 +31,15 @@ class BankReport:
 
 
 def check_bank(
-    path: Path,
+    name_or_path: str | Path,
     encoder: TextEncoder | None = None,
     class_names: Sequence[str] = (),
     images: Mapping[str, Collection[str]] | None = None,
 ) -> BankReport:
-    """Check the file of a bank.
+    """Check a bank, most often a file.
 
     Args:
-        path: the JSON file.
+        name_or_path: the JSON file, or the name of a bank that comes with the package.
         encoder: whose limit the lengths of texts are compared with; None: none.
         class_names: classes that the bank must have.
         images: image ids of a data set by split name, to be compared with what the bank has seen.
@@ -48,15 +48,16 @@ def check_bank(
         BankError: the file cannot be read, or is not JSON.
     """
     report = BankReport()
-    content = read_bank_json(path)
+    content, source = read_bank(name_or_path)
     try:
-        bank = SemanticBank.from_dict(content, str(path))
+        bank = SemanticBank.from_dict(content, source)
     except BankError as error:
         report.problems.append(str(error))
         return report
     kinds = "vectors, no words" if bank.vectors else "words"
     report.facts.append(
-        f"{path}: bank {bank.name!r}, {len(bank.classes)} classes, {kinds}, made from: {bank.kind}"
+        f"{source}: bank {bank.name!r}, {len(bank.classes)} classes, {kinds}, made from: "
+        f"{bank.kind}"
     )
     if not bank.provenance:
         report.notes.append("no provenance: nobody can tell what its texts were written from")

@@ -4,7 +4,7 @@ For a bank of words the file is a cache: the vector of each text under the hash 
 name of its encoder, so that a text that was edited is the only one to be encoded again, and a
 machine without the encoder's weights can train. For a bank without words it is the bank.
 
-The vectors of a bank that ships with the package lie in the user's cache folder
+The vectors of a bank that comes with the package lie in the user's cache folder
 (``$XDG_CACHE_HOME/dvla-fast/banks``, or ``~/.cache/dvla-fast/banks``).
 """
 
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from dvla_fast.errors import BankError, MissingDependencyError
-from dvla_fast.files import REMEDY, check_writable, unwritable, write_atomic
-from dvla_fast.semantics.bank import SemanticBank, bank_path, bundled_banks
+from dvla_fast.files import check_writable, write_atomic
+from dvla_fast.semantics.bank import SemanticBank
+from dvla_fast.semantics.bundled import bank_path, bundled_banks
 from dvla_fast.semantics.encoders import TextEncoder
 
 FORMAT = "dvla-fast-vectors/1"
@@ -30,7 +31,7 @@ _PARTS = ("keys", "vectors", "truncated")
 
 
 def vectors_path(source: str | Path) -> Path:
-    """Return the file that holds, or would hold, the vectors of a bank's JSON file."""
+    """Return the file that holds, or would hold, the vectors of a bank of this source."""
     path = Path(source)
     if path.stem in bundled_banks() and path == bank_path(path.stem):
         return _cache_folder() / f"{path.stem}.safetensors"
@@ -52,15 +53,7 @@ def make_room(path: Path) -> None:
     remedy = "copy the bank to a folder that you may write to, and encode it there"
     if path.parent == _cache_folder():
         remedy = "set XDG_CACHE_HOME to a folder that you may write to, here and in training"
-    _make_folder(path, remedy)
     check_writable(path, remedy)
-
-
-def _make_folder(path: Path, remedy: str = REMEDY) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(path, error, remedy) from error
 
 
 class CachedEncoder:
@@ -217,6 +210,7 @@ def write_stored(path: Path, classes: Mapping[str, ClassVectors]) -> None:
     for name, vectors in classes.items():
         tensors[f"attributes|{name}"] = vectors.attributes.contiguous()
         tensors[f"description|{name}"] = vectors.description.contiguous()
+    check_writable(path)
     _write(path, tensors, {"kind": "bank"})
 
 
@@ -282,7 +276,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     safetensors = _safetensors()
     metadata = {"dvla_fast": json.dumps({"format": FORMAT, **info})}
-    _make_folder(path)
     write_atomic(
         path,
         lambda temporary: safetensors.torch.save_file(

@@ -70,7 +70,13 @@ def test_small_classes_and_class_in_two_splits(tree: Path) -> None:
     shutil.copytree(tree / "train/a", tree / "test/A")
     report = check_data(tree, shot=1, query=4, image_size=16, decode_images=False)
     assert "class 'A' of test is also 'a' of train" in report.text()
-    assert "class 'b' has 4 images, an episode takes 5" in report.text()
+    small = [line for line in report.problems if "classes have fewer images" in line]
+    assert [line.split(": ")[0] for line in small] == [
+        f"{tree}/{x}" for x in ("train", "val", "test")
+    ]
+    words = "5 of 5 classes have fewer images than the 5 that an episode takes: 'a' (4), 'b' (4), "
+    assert words in small[0]
+    assert small[0].endswith("--evaluate.shots, --evaluate.query)")
 
 
 def test_class_in_two_splits_under_two_spellings(tree: Path) -> None:
@@ -107,8 +113,10 @@ def test_known_counts(tmp_path: Path) -> None:
     report = check(tmp_path, decode_images=False)
     assert "split list miniimagenet_ravi" in report.text()
     assert "known: 38400" in report.text()
-    assert "has 2 images, known: 600" in report.text()
-    assert "... and 90 more of this kind" in report.text()  # of 100 classes
+    assert len(report.problems) == 3  # one a split
+    words = "train: 64 of 64 classes have other numbers of images than are known: 'n01532829' (2, "
+    assert words in report.problems[0]
+    assert "(2, known: 600), ..." in report.problems[0]
 
 
 def test_missing_classes_name_the_publisher(tmp_path: Path) -> None:
@@ -139,7 +147,7 @@ def test_cache(tree: Path, tmp_path: Path) -> None:
     prepare_cache(tree, tmp_path / "cache", 16)
     assert check(tmp_path / "cache").problems == []
     few = check_data(tmp_path / "cache", shot=5, query=15).problems
-    assert "an episode takes 20" in few[0]
+    assert "than the 20 that an episode takes: 'a' (4), " in few[0]
     with open(tmp_path / "cache" / "images.bin", "rb+") as stream:
         stream.write(b"x")
     assert "differ from their checksum" in check(tmp_path / "cache").text()

@@ -71,6 +71,7 @@ def test_whole_ablation(config: AblateRun, capsys: pytest.CaptureFixture[str]) -
         assert fixed["difference"]["estimate"] == pytest.approx(apart, abs=1e-6)
         assert fixed["difference"]["p_holm"] >= fixed["difference"]["p_value"]
         assert full["difference"] is None
+        assert "p_value" not in full["accuracy"]
     hashes = [
         store.read(Cell(row, seed))[1]["episodes_sha256"]
         for row in chosen_variants(config, 1)

@@ -12,11 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dvla_fast.cli import main
 from dvla_fast.engine import bank_commands
+from dvla_fast.engine.text_options import EncoderOptions
+from dvla_fast.engine.texts import bank_encoder
 from dvla_fast.semantics import HashedNGramEncoder, load_bank
+from dvla_fast.semantics.vectors import CachedEncoder
+
+CPU = torch.device("cpu")
 
 BIRDS: dict[str, Any] = {
     "format": "dvla-fast-bank/1",
@@ -370,6 +376,21 @@ def test_encode_where_nothing_can_be_written(
     monkeypatch.setattr("tempfile.NamedTemporaryFile", nowhere)
     text = run(capsys, "encode", birds, status=1)
     assert "birds.safetensors: cannot write (Permission denied); copy the bank to" in text
+
+
+def test_made_banks_are_like_others_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    text = run(capsys, "check", "shapes", "--data.dataset=shapes", "--data.images_per_class=2")
+    assert "all 120 classes of the data set are in the bank" in text
+    assert f"{tmp_path}/cache/dvla-fast/banks/shapes.safetensors" in run(capsys, "encode", "shapes")
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert isinstance(bank_encoder(EncoderOptions(), load_bank("shapes"), CPU), CachedEncoder)
+    assert "load_bank('shapes').save(" in run(capsys, "edit", "shapes", "rokobu", status=2)
+    assert main(["semantics"]) == 2
+    assert "shapes-varied-true" in capsys.readouterr().out
 
 
 def test_a_stopped_encode_keeps_what_is_done(

@@ -221,6 +221,17 @@ def test_checkpoints_are_averaged_episode_by_episode(
     assert found["std"] == pytest.approx(abs(alone[0] - alone[1]) / math.sqrt(2), abs=1e-6)
 
 
+def test_checkpoints_with_equally_many_right_answers_have_no_spread() -> None:
+    labels = torch.zeros(3, 15, dtype=torch.long)
+    wrong = torch.zeros(3, 3, 15, dtype=torch.long)
+    for checkpoint, counts in enumerate([(1, 4, 7), (7, 4, 1), (0, 12, 0)]):
+        for episode, count in enumerate(counts):
+            wrong[checkpoint, episode, :count] = 1
+    found = EpisodeRecord(labels[:, :5], labels, {VISUAL: wrong}).over_checkpoints(VISUAL)
+    assert len(set(found["accuracies"])) == 1
+    assert (found["std"], found["ci95"]) == (0, 0)
+
+
 def test_differences_are_paired() -> None:
     """A gap alike on episodes of very different difficulty has hardly any spread."""
     hard = torch.rand(50)

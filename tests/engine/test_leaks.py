@@ -258,7 +258,7 @@ def test_only_the_evaluated_classes_need_texts(checkpoint: Path, tmp_path: Path)
     assert odd["leaks"]["verdict"] == "clean"
     del content["classes"]["one"]
     (tmp_path / "none.json").write_text(json.dumps(content))
-    with pytest.raises(BankError, match=r"lacks 6 class\(es\)"):
+    with pytest.raises(BankError, match=r"lacks 1 class\(es\) of .*split novel\): 'one'"):
         evaluate(checkpoint, tmp_path / "none", bank=str(tmp_path / "none.json"))
 
 

@@ -188,7 +188,7 @@ def test_names_that_are_not_text(folder: Path, capsys: pytest.CaptureFixture[str
         (["photos", "--checkpoint=tuned.safetensors"], "needs --supports", 2),
         (["photos", "--supports=birds"], "needs --checkpoint", 2),
         (["photos", *OPTIONS, "--output=table.txt"], "written as .csv or .json", 2),
-        (["photos", *OPTIONS, "--output=no/table.csv"], "a folder that exists", 1),
+        (["photos", *OPTIONS, "--output=a.csv"], "a.csv: is a folder; give --output the", 1),
         (["nowhere.png", *OPTIONS], "no such file or folder", 1),
         (["empty", *OPTIONS], "no images in this folder", 1),
         (["photos", *OPTIONS, "--bank=digits"], "the bank lacks 2 class", 1),
@@ -205,7 +205,7 @@ def test_wrong_usage(
     status: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name in ("empty", "one/jay"):
+    for name in ("empty", "one/jay", "a.csv"):
         Path(name).mkdir(parents=True)
     shutil.copy("birds/jay/0.png", "one/jay")
     assert message in fails(["predict", *arguments], capsys, status)

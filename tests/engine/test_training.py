@@ -50,7 +50,9 @@ SILENT = Progress({}, enabled=False)
 
 def run_pretrain(folder: RunFolder, data: FewShotData, config: DemoRun) -> Path:
     spec = backbone_spec(config.model, 1, 16)
-    return pretrain(config.pretrain, data, spec, StageRun(folder, seed_everything(0)))
+    return pretrain(
+        config.pretrain, data, spec, StageRun(folder, seed_everything(0), progress=Progress({}))
+    )
 
 
 def run_metatune(folder: RunFolder, data: FewShotData, config: DemoRun, start: Path) -> Path:
@@ -59,7 +61,7 @@ def run_metatune(folder: RunFolder, data: FewShotData, config: DemoRun, start: P
     spec = model_spec(config.model, backbone_spec(config.model, 1, 16), 512)
     model = build_model(spec)
     load_backbone(model, spec["backbone"], start)
-    run = StageRun(folder, rng)
+    run = StageRun(folder, rng, progress=Progress({}))
     return metatune_module.metatune(config.metatune, model, spec, data, texts, run)
 
 
@@ -295,21 +297,26 @@ def test_validation_is_said_with_its_episodes_and_spread() -> None:
     )
     facts = validation_facts([{"step": 1, "score": 1.0}], "score", {**numbers, "query": 1}, 1)
     assert validation_text({**facts, "monitor": "images"}, "score") == (
-        "accuracy on images: 100.00% (1 5-way 1-shot episodes, 1 query a class)"
+        "accuracy on images: 100.00% (1 5-way 1-shot episode, 1 query a class)"
     )
 
 
 def test_figures_that_do_not_apply_are_left_out(
-    tmp_path: Path, few_digits: FewShotData, tiny: DemoRun
+    tmp_path: Path, few_digits: FewShotData, tiny: DemoRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The classifier knows no validation classes, so it has no accuracy on them."""
     folder = RunFolder(tmp_path / "classes", {"seed": 0})
     few = with_validation_classes(few_digits, 5, 20)
-    run_pretrain(folder, few, tiny)
+    best = run_pretrain(folder, few, tiny)
+    run_metatune(RunFolder(tmp_path / "tuned", {"seed": 0}), few, tiny, best)
+    said = capsys.readouterr().err
+    assert said.count("  validation 5-way 1-shot ") == 4  # two epochs of each stage
+    assert "held-out" not in said
     assert all("monitor_accuracy" not in row for row in folder.rows("pretrain"))
     assert all(0 <= row["monitor_episode_accuracy"] <= 1 for row in folder.rows("pretrain"))
     folder = RunFolder(tmp_path / "held out", {"seed": 0})
     run_pretrain(folder, few_digits, tiny)
+    assert "  held-out 5-way 1-shot " in capsys.readouterr().err
     assert all(0 <= row["monitor_accuracy"] <= 1 for row in folder.rows("pretrain"))
 
 

@@ -116,7 +116,7 @@ def test_what_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
     assert "ends in .csv, .md, .tex" in fails(given("t.docx"), capsys, 2)
     assert "there.md: exists; give --table another name" in fails(given("there.md"), capsys)
-    assert "give --table a file in a folder" in fails(given("none/t.md"), capsys)
+    assert "give --table a file in a folder" in fails(given("there.md/t.md"), capsys)
     both = tmp_path / "both.md"
     same = ["report", str(run), "--text_only", f"--output={both}", f"--table={both}"]
     assert "cannot be both the page and the table" in fails(same, capsys, 2)

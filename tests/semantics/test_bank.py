@@ -11,8 +11,14 @@ import torch
 
 from dvla_fast.data.digits import DIGIT_NAMES
 from dvla_fast.errors import BankError
-from dvla_fast.semantics import Candidate, ClassEntry, SemanticBank, bundled_banks, load_bank
-from dvla_fast.semantics import bank as bank_module
+from dvla_fast.semantics import (
+    Candidate,
+    ClassEntry,
+    SemanticBank,
+    bundled,
+    bundled_banks,
+    load_bank,
+)
 
 DIGITS_SHA256 = "5e31161695bbb89539db052fbc58561c0fa68cff2308e09945345f85374ca726"
 GOOD = {"attributes": ["red beak"], "description": "A bird."}
@@ -120,7 +126,7 @@ def test_a_bank_saved_on_windows(tmp_path: Path) -> None:
 
 
 def test_missing_file_names_the_path_and_the_bundled_banks(tmp_path: Path) -> None:
-    with pytest.raises(BankError, match=r"none\.json.*digits"):
+    with pytest.raises(BankError, match=r"none\.json.*digits.*shapes-true"):
         load_bank(tmp_path / "none.json")
 
 
@@ -210,9 +216,9 @@ def test_bundled_banks_without_a_choice(tmp_path: Path, monkeypatch: pytest.Monk
     }
     content = {"format": "dvla-fast-bank/2", "provenance": {"kind": "class-names"}}
     (tmp_path / "cub.json").write_text(json.dumps({**content, "classes": entries}))
-    monkeypatch.setattr(bank_module, "_BUNDLED", tmp_path)
+    monkeypatch.setattr(bundled, "_BUNDLED", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert bundled_banks() == ("cub",)
+    assert bundled_banks() == ("cub", *bundled.BANKS)
     assert load_bank("cub").name == "cub"
     device = torch.device("cpu")
     texts, described = build_texts(SemanticsConfig(bank="cub"), data, device)

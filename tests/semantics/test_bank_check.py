@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from dvla_fast.data.shapes import BANKS
 from dvla_fast.errors import BankError
 from dvla_fast.semantics import HashedNGramEncoder, SemanticBank, bundled_banks
-from dvla_fast.semantics.bank import SCHEMA, bank_path
+from dvla_fast.semantics.bank import SCHEMA, read_bank
 from dvla_fast.semantics.check import check_bank
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -99,10 +100,13 @@ def test_bad_banks(content: Any, validator: Any) -> None:
 
 @pytest.mark.parametrize("name", bundled_banks())
 def test_bundled_banks_pass(name: str, validator: Any) -> None:
-    validator.validate(json.loads(bank_path(name).read_text(encoding="utf-8")))
-    report = check_bank(bank_path(name), HashedNGramEncoder())
+    content, source = read_bank(name)
+    validator.validate(content)
+    report = check_bank(name, HashedNGramEncoder())
     assert not report.problems, report.text()
-    assert "made from: class-names" in report.facts[0]
+    kind = "definitions" if name in BANKS else "class-names"
+    assert report.facts[0].startswith(f"{source}: bank {name!r}")
+    assert report.facts[0].endswith(f"made from: {kind}")
 
 
 def check(tmp_path: Path, entry: dict[str, Any], **options: Any) -> Any:

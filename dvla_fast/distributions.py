@@ -22,6 +22,7 @@ from dvla_fast.ops.first_order import first_order_term
 _with_slope_of_density = first_order_term(
     "MeanConcentrationBeta.log_prob", "; torch.distributions.Beta has them"
 )
+_KNOWN_NUMBERS = (float, int, torch.SymFloat, torch.SymInt)  # to broadcast_all; no NumPy scalar
 _with_slope_of_draw = first_order_term("MeanConcentrationBeta.rsample")
 
 
@@ -197,7 +198,10 @@ def _broadcast(name: str, first: Tensor | float, second: Tensor | float) -> tupl
     dtype = torch.float32
     for x in [x for x in tensors if x.dim()] or tensors:
         dtype = torch.promote_types(dtype, x.dtype)
-    first, second = (x.to(dtype) if isinstance(x, Tensor) else x for x in (first, second))
+    first, second = (
+        x.to(dtype) if isinstance(x, Tensor) else x if isinstance(x, _KNOWN_NUMBERS) else float(x)
+        for x in (first, second)
+    )
     if isinstance(first, Tensor) and not isinstance(second, Tensor):
         second = first.new_zeros(()) + second  # where broadcast_all would make a graph's constant
     a, b = broadcast_all(first, second)

@@ -131,20 +131,20 @@ def shared_note(name: str, accuracies: Sequence[float]) -> str:
 
 
 def lineage_note(name: str, started_from: Sequence[str | None]) -> str:
-    """Say that trainings start from fewer backbones than they are; else "".
+    """Say that trainings start from fewer checkpoints than they are; else "".
 
     Args:
-        started_from: what each training's backbone was pre-trained as; None: not known.
+        name: of what is compared; empty: all of it.
+        started_from: the checkpoint that each training started from; None: not known.
     """
     known = [origin for origin in started_from if origin]
     count = len(set(known))
     if count == len(known):
         return ""
-    backbones = "one pre-trained backbone" if count == 1 else f"{count} pre-trained backbones"
-    return (
-        f"{name}: {len(known)} trainings start from {backbones}: their spread speaks of "
-        "meta-tuning again, not of pre-training"
-    )
+    shown = "one checkpoint: their spread reflects repeated meta-tuning only"
+    if count > 1:
+        shown = f"{count} checkpoints: their spread understates that of training again"
+    return f"{name}{': ' if name else ''}{len(known)} trainings start from {shown}"
 
 
 def _without_spread(mean: float, rounding: float) -> dict[str, float | None]:

@@ -149,6 +149,14 @@ def test_mistyped_options_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert fails(["evaluate", "--model.backbone", "clip"], capsys, 2).endswith(
         "clip; --model.backbone: not an option of evaluate, but of demo, pretrain, metatune, ablate"
     )
+    for command, option, meant in (
+        ("evaluate", "episodes", "--evaluate.episodes"),
+        ("metatune", "template", "--semantics.template"),
+    ):
+        said = fails([command, f"--{option}", "5"], capsys, 2)
+        assert said.endswith(f"5; --{option}: did you mean {meant}?")
+    said = fails(["metatune", "--model.backbone_options", "{[1]: 2}"], capsys, 2)
+    assert "model.backbone_options: expected 'name: value' entries, got '{[1]: 2}'" in said
     assert "evaluate.way: expected at least 2" in fails(["evaluate", "--evaluate.way=1"], capsys, 2)
     given = _parse("evaluate", ["--evaluate.shots", "5", "--checkpoints", "X.safetensors"])
     assert (given.evaluate.shots, given.checkpoints) == ([5], ["X.safetensors"])

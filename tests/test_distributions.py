@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -102,8 +103,13 @@ def test_whole_numbers_are_parameters_and_values() -> None:
     real = MeanConcentrationBeta(logits=torch.tensor([0.0, 1.0, -1.0]), concentration=10.0)
     assert whole.sample().dtype == torch.float32
     alone = torch.tensor(10.0, dtype=torch.float64)  # of no dimension: it widens no other tensor
-    assert MeanConcentrationBeta(torch.zeros(3), alone).sample().dtype == torch.float32
-    assert MeanConcentrationBeta(0.0, alone).sample().dtype == torch.float64
+    for logits, kappa, wide in (
+        (torch.zeros(3), alone, torch.float32),
+        (0.0, alone, torch.float64),
+        (np.float32(0.3), np.float64(10.0), torch.float32),
+    ):
+        given = MeanConcentrationBeta(logits=logits, concentration=kappa)
+        assert given.sample().dtype == wide
     torch.testing.assert_close(whole.entropy(), real.entropy())
     for value in (0, 1):
         for method in ("log_prob", "cdf"):

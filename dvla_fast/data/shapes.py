@@ -205,7 +205,7 @@ def load_shapes(
             advance(len(images) * images_per_class, classes * images_per_class)
     sets = {}
     for split, members in made.splits.items():
-        pixels = torch.from_numpy(np.concatenate([images[index] for index in members]))
+        pixels = torch.from_numpy(np.concatenate([images.pop(index) for index in members]))
         pixels = pixels.permute(0, 3, 1, 2).contiguous()
         labels = torch.arange(len(members)).repeat_interleave(images_per_class)
         names = tuple(made.names[index] for index in members)

@@ -93,7 +93,10 @@ def _explained(message: str, name: str, options: list[str]) -> str:
 
 
 def _meant(given: str, name: str, options: list[str]) -> str:
-    """Say which commands have an option that this one lacks, or else what is spelt like it."""
+    """Say which option of this command was meant, or which commands have the one that was given."""
+    mine = [option for option in options if option.endswith(f".{given}")]
+    if mine:
+        return f"--{given}: did you mean {' or '.join(f'--{option}' for option in mine)}?"
     others = [
         other
         for other, command in COMMANDS.items()
@@ -107,7 +110,8 @@ def _meant(given: str, name: str, options: list[str]) -> str:
 
 def _quoted(value: str) -> str:
     """Show what was given as a message on a settings file does: words in quotes."""
-    with contextlib.suppress(ValueError, SyntaxError):  # no number, list, ...: words
+    # No number, list, ...: words, or what Python cannot read, as {[1]: 2}.
+    with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         read = ast.literal_eval(value)
         return repr(value if isinstance(read, tuple) else read)
     return repr(value)

@@ -18,7 +18,7 @@ import torch
 
 from dvla_fast.engine.recipes import result_differences, training_of
 from dvla_fast.engine.records import EpisodeRecord, read_summary
-from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.settings import UsageError, checked
 from dvla_fast.engine.tool_config import CompareRun
 from dvla_fast.errors import OutputError
 from dvla_fast.files import check_new, check_writable, json_text, write_text_atomic
@@ -393,8 +393,8 @@ def _reach(row: dict[str, Any]) -> str:
             f"{row['checkpoints'][0]} and {row['checkpoints'][1]} checkpoint(s)"
         )
     counts = f"{row['checkpoints'][0]} and {row['checkpoints'][1]} checkpoints, {over['test']}"
-    alone = "; this speaks of meta-tuning again with the same backbone" if row["notes"] else ""
-    return f"over training runs ({counts}): {verdict(over)}{alone}"
+    but = " (but see below)" if row["notes"] else ""
+    return f"over training runs ({counts}): {verdict(over)}{but}"
 
 
 def _class_lines(rows: Sequence[dict[str, Any]], limit: int) -> list[str]:
@@ -418,6 +418,7 @@ def _class_lines(rows: Sequence[dict[str, Any]], limit: int) -> list[str]:
 
 def run_compare(config: CompareRun) -> dict[str, Any]:
     """Do what ``dvla-fast compare`` does, and return the comparison."""
+    config = checked(config)
     sides = [[part for part in given.split(",") if part] for given in (config.run_a, config.run_b)]
     if not all(sides):
         raise UsageError("compare needs two run folders: dvla-fast compare RUN_A RUN_B")

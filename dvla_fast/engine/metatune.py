@@ -95,8 +95,7 @@ def metatune(
         Path of the checkpoint that validated best on monitor episodes.
 
     Raises:
-        TrainingError: loss, features or weights became NaN or infinite; the
-            last good checkpoint stays.
+        TrainingError: loss, features or weights became NaN or infinite; the last good one stays.
         UsageError: settings of the gates' learning that do not fit together.
 
     Warns:

@@ -98,9 +98,9 @@ def recipe_of(model: DVLA | None, info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def started_from(info: Mapping[str, Any]) -> str | None:
-    """What a meta-tuned checkpoint's backbone was pre-trained as; None: pre-trained, or not told.
+    """The checkpoint that meta-tuning started from; None: of a pre-trained one, or not told.
 
-    The hash of our checkpoint, or the name of published weights.
+    By its hash; published weights by their name.
     """
     start = info.get("start") or {}
     origin: str | None = start.get("sha256") or start.get("pretrained")

@@ -203,7 +203,7 @@ def checkpoints_table(results: Sequence[dict[str, Any]]) -> str:
                 f"  s = {points(found['std'])}  {name}: {values}"
             )
             notes.append(shared_note(f"{result['shot']}-shot {name}", found["accuracies"]))
-    notes.append(lineage_note("all methods", results[0].get("started_from") or []))
+    notes.append(lineage_note("", results[0].get("started_from") or []))
     count = len(next(iter(results[0]["over_checkpoints"].values()))["accuracies"])
     head = f"over the {count} checkpoints, which speaks of training again (percent)"
     return "\n".join([head, *rows, *filter(None, notes), CHECKPOINT_INTERVAL])

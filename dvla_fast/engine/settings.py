@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields, is_dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -264,10 +265,25 @@ def from_mapping(
 def checked(config: T) -> T:
     """Return settings that were made in Python, checked as those of a command are.
 
+    Paths may be ``pathlib``'s, numbers NumPy's.
+
     Raises:
         UsageError: a value of another type, or one out of its field's range.
     """
-    return from_mapping(type(config), to_dict(config), type(config).__name__)
+    return from_mapping(type(config), _plain_values(to_dict(config)), type(config).__name__)
+
+
+def _plain_values(value: Any) -> Any:
+    """Nested settings with paths as text and NumPy's numbers as Python's."""
+    if isinstance(value, Mapping):
+        return {key: _plain_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_values(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _check_known(values: Iterable[Any], known: list[str], where: str, section: str) -> None:

@@ -7,7 +7,6 @@ mixes the two answers by α; the mix goes back into the image stream (method §3
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from dvla_fast import _extension, functional, reference
-from dvla_fast.arguments import expect_tensor, expect_whole
+from dvla_fast.arguments import expect_number, expect_tensor, expect_whole
 from dvla_fast.nn.layers import is_plain, weight_of
 from dvla_fast.nn.policy import PolicyStep, build_policy
 from dvla_fast.ops.gate_policy import check_groups_and_masks
@@ -244,8 +243,8 @@ class RLAGate(nn.Module):
         """Compute the attention that :meth:`forward` mixes and never stores, and α.
 
         Arguments are those of :meth:`forward` but ``action_logit`` (give ``alpha``); by default α
-        is the policy's mean. The weights take
-        B·H·P·N numbers of memory, which is what the fused forward avoids: ask for few images.
+        is the policy's mean. The weights take B·H·P·N numbers of memory, which is what the fused
+        forward avoids: ask for few images.
 
         Raises:
             TypeError, ValueError: as :meth:`forward`.
@@ -367,8 +366,7 @@ def _replayed(alpha: Tensor | float, state: Tensor, images: int, groups: int) ->
     """A given gate as a decision: nothing was drawn, so density and entropy are 0."""
     decisions = state.shape[0]
     if not isinstance(alpha, Tensor):
-        if not isinstance(alpha, Real):
-            raise TypeError(f"alpha: expected a tensor or a number, got {type(alpha).__name__}")
+        expect_number("alpha", alpha, "a tensor or a number")
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
         # A sum, for torch.full makes another graph of every number.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dvla_fast.arguments import expect_tensor
+from dvla_fast.arguments import expect_number, expect_tensor
 from dvla_fast.nn.episode_checks import check_labels
 from dvla_fast.reference import in_own_precision
 
@@ -94,5 +94,7 @@ def _check(support: Tensor, labels: Tensor, query: Tensor, way: int, temperature
             f" {tuple(support.shape)}"
         )
     check_labels(labels, tuple(support.shape[:2]), way)
+    if not isinstance(temperature, Tensor):
+        expect_number("temperature", temperature)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a positive finite number, got {temperature}")

@@ -127,7 +127,9 @@ def _tail(
 ) -> tuple[_Tail, Tensor]:
     expect_tensor("action_logit", action_logit)
     eta, kappa = (x.detach() for x in _policy(logits, concentration, action_logit))
-    eta, kappa, draw = torch.broadcast_tensors(eta, kappa, action_logit.detach().double())
+    draw = action_logit.detach().double()
+    _check_shapes(logits=eta, concentration=kappa, action_logit=draw)
+    eta, kappa, draw = torch.broadcast_tensors(eta, kappa, draw)
     upper = draw > eta
     sign = torch.where(upper, -1.0, 1.0)
     eta, draw = sign * eta, sign * draw
@@ -160,7 +162,10 @@ def _policy(
     prefix: str = "",
 ) -> tuple[Tensor, Tensor]:
     """A policy's logits and concentration in float64, looked at; ``prefix``: of their names."""
-    expect_tensor(f"{prefix}logits", logits)
+    name = f"{prefix}logits"
+    expect_tensor(name, logits)
+    if not logits.is_floating_point():
+        raise TypeError(f"{name}: expected a floating tensor, got {logits.dtype}")
     value = number_or_none(f"{prefix}concentration", concentration, _LARGEST)
     if value is None:
         assert isinstance(concentration, Tensor)
@@ -169,6 +174,19 @@ def _policy(
         kappa = torch.full((), value, dtype=torch.float64, device=logits.device)
     check_values(logits, kappa, action_logit, prefix)
     return logits.double().clamp(-300, 300), kappa  # as the kernels
+
+
+def _check_shapes(**named: Tensor) -> None:
+    """Raises ValueError unless the tensors are on one device and broadcast together."""
+    (first, given), *others = named.items()
+    for name, tensor in others:
+        if tensor.device != given.device:
+            raise ValueError(f"{name}: on {tensor.device}, {first} on {given.device}")
+    try:
+        torch.broadcast_shapes(*(x.shape for x in named.values()))
+    except RuntimeError as error:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
+        raise ValueError(f"shapes that do not broadcast together: {shapes}") from error
 
 
 def _exponent(a: Tensor, kappa: Tensor, logit: Tensor, s: Tensor) -> Tensor:
@@ -219,6 +237,9 @@ def beta_kl(
     """
     eta, kappa = _policy(logits, concentration)
     other, other_kappa = _policy(other_logits, other_concentration, prefix="other_")
+    _check_shapes(
+        logits=eta, concentration=kappa, other_logits=other, other_concentration=other_kappa
+    )
     a, b = kappa * torch.sigmoid(eta), kappa * torch.sigmoid(-eta)
     c, d = other_kappa * torch.sigmoid(other), other_kappa * torch.sigmoid(-other)
     kl = _gamma_divergence(a, c) + _gamma_divergence(b, d) - _gamma_divergence(kappa, other_kappa)

@@ -139,9 +139,12 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _is_other_half(image_tokens: Tensor, query: Tensor) -> bool:
     """Whether image tokens are of one half type, and autocast computes in the other one."""
-    types = {image_tokens.dtype, query.dtype}
-    on = types == {torch.float16, torch.bfloat16} and torch.is_autocast_enabled(query.device.type)
-    return on and image_tokens.device == query.device
+    device = query.device
+    if {image_tokens.dtype, query.dtype} != {torch.float16, torch.bfloat16}:
+        return False
+    if image_tokens.device != device or device.type == "meta":  # autocast knows no meta device
+        return False
+    return torch.is_autocast_enabled(device.type)
 
 
 def _composed(

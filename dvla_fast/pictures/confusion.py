@@ -37,6 +37,7 @@ def plot_confusion(
 
     axis = figure.add_subplot()
     colours = colormaps["Blues"].with_extremes(bad=GRID)
+    labels: list[str] = []
     picture = axis.imshow(100 * rates.numpy(), cmap=colours, vmin=0, vmax=100)
     if count <= _NAMED:
         families, drawable = fonts()
@@ -55,7 +56,9 @@ def plot_confusion(
                     ink = "white" if value > 0.55 else INK
                     text = f"{100 * value:.0f}"
                     axis.text(column, row, text, ha="center", va="center", color=ink, fontsize=9)
-    axis.set_xlabel("predicted")
+    numbered = any(label != plain(name) for label, name in zip(labels, names))
+    key = "\nclass n: no installed font has the letters of its name" if numbered else ""
+    axis.set_xlabel(f"predicted{key}")
     axis.set_ylabel("true")
     axis.set_title(plain(title, 200), loc="left", fontsize=11)
     bar = figure.colorbar(picture, ax=axis, shrink=0.8)

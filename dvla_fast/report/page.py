@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dvla_fast.engine.compare import compare_groups, verdict
-from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.settings import UsageError, checked
 from dvla_fast.engine.tool_config import ReportRun
 from dvla_fast.errors import DVLAError, MissingDependencyError, OutputError
 from dvla_fast.files import check_new, check_writable, write_text_atomic
@@ -68,7 +68,7 @@ def run_report(config: ReportRun, *, quiet: bool = False) -> Written:
     """
     from dvla_fast.engine.progress import Progress
 
-    started = time.monotonic()
+    started, config = time.monotonic(), checked(config)
     if not config.runs:
         raise UsageError("report needs run folders: dvla-fast report runs/result")
     if any(number < 0 for number in config.episodes):

@@ -165,7 +165,7 @@ class _Studio:
         self.pillow = pillow()
         device = pick_device(config.device)
         path = _checkpoint(run)
-        data = build_data(from_mapping(DataConfig, run.config.get("data", {})), device, quiet=False)
+        data = build_data(from_mapping(DataConfig, run.config.get("data", {})), device)
         model, _, info = load_model(str(path), data)
         if model is None:
             raise Missing("its checkpoint is one of pre-training, which has no gates.")

@@ -73,7 +73,7 @@ def accuracies_of(group: Sequence[Found], method: str) -> list[float]:
 
 
 def origins_of(group: Sequence[Found]) -> list[str | None]:
-    """What the backbone of each training of a group was pre-trained as; empty: not known."""
+    """The checkpoints that the trainings of a group started from; empty: not known."""
     return [origin for _, result in group for origin in result.get("started_from") or []]
 
 

@@ -72,7 +72,7 @@ def _row(group: Sequence[Found], method: str) -> Row:
         accuracy, half = over["accuracy"], over["ci95"]
         if shared_note(method, accuracies):  # a spread of 0 that nobody should print
             half = None
-            notes.append("n/a: these trainings share what is compared")
+            notes.append("n/a: these trainings have the same accuracy")
         elif note := lineage_note(method, origins_of(group)):
             notes.append(note)
     return Row(

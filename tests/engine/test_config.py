@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from dvla_fast.cli import main
 from dvla_fast.engine.ablate import run_ablate
+from dvla_fast.engine.compare import run_compare
 from dvla_fast.engine.config import (
     AblateRun,
     DemoRun,
@@ -28,8 +30,16 @@ from dvla_fast.engine.evaluate import run_evaluate
 from dvla_fast.engine.metatune import run_metatune
 from dvla_fast.engine.predict_images import run_predict
 from dvla_fast.engine.pretrain import run_pretrain
-from dvla_fast.engine.settings import UsageError, differences, from_mapping, read_settings, to_dict
-from dvla_fast.engine.tool_config import DataCheck, PredictImages
+from dvla_fast.engine.settings import (
+    UsageError,
+    checked,
+    differences,
+    from_mapping,
+    read_settings,
+    to_dict,
+)
+from dvla_fast.engine.tool_config import CompareRun, DataCheck, PredictImages, ReportRun
+from dvla_fast.report.page import run_report
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -231,6 +241,8 @@ def test_splits_have_the_names_of_data_sets_too(given: str, kept: str) -> None:
         (run_demo, DemoRun(execution=ExecutionConfig(precision="half"))),
         (run_ablate, AblateRun(seed="one")),  # type: ignore[arg-type]
         (run_predict, PredictImages(device=0)),  # type: ignore[arg-type]
+        (run_compare, CompareRun(classes=-1)),
+        (run_report, ReportRun(episodes="first")),  # type: ignore[arg-type]
     ],
 )
 def test_settings_made_in_python_are_checked_as_a_commands_are(
@@ -240,3 +252,13 @@ def test_settings_made_in_python_are_checked_as_a_commands_are(
         UsageError, match=rf"^{type(config).__name__}: [a-z_.]+: .*(expected|unknown)"
     ):
         run(config)
+
+
+def test_paths_and_numbers_of_other_libraries_are_settings_too() -> None:
+    config = MetatuneRun(checkpoint=Path("a/b"), seed=np.int64(3))  # type: ignore[arg-type]
+    config.metatune.lr = np.float32(0.5)  # type: ignore[assignment]
+    config.metatune.shots = [np.int32(5)]  # type: ignore[list-item]
+    known = checked(config)
+    assert (known.checkpoint, known.seed, known.metatune.lr) == ("a/b", 3, 0.5)
+    assert known.metatune.shots == [5]
+    assert (type(known.seed), type(known.metatune.lr)) == (int, float)

@@ -191,3 +191,28 @@ def test_a_scale_is_a_number(scale: Any, op: int, backend: str | None) -> None:
     with pytest.raises(TypeError, match=r"^scale: expected a number, got "):
         function(**arguments, scale=scale, backend=backend)
     function(**arguments, scale=1, backend=backend)
+
+
+@pytest.mark.parametrize("name", ["cdf", "derivatives", "kl"])
+def test_logits_that_no_special_function_takes(name: str) -> None:
+    for dtype in (torch.cfloat, torch.bool, torch.int64):
+        with pytest.raises(TypeError, match=r"^logits: expected a floating tensor, got torch"):
+            BETA[name](LOGITS.to(dtype), 2.0, ACTION)
+    with pytest.raises(ValueError, match=r"^shapes that do not broadcast together: logits \(13,\)"):
+        BETA[name](LOGITS, torch.ones(2), ACTION)
+    with pytest.raises(ValueError, match="other_logits: on meta, logits on cpu"):
+        F.beta_kl(LOGITS, 2.0, LOGITS.to("meta"), 2.0)
+
+
+def test_half_types_on_meta_under_autocast_are_named() -> None:
+    """Autocast knows no meta device."""
+    tensors = [torch.zeros(1, 2, 3, 4), torch.zeros(1, 5, 8), torch.zeros(16, 8)]
+    tensors += [
+        torch.zeros(1, 2, 3, 4),
+        torch.zeros(1, 2, 3, 4),
+        torch.zeros(()),
+        torch.zeros(8, 8),
+    ]
+    query, tokens, *rest = (x.to("meta", torch.float16) for x in tensors)
+    with pytest.raises(TypeError, match=r"image_tokens: dtype torch.bfloat16"):
+        F.gated_attention(query, tokens.bfloat16(), *rest)

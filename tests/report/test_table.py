@@ -74,14 +74,14 @@ def test_a_spread_of_nothing_is_not_printed(tmp_path: Path) -> None:
     ]
     learned, visual = csv.DictReader(table(tmp_path / "t.csv", *runs).splitlines())
     assert (visual["accuracy"], visual["half_width"]) == ("0.0000", "")
-    assert visual["interval"].endswith("; n/a: these trainings share what is compared")
+    assert visual["interval"].endswith("; n/a: these trainings have the same accuracy")
     assert float(learned["half_width"]) > 1
-    from_one = "2 trainings start from one pre-trained backbone"
+    from_one = "2 trainings start from one checkpoint"
     assert from_one in learned["interval"]
     for name in ("t.md", "t.tex"):
         said = table(tmp_path / name, *runs)
         assert "0.00 ± n/a" in said or r"0.00 $\pm$ n/a" in said
-        assert "n/a: these trainings share what is compared" in said
+        assert "n/a: these trainings have the same accuracy" in said
         assert from_one in said
 
 

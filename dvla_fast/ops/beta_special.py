@@ -240,11 +240,16 @@ def beta_kl(
     _check_shapes(
         logits=eta, concentration=kappa, other_logits=other, other_concentration=other_kappa
     )
+    return unchecked_kl(eta, kappa, other, other_kappa).to(_result_dtype(logits))
+
+
+def unchecked_kl(eta: Tensor, kappa: Tensor, other: Tensor, other_kappa: Tensor) -> Tensor:
+    """:func:`beta_kl` of float64 tensors, logits within ±300; NaN comes out where it went in."""
     a, b = kappa * torch.sigmoid(eta), kappa * torch.sigmoid(-eta)
     c, d = other_kappa * torch.sigmoid(other), other_kappa * torch.sigmoid(-other)
     kl = _gamma_divergence(a, c) + _gamma_divergence(b, d) - _gamma_divergence(kappa, other_kappa)
     # Not clamp_min: it has no gradient where the policies are alike, and so no curvature there.
-    return (kl - kl.detach().clamp_max(0.0)).to(_result_dtype(logits))
+    return kl - kl.detach().clamp_max(0.0)
 
 
 def _gamma_divergence(x: Tensor, y: Tensor) -> Tensor:

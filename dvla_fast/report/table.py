@@ -73,7 +73,7 @@ def _row(group: Sequence[Found], method: str) -> Row:
         if shared_note(method, accuracies):  # a spread of 0 that nobody should print
             half = None
             notes.append("n/a: these trainings have the same accuracy")
-        elif note := lineage_note(method, origins_of(group)):
+        elif note := lineage_note("", origins_of(group)):
             notes.append(note)
     return Row(
         ", ".join(run.name for run, _ in group),

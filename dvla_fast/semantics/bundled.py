@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dvla_fast.data.shapes import BANKS, KINDS, make_classes
-
 _BUNDLED = Path(__file__).parent / "banks"
 
 
 def bundled_banks() -> tuple[str, ...]:
     """Return the names of the banks that come with the package."""
-    return tuple(sorted([*BANKS, *(path.stem for path in _BUNDLED.glob("*.json"))]))
+    return tuple(sorted([*_made(), *(path.stem for path in _BUNDLED.glob("*.json"))]))
 
 
 def bank_path(name_or_path: str | Path) -> Path:
@@ -24,12 +22,14 @@ def bank_path(name_or_path: str | Path) -> Path:
 
 def is_made(name_or_path: str | Path) -> bool:
     """Whether a name is that of a bank which is made, as the images of its data set are."""
-    return str(name_or_path) in BANKS
+    return str(name_or_path) in _made()
 
 
 def made_content(name: str) -> dict[str, Any]:
     """Return what the file of a made bank would hold."""
-    kind, hallucinated = BANKS[name]
+    from dvla_fast.data.shapes import KINDS, make_classes
+
+    kind, hallucinated = _made()[name]
     return {
         "name": name,
         "provenance": {
@@ -38,3 +38,9 @@ def made_content(name: str) -> dict[str, Any]:
         },
         "classes": make_classes(varied=KINDS[kind]).bank(hallucinated),
     }
+
+
+def _made() -> dict[str, tuple[str, bool]]:
+    from dvla_fast.data.shapes import BANKS  # where used: text alone needs no images
+
+    return BANKS

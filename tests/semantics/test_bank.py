@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dvla_fast.data.digits import DIGIT_NAMES
+from dvla_fast.data.shapes import BANKS
 from dvla_fast.errors import BankError
 from dvla_fast.semantics import (
     Candidate,
@@ -218,7 +219,7 @@ def test_bundled_banks_without_a_choice(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "cub.json").write_text(json.dumps({**content, "classes": entries}))
     monkeypatch.setattr(bundled, "_BUNDLED", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert bundled_banks() == ("cub", *bundled.BANKS)
+    assert bundled_banks() == ("cub", *BANKS)
     assert load_bank("cub").name == "cub"
     device = torch.device("cpu")
     texts, described = build_texts(SemanticsConfig(bank="cub"), data, device)

@@ -81,7 +81,8 @@ def build_model(spec: dict[str, Any], backbone: Any = None) -> DVLA:
     """
     arguments = dict(spec)
     described = arguments.pop("backbone")
-    backbone = backbone or _backbone(described)
+    if backbone is None:
+        backbone = _backbone(described)
     layers = arguments.pop("gated_layers") or None  # empty: the backbone's own choice
     try:
         return DVLA(backbone, layers, **arguments)

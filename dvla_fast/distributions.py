@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints, register_kl
+from torch.distributions import Beta, Distribution, constraints, register_kl
 from torch.distributions.utils import broadcast_all
 
 from dvla_fast import _extension, functional
@@ -217,3 +217,18 @@ def _inside(alpha: Tensor) -> Tensor:
 @register_kl(MeanConcentrationBeta, MeanConcentrationBeta)
 def _kl(p: MeanConcentrationBeta, q: MeanConcentrationBeta) -> Tensor:
     return beta_kl(p.logits, p.concentration, q.logits, q.concentration)
+
+
+@register_kl(MeanConcentrationBeta, Beta)
+def _kl_to_beta(p: MeanConcentrationBeta, q: Beta) -> Tensor:
+    return beta_kl(p.logits, p.concentration, *_mean_and_concentration(q))
+
+
+@register_kl(Beta, MeanConcentrationBeta)
+def _kl_from_beta(p: Beta, q: MeanConcentrationBeta) -> Tensor:
+    return beta_kl(*_mean_and_concentration(p), q.logits, q.concentration)
+
+
+def _mean_and_concentration(beta: Beta) -> tuple[Tensor, Tensor]:
+    a, b = beta.concentration1, beta.concentration0
+    return torch.log(a) - torch.log(b), a + b

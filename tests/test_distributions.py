@@ -47,6 +47,10 @@ def test_kl_equals_torch_and_vanishes_at_itself(pair: tuple[MeanConcentrationBet
     other = MeanConcentrationBeta(logits=torch.zeros(3, 2).double(), concentration=4.0)
     want = kl_divergence(theirs, Beta(torch.full((3, 2), 2.0).double(), 2.0))
     torch.testing.assert_close(kl_divergence(ours, other), want)
+    torch.testing.assert_close(kl_divergence(theirs, other), want)
+    torch.testing.assert_close(
+        kl_divergence(other, theirs), kl_divergence(Beta(2.0, torch.tensor(2.0).double()), theirs)
+    )
     torch.testing.assert_close(kl_divergence(ours, ours), torch.zeros(3, 2).double())
 
 

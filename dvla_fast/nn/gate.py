@@ -80,9 +80,12 @@ class RLAGate(nn.Module):
             images; "image": one per image.
         policy: "beta" (paper), "categorical", "fixed", "static" or "mlp" (method §4).
         fixed_alpha: the gate of policy "fixed".
+        device: where the parameters lie; None: PyTorch's default.
+        dtype: of the parameters, a floating-point one; None: PyTorch's default.
 
     Raises:
-        TypeError: a size is not a whole number, or another option no number.
+        TypeError: a size is not a whole number, another option no number, or the dtype not one of
+            floating-point numbers.
         ValueError: a size is not positive, does not divide, or a name is unknown.
     """
 
@@ -97,6 +100,8 @@ class RLAGate(nn.Module):
         alpha_scope: str = "episode",
         policy: str = "beta",
         fixed_alpha: float = 0.5,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("text_dim", text_dim), ("num_heads", num_heads)):
@@ -107,6 +112,8 @@ class RLAGate(nn.Module):
             raise ValueError(f"dim: {dim} is not a multiple of num_heads = {num_heads}")
         if alpha_scope not in ALPHA_SCOPES:
             raise ValueError(f"alpha_scope: unknown {alpha_scope!r}; expected {ALPHA_SCOPES}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype}")
         dim, text_dim, num_heads = int(dim), int(text_dim), int(num_heads)
         self.dim, self.text_dim, self.num_heads = dim, text_dim, num_heads
         self.alpha_scope = alpha_scope
@@ -122,6 +129,7 @@ class RLAGate(nn.Module):
             fixed_alpha=fixed_alpha,
         )
         self._reset_projections()
+        self.to(device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Initialise the whole gate anew, policy included, as after ``to_empty``."""

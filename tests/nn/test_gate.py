@@ -452,6 +452,7 @@ def test_wrong_constructions(match: str, options: dict) -> None:
         ("dim: expected a whole number", {"dim": 16.0}),
         ("hidden_dim: expected a whole number", {"dim": 16, "hidden_dim": 12.0}),
         ("hidden_dim: expected a whole number, got True", {"dim": 16, "hidden_dim": True}),
+        ("dtype: expected a floating-point", {"dim": 16, "dtype": torch.int64}),
         ("concentration: expected a number", {"dim": 16, "concentration": "10"}),
         ("fixed_alpha: expected a number", {"dim": 16, "fixed_alpha": None}),
     ],

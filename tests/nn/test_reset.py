@@ -115,3 +115,14 @@ def test_sharded_gate() -> None:
             assert shard.isfinite().all(), name
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_gate_is_made_where_and_in_what_it_is_asked(policy: str) -> None:
+    gate = RLAGate(16, TEXT_DIM, 2, policy=policy, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in gate.parameters()} == {("meta", torch.bfloat16)}
+    torch.manual_seed(0)
+    moved = RLAGate(16, TEXT_DIM, 2, policy=policy).double()
+    torch.manual_seed(0)
+    made = RLAGate(16, TEXT_DIM, 2, policy=policy, dtype=torch.float64)
+    torch.testing.assert_close(made.state_dict(), moved.state_dict(), rtol=0, atol=0)

@@ -49,11 +49,20 @@ def by_group(record: dict) -> dict[str, dict[str, dict]]:
     return groups
 
 
-def rows(record: dict) -> list[dict]:
-    """One row a group: our median and peak memory, the fastest peer's, and the ratio of times."""
+def rows(record: dict, among: str = "") -> list[dict]:
+    """One row a group: our median and peak memory, the fastest peer's, and the ratio of times.
+
+    Args:
+        record: as :func:`medians` takes it.
+        among: how the names of the peers begin that count.
+    """
     table = []
     for group, providers in by_group(record).items():
-        peers = {name: row for name, row in providers.items() if not name.startswith((OURS, BOUND))}
+        peers = {
+            name: row
+            for name, row in providers.items()
+            if name.startswith(among) and not name.startswith((OURS, BOUND))
+        }
         if OURS not in providers or not peers:
             continue
         ours = providers[OURS]

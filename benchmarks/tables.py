@@ -3,9 +3,10 @@
     python -m benchmarks.tables
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is ``cpu`` or ``gpu``
-(summaries of all kept records, a column a machine), the name of a record's file without its ending
-(every row of it), or ``gpu-rows`` (those of all GPUs). So a GPU's record, which ``make gpu-check``
-makes, is taken up by itself.
+(summaries of all kept records, a column a machine), ``cpu-floors`` or ``gpu-floors`` (what was
+asked for beside what they reach), the name of a record's file without its ending (every row of it),
+or ``gpu-rows`` (those of all GPUs). So a GPU's record, which ``make gpu-check`` makes, is taken up
+by itself.
 """
 
 from __future__ import annotations
@@ -13,10 +14,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from benchmarks.lines import (
+    CPU_FLOORS,
+    CPU_LINES,
+    EAGER,
+    GPU_FLOORS,
+    GPU_LINES,
+    MODES,
+    Floor,
+    Line,
+)
 from benchmarks.pairing import OURS
 from benchmarks.ratios import BOUND, bounds, bounds_markdown, by_group, markdown, rows
 
@@ -24,7 +34,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-MODES = ("forward", "forward+backward")
 # Machines of the summary of CPUs: how the names of their records begin.
 CPUS = {
     "EPYC, AVX-512": "amd-epyc-avx512-2-cores",
@@ -33,105 +42,8 @@ CPUS = {
     "Xeon, tiles": "intel-xeon-amx-2-cores",
 }
 NO_GPU = "No GPU record exists yet: `make gpu-check` on a machine with a GPU makes one."
-EAGER = "¹"  # a row, or a cell, whose peers are eager PyTorch's alone
-FEW_SHOT = (
-    "T5-G1-H8-D24-N196-P9", "T1-G80-H8-D24-N196-P45", "T1-G80-H8-D48-N49-P45",
-    "T16-G80-H8-D48-N49-P45", "T25-G1-H8-D48-N49-P77", "T25-G1-H6-D64-N196-P77",
-)  # fmt: skip
 # The full recipe on miniImageNet: 64 classes of 600 images, two views of each.
 EPOCHS, VIEWS, TUNING_EPISODES = 800, 2 * 64 * 600, 100 * 480
-
-
-@dataclass(frozen=True)
-class Line:
-    """A row of a summary.
-
-    Attributes:
-        label: what it says.
-        groups: names of the records' groups with ``{mode}`` for the two modes; of several, the
-            geometric mean of their ratios is shown and the lowest.
-        modes: which of them.
-    """
-
-    label: str
-    groups: tuple[str, ...]
-    modes: tuple[str, ...] = MODES
-
-
-def attention(dtype: str, shapes: tuple[str, ...] = FEW_SHOT, how: str = "") -> tuple[str, ...]:
-    return tuple(f"dual_attention {shape} {dtype} {{mode}}{how}" for shape in shapes)
-
-
-def gate(images: int, width: int, dtype: str, how: str = "") -> tuple[str, ...]:
-    tokens = {192: 196, 384: 49}[width]
-    return (f"RLAGate B{images}-d{width}-N{tokens}-P45 {dtype} {{mode}}{how}",)
-
-
-CPU_LINES = [
-    Line("`beta_policy`, 5 states", ("beta_policy {mode} n=5",)),
-    Line(
-        "the same in a REINFORCE loss, with backward",
-        ("beta_policy REINFORCE loss {mode} n=5",),
-        MODES[1:],
-    ),
-    Line("`beta_policy`, 1,000,000 states", ("beta_policy {mode} n=1000000",)),
-    Line(
-        f"`gate_policy`, one episode of 5 images {EAGER}",
-        ("gate_policy T1-G5-N196-P9-d192 float32 {mode}",),
-    ),
-    Line(f"of 25 images {EAGER}", ("gate_policy T1-G25-N49-P45-d384 float32 {mode}",)),
-    Line(f"of 80 images {EAGER}", ("gate_policy T1-G80-N196-P45-d192 float32 {mode}",)),
-    Line(
-        "`dual_attention`, six few-shot shapes, geometric mean (lowest)", attention("float32")
-    ),
-    Line("the same in bfloat16", attention("bfloat16")),
-    Line(
-        "`dual_attention`, 4096 × 1024 tokens",
-        attention("float32", ("T2-G1-H8-D64-N4096-P1024",)),
-    ),
-    Line("the same in bfloat16", attention("bfloat16", ("T2-G1-H8-D64-N4096-P1024",))),
-    *(
-        Line(label, gate(images, width, dtype))
-        for images in (80, 1280)
-        for width in (192, 384)
-        for label, dtype in (
-            (f"`RLAGate`, {images} images, d = {width}", "float32"),
-            ("the same in bfloat16", "bfloat16"),
-        )
-    ),
-]  # fmt: skip
-LONG = ("T2-G1-H16-D64-N2048-P2048", "T2-G1-H8-D128-N2048-P2048", "T1-G1-H8-D128-N8192-P8192")
-GRAPHS = FEW_SHOT[:3]
-GPU_LINES = [
-    Line("`dual_attention`, six few-shot shapes, bfloat16", attention("bfloat16", how=" eager")),
-    Line("the same in float16", attention("float16", how=" eager")),
-    Line("three of them in CUDA graphs, bfloat16", attention("bfloat16", GRAPHS, " graph")),
-    Line("2,048 tokens and more, bfloat16", attention("bfloat16", LONG, " eager")),
-    *(
-        Line(f"`beta_policy`, {n:,} states", (f"beta_policy n={n} {{mode}} eager",))
-        for n in (100, 1600, 10_000_000)
-    ),
-    Line("100 states in a CUDA graph", ("beta_policy n=100 {mode} graph",)),
-    *(
-        Line(label, (f"gate_policy {case} float32 {{mode}} eager",))
-        for label, case in (
-            ("`gate_policy`, one episode of 5 images", "T1-G5-N196-P9-d192"),
-            ("of 80 images", "T1-G80-N196-P45-d192"),
-        )
-    ),
-    *(
-        Line(f"`RLAGate`, {images} images, d = {width}, bfloat16",
-             gate(images, width, "bfloat16", " eager"))
-        for images in (80, 1280)
-        for width in (192, 384)
-    ),
-    Line("80 images in a CUDA graph, d = 192, bfloat16", gate(80, 192, "bfloat16", " graph")),
-    Line(
-        "pre-training Visformer-Tiny, 224 px",
-        ("pretraining visformer_tiny 224 px 2048 images",), MODES[1:],
-    ),
-    Line("meta-tuning it", ("meta-tuning visformer_tiny 224 px 16 episodes",), MODES[1:]),
-]  # fmt: skip
 
 
 @cache
@@ -144,11 +56,11 @@ def gpu_records() -> list[str]:
     return [name for name in names if "gpu" in record(name)]
 
 
-def ratios(names: list[str]) -> dict[str, float]:
+def ratios(names: list[str], among: str = "") -> dict[str, float]:
     """Ratio by group; a later record adds what earlier ones lack, with peers that it marks."""
     found: dict[str, float] = {}
     for name in names:
-        found = {row["group"]: row["ratio"] for row in rows(record(name))} | found
+        found = {row["group"]: row["ratio"] for row in rows(record(name), among)} | found
     return found
 
 
@@ -156,16 +68,26 @@ def times(ratio: float) -> str:
     return f"{ratio:.1f}×" if ratio < 9.95 else f"{ratio:,.0f}×"
 
 
+def together(
+    groups: tuple[str, ...], mode: str, found: dict[str, float]
+) -> tuple[float, float] | None:
+    """Geometric mean and lowest of the groups' ratios; None where one was not measured."""
+    values = [found.get(group.format(mode=mode)) for group in groups]
+    measured = [value for value in values if value is not None]
+    if len(measured) < len(values):
+        return None
+    return math.exp(sum(map(math.log, measured)) / len(measured)), min(measured)
+
+
 def cell(line: Line, found: dict[str, float]) -> str:
     """Both modes' ratios; empty where a group was not measured."""
     shown = []
     for mode in line.modes:
-        values = [found.get(group.format(mode=mode)) for group in line.groups]
-        measured = [value for value in values if value is not None]
-        if len(measured) < len(values):
+        measured = together(line.groups, mode, found)
+        if measured is None:
             return ""
-        mean = math.exp(sum(map(math.log, measured)) / len(measured))
-        shown.append(times(mean) + (f" ({times(min(measured))})" if len(measured) > 1 else ""))
+        mean, lowest = measured
+        shown.append(times(mean) + (f" ({times(lowest)})" if len(line.groups) > 1 else ""))
     return ", ".join(shown)
 
 
@@ -188,6 +110,37 @@ def summary(lines: list[Line], columns: dict[str, list[str]]) -> str:
     return "\n".join(table)
 
 
+def floors(asked: list[Floor], columns: dict[str, list[str]]) -> str:
+    """A table of what was asked for and what each machine's records show, bold where it is less."""
+    table = [
+        f"| forward, forward + backward | asked | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for floor in asked:
+        wanted = [(mode, least) for mode, least in zip(MODES, floor.asked) if least is not None]
+        cells = []
+        for names in columns.values():
+            found = ratios(names, floor.peers)
+            measured = [together(floor.groups, mode, found) for mode, _ in wanted]
+            shown = [
+                against(each[0 if floor.mean else 1], least)
+                for each, (_, least) in zip(measured, wanted)
+                if each is not None
+            ]
+            cells.append(", ".join(shown) if len(shown) == len(wanted) else "")
+        least = ", ".join(f"{least:g}×" for _, least in wanted)
+        table.append(f"| {floor.figure} | {least} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def against(ratio: float, least: float) -> str:
+    """The ratio, bold where it is less than was asked, with the digits that show it."""
+    if ratio >= least:
+        return times(ratio)
+    short = times(ratio) if ratio < least - 0.05 else f"{ratio:.2f}×"
+    return f"**{short}**"
+
+
 def eager_groups(names: list[str]) -> set[str]:
     """The groups that a machine's records have with eager peers alone."""
     found: dict[str, bool] = {}
@@ -199,12 +152,10 @@ def eager_groups(names: list[str]) -> set[str]:
     return {group for group, eager in found.items() if eager}
 
 
-def cpu_summary() -> str:
+def cpu_records() -> dict[str, list[str]]:
+    """Each CPU's records."""
     names = sorted(path.stem for path in RESULTS.glob("*.json"))
-    return summary(
-        CPU_LINES,
-        {title: [n for n in names if n.startswith(machine)] for title, machine in CPUS.items()},
-    )
+    return {title: [n for n in names if n.startswith(machine)] for title, machine in CPUS.items()}
 
 
 def recipe_hours(name: str) -> tuple[float, float] | None:
@@ -221,15 +172,20 @@ def recipe_hours(name: str) -> tuple[float, float] | None:
     return found[0], found[1]
 
 
+def by_gpu() -> dict[str, list[str]]:
+    """Each GPU's records."""
+    kept: dict[str, list[str]] = {}
+    for name in gpu_records():
+        kept.setdefault(record(name)["gpu"], []).append(name)
+    return kept
+
+
 def gpu_summary() -> str:
     """The table of all GPUs' records, with what each was measured on; or that there is none."""
     names = gpu_records()
     if not names:
         return NO_GPU
-    kept: dict[str, list[str]] = {}
-    for name in names:
-        kept.setdefault(record(name)["gpu"], []).append(name)
-    parts = [summary(GPU_LINES, kept)]
+    parts = [summary(GPU_LINES, by_gpu())]
     for name in names:
         of = record(name)
         parts.append(
@@ -253,9 +209,13 @@ def table(name: str) -> str:
         FileNotFoundError: no record is called so.
     """
     if name == "cpu":
-        return cpu_summary()
+        return summary(CPU_LINES, cpu_records())
+    if name == "cpu-floors":
+        return floors(CPU_FLOORS, cpu_records())
     if name == "gpu":
         return gpu_summary()
+    if name == "gpu-floors":
+        return floors(GPU_FLOORS, by_gpu()) if gpu_records() else NO_GPU
     if name == "gpu-rows":
         parts = [f"### {record(name)['gpu']}\n\n{every_row(name)}" for name in gpu_records()]
         return "\n\n".join(parts) or NO_GPU

@@ -12,6 +12,7 @@ from benchmarks import tables
 
 ROOT = Path(__file__).parent.parent
 SHAPE = "T5-G1-H8-D24-N196-P9"
+SUMMARIES = ("cpu", "cpu-floors", "gpu", "gpu-floors", "gpu-rows")
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_tables_are_up_to_date(page: Path) -> None:
 def test_every_record_has_its_table() -> None:
     marks = [found[2] for page in tables.PAGES for found in tables.TABLE.finditer(page.read_text())]
     kept = {path.stem for path in (ROOT / "benchmarks/results").glob("*.json")}
-    assert sorted(marks) == sorted({"cpu", "gpu", "gpu-rows", *kept} - set(tables.gpu_records()))
+    assert sorted(marks) == sorted({*SUMMARIES, *kept} - set(tables.gpu_records()))
 
 
 def test_a_summary_by_hand(results: Path) -> None:
@@ -73,6 +74,42 @@ def test_a_summary_by_hand(results: Path) -> None:
         "| both | 4.0× (2.0×), 40× (20×) |  |",
         "| one | 1.0×, 1.0× ¹ |  |",
     ]
+
+
+def test_floors_by_hand(results: Path) -> None:
+    """The lowest or the mean, among some peers or all, bold where it is less than was asked."""
+    groups = ("op {mode} n=1", "op {mode} n=2")
+    asked = [
+        tables.Floor("lowest", groups, (2, 30)),
+        tables.Floor("mean", groups, (4, None), mean=True),
+        tables.Floor("compiled", groups[:1], (None, 44), "torch.compile"),
+        tables.Floor("nowhere", ("else {mode}",), (1, 1)),
+    ]
+    medians = [
+        row(f"op {mode} n={n}", provider, 1.0, ratio)
+        for mode, factor in (("forward", 1), ("forward+backward", 10))
+        for n in (1, 2)
+        for provider, ratio in (
+            ("dvla_fast", None),
+            ("eager", 1.98 * n * n * factor),
+            ("torch.compile", 4.4 * n * factor),
+        )
+    ]
+    keep(results / "one.json", *medians)
+    keep(results / "half.json", *medians[:3])
+    assert tables.floors(asked, {"A": ["one"], "B": ["half"]}).splitlines() == [
+        "| forward, forward + backward | asked | A | B |",
+        "|---|---|---|---|",
+        "| lowest | 2×, 30× | **1.98×**, **20×** |  |",
+        "| mean | 4× | **3.96×** |  |",
+        "| compiled | 44× | 44× |  |",
+        "| nowhere | 1×, 1× |  |  |",
+    ]
+
+
+def test_every_floor_of_cpus_was_measured_somewhere() -> None:
+    made = tables.floors(tables.CPU_FLOORS, tables.cpu_records()).splitlines()[2:]
+    assert [line for line in made if "×" not in line.split("|", 3)[3]] == []
 
 
 def test_a_first_record_of_a_gpu(
@@ -143,3 +180,7 @@ def test_gpu_lines_name_groups_that_are_measured() -> None:
         for group in line.groups:
             for mode in line.modes:
                 assert group.format(mode=mode) in measured, line.label
+    for floor in tables.GPU_FLOORS:
+        for group in floor.groups:
+            for mode, least in zip(tables.MODES, floor.asked):
+                assert least is None or group.format(mode=mode) in measured, floor.figure

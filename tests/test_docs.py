@@ -18,6 +18,11 @@ ELSEWHERE = {
     "make demo": "tests/test_docs.py::test_make_targets_do_their_own_setup",
     "make test": "Makefile::test",
     "make bench": "Makefile::bench",
+    "make install": "Makefile::install",
+    "make format": "Makefile::format",
+    "make sanitize": "Makefile::sanitize",
+    ".venv/bin/pytest tests/ops -n 2": "Makefile::pytest",
+    ".venv/bin/pytest tests/engine/test_evaluate.py -k paired": "Makefile::pytest",
     "make gpu-check": "tests/test_gpu_check.py::test_whole_record",
     "python3 -m pip install --no-build-isolation --no-deps -e .": "tests/test_build.py::--no-deps",
     "python3 -m benchmarks.gpu_check --output gpu.json": (
@@ -190,3 +195,11 @@ def test_links_between_pages_exist() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
+
+
+def test_what_the_page_for_developers_names_is_there() -> None:
+    page = (ROOT / "docs/development.md").read_text()
+    folders = ("csrc", "kernels", "dvla_fast", "benchmarks", "tests", "build_tools")
+    paths = [name for name in re.findall(r"`([^`\s]+)`", page) if name.split("/")[0] in folders]
+    assert len(paths) > 40
+    assert [path for path in paths if not (ROOT / path).exists()] == []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dvla_fast.errors import LanguageModelError
+from dvla_fast.semantics.bank import json_problem
 from dvla_fast.semantics.language_models.base import Answer, Request, Usage
 
 _FORM = (
@@ -60,9 +61,9 @@ class AnswerFile:
     def _object(self, text: str) -> dict[tuple[str, str], str]:
         try:
             content = json.loads(text, object_pairs_hook=self._unique)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise LanguageModelError(
-                f"{self.path}: not valid JSON (line {error.lineno}: {error.msg}); {_FORM}"
+                f"{self.path}: not valid JSON ({json_problem(error)}); {_FORM}"
             ) from error
         if not isinstance(content, dict):
             raise LanguageModelError(f"{self.path}: no answers; {_FORM}")
@@ -98,8 +99,9 @@ class AnswerFile:
             try:
                 row = json.loads(line)
                 stage, name, answer = row["stage"], row["class"], row["answer"]
-            except json.JSONDecodeError as error:
-                raise LanguageModelError(f"{where}: not valid JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:
+                problem = json_problem(error).removeprefix("line 1: ")
+                raise LanguageModelError(f"{where}: not valid JSON ({problem})") from error
             except (KeyError, TypeError) as error:
                 raise LanguageModelError(f"{where}: no answer; {_FORM}") from error
             if stage not in STAGES:

@@ -276,12 +276,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     safetensors = _safetensors()
     metadata = {"dvla_fast": json.dumps({"format": FORMAT, **info})}
-    write_atomic(
-        path,
-        lambda temporary: safetensors.torch.save_file(
-            dict(sorted(tensors.items())), str(temporary), metadata=metadata
-        ),
-    )
+
+    def save(temporary: Path) -> None:
+        try:
+            safetensors.torch.save_file(
+                dict(sorted(tensors.items())), str(temporary), metadata=metadata
+            )
+        except safetensors.SafetensorError as error:  # a full disk is no OSError to it
+            raise OSError(str(error)) from error
+
+    write_atomic(path, save)
 
 
 def _safetensors() -> Any:

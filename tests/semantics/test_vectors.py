@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from dvla_fast.data.shapes import load_shapes
 from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.engine.texts import build_texts
-from dvla_fast.errors import BankError
+from dvla_fast.errors import BankError, OutputError
 from dvla_fast.semantics import HashedNGramEncoder, encode_bank, load_bank
 from dvla_fast.semantics.vectors import CachedEncoder, vectors_path
 
@@ -108,6 +109,22 @@ def test_a_cut_text_stays_known_as_cut(bank: Path) -> None:
     assert again.truncated == 1
     with pytest.raises(BankError, match="1 of 1 texts are longer than the counting encoder reads"):
         cached(bank, Counting()).encode(["a night bird"])
+
+
+def test_a_full_disk_leaves_the_old_vectors(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = cached(bank, Counting())
+    encoder.encode(["round face"])
+    encoder.save()
+    before = vectors_path(bank).read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    encoder.encode(["big eyes"])
+    with pytest.raises(OutputError, match=r"birds\.safetensors: cannot write \(.*No space left"):
+        encoder.save()
+    assert vectors_path(bank).read_bytes() == before
 
 
 @pytest.mark.parametrize("damage", ["garbage", "foreign", "cut"])

@@ -58,6 +58,8 @@ def check_writable(path: Path, remedy: str = REMEDY) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             os.lstat(path)  # the system knows which names are too long
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with tempfile.NamedTemporaryFile(prefix=_prefix(path), dir=path.parent):
             pass
     except OSError as error:

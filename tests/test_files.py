@@ -26,6 +26,8 @@ def test_the_folder_of_an_output_is_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"page.html: cannot write \(.*\); free space or choose"):
         check_writable(tmp_path / "file" / "page.html")
+    with pytest.raises(OutputError, match=r"folder: cannot write \(Is a directory\)"):
+        check_writable(tmp_path / "new" / "folder")
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "ü" * 127 + "x", "x" * 249 + ".jsonl"])

@@ -360,6 +360,17 @@ def test_all_classes_failing_writes_no_bank(tmp_path: Path) -> None:
     assert not (tmp_path / "b.json").exists()
 
 
+def test_a_file_named_like_a_bank_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        built = construct_bank(CLASSES, Scripted(), ENCODER, "cub")
+        assert built.bank is not None
+    assert built.reused == 6
+    assert list(json.loads(Path("cub").read_text())["classes"]) == list(NAMES)
+
+
 def test_classes_without_a_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="class number 1 has no name"):
         construct_bank([ClassSource(" ")], Scripted(), ENCODER, tmp_path / "b.json")

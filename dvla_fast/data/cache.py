@@ -28,6 +28,7 @@ from dvla_fast.data.cache_index import (
     FORMAT,
     IMAGES,
     INDEX,
+    check_split,
     index_checksum,
     is_cache,
     map_images,
@@ -40,7 +41,7 @@ from dvla_fast.data.images import FewShotData, ImageSet
 from dvla_fast.data.layouts import list_data
 from dvla_fast.data.listing import Listing
 from dvla_fast.data.load import assemble, warn_if_enlarged
-from dvla_fast.data.splits import SPLITS, is_split_of, published_name
+from dvla_fast.data.splits import SPLITS, published_name
 from dvla_fast.errors import DataError, OutputError
 from dvla_fast.files import state_of
 
@@ -419,12 +420,7 @@ def open_cache(
             f"{path}: holds {index['image_size']}-pixel images, not {image_size}; set "
             f"--data.image_size {index['image_size']}, or prepare another cache"
         )
-    keys = {name: entry["keys"] for name, entry in index["splits"].items()}
-    if splits and not is_split_of(splits, index["split_list"], keys):
-        raise DataError(
-            f"{path}: was prepared with the split {index['split_list'] or 'of its folders'}, not "
-            f"{splits}; leave out --data.splits, or prepare another cache"
-        )
+    check_split(path, index, splits)
     warn_if_enlarged(path, index["reduced"], image_size)
     warn_of_shared(str(path), index["shared"])
     images = map_images(path, index)
@@ -444,6 +440,7 @@ def open_cache(
         )  # fmt: skip
     known = index["statistics"]
     statistics = (torch.tensor(known["mean"]), torch.tensor(known["std"])) if known else None
+    keys = {name: entry["keys"] for name, entry in index["splits"].items()}
     published = published_name(index["split_list"], keys)
     data = assemble(index["name"], sets, holdout, split_seed, statistics, published)
     return replace(data, shared=tuple(index["shared"]), reduced=index["reduced"])

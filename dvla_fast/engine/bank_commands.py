@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dvla_fast.data import is_cache, list_data
-from dvla_fast.data.cache_index import read_index
+from dvla_fast.data.cache_index import check_split, read_index
 from dvla_fast.engine.build import build_data, pick_device
 from dvla_fast.engine.config import DataConfig
 from dvla_fast.engine.progress import Progress
@@ -367,7 +367,9 @@ def _data_set(config: DataConfig) -> tuple[list[str], dict[str, Sequence[str]]]:
         parts = {"base": data.base, "monitor": data.monitor, "novel": data.novel}
         return list(data.class_names), {name: part.ids for name, part in parts.items()}
     if is_cache(config.dataset):
-        splits = read_index(config.dataset)["splits"]
+        index = read_index(config.dataset)
+        check_split(config.dataset, index, config.splits)
+        splits = index["splits"]
         names = [name for entry in splits.values() for name in entry["names"]]
         return names, {split: entry["files"] for split, entry in splits.items()}
     listing = list_data(config.dataset, config.splits)

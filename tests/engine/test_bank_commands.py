@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from dvla_fast.cli import main
+from dvla_fast.data import prepare_cache
 from dvla_fast.engine import bank_commands
 from dvla_fast.engine.text_options import EncoderOptions
 from dvla_fast.engine.texts import bank_encoder
@@ -441,4 +442,8 @@ def test_check_against_a_data_set(
     assert "lacks 2 class(es) of the data set: 'owl', 'wren'" in captured.out
     assert "1 image(s) that the bank has seen are not in the data set" in captured.out
     assert captured.err.count("error:") == 1
+    prepare_cache(tmp_path / "photos", tmp_path / "cache", 8)
+    cache = f"--data.dataset={tmp_path / 'cache'}"
+    other = run(capsys, "check", birds, cache, "--data.splits=fc100", status=1)
+    assert "was prepared with the split of its folders, not fc100" in other
     assert "no problems" in run(capsys, "check", "digits", "--data.dataset=digits")

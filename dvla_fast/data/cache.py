@@ -260,7 +260,7 @@ class _Builder:
         hashes, sums = zip(*pool.map(fill, range(len(rows))))
         base = max(0, min(len(rows), self.base_rows - start))
         total, square = np.stack([np.zeros((2, 3), np.int64), *sums[:base]]).sum(0).tolist()
-        _write(self.fd, images, start * self.stride)
+        _write(self.fd, images.data, start * self.stride)
         return {
             "start": start,
             "fingerprint": fingerprint,
@@ -310,12 +310,10 @@ class _Builder:
             if rows == list(range(start, min(start + CHUNK, len(self.rows)))):
                 checksums.append(self.done[start]["sha256"])
                 continue
-            first = rows[0] * self.stride
-            block = os.pread(self.fd, (rows[-1] - rows[0] + 1) * self.stride, first)
-            images = np.frombuffer(block, np.uint8).reshape(-1, self.stride)
-            images = np.ascontiguousarray(images[np.asarray(rows) - rows[0]])
+            # one by one: gigabytes of those left out may lie between two
+            images = b"".join(os.pread(self.fd, self.stride, row * self.stride) for row in rows)
             _write(self.fd, images, start * self.stride)
-            checksums.append(hashlib.sha256(images.data).hexdigest())
+            checksums.append(hashlib.sha256(images).hexdigest())
         os.ftruncate(self.fd, len(keep) * self.stride)
         os.fsync(self.fd)
         return checksums
@@ -391,9 +389,9 @@ def _statistics(total: Any, square: Any, pixels: int) -> dict[str, list[float]] 
     return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(variance, 1e-8)).tolist()}
 
 
-def _write(fd: int, images: NDArray[np.uint8], offset: int) -> None:
+def _write(fd: int, images: bytes | memoryview, offset: int) -> None:
     # pwrite, not a map: a full disk is an error here, but kills a process that writes to a map.
-    view = np.ascontiguousarray(images).data.cast("B")
+    view = memoryview(images).cast("B")
     while view:
         written = os.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written

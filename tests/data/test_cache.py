@@ -309,6 +309,24 @@ def test_unreadable_images(tree: Path, tmp_path: Path) -> None:
     )
 
 
+def test_many_unreadable_images_in_a_row_take_no_memory(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where most of a data set's archives were not extracted."""
+    for name in "bcde":
+        for path in sorted((tree / "train" / name).iterdir())[1:-1]:
+            path.write_bytes(b"")
+    real, most = os.pread, 7 * 3 * 16 * 16
+
+    def pread(file: int, size: int, offset: int) -> bytes:
+        assert size <= most
+        return real(file, size, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+    prepare_cache(tree, tmp_path / "cache", 16, skip_unreadable=True)
+    assert cache.verify_cache(tmp_path / "cache") == []
+
+
 def test_names_that_are_no_utf8(tree: Path, tmp_path: Path) -> None:
     (tree / "train" / "a").rename(tree / "train" / os.fsdecode(b"caf\xe9"))
     (tree / "test" / "h" / os.fsdecode(b"\xe9.jpg")).write_bytes(b"")

@@ -127,8 +127,8 @@ def make_classes(
 ) -> ShapesData:
     """Choose classes, names, texts and splits.
 
-    Any two classes differ in at least two attributes (that vary in neither), and every class shares
-    at least four with some other where the draw allows it: fine-grained, yet never alike.
+    Any two classes differ in at least two attributes, or, where some vary, in at least one that
+    varies in neither. Nearly all share four with some other: fine-grained, yet never alike.
 
     Args:
         count: classes, 20 to 300; 60 % base, 20 % validation, 20 % novel.

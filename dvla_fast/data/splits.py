@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dvla_fast.errors import DataError, MissingDependencyError
-from dvla_fast.names import normalised_name
+from dvla_fast.names import composed, normalised_name
 
 FORMAT = "dvla-fast-splits/1"
 SPLITS = ("train", "val", "test")
@@ -98,11 +97,6 @@ def load_split_list(name: str) -> SplitList:
             "give the path of a .json file"
         )
     return _read(path)
-
-
-def composed(name: str) -> str:
-    """Return a name in Unicode's composed form (NFC); Macs write those of files in another."""
-    return unicodedata.normalize("NFC", name)
 
 
 def _is_count(value: Any) -> bool:

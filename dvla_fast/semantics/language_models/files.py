@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dvla_fast.errors import LanguageModelError
+from dvla_fast.names import composed
 from dvla_fast.semantics.bank import json_problem
 from dvla_fast.semantics.language_models.base import Answer, Request, Usage
 
@@ -72,7 +72,7 @@ class AnswerFile:
             if stage not in STAGES or not isinstance(answers, dict):
                 raise LanguageModelError(f"{self.path}: {stage!r} is no stage's answers; {_FORM}")
             for name, answer in answers.items():
-                key = stage, _composed(name)
+                key = stage, composed(name)
                 if key in found:
                     raise LanguageModelError(
                         f"{self.path}: {stage} of {name!r} for the second time; keep one of them"
@@ -110,7 +110,7 @@ class AnswerFile:
                 )
             if not isinstance(name, str):
                 raise LanguageModelError(f"{where}: class {name!r} is no name; {_FORM}")
-            key = stage, _composed(name)
+            key = stage, composed(name)
             if key in found:
                 raise LanguageModelError(f"{where}: {stage} of {name!r} for the second time")
             found[key] = _text(answer)
@@ -124,7 +124,7 @@ class AnswerFile:
     ) -> Iterator[tuple[int, Answer | LanguageModelError]]:
         """Look the answers up; a class that the file lacks is an error of that class alone."""
         for index, request in enumerate(requests):
-            text = self._answers.get((request.stage, _composed(request.subject)))
+            text = self._answers.get((request.stage, composed(request.subject)))
             if text is None:
                 self.usage.failures += 1
                 about = f"{request.stage} answer for class {request.subject!r}"
@@ -133,10 +133,6 @@ class AnswerFile:
             answer = Answer(text, model=self.path.name)
             self.usage.count(answer)
             yield index, answer
-
-
-def _composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
 
 
 def _text(answer: Any) -> str:

@@ -35,7 +35,7 @@ from dvla_fast.data.cache_index import (
     read_index,
 )
 from dvla_fast.data.cache_journal import JOURNAL, SETTINGS, keep_settings, read_entries
-from dvla_fast.data.decode import decode, pillow
+from dvla_fast.data.decode import check_size, decode, pillow
 from dvla_fast.data.equal import in_two_splits, row_hash, warn_of_shared
 from dvla_fast.data.images import FewShotData, ImageSet
 from dvla_fast.data.layouts import list_data
@@ -87,10 +87,11 @@ def prepare_cache(
 
     Raises:
         DataError: as ``list_data``; unreadable images (all are looked at first, and named in
-            ``unreadable.txt``); or a cache of other files in the way.
+            ``unreadable.txt``); a cache of other files in the way; or a size below 1.
         OutputError: not writable, not enough space, or another process builds it right now.
     """
     pillow()
+    check_size(image_size)
     output = Path(output)
     if is_cache(root):
         made_from = read_index(root)["root"]

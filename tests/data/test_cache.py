@@ -116,6 +116,17 @@ def test_an_edited_split_file_is_noticed(tmp_path: Path) -> None:
         cache.open_cache(tmp_path / "cache", 16, splits=str(mine))
 
 
+@pytest.mark.parametrize(("size", "error"), [(0, DataError), (-3, DataError), (2.5, TypeError)])
+def test_sizes_that_no_image_has(
+    tree: Path, tmp_path: Path, size: int, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match="image_size"):
+        prepare_cache(tree, tmp_path / "cache", size)
+    assert not (tmp_path / "cache.partial").exists()
+    with pytest.raises(error, match="image_size"):
+        load_data(str(tree), size)
+
+
 def test_without_validation_classes(tmp_path: Path) -> None:
     tree = trees.split_folders(tmp_path / "photos", {"train": "abc", "test": "de"})
     prepare_cache(tree, tmp_path / "cache", 16)

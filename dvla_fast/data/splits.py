@@ -122,7 +122,10 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(("published", "notes"), (_is_text, "a text")),
     "source": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "texts"),
-    "names": (_maps_to(_is_name), "an object of a readable name for each class"),
+    "names": (
+        _maps_to(lambda value: _is_name(value) and bool(value.strip())),
+        "an object of a readable name for each class",
+    ),
     **dict.fromkeys(
         ("images_per_split", "images_per_class", "expected_classes"),
         (_maps_to(_is_count), "an object of numbers"),

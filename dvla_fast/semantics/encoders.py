@@ -217,7 +217,7 @@ def _split(name: str) -> tuple[str, str, str]:
     if family == "transformers" and rest:
         return family, rest, rest
     # sha256-: what encoder_identity makes of a local-dir
-    if family == "open_clip" and rest.startswith(("hf-hub:", "local-dir:", "sha256-")):
+    if family == "open_clip" and re.match(r"(?:hf-hub:|local-dir:|sha256-).", rest):
         return family, rest, rest.removeprefix("local-dir:")
     model, _, weights = rest.partition("/")
     if family == "open_clip" and model and weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -51,6 +52,18 @@ def test_descriptions_and_attributes_of_two_files(tmp_path: Path) -> None:
     assert texts.levels.tolist() == [0, 0, 0, 1]
     assert_unit(texts.tokens[texts.mask])
     assert_unit(texts.class_embedding)
+
+
+def test_two_files_of_one_name_are_both_on_record(tmp_path: Path) -> None:
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+    first = save(tmp_path / "a" / "cub.pth", {"semantic_feature": features("owl")})
+    second = save(tmp_path / "b" / "cub.pth", {"attribute_features": features("owl", count=3)})
+    digests = {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in (("cub.pth", first), (str(second), second))
+    }
+    assert read_published([first, second]).files == digests
 
 
 def test_levels_of_one_class_are_one_class(
@@ -136,6 +149,7 @@ def test_banks_of_the_journal_extension(tmp_path: Path) -> None:
         ({"semantic_feature": {"owl": torch.ones(2, 6)}}, r"shape \(2, 6\), expected"),
         ({"semantic_feature": {"owl": [1.0, 2.0]}}, "not a tensor of numbers, but list"),
         ({"attribute_features": {"owl": torch.ones(2, 6, dtype=torch.int64)}}, "not a tensor"),
+        ({"semantic_feature": {"owl": torch.eye(6).to_sparse()}}, "class 'owl' are sparse; save"),
         (
             {"semantic_feature": {"owl": torch.ones(6), "jay": torch.ones(7)}},
             r"vectors of lengths \[6, 7\]",

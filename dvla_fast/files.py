@@ -107,11 +107,16 @@ def unwritable(path: Path, error: OSError, remedy: str = REMEDY) -> OutputError:
 
 def write_text_atomic(path: Path, text: str, remedy: str = REMEDY) -> None:
     """Replace a text file atomically (OutputError when it cannot be written)."""
-    write_atomic(path, lambda temporary: _write_text(temporary, text), remedy)
+    write_bytes_atomic(path, text.encode(), remedy)
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def write_bytes_atomic(path: Path, content: bytes, remedy: str = REMEDY) -> None:
+    """Likewise for any file."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    write_atomic(path, write, remedy)
 
 
 def _sync_folder(folder: Path) -> None:

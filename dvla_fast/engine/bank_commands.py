@@ -31,7 +31,7 @@ from dvla_fast.engine.tool_config import (
     SemanticsShow,
 )
 from dvla_fast.errors import BankError
-from dvla_fast.files import write_atomic, write_text_atomic
+from dvla_fast.files import write_bytes_atomic, write_text_atomic
 from dvla_fast.names import normalised_name
 from dvla_fast.semantics import ClassEntry, SemanticBank, encode_bank
 from dvla_fast.semantics.bank import (
@@ -260,7 +260,7 @@ def edit(config: SemanticsEdit) -> int:
     except BankError as error:
         problem = problem or str(error)
     if problem:
-        write_atomic(kept, lambda temporary: _write_bytes(temporary, edited))
+        write_bytes_atomic(kept, edited)
         raise BankError(
             f"{path}: class {name!r} {problem}; the bank is as it was, your edit is kept in "
             f"{kept}: the same command opens it again"
@@ -273,10 +273,6 @@ def edit(config: SemanticsEdit) -> int:
         print(f"changed     {name!r} in {path}")
     kept.unlink(missing_ok=True)
     return 0
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
 
 
 def _in_editor(content: bytes, slug: str) -> tuple[bytes, str | None]:

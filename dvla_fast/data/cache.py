@@ -99,7 +99,7 @@ def prepare_cache(
     listing = list_data(root, splits, absent_ok=skip_unreadable)
     warn_if_enlarged(listing.root, listing.reduced, image_size)
     builder = _Builder(listing, output, image_size, splits)
-    if output.exists():
+    if os.path.lexists(output):  # a link that leads nowhere is in the way, too
         return builder.already_there()
     try:
         with builder.open(advance):

@@ -50,7 +50,7 @@ def read_index(path: str | Path) -> dict[str, Any]:
         sound = index["index_sha256"] == index_checksum(index)
         expected = index["images"] * 3 * index["image_size"] ** 2
         actual = (path / IMAGES).stat().st_size
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error) if isinstance(error, OSError) else repr(error)
         raise DataError(f"{path}: cannot read this cache ({reason}); {remedy}") from error
     if not sound:

@@ -281,8 +281,10 @@ def test_cache_of_other_files_in_the_way(tree: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "cache") == before
     assert "have changed since it was made" in cache.verify_cache(tmp_path / "cache")[0]
     (tmp_path / "mine").mkdir()
-    with pytest.raises(OutputError, match="exists and is no cache"):
-        prepare_cache(tree, tmp_path / "mine", 16)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for other in ("mine", "link"):
+        with pytest.raises(OutputError, match="exists and is no cache"):
+            prepare_cache(tree, tmp_path / other, 16)
 
 
 def test_unreadable_images(tree: Path, tmp_path: Path) -> None:
@@ -426,6 +428,7 @@ def test_damaged_caches(tree: Path, tmp_path: Path) -> None:
     for text, message in (
         (json.dumps(content), "changed since it was written"),
         (index[:100], "cannot read this cache"),
+        ("[" * 100_000, "cannot read this cache"),
         ('{"format": "dvla-fast-cache/9"}', "format 'dvla-fast-cache/9', not dvla-fast-cache"),
     ):
         (path / "index.json").write_text(text)

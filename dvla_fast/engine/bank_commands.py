@@ -269,7 +269,8 @@ def edit(config: SemanticsEdit) -> int:
         print("no change")
     else:
         now["classes"][name] = after
-        write_text_atomic(path, format_json({**now, "format": FORMAT}) + "\n")
+        # not in the place of a link to it
+        write_text_atomic(path.resolve(), format_json({**now, "format": FORMAT}) + "\n")
         print(f"changed     {name!r} in {path}")
     kept.unlink(missing_ok=True)
     return 0

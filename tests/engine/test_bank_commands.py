@@ -255,6 +255,17 @@ def test_an_edit_does_not_undo_what_others_wrote(
     assert "Mine." in kept.read_text()
 
 
+def test_an_edit_through_a_link_reaches_the_bank(
+    birds: Path, use_editor: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = birds.with_name("link.json")
+    link.symlink_to(birds)
+    use_editor("open(path, 'w').write(text.replace('A loud bird.', 'Mine.'))")
+    assert "changed" in run(capsys, "edit", link, "jay")
+    assert link.is_symlink()
+    assert load_bank(birds).classes["jay"].description == "Mine."
+
+
 @pytest.mark.parametrize("now", ["[]", '{"classes": []}', "{"])
 def test_an_edit_outlives_a_bank_that_is_damaged_meanwhile(
     birds: Path, use_editor: Any, capsys: pytest.CaptureFixture[str], now: str

@@ -18,7 +18,7 @@ from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import BankError, OutputError
 from dvla_fast.semantics import HashedNGramEncoder, encode_bank, load_bank
-from dvla_fast.semantics.vectors import CachedEncoder, vectors_path
+from dvla_fast.semantics.vectors import _PARTS, FORMAT, CachedEncoder, vectors_path
 
 ENTRIES = {
     "owl": {"attributes": ["round face", "big eyes"], "description": "A night bird."},
@@ -140,6 +140,26 @@ def test_wrong_files_are_refused(bank: Path, damage: str) -> None:
     else:
         path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(BankError, match=r"birds\.safetensors: not usable .*semantics encode"):
+        cached(bank, Counting())
+
+
+@pytest.mark.parametrize(
+    ("info", "vectors", "message"),
+    [
+        ({}, torch.ones(1, 1), r"birds\.safetensors: not usable \('kind'\)"),
+        ({"kind": "cache"}, torch.ones(1), "its parts have other shapes than are written"),
+        ({"kind": "cache"}, torch.ones(1, 16), "it holds vectors that are no unit vectors"),
+        ({"kind": "cache"}, torch.full((1, 16), torch.nan), "no unit vectors"),
+    ],
+)
+def test_damaged_vectors_are_the_files_fault(
+    bank: Path, info: dict[str, str], vectors: Tensor, message: str
+) -> None:
+    parts = (torch.zeros(1, 16, dtype=torch.uint8), vectors, torch.zeros(1, dtype=torch.uint8))
+    tensors = {f"counting|{name}": part for name, part in zip(_PARTS, parts)}
+    metadata = {"dvla_fast": json.dumps({"format": FORMAT, **info})}
+    save_file(tensors, vectors_path(bank), metadata=metadata)
+    with pytest.raises(BankError, match=message):
         cached(bank, Counting())
 
 

@@ -245,7 +245,8 @@ def read_stored(bank: SemanticBank) -> dict[str, ClassVectors]:
             )
         found[name] = ClassVectors(*parts)  # type: ignore[arg-type]
     whole = len(tensors) == 2 * len(found)  # a class may be removed from the JSON by hand
-    if whole and vectors_sha256(found) != bank.vectors.sha256:
+    others = whole and vectors_sha256(found) != bank.vectors.sha256
+    if others or any(bool(not_unit(part).any()) for parts in found.values() for part in parts):
         raise BankError(_damaged(path, f"its vectors are not those that {bank.source} was made of"))
     return found
 

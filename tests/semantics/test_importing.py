@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dvla_fast.cli import main
 from dvla_fast.engine.config import SemanticsConfig
@@ -230,6 +232,14 @@ def test_vectors_that_are_not_the_banks(tmp_path: Path) -> None:
     del content["classes"]["jay"]  # by hand
     (tmp_path / "birds.json").write_text(json.dumps(content))
     assert list(read_stored(bank())) == ["owl"]
+    with safe_open(vectors, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(vectors)
+    tensors["description|owl"][0, 0] = torch.nan
+    save_file(tensors, vectors, metadata)
+    with pytest.raises(BankError, match="not those that"):
+        read_stored(bank())
+    vectors.write_bytes(good)
     content["classes"]["owl"]["vectors"]["attributes"] = 2
     (tmp_path / "birds.json").write_text(json.dumps(content))
     with pytest.raises(BankError, match="class 'owl' has vectors of shapes"):

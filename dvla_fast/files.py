@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,16 +26,11 @@ def write_atomic(path: Path, write: Callable[[Path], None], remedy: str = REMEDY
         OutputError: the folder cannot be written or the disk is full, with the remedy; the old
             file stays.
     """
-    temporary: Path | None = None
+    temporary = path.parent / f"{_prefix(path)}{secrets.token_hex(8)}.tmp"
     try:
-        handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        # not mkstemp: its file is private, and asking for the umask sets it for all threads
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         write(temporary)
-        # mkstemp makes a private file; give it the mode that an ordinary open would
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
@@ -42,9 +38,8 @@ def write_atomic(path: Path, write: Callable[[Path], None], remedy: str = REMEDY
     except OSError as error:
         raise unwritable(path, error, remedy) from error
     finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def check_writable(path: Path, remedy: str = REMEDY) -> None:
@@ -58,6 +53,8 @@ def check_writable(path: Path, remedy: str = REMEDY) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             os.lstat(path)  # the system knows which names are too long
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with tempfile.NamedTemporaryFile(prefix=_prefix(path), dir=path.parent):
             pass
     except OSError as error:
@@ -110,11 +107,16 @@ def unwritable(path: Path, error: OSError, remedy: str = REMEDY) -> OutputError:
 
 def write_text_atomic(path: Path, text: str, remedy: str = REMEDY) -> None:
     """Replace a text file atomically (OutputError when it cannot be written)."""
-    write_atomic(path, lambda temporary: _write_text(temporary, text), remedy)
+    write_bytes_atomic(path, text.encode(), remedy)
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def write_bytes_atomic(path: Path, content: bytes, remedy: str = REMEDY) -> None:
+    """Likewise for any file."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    write_atomic(path, write, remedy)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -6,8 +6,12 @@ import re
 import unicodedata
 
 
+def composed(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC); Macs write those of files in another."""
+    return unicodedata.normalize("NFC", name)
+
+
 def normalised_name(name: str) -> str:
     """Reduce a class name to what counts when names are compared."""
-    name = unicodedata.normalize("NFC", name)  # names of files on a Mac are in NFD
-    name = re.sub(r"^(?:\d{3}\.|n\d{8}-)(?=.)", "", name.strip())
+    name = re.sub(r"^(?:\d{3}\.|n\d{8}-)(?=.)", "", composed(name).strip())
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()

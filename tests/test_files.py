@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,21 @@ def test_the_folder_of_an_output_is_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"page.html: cannot write \(.*\); free space or choose"):
         check_writable(tmp_path / "file" / "page.html")
+    with pytest.raises(OutputError, match=r"folder: cannot write \(Is a directory\)"):
+        check_writable(tmp_path / "new" / "folder")
+
+
+def test_mode_is_that_of_any_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a moment in which other threads make files that anybody may write."""
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.delattr(os, "umask")
+            write_text_atomic(tmp_path / "file", "text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "ü" * 127 + "x", "x" * 249 + ".jsonl"])

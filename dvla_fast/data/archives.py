@@ -127,7 +127,7 @@ def chestx(root: Path) -> Found | None:
     }
     classes: dict[str, list[Path]] = {}
     absent: dict[Path, Path] = {}
-    for name, label in _findings(tables[0]):
+    for name, label in _findings(tables[0]).items():
         if label not in wanted:
             continue
         path = paths.get(name)
@@ -144,17 +144,28 @@ def chestx(root: Path) -> Found | None:
     )
 
 
-def _findings(table: Path) -> list[tuple[str, str]]:
-    """Image and finding labels of each row of ChestX's table."""
+def _findings(table: Path) -> dict[str, str]:
+    """Finding labels of each image of ChestX's table, in order."""
     columns = ("Image Index", "Finding Labels")
+    found: dict[str, str] = {}
     try:
         with table.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
-            if set(columns) <= set(reader.fieldnames or ()):
-                return [(row[columns[0]], row[columns[1]]) for row in reader]
+            if not set(columns) <= set(reader.fieldnames or ()):
+                raise DataError(
+                    f"{table}: expected the columns {' and '.join(columns)}; get it again"
+                )
+            for row in reader:
+                name, label = row[columns[0]], row[columns[1]]
+                if not (name and label) or name in found:
+                    raise DataError(
+                        f"{table}, line {reader.line_num}: expected another image and its "
+                        f"findings, got {name!r} and {label!r}; get it again"
+                    )
+                found[name] = label
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: no table in UTF-8 ({error}); get it again") from error
-    raise DataError(f"{table}: expected the columns {' and '.join(columns)}; get it again")
+    return found
 
 
 RECOGNISERS: tuple[Callable[[Path], Found | None], ...] = (

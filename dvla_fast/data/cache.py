@@ -28,19 +28,20 @@ from dvla_fast.data.cache_index import (
     FORMAT,
     IMAGES,
     INDEX,
+    check_split,
     index_checksum,
     is_cache,
     map_images,
     read_index,
 )
 from dvla_fast.data.cache_journal import JOURNAL, SETTINGS, keep_settings, read_entries
-from dvla_fast.data.decode import decode, pillow
+from dvla_fast.data.decode import check_size, decode, pillow
 from dvla_fast.data.equal import in_two_splits, row_hash, warn_of_shared
 from dvla_fast.data.images import FewShotData, ImageSet
 from dvla_fast.data.layouts import list_data
 from dvla_fast.data.listing import Listing
 from dvla_fast.data.load import assemble, warn_if_enlarged
-from dvla_fast.data.splits import SPLITS, is_split_of, published_name
+from dvla_fast.data.splits import SPLITS, published_name
 from dvla_fast.errors import DataError, OutputError
 from dvla_fast.files import state_of
 
@@ -86,10 +87,11 @@ def prepare_cache(
 
     Raises:
         DataError: as ``list_data``; unreadable images (all are looked at first, and named in
-            ``unreadable.txt``); or a cache of other files in the way.
+            ``unreadable.txt``); a cache of other files in the way; or a size below 1.
         OutputError: not writable, not enough space, or another process builds it right now.
     """
     pillow()
+    check_size(image_size)
     output = Path(output)
     if is_cache(root):
         made_from = read_index(root)["root"]
@@ -97,7 +99,7 @@ def prepare_cache(
     listing = list_data(root, splits, absent_ok=skip_unreadable)
     warn_if_enlarged(listing.root, listing.reduced, image_size)
     builder = _Builder(listing, output, image_size, splits)
-    if output.exists():
+    if os.path.lexists(output):  # a link that leads nowhere is in the way, too
         return builder.already_there()
     try:
         with builder.open(advance):
@@ -259,7 +261,7 @@ class _Builder:
         hashes, sums = zip(*pool.map(fill, range(len(rows))))
         base = max(0, min(len(rows), self.base_rows - start))
         total, square = np.stack([np.zeros((2, 3), np.int64), *sums[:base]]).sum(0).tolist()
-        _write(self.fd, images, start * self.stride)
+        _write(self.fd, images.data, start * self.stride)
         return {
             "start": start,
             "fingerprint": fingerprint,
@@ -309,12 +311,10 @@ class _Builder:
             if rows == list(range(start, min(start + CHUNK, len(self.rows)))):
                 checksums.append(self.done[start]["sha256"])
                 continue
-            first = rows[0] * self.stride
-            block = os.pread(self.fd, (rows[-1] - rows[0] + 1) * self.stride, first)
-            images = np.frombuffer(block, np.uint8).reshape(-1, self.stride)
-            images = np.ascontiguousarray(images[np.asarray(rows) - rows[0]])
+            # one by one: gigabytes of those left out may lie between two
+            images = b"".join(os.pread(self.fd, self.stride, row * self.stride) for row in rows)
             _write(self.fd, images, start * self.stride)
-            checksums.append(hashlib.sha256(images.data).hexdigest())
+            checksums.append(hashlib.sha256(images).hexdigest())
         os.ftruncate(self.fd, len(keep) * self.stride)
         os.fsync(self.fd)
         return checksums
@@ -390,9 +390,9 @@ def _statistics(total: Any, square: Any, pixels: int) -> dict[str, list[float]] 
     return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(variance, 1e-8)).tolist()}
 
 
-def _write(fd: int, images: NDArray[np.uint8], offset: int) -> None:
+def _write(fd: int, images: bytes | memoryview, offset: int) -> None:
     # pwrite, not a map: a full disk is an error here, but kills a process that writes to a map.
-    view = np.ascontiguousarray(images).data.cast("B")
+    view = memoryview(images).cast("B")
     while view:
         written = os.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written
@@ -419,12 +419,7 @@ def open_cache(
             f"{path}: holds {index['image_size']}-pixel images, not {image_size}; set "
             f"--data.image_size {index['image_size']}, or prepare another cache"
         )
-    keys = {name: entry["keys"] for name, entry in index["splits"].items()}
-    if splits and not is_split_of(splits, index["split_list"], keys):
-        raise DataError(
-            f"{path}: was prepared with the split {index['split_list'] or 'of its folders'}, not "
-            f"{splits}; leave out --data.splits, or prepare another cache"
-        )
+    check_split(path, index, splits)
     warn_if_enlarged(path, index["reduced"], image_size)
     warn_of_shared(str(path), index["shared"])
     images = map_images(path, index)
@@ -444,6 +439,7 @@ def open_cache(
         )  # fmt: skip
     known = index["statistics"]
     statistics = (torch.tensor(known["mean"]), torch.tensor(known["std"])) if known else None
+    keys = {name: entry["keys"] for name, entry in index["splits"].items()}
     published = published_name(index["split_list"], keys)
     data = assemble(index["name"], sets, holdout, split_seed, statistics, published)
     return replace(data, shared=tuple(index["shared"]), reduced=index["reduced"])

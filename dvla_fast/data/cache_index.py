@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dvla_fast.data.splits import is_split_of
 from dvla_fast.errors import DataError
 
 FORMAT = "dvla-fast-cache/3"  # raised with the layout, and with the pixels that images decode to
@@ -49,7 +50,7 @@ def read_index(path: str | Path) -> dict[str, Any]:
         sound = index["index_sha256"] == index_checksum(index)
         expected = index["images"] * 3 * index["image_size"] ** 2
         actual = (path / IMAGES).stat().st_size
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error) if isinstance(error, OSError) else repr(error)
         raise DataError(f"{path}: cannot read this cache ({reason}); {remedy}") from error
     if not sound:
@@ -57,6 +58,21 @@ def read_index(path: str | Path) -> dict[str, Any]:
     if actual != expected:
         raise DataError(f"{path / IMAGES}: {actual} bytes, expected {expected}; {remedy}")
     return index
+
+
+def check_split(path: str | Path, index: Mapping[str, Any], splits: str) -> None:
+    """Refuse a split list that is not the one a cache was prepared with; none: any will do.
+
+    Raises:
+        DataError: another one, or as ``load_split_list``.
+    """
+    keys = {name: entry["keys"] for name, entry in index["splits"].items()}
+    if splits and not is_split_of(splits, index["split_list"], keys):
+        raise DataError(
+            f"{path}: was prepared with the split {index['split_list'] or 'of its folders'}, not "
+            f"{splits}; leave out --data.splits (--splits of 'dvla-fast data'), or prepare "
+            "another cache"
+        )
 
 
 def map_images(path: str | Path, index: Mapping[str, Any]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dvla_fast.data.cache import verify_cache
-from dvla_fast.data.cache_index import is_cache, read_index
+from dvla_fast.data.cache_index import check_split, is_cache, read_index
 from dvla_fast.data.decode import IMAGE_SUFFIXES, in_blocks, is_image, open_rgb
 from dvla_fast.data.equal import Place, crosses, equal_rows, places_text, row_hash
 from dvla_fast.data.folders import reading, visible_folders
@@ -69,7 +69,7 @@ def check_data(
     """Check a data set, or a prepared cache.
 
     Args:
-        root, splits: as ``list_data``, or the folder of a cache.
+        root, splits: as ``list_data``, or the folder of a cache and its own split list.
         shot, query: images that an episode takes of a class; smaller classes are a problem.
         image_size: side that training will use; images of half of it or less are noted.
         decode_images: read every image (finds unreadable ones and duplicates); else only count.
@@ -78,12 +78,12 @@ def check_data(
         advance: called with the images done so far and all of them, those of a cache, too.
 
     Raises:
-        DataError: nothing recognised at all, as ``list_data``.
+        DataError: nothing recognised at all, as ``list_data``; or a cache of another split list.
         MissingDependencyError: as ``list_data``.
     """
     report = Report()
     if is_cache(root):
-        _check_cache(root, shot + query, decode_images, advance, report)
+        _check_cache(root, splits, shot + query, decode_images, advance, report)
         return report
     listing = list_data(root, splits, strict=False)
     _describe(listing, report)
@@ -98,12 +98,14 @@ def check_data(
 
 def _check_cache(
     root: str | Path,
+    splits: str,
     needed: int,
     compare: bool,
     advance: Callable[[int, int], None],
     report: Report,
 ) -> None:
     index = read_index(root)
+    check_split(root, index, splits)
     report.facts.append(
         f"cache of {index['name']}, {index['images']} images of {index['image_size']} pixels, "
         f"split {index['split_list'] or 'of its folders'}, made from {index['root']}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from dvla_fast.arguments import expect_whole
 from dvla_fast.errors import DataError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -127,6 +128,13 @@ def _turn(image: Any) -> Any:
         return turns.get(image.getexif().get(_ORIENTATION))
     except Exception:  # nearly anything, and the pixels are as good as before
         return None
+
+
+def check_size(image_size: int) -> None:
+    """Refuse what is no side of an image: DataError below 1, TypeError for no whole number."""
+    expect_whole("image_size", image_size)
+    if image_size < 1:
+        raise DataError(f"image_size must be at least 1, got {image_size}")
 
 
 def to_square(rgb: Any, size: int) -> NDArray[np.uint8]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvla_fast.arguments import expect_whole
+from dvla_fast.arguments import expect_tensor, expect_whole
 from dvla_fast.data.images import ImageSet
 from dvla_fast.errors import DataError
 
@@ -57,6 +57,7 @@ class EpisodeSampler:
     Raises:
         DataError: fewer classes than ``way``, a class with fewer than shot + query images, or too
             few of them for queries.
+        TypeError, ValueError: an argument of the wrong kind or shape.
     """
 
     def __init__(
@@ -74,32 +75,16 @@ class EpisodeSampler:
                 raise DataError(f"seed must be at least 0, got {value}")
             if name != "seed" and value < 1:
                 raise DataError(f"{name} must be at least 1, got {value}")
+        self.way, self.shot, self.query, self.seed = way, shot, query, seed
         labels = images.labels.cpu().numpy()
-        if len(labels) != len(images.images):
-            raise DataError(f"{images.name}: {len(images.images)} images, but {len(labels)} labels")
-        if len(labels) and not 0 <= labels.min() <= labels.max() < len(images.class_names):
-            raise DataError(
-                f"{images.name}: labels from {labels.min()} to {labels.max()}, but "
-                f"{len(images.class_names)} class names"
-            )
+        _check_labels(images, labels)
         counts = np.bincount(labels, minlength=len(images.class_names))
         if len(counts) < way:
             raise DataError(
                 f"{images.name}: {len(counts)} classes cannot give a {way}-way episode; lower "
                 "way or add classes"
             )
-        short = [
-            f"{name!r} has {count}"
-            for name, count in zip(images.class_names, counts, strict=True)
-            if count < shot + query
-        ]
-        if short:
-            raise DataError(
-                f"{images.name}: {len(short)} class(es) have fewer than the {shot} support + "
-                f"{query} query images of an episode ({'; '.join(short[:5])}); lower shot or "
-                "query, or add images"
-            )
-        self.way, self.shot, self.query, self.seed = way, shot, query, seed
+        self._check_counts(images, counts)
         self._counts = counts
         # (C, longest) positions of each class's images, padded at the end
         self._table = np.zeros((len(counts), counts.max()), dtype=np.int64)
@@ -107,24 +92,33 @@ class EpisodeSampler:
             self._table[label, :count] = np.flatnonzero(labels == label)
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._barred: np.ndarray | None = None  # [N]
-        if not_as_query is not None and bool(not_as_query.any()):
+        if not_as_query is not None and bool(_flags(not_as_query, len(labels)).any()):
             self._barred = not_as_query.cpu().numpy()
-            self._check_barred(images, labels)
+            left = np.bincount(labels[~self._barred], minlength=len(counts))
+            self._check_counts(images, left, written_from=True)
 
-    def _check_barred(self, images: ImageSet, labels: np.ndarray) -> None:
-        assert self._barred is not None
-        left = np.bincount(labels[~self._barred], minlength=len(self._counts))
+    def _check_counts(
+        self, images: ImageSet, counts: np.ndarray, written_from: bool = False
+    ) -> None:
+        """Find the classes with too few images (DataError).
+
+        Args:
+            written_from: the images that texts were written from do not count.
+        """
         short = [
             f"{name!r} has {count}"
-            for name, count in zip(images.class_names, left, strict=True)
+            for name, count in zip(images.class_names, counts, strict=True)
             if count < self.shot + self.query
         ]
         if short:
+            where, remedy = f"{images.name}:", "or add images"
+            if written_from:
+                where += " without the images that the texts were written from,"
+                remedy = "add images, or use a bank that has seen fewer"
             raise DataError(
-                f"{images.name}: without the images that the texts were written from, {len(short)} "
-                f"class(es) have fewer than the {self.shot} support + {self.query} query images of "
-                f"an episode ({'; '.join(short[:5])}); lower shot or query, add images, or use a "
-                "bank that has seen fewer"
+                f"{where} {len(short)} class(es) have fewer than the {self.shot} support + "
+                f"{self.query} query images of an episode ({'; '.join(short[:5])}); lower shot or "
+                f"query, {remedy}"
             )
 
     def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -186,3 +180,23 @@ class EpisodeSampler:
             for tensor in (batch.classes, batch.support, batch.query):
                 digest.update(tensor.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+def _check_labels(images: ImageSet, labels: np.ndarray) -> None:
+    if len(labels) != len(images.images):
+        raise DataError(f"{images.name}: {len(images.images)} images, but {len(labels)} labels")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(images.class_names):
+        raise DataError(
+            f"{images.name}: labels from {labels.min()} to {labels.max()}, but "
+            f"{len(images.class_names)} class names"
+        )
+
+
+def _flags(not_as_query: Tensor, count: int) -> Tensor:
+    expect_tensor("not_as_query", not_as_query)
+    if not_as_query.dtype != torch.bool or not_as_query.shape != (count,):
+        raise ValueError(
+            f"not_as_query: expected bool ({count},), one for each image, got "
+            f"{not_as_query.dtype} {tuple(not_as_query.shape)}"
+        )
+    return not_as_query

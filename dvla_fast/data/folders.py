@@ -9,8 +9,9 @@ from pathlib import Path
 
 from dvla_fast.data.decode import is_image
 from dvla_fast.data.listing import Found, References
-from dvla_fast.data.splits import SPLITS, composed
+from dvla_fast.data.splits import SPLITS
 from dvla_fast.errors import DataError
+from dvla_fast.names import composed
 
 # Names of training and test classes, as people call them; the first pair that is there counts.
 _MIXED = (("train", "novel"), ("base", "test"))

@@ -149,7 +149,11 @@ class Listing:
         return published_name(name, {split: item.keys for split, item in self.splits.items()})
 
     def image_id(self, split: Split, index: int) -> str:
-        """Name an image for good: its path below the root, or ``file[row]`` of an array."""
+        """Name an image: its path below the root, or ``file[row]`` of an array.
+
+        Where a split list divides an array (CIFAR-100), the file's name is followed by the split
+        and the list: under another list the same image is called otherwise.
+        """
         reference = split.references[index]
         if not isinstance(reference, Path):
             return f"{Path(split.where).name}[{reference}]"

@@ -14,8 +14,8 @@ from typing import Any
 from dvla_fast.data.decode import is_image
 from dvla_fast.data.folders import class_folders, split_paths, visible_folders
 from dvla_fast.data.listing import Found, not_there, within
-from dvla_fast.data.splits import composed
 from dvla_fast.errors import DataError
+from dvla_fast.names import composed
 
 # Names of columns, in any case, with or without "_"; the first of them that a list has is read.
 _FILE_COLUMNS = ("filename", "file", "image", "imagename", "path", "img")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvla_fast.data.decode import decode, in_blocks, pillow
+from dvla_fast.data.decode import check_size, decode, in_blocks, pillow
 from dvla_fast.data.equal import in_two_splits, row_hash, warn_of_shared
 from dvla_fast.data.images import FewShotData, ImageSet, channel_statistics, hold_out
 from dvla_fast.data.layouts import list_data
@@ -48,10 +48,12 @@ def load_images(
         FewShotData with uint8 images (N, 3, image_size, image_size).
 
     Raises:
-        DataError: as ``list_data``; an unreadable image; or more images than memory holds.
+        DataError: as ``list_data``; an unreadable image; more images than memory holds; or a size
+            below 1.
         MissingDependencyError: as ``list_data``.
     """
     pillow()
+    check_size(image_size)
     listing = list_data(root, splits)
     warn_if_enlarged(listing.root, listing.reduced, image_size)
     _check_memory(listing, image_size)

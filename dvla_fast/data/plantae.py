@@ -16,7 +16,7 @@ from typing import Any
 
 from dvla_fast.data.decode import is_image
 from dvla_fast.data.splits import FORMAT, SPLITS, load_split_list
-from dvla_fast.errors import DataError
+from dvla_fast.errors import DataError, DVLAError
 from dvla_fast.files import write_text_atomic
 
 CLASSES, IMAGES = 200, 600
@@ -133,7 +133,7 @@ def main(arguments: list[str]) -> int:
     try:
         content = plantae_split(arguments[0])
         write_text_atomic(Path(arguments[1]), json.dumps(content, indent=1) + "\n")
-    except (DataError, OSError) as error:
+    except (DVLAError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{arguments[1]}: {', '.join(f'{len(v)} {k}' for k, v in content['splits'].items())}")

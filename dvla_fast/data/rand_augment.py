@@ -55,7 +55,7 @@ class RandAugment:
                 break
             values[found[1]] = float(found[2])
         else:
-            if values["inc"] == 1 and values["m"] <= _LIMIT and 1 <= values["n"] <= 8:
+            if values["inc"] == 1 and values["m"] <= _LIMIT and values["n"] in range(1, 9):
                 return cls(values["m"], values["mstd"], int(values["n"]))
         raise ValueError(f"rand_augment: {text!r} is not of the form 'rand-m9-mstd0.5-inc1'")
 

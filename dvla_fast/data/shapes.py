@@ -41,7 +41,8 @@ from dvla_fast.data.shape_drawing import (
     draw,
     stream,
 )
-from dvla_fast.errors import DataError
+from dvla_fast.errors import DataError, DVLAError
+from dvla_fast.files import write_atomic
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -127,8 +128,8 @@ def make_classes(
 ) -> ShapesData:
     """Choose classes, names, texts and splits.
 
-    Any two classes differ in at least two attributes (that vary in neither), and every class shares
-    at least four with some other where the draw allows it: fine-grained, yet never alike.
+    Any two classes differ in at least two attributes, or, where some vary, in at least one that
+    varies in neither. Nearly all share four with some other: fine-grained, yet never alike.
 
     Args:
         count: classes, 20 to 300; 60 % base, 20 % validation, 20 % novel.
@@ -340,6 +341,7 @@ def contact_sheet(
     Raises:
         DataError: an unknown kind.
         MissingDependencyError: matplotlib is not installed.
+        OutputError: the file cannot be written.
     """
     from dvla_fast.pictures import require_matplotlib
 
@@ -370,8 +372,11 @@ def contact_sheet(
             fontsize=7.5,
             color="#B03A2E",
         )
-    figure.savefig(path, format="png")
+    write_atomic(Path(path), lambda temporary: figure.savefig(temporary, format="png"))
 
 
 if __name__ == "__main__":
-    contact_sheet(*(sys.argv[1:3] or ["shapes.png"]))
+    try:
+        contact_sheet(*(sys.argv[1:3] or ["shapes.png"]))
+    except DVLAError as error:
+        sys.exit(f"error: {error}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dvla_fast.errors import DataError, MissingDependencyError
-from dvla_fast.names import normalised_name
+from dvla_fast.names import composed, normalised_name
 
 FORMAT = "dvla-fast-splits/1"
 SPLITS = ("train", "val", "test")
@@ -100,11 +99,6 @@ def load_split_list(name: str) -> SplitList:
     return _read(path)
 
 
-def composed(name: str) -> str:
-    """Return a name in Unicode's composed form (NFC); Macs write those of files in another."""
-    return unicodedata.normalize("NFC", name)
-
-
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -128,7 +122,10 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(("published", "notes"), (_is_text, "a text")),
     "source": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "texts"),
-    "names": (_maps_to(_is_name), "an object of a readable name for each class"),
+    "names": (
+        _maps_to(lambda value: _is_name(value) and bool(value.strip())),
+        "an object of a readable name for each class",
+    ),
     **dict.fromkeys(
         ("images_per_split", "images_per_class", "expected_classes"),
         (_maps_to(_is_count), "an object of numbers"),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dvla_fast.data import is_cache, list_data
-from dvla_fast.data.cache_index import read_index
+from dvla_fast.data.cache_index import check_split, read_index
 from dvla_fast.engine.build import build_data, pick_device
 from dvla_fast.engine.config import DataConfig
 from dvla_fast.engine.progress import Progress
@@ -31,7 +31,7 @@ from dvla_fast.engine.tool_config import (
     SemanticsShow,
 )
 from dvla_fast.errors import BankError
-from dvla_fast.files import write_atomic, write_text_atomic
+from dvla_fast.files import write_bytes_atomic, write_text_atomic
 from dvla_fast.names import normalised_name
 from dvla_fast.semantics import ClassEntry, SemanticBank, encode_bank
 from dvla_fast.semantics.bank import (
@@ -260,7 +260,7 @@ def edit(config: SemanticsEdit) -> int:
     except BankError as error:
         problem = problem or str(error)
     if problem:
-        write_atomic(kept, lambda temporary: _write_bytes(temporary, edited))
+        write_bytes_atomic(kept, edited)
         raise BankError(
             f"{path}: class {name!r} {problem}; the bank is as it was, your edit is kept in "
             f"{kept}: the same command opens it again"
@@ -269,14 +269,11 @@ def edit(config: SemanticsEdit) -> int:
         print("no change")
     else:
         now["classes"][name] = after
-        write_text_atomic(path, format_json({**now, "format": FORMAT}) + "\n")
+        # not in the place of a link to it
+        write_text_atomic(path.resolve(), format_json({**now, "format": FORMAT}) + "\n")
         print(f"changed     {name!r} in {path}")
     kept.unlink(missing_ok=True)
     return 0
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
 
 
 def _in_editor(content: bytes, slug: str) -> tuple[bytes, str | None]:
@@ -367,7 +364,9 @@ def _data_set(config: DataConfig) -> tuple[list[str], dict[str, Sequence[str]]]:
         parts = {"base": data.base, "monitor": data.monitor, "novel": data.novel}
         return list(data.class_names), {name: part.ids for name, part in parts.items()}
     if is_cache(config.dataset):
-        splits = read_index(config.dataset)["splits"]
+        index = read_index(config.dataset)
+        check_split(config.dataset, index, config.splits)
+        splits = index["splits"]
         names = [name for entry in splits.values() for name in entry["names"]]
         return names, {split: entry["files"] for split, entry in splits.items()}
     listing = list_data(config.dataset, config.splits)

@@ -340,11 +340,18 @@ def parse_json(text: str, where: str) -> Any:
             parse_constant=number,
             parse_float=number,
         )
-    except (json.JSONDecodeError, RecursionError) as error:
-        at = f"line {error.lineno}: {error.msg}" if isinstance(error, ValueError) else "too deep"
+    except (ValueError, RecursionError) as error:
         raise BankError(
-            f"{where}: not valid JSON ({at}); the file is damaged or not a semantic bank"
+            f"{where}: not valid JSON ({json_problem(error)}); the file is damaged or not a "
+            "semantic bank"
         ) from error
+
+
+def json_problem(error: ValueError | RecursionError) -> str:
+    """Say why ``json.loads`` could not read a text."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {error.lineno}: {error.msg}"
+    return "too deep" if isinstance(error, RecursionError) else "a number of too many digits"
 
 
 def format_json(value: Any, indent: int = 0) -> str:

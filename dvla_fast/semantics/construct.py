@@ -18,7 +18,7 @@ import torch
 
 from dvla_fast.errors import LanguageModelError, OutputError
 from dvla_fast.files import write_text_atomic
-from dvla_fast.semantics.bank import ClassEntry, SemanticBank, load_bank
+from dvla_fast.semantics.bank import ClassEntry, SemanticBank, read_bank_json
 from dvla_fast.semantics.encoders import TextEncoder
 from dvla_fast.semantics.journal import Journal, JournaledModel
 from dvla_fast.semantics.language_models.base import LanguageModel, ShownImage
@@ -134,7 +134,10 @@ def construct_bank(
 
 def _classes_at(output: Path) -> list[str]:
     """Return the classes of the bank at a path; none where there is no file."""
-    return list(load_bank(output).classes) if output.exists() else []
+    if not output.exists():
+        return []
+    # not load_bank, to which a name may mean a bank of the package
+    return list(SemanticBank.from_dict(read_bank_json(output), str(output)).classes)
 
 
 def _check_own(output: Path, journal: Journal) -> None:

@@ -77,16 +77,24 @@ def encode_checked(encoder: TextEncoder, texts: Sequence[str]) -> Tensor:
             f"text encoder {encoder.name!r}: gives shape {tuple(vectors.shape)}, expected "
             f"{expected}"
         )
-    norms = vectors.double().norm(dim=-1)
-    allowed = max(_UNIT, torch.finfo(vectors.dtype).eps)
-    off = ~(((norms - 1).abs() < allowed) | (norms == 0))  # NaN is off
+    off = not_unit(vectors)
     if bool(off.any()):
         first = int(off.nonzero()[0])
         raise BankError(
             f"text encoder {encoder.name!r}: the vector of {texts[first]!r:.60} has norm "
-            f"{float(norms[first]):.4g}, expected 1: normalise what encode() returns"
+            f"{float(vectors[first].double().norm()):.4g}, expected 1: normalise what encode() "
+            "returns"
         )
     return vectors
+
+
+def not_unit(vectors: Tensor) -> Tensor:
+    """Tell which of n vectors (n, dim) are neither of unit norm nor zero: (n,) bool."""
+    norms = vectors.double().norm(dim=-1)
+    allowed = _UNIT
+    if vectors.is_floating_point():
+        allowed = max(_UNIT, torch.finfo(vectors.dtype).eps)
+    return ~(((norms - 1).abs() < allowed) | (norms == 0))  # NaN is not
 
 
 class LimitedEncoder:
@@ -217,7 +225,7 @@ def _split(name: str) -> tuple[str, str, str]:
     if family == "transformers" and rest:
         return family, rest, rest
     # sha256-: what encoder_identity makes of a local-dir
-    if family == "open_clip" and rest.startswith(("hf-hub:", "local-dir:", "sha256-")):
+    if family == "open_clip" and re.match(r"(?:hf-hub:|local-dir:|sha256-).", rest):
         return family, rest, rest.removeprefix("local-dir:")
     model, _, weights = rest.partition("/")
     if family == "open_clip" and model and weights:

@@ -49,7 +49,7 @@ class Published:
         dim: their length.
         encoder: what they say of their encoder; else ``imported/<dim>``.
         norms: smallest and largest norm before normalising.
-        files: name and SHA-256 of each file.
+        files: name (of a second one called so, the path) and SHA-256 of each file.
         meta: what the files say of themselves.
     """
 
@@ -74,7 +74,9 @@ def read_published(paths: Iterable[str | Path]) -> Published:
     meta: dict[str, Any] = {}
     for path in map(Path, paths):
         content = _load(path)
-        files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        files[str(path) if path.name in files else path.name] = hashlib.sha256(
+            path.read_bytes()
+        ).hexdigest()
         found = _levels(content, path)
         for level, known in (("attributes", attributes), ("descriptions", descriptions)):
             if known and found[level]:
@@ -239,6 +241,8 @@ def _vectors(value: Any, level: str, key: str, path: Path) -> Tensor:
     where = f"{path}: the {level} of class {key!r}"
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise BankError(f"{where} are not a tensor of numbers, but {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise BankError(f"{where} are sparse; save them as a dense tensor")
     vectors = value.detach().float()
     vectors = vectors[None] if vectors.dim() == 1 else vectors
     if vectors.dim() != 2 or not vectors.numel() or (level == "descriptions" and len(vectors) > 1):

@@ -123,13 +123,15 @@ class Journal:
         assert self.path is not None
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
-        if whole != len(content):
-            os.ftruncate(self._file, whole)
-        lines = content[:whole].splitlines()
-        if not lines:
-            self._write({"format": FORMAT})
+        lines, torn = content[:whole].splitlines(), content[whole:]
+        if not lines and not _line({"format": FORMAT}).startswith(torn):
+            raise self._damaged(1)  # another's file, which stays as it is
         for number, line in enumerate(lines, 1):
             self._take(number, line)
+        if torn:
+            os.ftruncate(self._file, whole)
+        if not lines:
+            self._write({"format": FORMAT})
 
     def _take(self, number: int, line: bytes) -> None:
         try:
@@ -145,26 +147,38 @@ class Journal:
                 read, written = row["tokens"]
                 answer = Answer(row["answer"], row["finish"], read, written, row["model"])
                 self._answers[row["key"]] = answer
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            what = "no journal of answers" if number == 1 else f"line {number} is damaged"
-            raise OutputError(
-                f"{self.path}: {what}; remove {'the file' if number == 1 else 'that line'}, or "
-                "give --output another place"
-            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise self._damaged(number) from error
+
+    def _damaged(self, number: int) -> OutputError:
+        what = "no journal of answers" if number == 1 else f"line {number} is damaged"
+        return OutputError(
+            f"{self.path}: {what}; remove {'the file' if number == 1 else 'that line'}, or "
+            "give --output another place"
+        )
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.path is None:
             return
-        line = memoryview((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        line = memoryview(_line(row))
         try:
-            while line:
-                line = line[os.write(self._file, line) :]
-            os.fsync(self._file)
+            before = os.fstat(self._file).st_size
+            try:
+                while line:
+                    line = line[os.write(self._file, line) :]
+                os.fsync(self._file)
+            except OSError:
+                os.ftruncate(self._file, before)  # the next line must not follow half of this one
+                raise
         except OSError as error:
             raise OutputError(
                 f"{self.path}: cannot keep an answer ({error.strerror or error}); free space and "
                 "run the same command again: what is there stays"
             ) from error
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
 
 
 class JournaledModel:

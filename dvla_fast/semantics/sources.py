@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvla_fast.data.cache_index import is_cache, map_images, read_index
+from dvla_fast.data.cache_index import check_split, is_cache, map_images, read_index
 from dvla_fast.data.images import ImageSet
 from dvla_fast.data.layouts import list_data
 from dvla_fast.data.splits import SPLITS
@@ -42,17 +42,17 @@ def folder_classes(
 
     Args:
         root: folder of any known layout, or a cache of ``dvla-fast data prepare``.
-        splits: split list, as ``dvla_fast.data.list_data``.
+        splits: split list, as ``dvla_fast.data.list_data``; of a cache its own, or none.
         parts: splits to build for: train, val, test.
         count: images shown of a class, chosen by ``seed``; all where there are fewer; 0: none.
         max_side: see ``ShownImage``.
 
     Raises:
-        DataError: as ``list_data``; a split that the data set does not have; or a class without a
-            name or without images.
+        DataError: as ``list_data``; a cache of another split list; a split that the data set does
+            not have; or a class without a name or without images.
     """
     if is_cache(root):
-        classes = _cache_classes(Path(root), parts, count, seed, max_side)
+        classes = _cache_classes(Path(root), splits, parts, count, seed, max_side)
     else:
         listing = list_data(root, splits)
         classes = []
@@ -154,9 +154,10 @@ def check_classes(classes: Sequence[ClassSource], *, with_images: bool = False) 
 
 
 def _cache_classes(
-    root: Path, parts: Sequence[str], count: int, seed: int, max_side: int
+    root: Path, splits: str, parts: Sequence[str], count: int, seed: int, max_side: int
 ) -> list[ClassSource]:
     index = read_index(root)
+    check_split(root, index, splits)
     images = map_images(root, index)
     classes, first = [], 0
     starts = {}

@@ -24,7 +24,7 @@ from dvla_fast.errors import BankError, MissingDependencyError
 from dvla_fast.files import check_writable, write_atomic
 from dvla_fast.semantics.bank import SemanticBank
 from dvla_fast.semantics.bundled import bank_path, bundled_banks
-from dvla_fast.semantics.encoders import TextEncoder
+from dvla_fast.semantics.encoders import TextEncoder, not_unit
 
 FORMAT = "dvla-fast-vectors/1"
 _PARTS = ("keys", "vectors", "truncated")
@@ -86,8 +86,8 @@ class CachedEncoder:
         self._rows: dict[bytes, tuple[Tensor, bool]] = {}
         self._used: set[bytes] = set()
         if os.path.exists(path):  # False, too, in a folder that must not be looked into
-            tensors, info = _read(path)
-            if info["kind"] != "cache":
+            tensors, kind = _read(path)
+            if kind != "cache":
                 raise BankError(f"{path}: holds the vectors of a bank without words; move it away")
             self._rows = self._stored(tensors)
 
@@ -97,8 +97,12 @@ class CachedEncoder:
         if not all(name in tensors for name in names):
             return {}
         keys, vectors, truncated = (tensors[name] for name in names)
+        if (keys.dim(), vectors.dim(), truncated.dim()) != (2, 2, 1):
+            raise BankError(_damaged(self.path, "its parts have other shapes than are written"))
         if not len(keys) == len(vectors) == len(truncated):
             raise BankError(_damaged(self.path, "its parts have different lengths"))
+        if bool(not_unit(vectors).any()):
+            raise BankError(_damaged(self.path, "it holds vectors that are no unit vectors"))
         return {
             bytes(key): (vector, bool(cut))
             for key, vector, cut in zip(keys.numpy(), vectors, truncated.tolist())
@@ -183,7 +187,7 @@ class CachedEncoder:
                 torch.tensor([cut for _, cut in used.values()], dtype=torch.uint8),
             )
             others |= {f"{self.identity}|{part}": value for part, value in zip(_PARTS, values)}
-        _write(self.path, others, {"kind": "cache"})
+        _write(self.path, others, "cache")
         return len(used)
 
 
@@ -211,7 +215,7 @@ def write_stored(path: Path, classes: Mapping[str, ClassVectors]) -> None:
         tensors[f"attributes|{name}"] = vectors.attributes.contiguous()
         tensors[f"description|{name}"] = vectors.description.contiguous()
     check_writable(path)
-    _write(path, tensors, {"kind": "bank"})
+    _write(path, tensors, "bank")
 
 
 def read_stored(bank: SemanticBank) -> dict[str, ClassVectors]:
@@ -241,7 +245,8 @@ def read_stored(bank: SemanticBank) -> dict[str, ClassVectors]:
             )
         found[name] = ClassVectors(*parts)  # type: ignore[arg-type]
     whole = len(tensors) == 2 * len(found)  # a class may be removed from the JSON by hand
-    if whole and vectors_sha256(found) != bank.vectors.sha256:
+    others = whole and vectors_sha256(found) != bank.vectors.sha256
+    if others or any(bool(not_unit(part).any()) for parts in found.values() for part in parts):
         raise BankError(_damaged(path, f"its vectors are not those that {bank.source} was made of"))
     return found
 
@@ -257,31 +262,36 @@ def _damaged(path: Path, reason: str) -> str:
     )
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors of a file and what it is: "cache" or "bank" (BankError)."""
     safetensors = _safetensors()
     try:
         with safetensors.safe_open(str(path), framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         info = json.loads(metadata["dvla_fast"])
-        known = info["format"] == FORMAT
+        version, kind = info["format"], info["kind"]
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BankError(_damaged(path, reason)) from error
-    if not known:
-        raise BankError(_damaged(path, f"format {info['format']!r} is unknown"))
-    return tensors, info
+    if version != FORMAT:
+        raise BankError(_damaged(path, f"format {version!r:.80} is unknown"))
+    return tensors, kind
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+def _write(path: Path, tensors: Mapping[str, Tensor], kind: str) -> None:
     safetensors = _safetensors()
-    metadata = {"dvla_fast": json.dumps({"format": FORMAT, **info})}
-    write_atomic(
-        path,
-        lambda temporary: safetensors.torch.save_file(
-            dict(sorted(tensors.items())), str(temporary), metadata=metadata
-        ),
-    )
+    metadata = {"dvla_fast": json.dumps({"format": FORMAT, "kind": kind})}
+
+    def save(temporary: Path) -> None:
+        try:
+            safetensors.torch.save_file(
+                dict(sorted(tensors.items())), str(temporary), metadata=metadata
+            )
+        except safetensors.SafetensorError as error:  # a full disk is no OSError to it
+            raise OSError(str(error)) from error
+
+    write_atomic(path, save)
 
 
 def _safetensors() -> Any:

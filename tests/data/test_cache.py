@@ -116,6 +116,17 @@ def test_an_edited_split_file_is_noticed(tmp_path: Path) -> None:
         cache.open_cache(tmp_path / "cache", 16, splits=str(mine))
 
 
+@pytest.mark.parametrize(("size", "error"), [(0, DataError), (-3, DataError), (2.5, TypeError)])
+def test_sizes_that_no_image_has(
+    tree: Path, tmp_path: Path, size: int, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match="image_size"):
+        prepare_cache(tree, tmp_path / "cache", size)
+    assert not (tmp_path / "cache.partial").exists()
+    with pytest.raises(error, match="image_size"):
+        load_data(str(tree), size)
+
+
 def test_without_validation_classes(tmp_path: Path) -> None:
     tree = trees.split_folders(tmp_path / "photos", {"train": "abc", "test": "de"})
     prepare_cache(tree, tmp_path / "cache", 16)
@@ -270,8 +281,10 @@ def test_cache_of_other_files_in_the_way(tree: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "cache") == before
     assert "have changed since it was made" in cache.verify_cache(tmp_path / "cache")[0]
     (tmp_path / "mine").mkdir()
-    with pytest.raises(OutputError, match="exists and is no cache"):
-        prepare_cache(tree, tmp_path / "mine", 16)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for other in ("mine", "link"):
+        with pytest.raises(OutputError, match="exists and is no cache"):
+            prepare_cache(tree, tmp_path / other, 16)
 
 
 def test_unreadable_images(tree: Path, tmp_path: Path) -> None:
@@ -307,6 +320,24 @@ def test_unreadable_images(tree: Path, tmp_path: Path) -> None:
     assert torch.equal(
         load_data(str(tmp_path / "copy"), 16).base.images, load_data(str(tree), 16).base.images
     )
+
+
+def test_many_unreadable_images_in_a_row_take_no_memory(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where most of a data set's archives were not extracted."""
+    for name in "bcde":
+        for path in sorted((tree / "train" / name).iterdir())[1:-1]:
+            path.write_bytes(b"")
+    real, most = os.pread, 7 * 3 * 16 * 16
+
+    def pread(file: int, size: int, offset: int) -> bytes:
+        assert size <= most
+        return real(file, size, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+    prepare_cache(tree, tmp_path / "cache", 16, skip_unreadable=True)
+    assert cache.verify_cache(tmp_path / "cache") == []
 
 
 def test_names_that_are_no_utf8(tree: Path, tmp_path: Path) -> None:
@@ -397,6 +428,7 @@ def test_damaged_caches(tree: Path, tmp_path: Path) -> None:
     for text, message in (
         (json.dumps(content), "changed since it was written"),
         (index[:100], "cannot read this cache"),
+        ("[" * 100_000, "cannot read this cache"),
         ('{"format": "dvla-fast-cache/9"}', "format 'dvla-fast-cache/9', not dvla-fast-cache"),
     ):
         (path / "index.json").write_text(text)

@@ -152,6 +152,10 @@ def test_cache(tree: Path, tmp_path: Path) -> None:
         stream.write(b"x")
     assert "differ from their checksum" in check(tmp_path / "cache").text()
     assert check(tmp_path / "cache").notes == []
+    with pytest.raises(
+        DataError, match=r"prepared with the split of its folders, not fc100; .*--sp"
+    ):
+        check(tmp_path / "cache", "fc100")
     tree.rename(tmp_path / "elsewhere")
     assert "photos is not here: not compared" in check(tmp_path / "cache").notes[0]
 

@@ -98,6 +98,16 @@ def test_numbers_that_name_no_list(
         EpisodeSampler(images, **given)
 
 
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [([True], TypeError), (torch.ones(3, dtype=torch.bool), ValueError),
+     (torch.ones(sum(COUNTS), 1).bool(), ValueError), (torch.ones(sum(COUNTS)).int(), ValueError)],
+)  # fmt: skip
+def test_images_barred_in_no_way(images: ImageSet, given: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="not_as_query: expected"):
+        EpisodeSampler(images, 2, 1, 1, 0, given)
+
+
 def test_labels_that_do_not_fit_the_images(images: ImageSet) -> None:
     for labels in (images.labels + 1, images.labels - 1):
         with pytest.raises(DataError, match=r"labels from -?\d to \d, but 4 class names"):

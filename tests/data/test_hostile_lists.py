@@ -94,6 +94,7 @@ def test_spoiled_csv(tmp_path: Path, line: str) -> None:
     ("field", "value"),
     [
         ("names", ["a"]),
+        ("names", {"a": " "}),
         ("first_images", "all"),
         ("images_each_class", -1),
         ("expected_classes", {"train": "2"}),
@@ -162,6 +163,16 @@ def test_table_of_chestx_that_is_no_text(tmp_path: Path) -> None:
         table.write_bytes(whole + damage if damage else b"a,b\n1,2\n")
         with pytest.raises(DataError, match=rf"Data_Entry_2017\.csv: {message}"):
             list_data(tmp_path)
+
+
+@pytest.mark.parametrize("row", ["Mass", ",Mass", "Mass,00000001_000.png"])
+def test_rows_of_chestx_without_an_image_of_their_own(tmp_path: Path, row: str) -> None:
+    """An image that is there twice could be support and query of one episode."""
+    table = trees.chestx(tmp_path) / "Data_Entry_2017.csv"
+    lines = ["Finding Labels,Image Index", "Mass,00000001_000.png", row]
+    table.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=r"2017\.csv, line 3: expected another image and its find"):
+        list_data(tmp_path)
 
 
 def test_labels_of_cifar_below_zero(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert set(keys) <= set(content["splits"][split])
     assert main([str(folder), str(tmp_path / "own.json")]) == 0
     assert json.loads((tmp_path / "own.json").read_text()) == content
+    assert main([str(folder), str(tmp_path / "none" / "own.json")]) == 1
+    assert "own.json: cannot write (No such file or directory)" in capsys.readouterr().err
     listing = list_data(folder, str(tmp_path / "own.json"))
     assert {name: len(split.keys) for name, split in listing.splits.items()} == SIZES
     capsys.readouterr()

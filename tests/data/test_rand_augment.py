@@ -38,8 +38,10 @@ def test_description() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["rand-m9", "rand-m11-inc1", "augmix-m3-inc1", "rand-m9-w0-inc1", "rand-m9-n0-inc1"]
-)
+    "text",
+    ["rand-m9", "rand-m11-inc1", "augmix-m3-inc1", "rand-m9-w0-inc1", "rand-m9-n0-inc1",
+     "rand-m9-n2.5-inc1"],
+)  # fmt: skip
 def test_unknown_description(text: str) -> None:
     with pytest.raises(ValueError, match=r"rand_augment: '.*' is not of the form"):
         RandAugment.parse(text)

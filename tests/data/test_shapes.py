@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import colorsys
 import hashlib
+import runpy
+import sys
 from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
 
+from dvla_fast.data import shapes
 from dvla_fast.data.shapes import (
     COLOURS,
     KINDS,
@@ -24,7 +27,7 @@ from dvla_fast.data.shapes import (
 )
 from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.engine.texts import build_texts
-from dvla_fast.errors import DataError
+from dvla_fast.errors import DataError, OutputError
 
 PLAIN = ShapeClass("disc", "red", "plain", "large", "three", "row")
 
@@ -263,6 +266,16 @@ def test_wrong_sizes(match: str, arguments: dict[str, int]) -> None:
 def test_contact_sheet(tmp_path) -> None:  # type: ignore[no-untyped-def]
     contact_sheet(tmp_path / "sheet.png", classes=3, images=2, size=32)
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(OutputError, match="cannot write"):
+        contact_sheet(tmp_path / "none" / "sheet.png", classes=1, images=1, size=16)
+
+
+def test_contact_sheet_of_an_unknown_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["shapes", "sheet.png", "squares"])
+    with pytest.raises(SystemExit, match="error: shapes: the kinds are shapes, shapes-varied, got"):
+        runpy.run_path(shapes.__file__, run_name="__main__")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from dvla_fast.cli import main
+from dvla_fast.data import prepare_cache
 from dvla_fast.engine import bank_commands
 from dvla_fast.engine.text_options import EncoderOptions
 from dvla_fast.engine.texts import bank_encoder
@@ -254,6 +255,17 @@ def test_an_edit_does_not_undo_what_others_wrote(
     assert "Mine." in kept.read_text()
 
 
+def test_an_edit_through_a_link_reaches_the_bank(
+    birds: Path, use_editor: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = birds.with_name("link.json")
+    link.symlink_to(birds)
+    use_editor("open(path, 'w').write(text.replace('A loud bird.', 'Mine.'))")
+    assert "changed" in run(capsys, "edit", link, "jay")
+    assert link.is_symlink()
+    assert load_bank(birds).classes["jay"].description == "Mine."
+
+
 @pytest.mark.parametrize("now", ["[]", '{"classes": []}', "{"])
 def test_an_edit_outlives_a_bank_that_is_damaged_meanwhile(
     birds: Path, use_editor: Any, capsys: pytest.CaptureFixture[str], now: str
@@ -441,4 +453,8 @@ def test_check_against_a_data_set(
     assert "lacks 2 class(es) of the data set: 'owl', 'wren'" in captured.out
     assert "1 image(s) that the bank has seen are not in the data set" in captured.out
     assert captured.err.count("error:") == 1
+    prepare_cache(tmp_path / "photos", tmp_path / "cache", 8)
+    cache = f"--data.dataset={tmp_path / 'cache'}"
+    other = run(capsys, "check", birds, cache, "--data.splits=fc100", status=1)
+    assert "was prepared with the split of its folders, not fc100" in other
     assert "no problems" in run(capsys, "check", "digits", "--data.dataset=digits")

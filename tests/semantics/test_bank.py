@@ -105,6 +105,8 @@ def test_bank_with_a_number_that_json_lacks_is_not_written(tmp_path: Path) -> No
     ("text", "message"),
     [
         ('{"classes": {', "not valid JSON"),
+        ("[" * 100_000, r"not valid JSON \(too deep\)"),
+        (f'{{"note": {"9" * 9999}}}', r"not valid JSON \(a number of too many digits\)"),
         ('{"classes": {"a": {"note": NaN}}}', "NaN is no number that JSON has"),
         ('{"classes": {"a": {"note": [-Infinity]}}}', "-Infinity is no number"),
         ('{"classes": {"a": {"note": 1e999}}}', "1e999 is no number"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -358,6 +360,17 @@ def test_all_classes_failing_writes_no_bank(tmp_path: Path) -> None:
     assert not (tmp_path / "b.json").exists()
 
 
+def test_a_file_named_like_a_bank_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        built = construct_bank(CLASSES, Scripted(), ENCODER, "cub")
+        assert built.bank is not None
+    assert built.reused == 6
+    assert list(json.loads(Path("cub").read_text())["classes"]) == list(NAMES)
+
+
 def test_classes_without_a_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="class number 1 has no name"):
         construct_bank([ClassSource(" ")], Scripted(), ENCODER, tmp_path / "b.json")
@@ -373,6 +386,34 @@ def test_journal_of_another_kind_or_damaged(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "oops\n")
     with pytest.raises(OutputError, match="line 2 is damaged; remove that line"):
         Journal(path)
+
+
+@pytest.mark.parametrize("text", ["no line break", "first line\nsecond without a break"])
+def test_files_of_others_stay_as_they_are(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(text)
+    with pytest.raises(OutputError, match="no journal of answers"):
+        Journal(path)
+    assert path.read_text() == text
+
+
+def test_half_an_answer_spoils_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full in the middle of a line, and has room again."""
+    real = os.write
+
+    def full(file: int, content: memoryview) -> int:
+        if len(content) < 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, content[:-5])
+
+    with Journal(tmp_path / "j.jsonl") as journal:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            with pytest.raises(OutputError, match="No space left"):
+                journal.add("a", Request("?"), Answer("lost"))
+        journal.add("b", Request("?"), Answer("kept"))
+    with Journal(tmp_path / "j.jsonl") as again:
+        assert (again.get("a"), again.get("b")) == (None, Answer("kept"))
 
 
 def test_equal_questions_are_asked_once() -> None:

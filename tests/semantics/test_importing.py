@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dvla_fast.cli import main
 from dvla_fast.engine.config import SemanticsConfig
@@ -51,6 +54,18 @@ def test_descriptions_and_attributes_of_two_files(tmp_path: Path) -> None:
     assert texts.levels.tolist() == [0, 0, 0, 1]
     assert_unit(texts.tokens[texts.mask])
     assert_unit(texts.class_embedding)
+
+
+def test_two_files_of_one_name_are_both_on_record(tmp_path: Path) -> None:
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+    first = save(tmp_path / "a" / "cub.pth", {"semantic_feature": features("owl")})
+    second = save(tmp_path / "b" / "cub.pth", {"attribute_features": features("owl", count=3)})
+    digests = {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in (("cub.pth", first), (str(second), second))
+    }
+    assert read_published([first, second]).files == digests
 
 
 def test_levels_of_one_class_are_one_class(
@@ -136,6 +151,7 @@ def test_banks_of_the_journal_extension(tmp_path: Path) -> None:
         ({"semantic_feature": {"owl": torch.ones(2, 6)}}, r"shape \(2, 6\), expected"),
         ({"semantic_feature": {"owl": [1.0, 2.0]}}, "not a tensor of numbers, but list"),
         ({"attribute_features": {"owl": torch.ones(2, 6, dtype=torch.int64)}}, "not a tensor"),
+        ({"semantic_feature": {"owl": torch.eye(6).to_sparse()}}, "class 'owl' are sparse; save"),
         (
             {"semantic_feature": {"owl": torch.ones(6), "jay": torch.ones(7)}},
             r"vectors of lengths \[6, 7\]",
@@ -216,6 +232,14 @@ def test_vectors_that_are_not_the_banks(tmp_path: Path) -> None:
     del content["classes"]["jay"]  # by hand
     (tmp_path / "birds.json").write_text(json.dumps(content))
     assert list(read_stored(bank())) == ["owl"]
+    with safe_open(vectors, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(vectors)
+    tensors["description|owl"][0, 0] = torch.nan
+    save_file(tensors, vectors, metadata)
+    with pytest.raises(BankError, match="not those that"):
+        read_stored(bank())
+    vectors.write_bytes(good)
     content["classes"]["owl"]["vectors"]["attributes"] = 2
     (tmp_path / "birds.json").write_text(json.dumps(content))
     with pytest.raises(BankError, match="class 'owl' has vectors of shapes"):

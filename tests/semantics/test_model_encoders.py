@@ -158,6 +158,7 @@ def test_unsupported_sentence_encoder(
         ("transformers:no/such/folder", r"no/such/folder: no such file or folder"),
         ("open_clip:local-dir:none", r"none: no such file or folder"),
         ("transformers:", "unknown; choose one of"),
+        ("open_clip:local-dir:", "unknown; choose one of"),
         ("hashed-ngram:64", "unknown; choose one of"),
     ],
 )

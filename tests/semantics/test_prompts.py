@@ -48,6 +48,9 @@ def test_own_prompts(tmp_path: Path) -> None:
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
     assert prompt.fill(**{"class": "Crow", "count": "3"}) == "Über Crow {other}"
+    path.write_text("version: 3\n\nAbout {class}", encoding="utf-8-sig")
+    marked = load_prompt("candidates", path)
+    assert (marked.version, marked.text) == ("3", "About {class}")
     path.write_text("About {class}")
     assert load_prompt("candidates", path).version == "none"
 

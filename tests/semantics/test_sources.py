@@ -79,6 +79,8 @@ def test_cache_shows_the_same_images_under_the_same_ids(folder: Path, tmp_path: 
 
     expected = decode(folder / shown.id, 16).transpose(1, 2, 0)
     assert np.array_equal(np.asarray(shown.picture()), expected)
+    with pytest.raises(DataError, match="prepared with the split of its folders, not fc100"):
+        folder_classes(tmp_path / "cache", "fc100", [], 2, 3, 512)
 
 
 def test_classes_of_image_sets() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,9 +16,9 @@ from torch import Tensor
 from dvla_fast.data.shapes import load_shapes
 from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.engine.texts import build_texts
-from dvla_fast.errors import BankError
+from dvla_fast.errors import BankError, OutputError
 from dvla_fast.semantics import HashedNGramEncoder, encode_bank, load_bank
-from dvla_fast.semantics.vectors import CachedEncoder, vectors_path
+from dvla_fast.semantics.vectors import _PARTS, FORMAT, CachedEncoder, vectors_path
 
 ENTRIES = {
     "owl": {"attributes": ["round face", "big eyes"], "description": "A night bird."},
@@ -110,6 +111,22 @@ def test_a_cut_text_stays_known_as_cut(bank: Path) -> None:
         cached(bank, Counting()).encode(["a night bird"])
 
 
+def test_a_full_disk_leaves_the_old_vectors(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = cached(bank, Counting())
+    encoder.encode(["round face"])
+    encoder.save()
+    before = vectors_path(bank).read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    encoder.encode(["big eyes"])
+    with pytest.raises(OutputError, match=r"birds\.safetensors: cannot write \(.*No space left"):
+        encoder.save()
+    assert vectors_path(bank).read_bytes() == before
+
+
 @pytest.mark.parametrize("damage", ["garbage", "foreign", "cut"])
 def test_wrong_files_are_refused(bank: Path, damage: str) -> None:
     path = vectors_path(bank)
@@ -123,6 +140,26 @@ def test_wrong_files_are_refused(bank: Path, damage: str) -> None:
     else:
         path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(BankError, match=r"birds\.safetensors: not usable .*semantics encode"):
+        cached(bank, Counting())
+
+
+@pytest.mark.parametrize(
+    ("info", "vectors", "message"),
+    [
+        ({}, torch.ones(1, 1), r"birds\.safetensors: not usable \('kind'\)"),
+        ({"kind": "cache"}, torch.ones(1), "its parts have other shapes than are written"),
+        ({"kind": "cache"}, torch.ones(1, 16), "it holds vectors that are no unit vectors"),
+        ({"kind": "cache"}, torch.full((1, 16), torch.nan), "no unit vectors"),
+    ],
+)
+def test_damaged_vectors_are_the_files_fault(
+    bank: Path, info: dict[str, str], vectors: Tensor, message: str
+) -> None:
+    parts = (torch.zeros(1, 16, dtype=torch.uint8), vectors, torch.zeros(1, dtype=torch.uint8))
+    tensors = {f"counting|{name}": part for name, part in zip(_PARTS, parts)}
+    metadata = {"dvla_fast": json.dumps({"format": FORMAT, **info})}
+    save_file(tensors, vectors_path(bank), metadata=metadata)
+    with pytest.raises(BankError, match=message):
         cached(bank, Counting())
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dvla_fast.errors import LanguageModelError
+from dvla_fast.names import composed
+from dvla_fast.semantics.bank import json_problem
 from dvla_fast.semantics.language_models.base import Answer, Request, Usage
 
 _FORM = (
@@ -60,9 +61,9 @@ class AnswerFile:
     def _object(self, text: str) -> dict[tuple[str, str], str]:
         try:
             content = json.loads(text, object_pairs_hook=self._unique)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise LanguageModelError(
-                f"{self.path}: not valid JSON (line {error.lineno}: {error.msg}); {_FORM}"
+                f"{self.path}: not valid JSON ({json_problem(error)}); {_FORM}"
             ) from error
         if not isinstance(content, dict):
             raise LanguageModelError(f"{self.path}: no answers; {_FORM}")
@@ -71,7 +72,7 @@ class AnswerFile:
             if stage not in STAGES or not isinstance(answers, dict):
                 raise LanguageModelError(f"{self.path}: {stage!r} is no stage's answers; {_FORM}")
             for name, answer in answers.items():
-                key = stage, _composed(name)
+                key = stage, composed(name)
                 if key in found:
                     raise LanguageModelError(
                         f"{self.path}: {stage} of {name!r} for the second time; keep one of them"
@@ -98,8 +99,9 @@ class AnswerFile:
             try:
                 row = json.loads(line)
                 stage, name, answer = row["stage"], row["class"], row["answer"]
-            except json.JSONDecodeError as error:
-                raise LanguageModelError(f"{where}: not valid JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:
+                problem = json_problem(error).removeprefix("line 1: ")
+                raise LanguageModelError(f"{where}: not valid JSON ({problem})") from error
             except (KeyError, TypeError) as error:
                 raise LanguageModelError(f"{where}: no answer; {_FORM}") from error
             if stage not in STAGES:
@@ -108,7 +110,7 @@ class AnswerFile:
                 )
             if not isinstance(name, str):
                 raise LanguageModelError(f"{where}: class {name!r} is no name; {_FORM}")
-            key = stage, _composed(name)
+            key = stage, composed(name)
             if key in found:
                 raise LanguageModelError(f"{where}: {stage} of {name!r} for the second time")
             found[key] = _text(answer)
@@ -122,7 +124,7 @@ class AnswerFile:
     ) -> Iterator[tuple[int, Answer | LanguageModelError]]:
         """Look the answers up; a class that the file lacks is an error of that class alone."""
         for index, request in enumerate(requests):
-            text = self._answers.get((request.stage, _composed(request.subject)))
+            text = self._answers.get((request.stage, composed(request.subject)))
             if text is None:
                 self.usage.failures += 1
                 about = f"{request.stage} answer for class {request.subject!r}"
@@ -131,10 +133,6 @@ class AnswerFile:
             answer = Answer(text, model=self.path.name)
             self.usage.count(answer)
             yield index, answer
-
-
-def _composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
 
 
 def _text(answer: Any) -> str:

@@ -69,7 +69,8 @@ def load_prompt(name: str, path: str | Path = "") -> Prompt:
     needs = " and ".join(f"{{{item}}}" for item in required)
     try:
         content = where.read_bytes()
-        whole = content.decode().replace("\r\n", "\n")
+        # utf-8-sig: editors on Windows begin a file with a mark
+        whole = content.decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise LanguageModelError(

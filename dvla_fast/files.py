@@ -8,6 +8,7 @@ import json
 import math
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,8 @@ def write_atomic(path: Path, write: Callable[[Path], None], remedy: str = REMEDY
         # not mkstemp: its file is private, and asking for the umask sets it for all threads
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         write(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))  # as the file that it replaces
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)

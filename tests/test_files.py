@@ -42,6 +42,9 @@ def test_mode_is_that_of_any_new_file(tmp_path: Path, monkeypatch: pytest.Monkey
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "file").chmod(0o600)
+    write_text_atomic(tmp_path / "file", "other text")
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "ü" * 127 + "x", "x" * 249 + ".jsonl"])

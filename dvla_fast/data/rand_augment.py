@@ -124,7 +124,7 @@ def _invert(images: Tensor, strength: Tensor) -> Tensor:
 
 
 def _posterize(images: Tensor, strength: Tensor) -> Tensor:
-    """Keep one to four of the eight bits."""
+    """Keep one to four of the eight bits (timm none at full strength, which Pillow refuses)."""
     bits = (4 - (4 * strength.abs()).int()).clamp_min(1)
     return images & _each(images, 256 - 2 ** (8 - bits)).to(torch.uint8)
 

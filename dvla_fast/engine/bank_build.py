@@ -13,6 +13,7 @@ from dvla_fast.data.images import FewShotData
 from dvla_fast.data.shapes import load_shapes
 from dvla_fast.data.splits import class_names
 from dvla_fast.engine.build import pick_device
+from dvla_fast.engine.config import SPLIT_NAMES
 from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.settle import MADE_SIZES, sized
@@ -152,14 +153,16 @@ def find_classes(config: SemanticsBuild) -> tuple[list[ClassSource], dict[str, A
     }
     if config.data.dataset in MADE_SIZES:
         made = _made_data(config)
-        names = construct.split or ["base", "novel", *_validation(made)]
+        names = [SPLIT_NAMES.get(name, name) for name in construct.split]
+        names = names or ["base", "novel", *_validation(made)]
         sets = [(f"{made.name}/{name}", made.split(name)) for name in names]
         classes = image_set_classes(sets, construct.images, config.seed, construct.max_side)
     else:
+        theirs = {ours: name for name, ours in SPLIT_NAMES.items()}
         classes = folder_classes(
             config.data.dataset,
             config.data.splits,
-            construct.split,
+            [theirs.get(name, name) for name in construct.split],
             construct.images,
             config.seed,
             construct.max_side,

@@ -218,6 +218,8 @@ def _levels(content: Any, path: Path) -> dict[str, dict[str, Tensor]]:
                 value = intrinsic.get(name)
                 if value is not None and not _is_empty(value):  # a class without attributes
                     raw[level][key] = value
+            if not any(key in vectors for vectors in raw.values()):
+                raise BankError(f"{path}: class {key!r} has no vectors; get the file again")
     else:
         for level, name in (
             ("attributes", "attribute_features"),

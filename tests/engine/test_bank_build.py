@@ -138,10 +138,13 @@ def test_another_length_of_answers_asks_anew(photos: Path, tmp_path: Path) -> No
 
 def test_one_split_and_class_names_alone(photos: Path, tmp_path: Path) -> None:
     with serve(answer) as server:
-        more = [f"--data.dataset={photos}", "--construct.split=[test]", "--construct.images=0"]
-        assert build(server.url, tmp_path / "a.json", *more) == 0
-    bank = load_bank(tmp_path / "a.json")
+        more = [f"--data.dataset={photos}", "--construct.images=0"]
+        for name in ("test", "novel"):
+            one = f"--construct.split=[{name}]"
+            assert build(server.url, tmp_path / f"{name}.json", *more, one) == 0
+    bank = load_bank(tmp_path / "test.json")
     assert list(bank.classes) == ["eagle", "heron"]
+    assert load_bank(tmp_path / "novel.json").classes == bank.classes
     assert bank.provenance["kind"] == "class-names"
     assert not any(images_of(request) for request in server.requests)
 
@@ -162,6 +165,10 @@ def test_made_data_sets(dataset: str, tmp_path: Path) -> None:
         assert build(server.url, tmp_path / "a.json", *more) == 0
     bank = load_bank(tmp_path / "a.json")
     assert len(bank.classes) == {"digits": 10, "shapes": 120}[dataset]
+    with serve(answer) as server:
+        one = [*more, "--construct.split=[test]"]
+        assert build(server.url, tmp_path / "b.json", *one) == 0
+    assert len(load_bank(tmp_path / "b.json").classes) == {"digits": 5, "shapes": 24}[dataset]
     assert all(len(entry.images) == 1 for entry in bank.classes.values())
 
 
@@ -272,7 +279,7 @@ def test_bad_input(
     assert "no key: set the environment variable OPENAI_API_KEY" in fails([output], capsys)
     server = ["--language_model.base_url=http://127.0.0.1:9/v1", f"--data.dataset={photos}"]
     assert "http://127.0.0.1:9/v1: the server cannot be reached" in fails([output, *server], capsys)
-    assert "has no split 'novel'" in fails([output, *server, "--construct.split=[novel]"], capsys)
+    assert "has no split 'valid'" in fails([output, *server, "--construct.split=[valid]"], capsys)
     assert "cannot read the class names" in fails(
         [output, *server, f"--construct.classes={tmp_path / 'none.txt'}"], capsys
     )

@@ -157,6 +157,15 @@ def test_banks_of_the_journal_extension(tmp_path: Path) -> None:
             r"vectors of lengths \[6, 7\]",
         ),
         ({"classes": {"owl": {"text": 1}}, "meta": {}}, "class 'owl' has no 'intrinsic'"),
+        (
+            {
+                "classes": {
+                    "jay": {"intrinsic": {"global": torch.ones(1, 6)}},
+                    "owl": {"intrinsic": {"local": torch.zeros(0, 6)}},
+                }
+            },
+            "class 'owl' has no vectors",
+        ),
     ],
 )
 def test_other_content_is_refused(tmp_path: Path, content: Any, message: str) -> None:

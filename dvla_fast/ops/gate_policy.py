@@ -182,16 +182,17 @@ def _in_one_call(image_tokens: Tensor, backend: str | None) -> bool:
     """Whether the op runs. torch.func transforms what PyTorch's own operations compose."""
     if backend is None and image_tokens.is_cpu and _extension.runs_plainly():
         return True
-    device, width = image_tokens.device, image_tokens.shape[2]
-    compiled = _extension.problem if device.type == "cpu" else f"no kernel for {device.type}"
     if backend is None and _extension.needs_python_autograd():
         return False
+    device, width = image_tokens.device, image_tokens.shape[2]
+    compiled = _extension.problem if device.type == "cpu" else f"no kernel for {device.type}"
     candidates = (
         ("cpp", compiled),
         ("triton", _extension.gate_triton_problem(device, width)),
         ("reference", None),
     )
-    return backends.choose("gate_policy", candidates, backend) != "reference"
+    chosen = backends.choose("gate_policy", candidates, backend)
+    return chosen != "reference" and not _extension.functorch_active()
 
 
 def _decisions(image_tokens: Tensor, text_tokens: Tensor, groups_per_decision: int) -> int:

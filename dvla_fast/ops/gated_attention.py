@@ -122,7 +122,7 @@ def gated_attention(
         return reference.gated_attention(*arguments)
     # torch.func transforms what PyTorch's own operations and dual_attention compose.
     if chosen == "triton" or _extension.needs_python_autograd():
-        return _composed(*arguments)
+        return _composed(*arguments, backend)
     forward = torch.ops.dvla_fast.gated_attention_forward.default
     updated, fused, *_ = forward(*arguments, False)
     return updated, fused
@@ -158,15 +158,16 @@ def _composed(
     image_mask: Tensor | None,
     text_mask: Tensor | None,
     scale: float,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Products of all images around the attention of the device."""
+    """Products of all images around the attention of ``backend``."""
     tokens = reference.without_masked(image_tokens.to(query.dtype), image_mask)
     projected = F.linear(tokens, kv_weight).unflatten(-1, (2, query.shape[1], -1))
     image_key, image_value = (part.transpose(1, 2) for part in projected.unbind(2))
     rows = reference.without_masked(query, None if text_mask is None else text_mask.unsqueeze(1))
     mixed = dual_attention(
         rows, image_key, image_value, text_key, text_value, gate,
-        image_mask=image_mask, text_mask=text_mask, scale=scale,
+        image_mask=image_mask, text_mask=text_mask, scale=scale, backend=backend,
     )  # fmt: skip
     fused = F.linear(mixed.transpose(1, 2).flatten(2), out_weight)
     return reference.add_to_tokens(image_tokens, fused, text_mask)

@@ -27,6 +27,7 @@ from dvla_fast.ops.dual_attention import (
     candidates,
     check_devices,
     check_groups,
+    check_query,
     check_tensor,
     check_text_and_gate,
     dual_attention,
@@ -134,7 +135,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tuple(
+        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+    )
 
 
 def _is_other_half(image_tokens: Tensor, query: Tensor) -> bool:
@@ -245,14 +248,14 @@ def _check(
     text_mask: Tensor | None,
 ) -> None:
     """Raises before any work when the arguments do not fit together."""
+    check_query(query)
     named = {
-        "query": query,
         "kv_weight": kv_weight,
         "text_key": text_key,
         "text_value": text_value,
         "out_weight": out_weight,
     }
-    for (name, tensor), dims in zip(named.items(), (4, 2, 4, 4, 2)):
+    for (name, tensor), dims in zip(named.items(), (2, 4, 4, 2)):
         check_tensor(name, tensor, dims, query.dtype)
     passed = image_tokens.dtype == torch.float32 and query.dtype != torch.float64
     check_tensor("image_tokens", image_tokens, 3, torch.float32 if passed else query.dtype)

@@ -166,6 +166,35 @@ def test_every_tensor_is_named(op: Any, arguments: dict, name: str, backend: str
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("op", [2, 3], ids=["dual_attention", "gated_attention"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.cfloat], ids=str)
+def test_a_query_of_another_kind(
+    dtype: torch.dtype, op: int, autocast: bool, backend: str | None
+) -> None:
+    """It is named itself, not what differs from it, and autocast makes no number of it."""
+    function, arguments = CALLS[op]
+    wrong = {**arguments, "query": arguments["query"].to(dtype)}
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(TypeError, match=f"^query: dtype {dtype} is not one of"),
+    ):
+        function(**wrong, backend=backend)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("op", [0, 1], ids=["gate_policy", "gate_state"])
+@pytest.mark.parametrize("name", ["state_images", "groups_per_decision"])
+def test_counts_of_a_decision_that_no_machine_holds(
+    name: str, op: int, backend: str | None
+) -> None:
+    function, arguments = CALLS[op]
+    for wrong in (2**70, -(2**70)):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            function(**arguments, **{name: wrong}, backend=backend)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("op", [0, 1], ids=["gate_policy", "gate_state"])
 @pytest.mark.parametrize("name", ["state_images", "groups_per_decision"])
 def test_counts_of_a_decision_are_whole(name: str, op: int, backend: str | None) -> None:

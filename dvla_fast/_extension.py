@@ -57,7 +57,7 @@ def _not_loading(error: Exception) -> BackendError:
 def _choose_capability(info: ModuleType) -> str:
     """The fastest instruction set that this CPU runs, or the one asked for."""
     asked = os.environ.get("DVLA_FAST_CPU_CAPABILITY")
-    if asked is None:
+    if not asked:
         return str(info.cpu_capability())
     built, runs = list(info.cpu_capabilities), list(info.cpu_runs())
     if asked not in built:

@@ -402,8 +402,10 @@ def test_what_excludes_what() -> None:
         gate_policy(*tensors, 10.0, action_logit=torch.zeros(3), deterministic=True)
     with pytest.raises(ValueError, match="state_images: every image"):
         gate_policy(*tensors, 10.0, groups_per_decision=0, state_images=1)
-    with pytest.raises(BackendError, match="triton"):
+    with pytest.raises(BackendError, match=r"'triton' .*: the inputs are not on a CUDA device"):
         gate_policy(*tensors, 10.0, backend="triton")
+    with pytest.raises(BackendError, match=r"'triton' .*: the inputs are not on a CUDA device"):
+        gate_state(torch.ones(1, 1, 5000), torch.ones(1, 1, 5000), backend="triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

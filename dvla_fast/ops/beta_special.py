@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dvla_fast.arguments import expect_tensor
+from dvla_fast.arguments import expect_real, expect_tensor
 from dvla_fast.ops.beta_policy import check_values, number_or_none
 
 _NODES = 128
@@ -53,7 +53,8 @@ def beta_cdf(logits: Tensor, concentration: float | Tensor, action_logit: Tensor
         gradient. Within 1e-7 for κ up to 1e16; not relatively so where the result is tiny.
 
     Raises:
-        TypeError: logits or action no tensor, or ``concentration`` neither a number nor a real one.
+        TypeError: logits no floating tensor, the action no real one, or ``concentration`` neither a
+            number nor a real tensor.
         ValueError: κ as a number is not positive and finite; where values are checked
             (:func:`dvla_fast.functional.set_value_checks`), κ as a tensor is not, or logits or
             actions hold NaN.
@@ -127,7 +128,7 @@ class _Tail(NamedTuple):
 def _tail(
     logits: Tensor, concentration: float | Tensor, action_logit: Tensor
 ) -> tuple[_Tail, Tensor]:
-    expect_tensor("action_logit", action_logit)
+    expect_real("action_logit", action_logit)
     eta, kappa = (x.detach() for x in _policy(logits, concentration, action_logit))
     draw = action_logit.detach().double()
     _check_shapes(logits=eta, concentration=kappa, action_logit=draw)

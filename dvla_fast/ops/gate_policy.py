@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from dvla_fast import _extension, backends, reference
-from dvla_fast.arguments import expect_number, expect_tensor, expect_whole
+from dvla_fast.arguments import expect_number, expect_real, expect_tensor, expect_whole
 from dvla_fast.ops import schemas
 from dvla_fast.ops.beta_policy import beta_policy, draw_key
 from dvla_fast.ops.value_checks import setting, value_checks
@@ -359,7 +359,7 @@ def _check_action(
         return
     if deterministic:
         raise ValueError("action_logit and deterministic=True exclude each other")
-    expect_tensor("action_logit", action_logit)
+    expect_real("action_logit", action_logit)
     if action_logit.shape != (decisions,):
         raise ValueError(
             f"action_logit: shape {tuple(action_logit.shape)}, expected ({decisions},)"

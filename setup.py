@@ -22,6 +22,14 @@ def notice(text: str) -> None:
     print(f"dvla-fast: {text}", file=sys.stderr, flush=True)
 
 
+def switch(name: str) -> str:
+    """0 or 1, or nothing where the environment leaves it to us; anything else would be a guess."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"dvla-fast: {name}={value!r}: expected 0 or 1")
+    return value
+
+
 class CMakeBuild(build_ext):
     """Builds every native part with CMake and puts the results into ``dvla_fast/``."""
 
@@ -40,7 +48,7 @@ class CMakeBuild(build_ext):
         self._cmake(target.resolve())
 
     def _cannot_build(self) -> str | None:
-        if os.environ.get("DVLA_FAST_EXTENSION") == "0":
+        if switch("DVLA_FAST_EXTENSION") == "0":
             return "DVLA_FAST_EXTENSION=0"
         if find_torch() is None:
             return "no torch to build against"
@@ -69,7 +77,7 @@ class CMakeBuild(build_ext):
 
     def _wants_cuda(self, torch) -> bool:
         """CUDA sources need nvcc and a CUDA torch; no GPU, so that a build farm can make them."""
-        asked = os.environ.get("DVLA_FAST_CUDA", "")
+        asked = switch("DVLA_FAST_CUDA")
         if asked == "0":
             return False
         missing = [

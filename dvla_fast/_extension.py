@@ -57,7 +57,7 @@ def _not_loading(error: Exception) -> BackendError:
 def _choose_capability(info: ModuleType) -> str:
     """The fastest instruction set that this CPU runs, or the one asked for."""
     asked = os.environ.get("DVLA_FAST_CPU_CAPABILITY")
-    if asked is None:
+    if not asked:
         return str(info.cpu_capability())
     built, runs = list(info.cpu_capabilities), list(info.cpu_runs())
     if asked not in built:
@@ -171,11 +171,12 @@ def beta_triton_problem(device: torch.device) -> str | None:
 
 def gate_triton_problem(device: torch.device, width: int) -> str | None:
     """Why the Triton kernels of ``gate_policy`` cannot run with such tokens, or ``None``."""
-    if not has_autograd and device.type == "cuda":
+    reason = beta_triton_problem(device)
+    if reason is None and not has_autograd:
         return f"its gradients need the extension: {problem}"
-    if width > 4096:
+    if reason is None and width > 4096:
         return f"width {width}: the Triton kernels go to 4096"
-    return beta_triton_problem(device)
+    return reason
 
 
 def triton_problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

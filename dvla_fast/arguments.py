@@ -19,6 +19,19 @@ def expect_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
+def expect_real(name: str, value: Tensor) -> None:
+    """Likewise for one of real numbers: a complex one would lose its imaginary part."""
+    expect_tensor(name, value)
+    if value.is_complex():
+        raise TypeError(f"{name}: expected real values, got {value.dtype}")
+
+
+def expect_generator(value: object) -> None:
+    """Likewise for ``generator``, which may be None."""
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(value).__name__}")
+
+
 def expect_number(name: str, value: object, what: str = "a number") -> None:
     """Likewise for a real number; a tensor is none, for as a number it would lose its gradient."""
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):

@@ -15,7 +15,7 @@ from torch.distributions import Beta, Distribution, constraints, register_kl
 from torch.distributions.utils import broadcast_all
 
 from dvla_fast import _extension, functional
-from dvla_fast.arguments import expect_number, expect_tensor
+from dvla_fast.arguments import expect_number, expect_real
 from dvla_fast.ops.beta_special import beta_cdf, beta_implicit_derivatives, beta_kl
 from dvla_fast.ops.first_order import first_order_term
 
@@ -172,7 +172,7 @@ class MeanConcentrationBeta(Distribution):
 
     def _logit_of(self, value: Tensor) -> Tensor:
         """The logit of α, moved off 0 and 1, which may be whole numbers."""
-        expect_tensor("value", value)
+        expect_real("value", value)
         if not value.is_floating_point():
             value = value.to(self.logits.dtype)
         return torch.logit(_inside(value))
@@ -189,10 +189,10 @@ def _broadcast(name: str, first: Tensor | float, second: Tensor | float) -> tupl
     become infinite.
     """
     for which, x in ((name, first), ("concentration", second)):
-        if not isinstance(x, Tensor):
+        if isinstance(x, Tensor):
+            expect_real(which, x)
+        else:
             expect_number(which, x, "a number or a tensor")
-        elif x.is_complex():
-            raise TypeError(f"{which}: expected real values, got {x.dtype}")
     # As torch.result_type, which a graph cannot ask: a tensor of no dimension widens no other one.
     tensors = [x for x in (first, second) if isinstance(x, Tensor)]
     dtype = torch.float32

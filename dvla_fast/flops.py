@@ -56,10 +56,9 @@ def _layer(query: Shape, tokens: Shape, kv_weight: Shape, text_key: Shape) -> tu
     """(Keys and values of the image, attention and the product behind it)."""
     _, heads, rows, width = query
     batch, keys, channels = tokens
+    projected = 2 * batch * keys * prod(kv_weight)
     attention = _dual_attention(query, (batch, heads, keys, width), (), text_key)
-    return 2 * batch * keys * prod(
-        kv_weight
-    ), attention + 2 * batch * rows * heads * width * channels
+    return projected, attention + 2 * batch * rows * heads * width * channels
 
 
 def _gated_attention(

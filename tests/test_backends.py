@@ -129,6 +129,12 @@ def test_instruction_set_that_the_cpu_lacks() -> None:
     assert "it runs ['default']" in done.stderr
 
 
+def test_variables_set_to_nothing_are_not_set() -> None:
+    names = ("BACKEND", "CPU_CAPABILITY", "FLOAT32_PRECISION", "VALUE_CHECKS")
+    done = run_python("import dvla_fast.functional", **{f"DVLA_FAST_{name}": "" for name in names})
+    assert done.returncode == 0, done.stderr
+
+
 def test_triton_is_looked_for_at_import_alone() -> None:
     """torch.compile of 2.11 traces what a call does, and gives up at a search for packages."""
     code = (

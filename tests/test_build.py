@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,20 @@ def test_nvcc_that_is_on_no_path(
     assert (nvcc(cuda) == str(compiler)) == found
     monkeypatch.setenv("CUDACXX", "/elsewhere/nvcc")
     assert nvcc(cuda) == "/elsewhere/nvcc"
+
+
+def test_switches_are_0_or_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVLA_FAST_CUDA=OFF would build the CUDA kernels, silently."""
+    monkeypatch.syspath_prepend(str(ROOT / "build_tools"))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    build = runpy.run_path("setup.py")["CMakeBuild"]
+    monkeypatch.setenv("DVLA_FAST_EXTENSION", "false")
+    with pytest.raises(SystemExit, match="DVLA_FAST_EXTENSION='false': expected 0 or 1"):
+        build._cannot_build(None)
+    monkeypatch.setenv("DVLA_FAST_CUDA", "OFF")
+    with pytest.raises(SystemExit, match="DVLA_FAST_CUDA='OFF': expected 0 or 1"):
+        build._wants_cuda(None, None)
 
 
 def test_one_floor_for_python_and_for_torch() -> None:

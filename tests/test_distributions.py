@@ -142,6 +142,10 @@ def test_parameters_of_a_wrong_kind(name: str) -> None:
         TypeError, match=r"concentration: expected real values, got torch\.complex64"
     ):
         MeanConcentrationBeta(logits=0.0, concentration=torch.ones(2, dtype=torch.cfloat))
+    policy = MeanConcentrationBeta(logits=0.0, validate_args=False)
+    for call in (policy.log_prob, policy.cdf):
+        with pytest.raises(TypeError, match=r"^value: expected real values, got torch\.complex64"):
+            call(torch.full((2,), 0.5, dtype=torch.cfloat))
 
 
 def test_wrong_arguments_raise() -> None:

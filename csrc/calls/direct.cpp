@@ -52,22 +52,30 @@ bool read_generator(py::handle from, OptionalGenerator& to) {
   return true;
 }
 
+// Reads a whole number; none where it is no int, or too large a one.
+std::optional<int64_t> read_whole(py::handle from) {
+  if (!PyLong_CheckExact(from.ptr())) return std::nullopt;
+  int overflow = 0;
+  const int64_t value = PyLong_AsLongLongAndOverflow(from.ptr(), &overflow);
+  return overflow ? std::nullopt : std::optional(value);
+}
+
 // The key of draw_key in dvla_fast/ops/beta_policy.py: what torch.randint draws, on a CPU without
 // asking it.
 at::Tensor draw_key(at::Device device, const OptionalGenerator& generator) {
   constexpr int64_t high = std::numeric_limits<int64_t>::max();
-  if (!device.is_cpu()) {
-    const at::Device source = generator ? generator->device() : device;
+  const at::Device source = generator ? generator->device() : device;
+  if (!device.is_cpu() || !source.is_cpu()) {
     const auto options = at::TensorOptions().dtype(at::kLong).device(source);
-    return at::randint(high, {2}, generator, options).to(device, /*non_blocking=*/true);
+    return at::randint(high, {2}, generator, options).to(device, /*non_blocking=*/source.is_cpu());
   }
-  auto* source = at::get_generator_or_default<at::CPUGeneratorImpl>(
+  auto* bits = at::get_generator_or_default<at::CPUGeneratorImpl>(
       generator, at::detail::getDefaultCPUGenerator());
   const at::uniform_int_from_to_distribution<int64_t> word(high, 0);
   at::Tensor key = at::detail::empty_cpu({2}, at::kLong);
   auto* words = key.mutable_data_ptr<int64_t>();
-  const std::lock_guard<std::mutex> lock(source->mutex_);
-  words[0] = word(source), words[1] = word(source);
+  const std::lock_guard<std::mutex> lock(bits->mutex_);
+  words[0] = word(bits), words[1] = word(bits);
   return key;
 }
 
@@ -347,7 +355,7 @@ py::object gated_attention(py::handle query, py::handle image_tokens, py::handle
   std::optional<at::ScalarType> type;
   if (at::autocast::is_autocast_enabled(device)) type = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const at::Tensor& x) {
-    return type && x.scalar_type() != at::kDouble ? x.to(*type) : x;
+    return type && x.is_floating_point() && x.scalar_type() != at::kDouble ? x.to(*type) : x;
   };
   const Layer l{cast(*t[0]), cast(*t[2]), cast(*t[3]), cast(*t[4]), cast(*t[6]),
                 *t[1],       *t[5],       t[7],        t[8]};
@@ -371,26 +379,16 @@ py::object gate_policy(py::handle image_tokens, py::handle text_tokens, py::hand
                        bool cuda) {
   std::array<const at::Tensor*, 8> t;
   OptionalGenerator generator;
+  const auto groups = read_whole(groups_per_decision), images = read_whole(state_images);
   if (!plain_tensors({image_tokens, text_tokens, hidden_weight, hidden_bias, out_weight, out_bias,
                       image_mask, text_mask},
                      6, t) ||
       !PyFloat_CheckExact(concentration_object.ptr()) ||
-      !read_generator(generator_object, generator) ||
-      !PyLong_CheckExact(groups_per_decision.ptr()) ||
-      !(state_images.is_none() || PyLong_CheckExact(state_images.ptr()))) {
+      !read_generator(generator_object, generator) || !groups ||
+      !(images || state_images.is_none())) {
     return py::none();
   }
-  const Decision d{
-      *t[0],
-      *t[1],
-      *t[2],
-      *t[3],
-      *t[4],
-      *t[5],
-      t[6],
-      t[7],
-      groups_per_decision.cast<int64_t>(),
-      state_images.is_none() ? std::nullopt : std::optional(state_images.cast<int64_t>())};
+  const Decision d{*t[0], *t[1], *t[2], *t[3], *t[4], *t[5], t[6], t[7], *groups, images};
   const double concentration = PyFloat_AS_DOUBLE(concentration_object.ptr());
   if (!undisturbed() || !fits(d, cuda) || !(concentration > 0.0) || concentration > kLargest) {
     return py::none();

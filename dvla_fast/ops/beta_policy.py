@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from dvla_fast import _extension, backends, reference
-from dvla_fast.arguments import expect_number, expect_tensor
+from dvla_fast.arguments import expect_generator, expect_number, expect_real, expect_tensor
 from dvla_fast.ops import schemas
 from dvla_fast.ops.first_order import first_order
 from dvla_fast.ops.value_checks import require, setting, value_checks
@@ -70,8 +70,8 @@ def beta_policy(
         ``concentration``, once.
 
     Raises:
-        TypeError: ``logits`` or ``action_logit`` is no tensor, logits not a floating one,
-            ``concentration`` neither a number nor a real tensor, or ``generator`` no generator.
+        TypeError: ``logits`` is no floating tensor, ``action_logit`` no real one, ``concentration``
+            neither a number nor a real tensor, or ``generator`` no generator.
         ValueError: shapes or devices do not fit; where values are checked (by default on the CPU,
             :func:`dvla_fast.functional.set_value_checks`), κ is not positive and finite or logits
             or actions hold NaN. Unchecked, the results of such elements are NaN.
@@ -92,7 +92,7 @@ def beta_policy(
     if action_logit is not None:
         if deterministic:
             raise ValueError("action_logit and deterministic=True exclude each other")
-        expect_tensor("action_logit", action_logit)
+        expect_real("action_logit", action_logit)
         if action_logit.shape != logits.shape:
             raise ValueError(
                 f"action_logit: shape {tuple(action_logit.shape)}, expected {tuple(logits.shape)}"
@@ -107,6 +107,7 @@ def beta_policy(
         if action_logit is None and not deterministic:
             key = draw_key(device, generator)
         return _run(logits, kappa, value, action_logit, key, chosen)
+    expect_generator(generator)
     full = torch.full((), value, dtype=logits.dtype, device=device)
     check_values(logits, full if kappa is None else kappa, action_logit)
     return BetaPolicyOutput(
@@ -143,8 +144,7 @@ def draw_key(device: torch.device, generator: torch.Generator | None = None) -> 
     afresh by each replay of a CUDA graph, with no hidden state in the op that reads it. The key
     alone decides the draws: a CPU generator gives a GPU those that it gives the CPU.
     """
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    expect_generator(generator)
     source = device if generator is None else generator.device
     key = torch.randint(_LARGEST_INT64, (2,), device=source, generator=generator)
     return key if source == device else key.to(device, non_blocking=source.type == "cpu")
@@ -328,8 +328,7 @@ def _checked_concentration(
 def number_or_none(name: str, concentration: float | Tensor, largest: float) -> float | None:
     """A concentration that is a number, in its range; None: it is a tensor, of real numbers."""
     if isinstance(concentration, Tensor):
-        if concentration.is_complex():
-            raise TypeError(f"{name}: expected real values, got {concentration.dtype}")
+        expect_real(name, concentration)
         return None
     expect_number(name, concentration, "a number or a tensor")
     value = float(concentration)

@@ -10,19 +10,21 @@ J_φ = ∫₀^∞ φ(s) exp(h(l − s) − h(l)) ds, which needs no normalising 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dvla_fast.arguments import expect_tensor
+from dvla_fast.arguments import expect_real, expect_tensor
 from dvla_fast.ops.beta_policy import check_values, number_or_none
 
 _NODES = 128
 _LOW, _HIGH = -4.0, 4.25  # beyond these, what is left out is below float64's rounding
 _SHIFT = 8  # Stirling's series below is exact to rounding from here on
 _LARGEST = torch.finfo(torch.float64).max
+_LOG_2_PI = math.log(2 * math.pi)
 _SMALL_SHAPE = 0.1  # a = κp: below, the derivative by κ takes its form without 1/a
 
 
@@ -48,19 +50,18 @@ def beta_cdf(logits: Tensor, concentration: float | Tensor, action_logit: Tensor
 
     Returns:
         Tensor of the broadcast shape, in [0, 1], in ``logits``' dtype (at least float32), without
-        gradient. Within 1e-7 whatever κ, and relatively so for actions below the policy's logit.
+        gradient. Within 1e-7 for κ up to 1e16; not relatively so where the result is tiny.
 
     Raises:
-        TypeError: logits or action no tensor, or ``concentration`` neither a number nor a real one.
+        TypeError: logits no floating tensor, the action no real one, or ``concentration`` neither a
+            number nor a real tensor.
         ValueError: κ as a number is not positive and finite; where values are checked
             (:func:`dvla_fast.functional.set_value_checks`), κ as a tensor is not, or logits or
             actions hold NaN.
     """
     with torch.no_grad():
         tail, upper = _tail(logits, concentration, action_logit)
-        log_norm = torch.lgamma(tail.a) + torch.lgamma(tail.b) - torch.lgamma(tail.a + tail.b)
-        density = torch.exp(tail.a * tail.l - (tail.a + tail.b) * F.softplus(tail.l) - log_norm)
-        mass = (density * tail.mass).clamp(0.0, 1.0)
+        mass = (torch.exp(tail.log_density) * tail.mass).clamp(0.0, 1.0)
         return torch.where(upper, 1.0 - mass, mass).to(_result_dtype(logits))
 
 
@@ -112,6 +113,8 @@ class _Tail(NamedTuple):
     a: Tensor
     b: Tensor
     l: Tensor  # noqa: E741  (the logit of the draw, as above)
+    log_density: Tensor
+    """log g(l)."""
     mass: Tensor
     """J of φ = 1."""
     drift: Tensor
@@ -125,7 +128,7 @@ class _Tail(NamedTuple):
 def _tail(
     logits: Tensor, concentration: float | Tensor, action_logit: Tensor
 ) -> tuple[_Tail, Tensor]:
-    expect_tensor("action_logit", action_logit)
+    expect_real("action_logit", action_logit)
     eta, kappa = (x.detach() for x in _policy(logits, concentration, action_logit))
     draw = action_logit.detach().double()
     _check_shapes(logits=eta, concentration=kappa, action_logit=draw)
@@ -140,7 +143,7 @@ def _tail(
     low, high = torch.full_like(a, -16.0), 16.0 + a.log().neg().clamp_min(0.0)
     for _ in range(20):
         middle = (low + high) / 2
-        short = _exponent(a, kappa, draw, middle.exp()) > -1.0
+        short = _exponent(a, b, draw, middle.exp()) > -1.0
         low, high = torch.where(short, middle, low), torch.where(short, high, middle)
     step = (_HIGH - _LOW) / (_NODES - 1)
     t = torch.linspace(_LOW, _HIGH, _NODES, dtype=torch.float64, device=a.device)
@@ -148,11 +151,12 @@ def _tail(
     weights = nodes * (1 + torch.exp(-t)) * step
     scale = high.exp().unsqueeze(-1)
     s = scale * nodes  # [..., nodes]
-    exponent = _exponent(a.unsqueeze(-1), kappa.unsqueeze(-1), draw.unsqueeze(-1), s)
+    exponent = _exponent(a.unsqueeze(-1), b.unsqueeze(-1), draw.unsqueeze(-1), s)
     value = exponent.exp() * weights * scale
     place = draw.unsqueeze(-1) - s
     integrands = (1.0, s * torch.sigmoid(place), F.softplus(place), exponent)
-    return _Tail(a, b, draw, *((phi * value).sum(-1) for phi in integrands)), upper
+    log_density = _log_peak(a, b) + _exponent(a, b, eta, eta - draw)
+    return _Tail(a, b, draw, log_density, *((phi * value).sum(-1) for phi in integrands)), upper
 
 
 def _policy(
@@ -189,11 +193,31 @@ def _check_shapes(**named: Tensor) -> None:
         raise ValueError(f"shapes that do not broadcast together: {shapes}") from error
 
 
-def _exponent(a: Tensor, kappa: Tensor, logit: Tensor, s: Tensor) -> Tensor:
-    """h(l − s) − h(l) = −a·s − κ log(σ(−l) + σ(l) e^(−s)), without cancellation."""
-    near = torch.log1p(torch.sigmoid(logit) * torch.expm1(-s))
-    far = torch.logaddexp(F.logsigmoid(-logit), F.logsigmoid(logit) - s)
-    return -a * s - kappa * torch.where(s < 0.5, near, far)
+def _exponent(a: Tensor, b: Tensor, logit: Tensor, s: Tensor) -> Tensor:
+    """h(l − s) − h(l) for s ≥ 0, without cancellation.
+
+    −a·s − κ log(σ(−l) + σ(l) e^(−s)) where σ(l) is the smaller part of 1, else what equals it:
+    b·s − κ log(σ(l) + σ(−l) e^s).
+    """
+    down = logit <= 0
+    small, t = -logit.abs(), torch.where(down, -s, s)
+    near = torch.log1p(torch.sigmoid(small) * torch.expm1(t))
+    far = torch.logaddexp(F.logsigmoid(-small), F.logsigmoid(small) + t)
+    return torch.where(down, a, b) * t - (a + b) * torch.where(s < 0.5, near, far)
+
+
+def _log_peak(a: Tensor, b: Tensor) -> Tensor:
+    """log g at the policy's own logit; as a difference of log Γ it would lose the digits of κ."""
+    kappa = a + b
+    rest = _log_gamma_rest(kappa) - _log_gamma_rest(a) - _log_gamma_rest(b)
+    return 0.5 * (a.log() + b.log() - kappa.log() - _LOG_2_PI) + rest
+
+
+def _log_gamma_rest(x: Tensor) -> Tensor:
+    """The rest of log Γ(x) after (x − ½) log x − x + ½ log 2π."""
+    low = x.clamp_max(_SHIFT)
+    direct = torch.lgamma(low) - (low - 0.5) * low.log() + low - 0.5 * _LOG_2_PI
+    return torch.where(x < _SHIFT, direct, _stirling(x.clamp_min(_SHIFT))[0])
 
 
 def _digamma_rise(x: Tensor, step: Tensor) -> Tensor:

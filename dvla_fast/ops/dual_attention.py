@@ -242,16 +242,15 @@ def _check(
     text_mask: Tensor | None,
 ) -> None:
     """Raises before any work when the arguments do not fit together."""
+    check_query(query)
     named = {
-        "query": query,
         "image_key": image_key,
         "image_value": image_value,
         "text_key": text_key,
         "text_value": text_value,
     }
-    dtype = getattr(query, "dtype", None)
     for name, tensor in named.items():
-        check_tensor(name, tensor, 4, dtype)
+        check_tensor(name, tensor, 4, query.dtype)
     _, heads, _, width = query.shape
     batch, _, keys, _ = image_key.shape
     check_groups(query, batch, "image_key")
@@ -261,7 +260,15 @@ def _check(
     check_devices(query, named, alpha=alpha, image_mask=image_mask, text_mask=text_mask)
 
 
-def check_tensor(name: str, tensor: Tensor, dims: int, dtype: torch.dtype | None) -> None:
+def check_query(query: Tensor) -> None:
+    """What the other arguments are compared with: first of all, so that none is blamed for it."""
+    expect_tensor("query", query)
+    if query.dtype not in _DTYPES:
+        raise TypeError(f"query: dtype {query.dtype} is not one of {_DTYPES}")
+    check_tensor("query", query, 4, query.dtype)
+
+
+def check_tensor(name: str, tensor: Tensor, dims: int, dtype: torch.dtype) -> None:
     """Type, rank and dtype of an argument; ``dtype`` is the query's."""
     expect_tensor(name, tensor)
     if tensor.dim() != dims:
@@ -271,9 +278,7 @@ def check_tensor(name: str, tensor: Tensor, dims: int, dtype: torch.dtype | None
 
 
 def check_groups(query: Tensor, batch: int, images: str) -> None:
-    """The query's dtype and sizes, and the images (the argument of that name) in its groups."""
-    if query.dtype not in _DTYPES:
-        raise TypeError(f"query: dtype {query.dtype} is not one of {_DTYPES}")
+    """The query's sizes, and the images (the argument of that name) in its groups."""
     groups, heads, _, width = query.shape
     if heads == 0 or width == 0:
         raise ValueError(f"query: shape {tuple(query.shape)} has no head or no dimension")

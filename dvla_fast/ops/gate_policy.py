@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from dvla_fast import _extension, backends, reference
-from dvla_fast.arguments import expect_number, expect_tensor, expect_whole
+from dvla_fast.arguments import expect_number, expect_real, expect_tensor, expect_whole
 from dvla_fast.ops import schemas
 from dvla_fast.ops.beta_policy import beta_policy, draw_key
 from dvla_fast.ops.value_checks import setting, value_checks
@@ -182,16 +182,17 @@ def _in_one_call(image_tokens: Tensor, backend: str | None) -> bool:
     """Whether the op runs. torch.func transforms what PyTorch's own operations compose."""
     if backend is None and image_tokens.is_cpu and _extension.runs_plainly():
         return True
-    device, width = image_tokens.device, image_tokens.shape[2]
-    compiled = _extension.problem if device.type == "cpu" else f"no kernel for {device.type}"
     if backend is None and _extension.needs_python_autograd():
         return False
+    device, width = image_tokens.device, image_tokens.shape[2]
+    compiled = _extension.problem if device.type == "cpu" else f"no kernel for {device.type}"
     candidates = (
         ("cpp", compiled),
         ("triton", _extension.gate_triton_problem(device, width)),
         ("reference", None),
     )
-    return backends.choose("gate_policy", candidates, backend) != "reference"
+    chosen = backends.choose("gate_policy", candidates, backend)
+    return chosen != "reference" and not _extension.functorch_active()
 
 
 def _decisions(image_tokens: Tensor, text_tokens: Tensor, groups_per_decision: int) -> int:
@@ -358,7 +359,7 @@ def _check_action(
         return
     if deterministic:
         raise ValueError("action_logit and deterministic=True exclude each other")
-    expect_tensor("action_logit", action_logit)
+    expect_real("action_logit", action_logit)
     if action_logit.shape != (decisions,):
         raise ValueError(
             f"action_logit: shape {tuple(action_logit.shape)}, expected ({decisions},)"

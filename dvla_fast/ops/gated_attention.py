@@ -27,6 +27,7 @@ from dvla_fast.ops.dual_attention import (
     candidates,
     check_devices,
     check_groups,
+    check_query,
     check_tensor,
     check_text_and_gate,
     dual_attention,
@@ -122,7 +123,7 @@ def gated_attention(
         return reference.gated_attention(*arguments)
     # torch.func transforms what PyTorch's own operations and dual_attention compose.
     if chosen == "triton" or _extension.needs_python_autograd():
-        return _composed(*arguments)
+        return _composed(*arguments, backend)
     forward = torch.ops.dvla_fast.gated_attention_forward.default
     updated, fused, *_ = forward(*arguments, False)
     return updated, fused
@@ -134,7 +135,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tuple(
+        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+    )
 
 
 def _is_other_half(image_tokens: Tensor, query: Tensor) -> bool:
@@ -158,15 +161,16 @@ def _composed(
     image_mask: Tensor | None,
     text_mask: Tensor | None,
     scale: float,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Products of all images around the attention of the device."""
+    """Products of all images around the attention of ``backend``."""
     tokens = reference.without_masked(image_tokens.to(query.dtype), image_mask)
     projected = F.linear(tokens, kv_weight).unflatten(-1, (2, query.shape[1], -1))
     image_key, image_value = (part.transpose(1, 2) for part in projected.unbind(2))
     rows = reference.without_masked(query, None if text_mask is None else text_mask.unsqueeze(1))
     mixed = dual_attention(
         rows, image_key, image_value, text_key, text_value, gate,
-        image_mask=image_mask, text_mask=text_mask, scale=scale,
+        image_mask=image_mask, text_mask=text_mask, scale=scale, backend=backend,
     )  # fmt: skip
     fused = F.linear(mixed.transpose(1, 2).flatten(2), out_weight)
     return reference.add_to_tokens(image_tokens, fused, text_mask)
@@ -244,14 +248,14 @@ def _check(
     text_mask: Tensor | None,
 ) -> None:
     """Raises before any work when the arguments do not fit together."""
+    check_query(query)
     named = {
-        "query": query,
         "kv_weight": kv_weight,
         "text_key": text_key,
         "text_value": text_value,
         "out_weight": out_weight,
     }
-    for (name, tensor), dims in zip(named.items(), (4, 2, 4, 4, 2)):
+    for (name, tensor), dims in zip(named.items(), (2, 4, 4, 2)):
         check_tensor(name, tensor, dims, query.dtype)
     passed = image_tokens.dtype == torch.float32 and query.dtype != torch.float64
     check_tensor("image_tokens", image_tokens, 3, torch.float32 if passed else query.dtype)

@@ -223,7 +223,7 @@ def device_of(device: torch.device) -> Device:
 
 @cache
 def _cuda_device(index: int | None) -> Device:
-    properties = torch.cuda.get_device_properties(index)
+    properties: Any = torch.cuda.get_device_properties(index)  # not all of which stubs know
     return Device(
         f"sm_{properties.major}{properties.minor}",
         properties.multi_processor_count,

@@ -92,6 +92,21 @@ def test_what_is_no_tensor(call: Callable[[], Any], name: str) -> None:
         call()
 
 
+@pytest.mark.parametrize("name", ["policy", "log_prob", "cdf", "derivatives"])
+def test_actions_are_real(name: str) -> None:
+    for dtype in (torch.cfloat, torch.cdouble):
+        with pytest.raises(TypeError, match=f"^action_logit: expected real values, got {dtype}$"):
+            BETA[name](LOGITS, 2.0, ACTION.to(dtype))
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_wrong_generators(backend: str | None) -> None:
+    message = r"^generator: expected a torch\.Generator, got str$"
+    for op, arguments in ((F.beta_policy, (LOGITS,)), (F.gate_policy, tuple(DECISION.values()))):
+        with pytest.raises(TypeError, match=message):
+            op(*arguments, 2.0, generator="seed", backend=backend)
+
+
 @pytest.mark.parametrize("name", CHECKED)
 def test_values_are_looked_at_where_that_is_asked_for(name: str) -> None:
     kappa, logits = torch.full((13,), 2.0), LOGITS.clone()
@@ -166,6 +181,35 @@ def test_every_tensor_is_named(op: Any, arguments: dict, name: str, backend: str
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("op", [2, 3], ids=["dual_attention", "gated_attention"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.cfloat], ids=str)
+def test_a_query_of_another_kind(
+    dtype: torch.dtype, op: int, autocast: bool, backend: str | None
+) -> None:
+    """It is named itself, not what differs from it, and autocast makes no number of it."""
+    function, arguments = CALLS[op]
+    wrong = {**arguments, "query": arguments["query"].to(dtype)}
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(TypeError, match=f"^query: dtype {dtype} is not one of"),
+    ):
+        function(**wrong, backend=backend)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("op", [0, 1], ids=["gate_policy", "gate_state"])
+@pytest.mark.parametrize("name", ["state_images", "groups_per_decision"])
+def test_counts_of_a_decision_that_no_machine_holds(
+    name: str, op: int, backend: str | None
+) -> None:
+    function, arguments = CALLS[op]
+    for wrong in (2**70, -(2**70)):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            function(**arguments, **{name: wrong}, backend=backend)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("op", [0, 1], ids=["gate_policy", "gate_state"])
 @pytest.mark.parametrize("name", ["state_images", "groups_per_decision"])
 def test_counts_of_a_decision_are_whole(name: str, op: int, backend: str | None) -> None:
@@ -181,6 +225,15 @@ def test_counts_of_a_decision_are_whole(name: str, op: int, backend: str | None)
 def test_a_decision_has_a_number_for_concentration(kappa: Any, backend: str | None) -> None:
     with pytest.raises(TypeError, match=r"^concentration: expected a number, got "):
         F.gate_policy(**{**CALLS[0][1], "concentration": kappa}, backend=backend)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_the_action_of_a_decision_is_real(backend: str | None) -> None:
+    action = torch.zeros(3, dtype=torch.cfloat)
+    with pytest.raises(
+        TypeError, match=r"^action_logit: expected real values, got torch\.complex64"
+    ):
+        F.gate_policy(**CALLS[0][1], action_logit=action, backend=backend)
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])

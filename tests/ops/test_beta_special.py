@@ -53,6 +53,29 @@ def test_cdf_and_implicit_derivatives_against_mpmath(
     assert float(got.concentration) == pytest.approx(by_kappa, rel=1e-9, abs=1e-12 / kappa)
 
 
+@pytest.mark.parametrize("kappa", [1e10, 1e13, 1e16])
+@pytest.mark.parametrize("eta", [0.0, 2.0])
+def test_cdf_of_a_large_concentration(eta: float, kappa: float) -> None:
+    """Normal in the logit, up to a skewness of 1/sqrt κ."""
+    deviation = (kappa * special.expit(eta) * special.expit(-eta)) ** -0.5
+    z = torch.tensor([-3.0, -0.5, 0.0, 0.7, 2.5], dtype=torch.float64)
+    got = beta_cdf(wide(eta), kappa, eta + deviation * z)
+    want = torch.as_tensor(stats.norm.cdf(z))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-8 + 0.4 * bool(eta) * deviation)
+
+
+@pytest.mark.parametrize("kappa", [1e9, 1e13])
+def test_cdf_where_one_shape_alone_is_large(kappa: float) -> None:
+    """κ(1 − α) is then a Gamma variate of shape b = κ(1 − p), up to 1/κ."""
+    for eta in (math.log(kappa), math.log(kappa) - 2):
+        b = kappa * special.expit(-eta)
+        for logit in (eta - 1.5, eta, eta + 2.0):
+            want = special.gammaincc(b, kappa * special.expit(-logit))
+            assert float(beta_cdf(wide(eta), kappa, wide(logit))) == pytest.approx(want, rel=1e-7)
+            got = beta_cdf(wide(-eta), kappa, wide(-logit))
+            assert float(got) == pytest.approx(1 - want, rel=1e-7)
+
+
 @pytest.mark.parametrize("eta", [-18.0, -25.0, -200.0])
 @pytest.mark.parametrize("kappa", [1e-8, 1.0, 10.0])
 def test_means_beyond_reach_of_a_draw(eta: float, kappa: float) -> None:

@@ -339,12 +339,14 @@ def test_double_backward_raises(backend: str) -> None:
         sum(g.square().sum() for g in grads).backward()
 
 
-def test_torch_func() -> None:
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+def test_torch_func(backend: str | None) -> None:
     """Under torch.func the parts run, each with rules of its own."""
     image, *rest = make(CASES[2])
 
     def log_prob(image: Tensor) -> Tensor:
-        return gate_policy(image, *rest, 10.0, deterministic=True).log_prob.sum()
+        out = gate_policy(image, *rest, 10.0, deterministic=True, backend=backend)
+        return out.log_prob.sum() + gate_state(image, rest[0], backend=backend).square().sum()
 
     leaf = image.clone().requires_grad_()
     (want,) = torch.autograd.grad(log_prob(leaf), leaf)
@@ -400,8 +402,10 @@ def test_what_excludes_what() -> None:
         gate_policy(*tensors, 10.0, action_logit=torch.zeros(3), deterministic=True)
     with pytest.raises(ValueError, match="state_images: every image"):
         gate_policy(*tensors, 10.0, groups_per_decision=0, state_images=1)
-    with pytest.raises(BackendError, match="triton"):
+    with pytest.raises(BackendError, match=r"'triton' .*: the inputs are not on a CUDA device"):
         gate_policy(*tensors, 10.0, backend="triton")
+    with pytest.raises(BackendError, match=r"'triton' .*: the inputs are not on a CUDA device"):
+        gate_state(torch.ones(1, 1, 5000), torch.ones(1, 1, 5000), backend="triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

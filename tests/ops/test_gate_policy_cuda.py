@@ -147,3 +147,13 @@ def test_compiled_captured_and_transformed() -> None:
     first = alpha.clone()
     graph.replay()
     assert not torch.equal(first, alpha)  # a replay draws afresh
+
+
+def test_a_generator_on_the_gpu_draws_for_a_cpu() -> None:
+    """By the direct call, and by Python, which is left a number that is no Python float."""
+    tensors = make(CASES[2], torch.float32)
+    draws = []
+    for kappa in (10.0, 10):
+        generator = torch.Generator("cuda").manual_seed(3)
+        draws.append(gate_policy(*tensors, kappa, generator=generator).action_logit)
+    assert torch.equal(*draws)

@@ -156,6 +156,23 @@ def test_vmap(backend: str) -> None:
         torch.testing.assert_close(each, torch.func.grad(loss)(tensors[2], image_tokens))
 
 
+@pytest.mark.parametrize("backend", [CPP])
+def test_the_backend_of_the_call_holds_under_torch_func(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that of the process, which the attention inside would take."""
+    tensors = make(SHAPES[1])
+
+    def loss(weight: Tensor) -> Tensor:
+        arguments = [*tensors[:2], weight, *tensors[3:]]
+        return gated_attention(*arguments, backend=backend)[1].square().sum()
+
+    want = torch.func.grad(loss)(tensors[2])
+    monkeypatch.setattr("dvla_fast.backends._forced", "reference")
+    monkeypatch.setattr("dvla_fast.reference.dual_attention", None)
+    torch.testing.assert_close(torch.func.grad(loss)(tensors[2]), want)
+
+
 @pytest.mark.parametrize("backend", [*BACKENDS, "composed"])
 @pytest.mark.parametrize("shape", [PROJECTED[2], ABSORBED[1]], ids=str)
 def test_gradients_past_nan_at_masked_text(shape: Shape, backend: str) -> None:

@@ -121,11 +121,8 @@ class GatedBackbone(nn.Module):
             ValueError: a location that does not exist, or extra tokens where they cannot ride.
         """
         gated = self.check_locations(self.locations if locations is None else locations)
-        if start is None:
-            x, rest = images, self.blocks
-        else:
-            x, rest = images, self._from(start)
-        for location in rest:
+        x = images
+        for location in self.blocks if start is None else self._from(start):
             if location[1] == 0 and location != start:
                 x = self.enter(location[0], x)
             if gate_fn is not None and location in gated:

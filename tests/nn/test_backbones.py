@@ -303,6 +303,11 @@ def test_wrong_calls(backbone: GatedBackbone) -> None:
         backbone(x, lambda _l, t: (t[:, 1:], None))
     with pytest.raises(ValueError, match="extra tokens"):
         backbone(x, lambda _l, t: (t, t[:1, :2]))
+    mask = torch.ones(len(x), 2, dtype=torch.bool)
+    with pytest.raises(TypeError, match=r"mask of torch\.float32, expected torch\.bool"):
+        backbone(x, lambda _l, t: GatedTokens(t, t[:, :2], mask.float()))
+    with pytest.raises(ValueError, match=r"mask \(2, 1\), expected \(2, 2\)"):
+        backbone(x, lambda _l, t: GatedTokens(t, t[:, :2], mask[:, :1]))
 
 
 @pytest.mark.parametrize(

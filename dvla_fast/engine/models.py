@@ -126,7 +126,6 @@ def fingerprint(spec: dict[str, Any]) -> str:
 def load_backbone(model: DVLA, spec: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """Load the backbone of a pre-training (or meta-tuning) checkpoint into a model.
 
-    The path may also name a ``.pth`` file of published weights (``GatedBackbone.load_pretrained``).
     Regularisation such as drop-path may differ from what the checkpoint was trained with.
 
     Returns:
@@ -135,11 +134,6 @@ def load_backbone(model: DVLA, spec: dict[str, Any], path: str | Path) -> dict[s
     Raises:
         CheckpointError: unreadable, or of another backbone than ``spec`` describes.
     """
-    if Path(path).suffix in (".pth", ".pt"):
-        try:
-            return model.backbone.load_pretrained(str(path))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
     tensors, info = load_checkpoint(path, ("pretrain", "metatune"))
     theirs, ours = (
         {key: value for key, value in item.items() if key not in model.backbone.regularisers}

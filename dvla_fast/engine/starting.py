@@ -18,6 +18,7 @@ from dvla_fast.engine.config import ModelConfig
 from dvla_fast.engine.models import build_backbone_of, load_backbone
 from dvla_fast.engine.settings import UsageError, differences
 from dvla_fast.engine.trained_classes import Stage, training_stages, unknown_stage
+from dvla_fast.errors import CheckpointError
 from dvla_fast.nn import DVLA, GatedBackbone, clip_statistics, has_small_stem
 
 # The authors meta-tune and evaluate with ImageNet's, and on CIFAR-FS and FC100 with CIFAR's; SP
@@ -151,9 +152,12 @@ def begin_metatuning(
     others = [unknown_stage("published")]
     if not checkpoint:
         return data, Start(load_published(model.backbone, config.pretrained), others)
-    info = load_backbone(model, spec, checkpoint)
     if published(checkpoint):
-        return data, Start(info, others)
+        try:
+            return data, Start(model.backbone.load_pretrained(checkpoint), others)
+        except ValueError as error:  # none are published for this backbone
+            raise CheckpointError(f"{checkpoint}: {error}") from error
+    info = load_backbone(model, spec, checkpoint)
     if config.normalisation == "auto":
         data = trained_normalisation(data, info)
     return data, Start({"sha256": info.get("tensors_sha256")}, training_stages(info))

@@ -54,6 +54,7 @@ class Processes:
     Raises:
         MissingDependencyError: several processes, and accelerate is not installed.
         DVLAError: no such device.
+        UsageError: several processes are spoken of, and no launcher started them.
         TrainingError: the others cannot be reached, here or in any other call.
     """
 
@@ -70,8 +71,14 @@ class Processes:
                 "several processes need accelerate, which is not installed; run "
                 "pip install 'dvla-fast[distributed]'"
             ) from error
-        with _together():
-            state: Any = PartialState(cpu=self.device.type == "cpu")
+        try:
+            with _together():
+                state: Any = PartialState(cpu=self.device.type == "cpu")
+        except ValueError as error:  # what else a launcher sets is not there
+            raise UsageError(
+                f"WORLD_SIZE is {self.count}, but no launcher started this process ({error}); "
+                "start it by torchrun or accelerate launch, or unset WORLD_SIZE"
+            ) from error
         self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
         if self.device.type == "cpu":
             atexit.unregister(_leave_group)  # one command may follow another

@@ -115,7 +115,7 @@ class GateTraining:
                 self.samples = 4
         objective = build_objective(
             name,
-            samples=max(self.samples, 2) if name != "grpo" else self.samples,
+            samples=self.samples,
             clip=config.clip,
             beta=config.preference_beta,
             through_loss=True,
@@ -242,11 +242,11 @@ class GateTraining:
         """
         images: tuple[Tensor, ...] = (episodes.support, episodes.query)
         objective = self.loss.objective
-        prefixed = self.samples > 1 or objective.needs_reference_rewards
-        if (
-            prefixed and not from_prefix
-        ):  # what comes before the first gate is the same for all draws
-            images = tuple(_over_images(self.model.prefix, x) for x in images)
+        if self.samples > 1 or objective.needs_reference_rewards:
+            # What comes before the first gate is the same for all draws.
+            if not from_prefix:
+                images = tuple(_over_images(self.model.prefix, x) for x in images)
+            from_prefix = True
         reference_rewards = None
         if objective.needs_reference_rewards:
             reference_rewards = self._reference_rewards(images, episodes, way)
@@ -258,7 +258,7 @@ class GateTraining:
             repeated.query,
             repeated.text,
             way=way,
-            from_prefix=prefixed or from_prefix,
+            from_prefix=from_prefix,
         )
         inputs = self._reward_inputs(output, repeated)
         rewards, parts = weighted_rewards(self.reward_weights, inputs)

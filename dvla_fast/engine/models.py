@@ -50,7 +50,7 @@ def build_pretrain_model(
 
     Stochastic depth belongs to the training, not to the network: no checkpoint knows of it.
     """
-    backbone = _backbone({**spec, "drop_path_rate": drop_path} if drop_path else spec)
+    backbone = build_backbone_of({**spec, "drop_path_rate": drop_path} if drop_path else spec)
     head = nn.Linear(backbone.feature_dim, classes)
     return nn.ModuleDict({"backbone": backbone, "head": head})
 
@@ -82,7 +82,7 @@ def build_model(spec: dict[str, Any], backbone: Any = None) -> DVLA:
     arguments = dict(spec)
     described = arguments.pop("backbone")
     if backbone is None:
-        backbone = _backbone(described)
+        backbone = build_backbone_of(described)
     layers = arguments.pop("gated_layers") or None  # empty: the backbone's own choice
     try:
         return DVLA(backbone, layers, **arguments)
@@ -104,7 +104,12 @@ def described_by(path: str | Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: its entry model: {reason}; {REMEDY}") from error
 
 
-def _backbone(spec: dict[str, Any]) -> Any:
+def build_backbone_of(spec: dict[str, Any]) -> Any:
+    """Build the backbone that ``backbone_spec`` describes.
+
+    Raises:
+        UsageError: arguments that it does not take, or that do not fit together.
+    """
     arguments = dict(spec)
     name = arguments.pop("name")
     try:
@@ -121,7 +126,6 @@ def fingerprint(spec: dict[str, Any]) -> str:
 def load_backbone(model: DVLA, spec: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """Load the backbone of a pre-training (or meta-tuning) checkpoint into a model.
 
-    The path may also name a ``.pth`` file of published weights (``GatedBackbone.load_pretrained``).
     Regularisation such as drop-path may differ from what the checkpoint was trained with.
 
     Returns:
@@ -130,11 +134,6 @@ def load_backbone(model: DVLA, spec: dict[str, Any], path: str | Path) -> dict[s
     Raises:
         CheckpointError: unreadable, or of another backbone than ``spec`` describes.
     """
-    if Path(path).suffix in (".pth", ".pt"):
-        try:
-            return model.backbone.load_pretrained(str(path))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
     tensors, info = load_checkpoint(path, ("pretrain", "metatune"))
     theirs, ours = (
         {key: value for key, value in item.items() if key not in model.backbone.regularisers}

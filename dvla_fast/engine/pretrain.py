@@ -44,6 +44,7 @@ from dvla_fast.engine.predict import image_features, predict_visual
 from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.run_folder import open_folder
 from dvla_fast.engine.settings import UsageError, checked, to_dict
+from dvla_fast.engine.settle import check_warmup
 from dvla_fast.engine.stages import StageRun, Validation, run_epochs, training_summary
 from dvla_fast.engine.starting import load_published, normalise_for
 from dvla_fast.engine.state import TrainingState
@@ -173,10 +174,11 @@ def check_pretraining(config: PretrainConfig, data: FewShotData, processes: Proc
     """Find settings that cannot train before a folder is made.
 
     Raises:
-        UsageError: batches too small or of unequal shares.
+        UsageError: warm-up without an end, or batches too small or of unequal shares.
         DataError: too few images to validate on.
         MissingDependencyError: augmentation that needs torchvision, without it.
     """
+    check_warmup(config)
     monitor_episodes(data, *_VALIDATION)
     Augmentation(config.augment, data)
     build_mixer(config, 2)

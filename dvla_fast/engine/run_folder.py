@@ -126,8 +126,11 @@ class RunFolder:
         if _LOGGED_TO in now:
             saved[_LOGGED_TO] = now[_LOGGED_TO]
         for section, _, key in (name.partition(".") for name in grows):
-            theirs, wanted = saved.get(section, {}), now[section][key]
-            if theirs.get(key, wanted) < wanted:
+            theirs, wanted = saved.get(section), now[section][key]
+            if not isinstance(theirs, dict):
+                continue
+            known = theirs.get(key)
+            if isinstance(known, int | float) and known < wanted:
                 theirs[key] = wanted
         changed = differences(absolute_paths(saved), now)
         if changed:

@@ -123,14 +123,19 @@ def size_line(given: Any, settled: Any) -> str:
     return f"{data.dataset}: images of {data.image_size} pixels (--data.image_size)"
 
 
-def _check_pretraining(config: PretrainConfig, data: DataConfig) -> None:
-    """Refuse warm-up without an end, and warn of what is allowed and seldom meant."""
+def check_warmup(config: PretrainConfig) -> None:
+    """Raise UsageError where warm-up has no end."""
     if config.warmup_epochs >= config.epochs:
         raise UsageError(
             f"pretrain.warmup_epochs: {config.warmup_epochs} of {config.epochs} epoch(s) would be "
             "warm-up, so the rate would never reach pretrain.lr; give fewer: "
             f"--pretrain.warmup_epochs {config.epochs // 8}"
         )
+
+
+def _check_pretraining(config: PretrainConfig, data: DataConfig) -> None:
+    """Refuse warm-up without an end, and warn of what is allowed and seldom meant."""
+    check_warmup(config)
     if config.quarter_turns and data.dataset not in MADE_SIZES:
         warnings.warn(
             "pretrain.quarter_turns is on, a default for the digits: each class turned by 90 and "

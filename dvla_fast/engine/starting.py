@@ -15,10 +15,11 @@ from dvla_fast.data import FewShotData
 from dvla_fast.data.load import IMAGENET_STATISTICS
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import ModelConfig
-from dvla_fast.engine.models import load_backbone
+from dvla_fast.engine.models import build_backbone_of, load_backbone
 from dvla_fast.engine.settings import UsageError, differences
 from dvla_fast.engine.trained_classes import Stage, training_stages, unknown_stage
-from dvla_fast.nn import DVLA, GatedBackbone, build_backbone, clip_statistics, has_small_stem
+from dvla_fast.errors import CheckpointError
+from dvla_fast.nn import DVLA, GatedBackbone, clip_statistics, has_small_stem
 
 # The authors meta-tune and evaluate with ImageNet's, and on CIFAR-FS and FC100 with CIFAR's; SP
 # (Semantic Prompt, their network's origin) has its own.
@@ -85,15 +86,18 @@ def published_visformer(path: str, data: FewShotData) -> tuple[nn.Module, dict[s
 
     Raises:
         CheckpointError: unreadable, or not of their network.
+        UsageError: images of a size that their network does not take.
     """
-    spec = {"image_size": data.image_size, "small_stem": has_small_stem(path)}
-    backbone = build_backbone("visformer_tiny", **spec)
+    spec = {
+        "name": "visformer_tiny", "image_size": data.image_size, "small_stem": has_small_stem(path),
+    }  # fmt: skip
+    backbone = build_backbone_of(spec)
     start = backbone.load_pretrained(path)
     mean, std = STATISTICS[_authors_statistics(path)]
     statistics = {"mean": list(mean), "std": list(std)}
-    model = {"backbone": {"name": "visformer_tiny", **spec}}
     return backbone, {
-        "kind": "pretrain", "model": model, "normalisation": statistics, "start": start,
+        "kind": "pretrain", "model": {"backbone": spec}, "normalisation": statistics,
+        "start": start,
     }  # fmt: skip
 
 
@@ -148,9 +152,12 @@ def begin_metatuning(
     others = [unknown_stage("published")]
     if not checkpoint:
         return data, Start(load_published(model.backbone, config.pretrained), others)
-    info = load_backbone(model, spec, checkpoint)
     if published(checkpoint):
-        return data, Start(info, others)
+        try:
+            return data, Start(model.backbone.load_pretrained(checkpoint), others)
+        except ValueError as error:  # none are published for this backbone
+            raise CheckpointError(f"{checkpoint}: {error}") from error
+    info = load_backbone(model, spec, checkpoint)
     if config.normalisation == "auto":
         data = trained_normalisation(data, info)
     return data, Start({"sha256": info.get("tensors_sha256")}, training_stages(info))

@@ -138,7 +138,9 @@ class TrainingState:
             unpack_optimizer(self.optimizer, tensors, saved[name])
             name = "rng"
             unpack_rng(self.rng, tensors, saved[name])
-        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        except (
+            AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError,
+        ) as error:  # fmt: skip
             raise CheckpointError(
                 f"{self.last_path}: has resume.{name} that cannot be restored "
                 f"({type(error).__name__}: {error}); {REMEDY}"

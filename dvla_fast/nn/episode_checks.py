@@ -34,26 +34,32 @@ def check_episodes(
         )
     if min(episodes, count, query.shape[1]) < 1:
         raise ValueError("support, query: an episode needs at least one image of each")
-    check_labels(labels, (episodes, count), way, whole)
+    check_support_labels(labels, (episodes, count), way, whole)
     _check_devices("support", support, query=query, support_labels=labels)
 
 
-def check_labels(labels: Tensor, shape: tuple[int, ...], way: int, whole: bool = True) -> None:
+def check_support_labels(
+    labels: Tensor, shape: tuple[int, ...], way: int, whole: bool = True
+) -> None:
     """Likewise for the supports' labels: below ``way``, and where ``whole`` of every class."""
     expect_whole("way", way)
     if way < 1:
         raise ValueError(f"way: expected a positive number, got {way}")
-    expect_tensor("support_labels", labels)
+    check_labels("support_labels", labels, shape, way)
+    if whole and value_checks(labels.device) and not _extension.transforming():
+        of_class = labels.unsqueeze(-1) == torch.arange(way, device=labels.device)
+        require(of_class.any(1), "support_labels: a class of an episode has no support")
+
+
+def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], way: int) -> None:
+    """Likewise for labels by any name: int64 of that shape and, if values are checked, < way."""
+    expect_tensor(name, labels)
     if labels.dtype != torch.int64:
-        raise TypeError(f"support_labels: expected int64, got {labels.dtype}")
-    if tuple(labels.shape) != shape:
-        raise ValueError(f"support_labels: shape {tuple(labels.shape)}, expected {shape}")
+        raise TypeError(f"{name}: expected int64, got {labels.dtype}")
+    if labels.shape != shape:
+        raise ValueError(f"{name}: shape {tuple(labels.shape)}, expected {tuple(shape)}")
     if value_checks(labels.device) and not _extension.transforming():
-        known = (labels >= 0) & (labels < way)
-        require(known, f"support_labels: expected values in [0, {way})")
-        if whole:
-            of_class = labels.unsqueeze(-1) == torch.arange(way, device=labels.device)
-            require(of_class.any(1), "support_labels: a class of an episode has no support")
+        require((labels >= 0) & (labels < way), f"{name}: expected values in [0, {way})")
 
 
 def check_images(name: str, images: Tensor) -> None:
@@ -77,11 +83,12 @@ def check_learned(
     check_images("query", query)
     if min(query.shape[:2]) < 1:
         raise ValueError("query: an episode needs at least one image")
+    expect_tensor("features", features)
     if features.dim() != 3 or features.shape[0] != query.shape[0]:
         raise ValueError(
             f"features: shape {tuple(features.shape)}, expected ({query.shape[0]}, supports, d)"
         )
-    check_labels(labels, tuple(features.shape[:2]), way)
+    check_support_labels(labels, features.shape[:2], way)
     _check_devices("query", query, features=features, support_labels=labels)
     for trace in layers:
         if trace.support_before.shape[:2] != labels.shape:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dvla_fast.arguments import expect_number, expect_tensor
-from dvla_fast.nn.episode_checks import check_labels
+from dvla_fast.nn.episode_checks import check_support_labels
 from dvla_fast.reference import in_own_precision
 
 
@@ -93,7 +93,7 @@ def _check(support: Tensor, labels: Tensor, query: Tensor, way: int, temperature
             f"query_features: shape {tuple(query.shape)} does not fit support_features"
             f" {tuple(support.shape)}"
         )
-    check_labels(labels, tuple(support.shape[:2]), way)
+    check_support_labels(labels, support.shape[:2], way)
     if not isinstance(temperature, Tensor):
         expect_number("temperature", temperature)
     if not 0 < temperature < float("inf"):

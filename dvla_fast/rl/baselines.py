@@ -119,8 +119,10 @@ class LeaveOneOutBaseline(nn.Module):
         """Rewards (L, E) -> baseline (L, E).
 
         Raises:
+            TypeError: rewards that are no tensor.
             ValueError: E does not fall into groups of ``samples`` of at least two.
         """
+        expect_tensor("rewards", rewards)
         count = rewards.shape[-1] if self.samples is None else self.samples
         if count < 2 or rewards.shape[-1] % count:
             raise ValueError(
@@ -163,9 +165,11 @@ class ValueBaseline(nn.Module):
         """Rewards (L, E) and states, (E, 2·d + 1) or (E, n, 2·d + 1) a layer -> values (L, E).
 
         Raises:
-            ValueError: no states, or states of another number of layers or episodes or of another
-                width.
+            TypeError: rewards that are no tensor.
+            ValueError: rewards of another shape; no states, or states of another number of layers
+                or episodes or of another width.
         """
+        expect_layers("rewards", rewards)
         if states is None:
             raise ValueError("states: the value network needs the states of the gates")
         if len(states) != len(self.networks) or rewards.shape[0] != len(self.networks):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from dvla_fast.arguments import expect_number, expect_tensor
 from dvla_fast.nn.episode import EpisodeOutput, TextTokens
+from dvla_fast.nn.episode_checks import check_labels
 from dvla_fast.rl.baselines import normalise_advantage
 from dvla_fast.rl.checks import expect_layers
 from dvla_fast.rl.diagnostics import advantage_figures, alpha_figures, gradient_figures
@@ -30,7 +31,6 @@ from dvla_fast.rl.objectives import (
 from dvla_fast.rl.rewards import (
     RewardInputs,
     alignment_cosine,
-    check_labels,
     discounted_returns,
     episode_accuracy,
     weighted_rewards,
@@ -365,8 +365,8 @@ def total_loss(
 
     Returns:
         The loss (), and detached tensors: "supervised", "accuracy", "alignment", and per layer (L,)
-        "alpha", "alpha_spread" and "reward_<name>" of each named reward, beside those of
-        :class:`PolicyLoss`.
+        those of :func:`dvla_fast.rl.alpha_figures` and "reward_<name>" of each named reward, beside
+        those of :class:`PolicyLoss`.
 
     Raises:
         TypeError, ValueError: labels that do not fit the logits, or weights that

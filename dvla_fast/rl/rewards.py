@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from dvla_fast import _extension
 from dvla_fast.arguments import expect_number, expect_tensor
 from dvla_fast.nn.episode import EpisodeOutput, TextTokens
+from dvla_fast.nn.episode_checks import check_labels
 from dvla_fast.nn.prototype import prototype_logits
 from dvla_fast.ops.value_checks import require, value_checks
 
@@ -137,21 +138,6 @@ def discounted_returns(rewards: Tensor, discount: float) -> Tensor:
     return torch.stack(result[::-1])
 
 
-def check_labels(name: str, labels: Tensor, shape: torch.Size, way: int) -> None:
-    """Labels are int64, of that shape and, where values are checked, in [0, way).
-
-    Raises:
-        TypeError, ValueError: they are not; ``name`` is what the message calls them.
-    """
-    expect_tensor(name, labels)
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{name}: expected int64, got {labels.dtype}")
-    if labels.shape != shape:
-        raise ValueError(f"{name}: shape {tuple(labels.shape)}, expected {tuple(shape)}")
-    if value_checks(labels.device) and not _extension.transforming():
-        require((labels >= 0) & (labels < way), f"{name}: expected values in [0, {way})")
-
-
 def episode_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of right queries in each episode: logits (E, Q, way), labels (E, Q) -> (E,).
 
@@ -218,7 +204,6 @@ def accuracy_reward(
     """
     after = prototype_logits(support_after, support_labels, query_after, way)
     before = prototype_logits(support_before, support_labels, query_before, way)
-    check_labels("support_labels", support_labels, support_after.shape[:-1], way)
     check_labels("query_labels", query_labels, query_after.shape[:2], way)
     return episode_accuracy(after, query_labels) - episode_accuracy(before, query_labels)
 

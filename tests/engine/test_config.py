@@ -254,6 +254,14 @@ def test_settings_made_in_python_are_checked_as_a_commands_are(
         run(config)
 
 
+def test_warm_up_without_an_end_is_refused_in_python_too(tmp_path: Path) -> None:
+    config = PretrainRun(output=str(tmp_path / "run"), device="cpu")
+    config.pretrain = PretrainConfig(epochs=2, warmup_epochs=2)
+    with pytest.raises(UsageError, match=r"2 of 2 epoch.*never reach.*warmup_epochs 0$"):
+        run_pretrain(config, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_paths_and_numbers_of_other_libraries_are_settings_too() -> None:
     config = MetatuneRun(checkpoint=Path("a/b"), seed=np.int64(3))  # type: ignore[arg-type]
     config.metatune.lr = np.float32(0.5)  # type: ignore[assignment]

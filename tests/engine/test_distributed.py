@@ -283,6 +283,19 @@ def test_a_command_that_shares_nothing_runs_in_the_first_process(
     assert os.environ["WORLD_SIZE"] == "2"  # for the command that may follow
 
 
+def test_several_processes_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WORLD_SIZE alone, as a cluster's own scripts may leave it."""
+    accelerate = pytest.importorskip("accelerate")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    try:
+        with pytest.raises(UsageError, match=r"WORLD_SIZE is 2, but no launcher.*or unset WORLD"):
+            Processes("cpu")
+    finally:
+        accelerate.PartialState._reset_state()
+
+
 def test_one_process_shares_with_nobody() -> None:
     alone = Processes("cpu")
     assert (alone.rank, alone.count, alone.main) == (0, 1, True)

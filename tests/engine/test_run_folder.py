@@ -124,9 +124,10 @@ def test_numbers_that_may_grow(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match=words):
             resume(*settings)
     assert "metatune:\n  epochs: 5\n" in record.read_text()
-    record.write_text("seed: 1\n")  # edited by hand
-    with pytest.raises(OutputError, match="cannot resume with other settings"):
-        resume(6)
+    for edited in ("", "metatune:\n", "metatune: 5\n", "metatune: {epochs: five}\n"):  # by hand
+        record.write_text(f"seed: 1\n{edited}")
+        with pytest.raises(OutputError, match="cannot resume with other settings"):
+            resume(6)
 
 
 def test_settings_that_the_record_lacks(tmp_path: Path) -> None:

@@ -202,6 +202,16 @@ def test_authors_backbone_alone(
     assert summary["accuracy"] == pytest.approx(expected)
 
 
+def test_authors_backbone_and_images_that_it_does_not_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = visformer_tiny(32, small_stem=False)
+    path = save_their_checkpoint(tmp_path / "visformer-CUB.pth", their_layout(theirs))
+    arguments = ["evaluate", f"--checkpoint={path}", f"--output={tmp_path / 'run'}"]
+    arguments += ["--device=cpu", "--data.dataset=shapes", "--data.image_size=20"]
+    assert "image_size: expected at least 32" in fails(arguments, capsys, 2)
+
+
 def test_backbone_of_a_dvla_rl_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     theirs = visformer_tiny(32, depth=(1, 4, 1))
     state = {**their_layout(theirs), **their_gates()}

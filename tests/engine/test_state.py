@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from dvla_fast.engine.checkpoint import load_checkpoint
+from dvla_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from dvla_fast.engine.execution import adamw
 from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.state import TrainingState
+from dvla_fast.errors import CheckpointError
 
 
 def make_state(path: Path, resume: bool = False) -> TrainingState:
@@ -45,6 +46,18 @@ def test_a_run_that_goes_on_knows_its_best_score(tmp_path: Path) -> None:
     assert again.best_path.read_bytes() == kept
     _, info = load_checkpoint(again.last_path)
     assert (info["epoch"], info["best"], info["best_epoch"]) == (4, 0.9, 1)
+
+
+def test_random_states_of_another_kind(tmp_path: Path) -> None:
+    """Their size is PyTorch's matter, and not that of every version the same."""
+    state = make_state(tmp_path / "run")
+    save(state, 0.5)
+    tensors, info = load_checkpoint(state.last_path)
+    tensors["rng.torch"] = tensors["rng.torch"][:-8]
+    save_checkpoint(state.last_path, tensors, info)
+    again = make_state(tmp_path / "run", resume=True)
+    with pytest.raises(CheckpointError, match=r"has resume\.rng that cannot be restored \(Runtime"):
+        again.restore()
 
 
 @pytest.mark.parametrize(("scores", "best"), [((0.5, 0.5), 2), ((0.5, 0.5, 0.4), 2)])

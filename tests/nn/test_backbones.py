@@ -303,6 +303,11 @@ def test_wrong_calls(backbone: GatedBackbone) -> None:
         backbone(x, lambda _l, t: (t[:, 1:], None))
     with pytest.raises(ValueError, match="extra tokens"):
         backbone(x, lambda _l, t: (t, t[:1, :2]))
+    mask = torch.ones(len(x), 2, dtype=torch.bool)
+    with pytest.raises(TypeError, match=r"mask of torch\.float32, expected torch\.bool"):
+        backbone(x, lambda _l, t: GatedTokens(t, t[:, :2], mask.float()))
+    with pytest.raises(ValueError, match=r"mask \(2, 1\), expected \(2, 2\)"):
+        backbone(x, lambda _l, t: GatedTokens(t, t[:, :2], mask[:, :1]))
 
 
 @pytest.mark.parametrize(
@@ -313,6 +318,8 @@ def test_wrong_calls(backbone: GatedBackbone) -> None:
         ("num_heads", {"width": 10, "num_heads": 3}),
         ("location", {"locations": [(2, 7)]}),
         ("positive", {"in_channels": 0}),
+        ("drop_path_rate", {"drop_path_rate": 1.0}),
+        ("drop_path_rate", {"drop_path_rate": -0.1}),
     ],
 )
 def test_wrong_small_backbones(match: str, options: dict) -> None:
@@ -324,9 +331,9 @@ def test_build_backbone_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(build_backbone("small", width=8, locations=[[2, 0]]), SmallConvAttention)
     with pytest.raises(ValueError, match="unknown 'resnet'"):
         build_backbone("resnet")
-    with pytest.raises(ValueError, match="image_size"):
+    with pytest.raises(ValueError, match=r"image_size: expected at least 16; got 8"):
         visformer_tiny(8)
-    with pytest.raises(ValueError, match="even"):
+    with pytest.raises(ValueError, match=r"at least 32, and an even number without the small stem"):
         visformer_tiny(225)
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(MissingDependencyError, match=r"dvla-fast\[vision\]"):

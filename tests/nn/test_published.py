@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dvla_fast.errors import CheckpointError
-from dvla_fast.nn import Visformer, visformer_tiny
+from dvla_fast.nn import Visformer, has_small_stem, visformer_tiny
 
 from .published import save_their_checkpoint, their_gates, their_layout
 
@@ -150,6 +150,17 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "empty.pth").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"empty\.pth: not a complete PyTorch file"):
         ours.load_pretrained(str(tmp_path / "empty.pth"))
+
+
+def test_files_of_before_torch_1_6_cut_short(tmp_path: Path) -> None:
+    """Pickles, which fail by another error at each of their instructions."""
+    path = tmp_path / "v.pth"
+    torch.save({"stem.0.weight": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"v\.pth: not a (complete PyTorch )?file"):
+            has_small_stem(path)
 
 
 def test_nothing_but_tensors_is_unpickled(tmp_path: Path) -> None:

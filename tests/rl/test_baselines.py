@@ -110,3 +110,10 @@ def test_wrong_arguments() -> None:
         LeaveOneOutBaseline(1)
     with pytest.raises(ValueError, match="groups of 4"):
         LeaveOneOutBaseline(4)(torch.zeros(2, 6))
+    with pytest.raises(TypeError, match=r"^rewards: expected a tensor, got list$"):
+        LeaveOneOutBaseline(2)([1.0, 2.0])
+    values = ValueBaseline([3, 4])
+    with pytest.raises(TypeError, match=r"^rewards: expected a tensor, got list$"):
+        values([1.0, 2.0], [torch.zeros(1, 7), torch.zeros(1, 9)])
+    with pytest.raises(ValueError, match=r"^rewards: shape \(2,\), expected \(layers, episodes\)"):
+        values(torch.zeros(2), [torch.zeros(1, 7), torch.zeros(1, 9)])

@@ -118,14 +118,13 @@ class GatedBackbone(nn.Module):
             start: begin at this block.
 
         Raises:
-            ValueError: a location that does not exist, or extra tokens where they cannot ride.
+            TypeError: a mask of the extra tokens that is not bool.
+            ValueError: a location that does not exist, tokens or a mask of another shape, or extra
+                tokens where they cannot ride.
         """
         gated = self.check_locations(self.locations if locations is None else locations)
-        if start is None:
-            x, rest = images, self.blocks
-        else:
-            x, rest = images, self._from(start)
-        for location in rest:
+        x = images
+        for location in self.blocks if start is None else self._from(start):
             if location[1] == 0 and location != start:
                 x = self.enter(location[0], x)
             if gate_fn is not None and location in gated:
@@ -185,19 +184,31 @@ class GatedBackbone(nn.Module):
                 f"gate at {location}: tokens {tuple(new.tokens.shape)}, expected"
                 f" {tuple(tokens.shape)}"
             )
-        extra = new.extra
-        if extra is not None:
-            if not self.carries_extra(location):
-                raise ValueError(
-                    f"gate at {location}: this block has a spatial convolution, through which"
-                    " extra tokens cannot ride; gate an attention block instead"
-                )
-            if extra.dim() != 3 or extra.shape[0::2] != tokens.shape[0::2]:
-                raise ValueError(
-                    f"gate at {location}: extra tokens {tuple(extra.shape)}, expected"
-                    f" ({tokens.shape[0]}, P, {tokens.shape[2]})"
-                )
-        return self.run_block(location, self.with_tokens(x, new.tokens), extra, new.extra_mask)
+        if new.extra is not None:
+            self._check_extra(location, tokens, new.extra, new.extra_mask)
+        return self.run_block(location, self.with_tokens(x, new.tokens), new.extra, new.extra_mask)
+
+    def _check_extra(
+        self, location: Location, tokens: Tensor, extra: Tensor, mask: Tensor | None
+    ) -> None:
+        """Refuse what cannot ride along with image tokens (B, N, d) through this block."""
+        gate = f"gate at {location}"
+        if not self.carries_extra(location):
+            raise ValueError(
+                f"{gate}: this block has a spatial convolution, through which extra tokens cannot"
+                " ride; gate an attention block instead"
+            )
+        if extra.dim() != 3 or extra.shape[0::2] != tokens.shape[0::2]:
+            raise ValueError(
+                f"{gate}: extra tokens {tuple(extra.shape)}, expected"
+                f" ({tokens.shape[0]}, P, {tokens.shape[2]})"
+            )
+        if mask is None:
+            return
+        if mask.dtype != torch.bool:  # attention would add its numbers to the scores
+            raise TypeError(f"{gate}: mask of {mask.dtype}, expected torch.bool")
+        if mask.shape != extra.shape[:2]:
+            raise ValueError(f"{gate}: mask {tuple(mask.shape)}, expected {tuple(extra.shape[:2])}")
 
 
 def to_tokens(x: Tensor) -> Tensor:

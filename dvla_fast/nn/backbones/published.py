@@ -111,7 +111,7 @@ def _read(path: Path) -> Mapping[Any, Any]:
             f"{path}: not a file that is safe to load: damaged, of another kind, or with more in"
             " it than tensors and plain values; save its state_dict alone with torch.save"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle can fail at any of its instructions
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{path}: not a complete PyTorch file ({reason}); fetch it again"

@@ -41,7 +41,7 @@ class SmallConvAttention(GatedBackbone):
         locations: where gates are called; default: last block of stage 2, first of stage 3.
 
     Raises:
-        ValueError: sizes that do not fit together.
+        ValueError: sizes that do not fit together, or a rate out of range.
     """
 
     regularisers = ("drop_path_rate",)
@@ -65,6 +65,8 @@ class SmallConvAttention(GatedBackbone):
             raise ValueError(f"image_size: expected at least 8, got {image_size}")
         if in_channels < 1 or width < 1 or num_heads < 1:
             raise ValueError("in_channels, width, num_heads: expected positive numbers")
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise ValueError(f"drop_path_rate: expected a number in [0, 1), got {drop_path_rate}")
         if any(dim % num_heads for dim in dims[1:]):
             raise ValueError(f"width: {dims[1:]} are not multiples of num_heads = {num_heads}")
         self.in_channels, self.image_size = in_channels, image_size

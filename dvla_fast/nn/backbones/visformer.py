@@ -227,10 +227,8 @@ def visformer_tiny(
     small = image_size < 128 if small_stem is None else small_stem
     halvings = 16 if small else 32
     if image_size < halvings or (image_size % 2 and not small):
-        raise ValueError(
-            f"image_size: expected at least {halvings}, even without the small stem;"
-            f" got {image_size}"
-        )
+        even = "" if small else ", and an even number without the small stem"
+        raise ValueError(f"image_size: expected at least {halvings}{even}; got {image_size}")
     # timm sizes the position tables for a stem of stride 2: twice the side gives those of stride 1.
     size = 2 * image_size if small else image_size
     net: Any = timm.create_model(

@@ -30,6 +30,7 @@ from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.episode_lists import build_samplers
 from dvla_fast.engine.evaluate import Contender, Evaluation, load_model
 from dvla_fast.engine.execution import Execution
+from dvla_fast.engine.inductive import require_bank_texts
 from dvla_fast.engine.inputs import pixel_facts
 from dvla_fast.engine.leaks import SeenImages, find_seen_images
 from dvla_fast.engine.metatune import check_metatuning, metatune
@@ -56,6 +57,7 @@ _SHARES = {"pre-train": 0.22, "meta-tune": 0.43, "evaluate": 0.35}
 def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast demo`` does; returns the summary that it writes."""
     started, config = time.monotonic(), checked(config)
+    require_bank_texts(config.evaluate)
     execution = _execution(config)
     device = execution.processes.device
     data = build_data(config.data, device, quiet=quiet)

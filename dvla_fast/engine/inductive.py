@@ -19,7 +19,14 @@ from torch import Tensor
 from dvla_fast.data import EpisodeBatch, ImageSet
 from dvla_fast.engine.bank_build import build_language_model
 from dvla_fast.engine.build import pick_device
-from dvla_fast.engine.settings import from_mapping, read_settings, to_dict, to_yaml
+from dvla_fast.engine.config import EvaluateConfig
+from dvla_fast.engine.settings import (
+    UsageError,
+    from_mapping,
+    read_settings,
+    to_dict,
+    to_yaml,
+)
 from dvla_fast.engine.settle import absolute_paths
 from dvla_fast.engine.tool_config import SemanticsBuild
 from dvla_fast.errors import OutputError
@@ -127,6 +134,15 @@ class EpisodeTexts:
             return [()] * way
         shown = episode_images(self.images, support, way, construct.max_side)
         return [images[: construct.images] for images in shown]
+
+
+def require_bank_texts(config: EvaluateConfig) -> None:
+    """Raise UsageError where each episode's texts are to be written: ``evaluate`` alone does it."""
+    if config.construct:
+        raise UsageError(
+            "--evaluate.construct: texts are written for each episode by 'dvla-fast evaluate' "
+            "alone; leave it empty here"
+        )
 
 
 def _settings(path: str, run: str) -> SemanticsBuild:

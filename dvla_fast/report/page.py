@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -269,9 +270,11 @@ def _between(runs: Sequence[Run]) -> Part:
             if any({first.name, other.name} <= names for names in seeds):
                 continue  # neither is better: training again would turn them round
             try:
-                compared = compare_groups([str(first.path)], [str(other.path)])
+                with warnings.catch_warnings():  # of other pixels, which the notes tell
+                    warnings.simplefilter("ignore", UserWarning)
+                    compared = compare_groups([str(first.path)], [str(other.path)])
             except DVLAError:
-                continue  # not comparable, or damaged: said among the notes
+                continue  # not comparable, or damaged: said among the notes, too
             part.lines += [
                 f"{row['way']}-way {row['shot']}-shot: {verdict(row, (first.name, other.name))}."
                 for row in compared["results"]

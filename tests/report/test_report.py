@@ -198,7 +198,9 @@ def test_other_images_than_the_runs(copied: Path, page: Write, key: str) -> None
     assert "give other episodes than the run met" in page(copied)
 
 
-def test_runs_that_cannot_be_compared(tmp_path: Path, page: Write) -> None:
+def test_runs_that_cannot_be_compared(
+    tmp_path: Path, page: Write, recwarn: pytest.WarningsRecorder
+) -> None:
     one = write_evaluation(tmp_path / "one", 0.7, pixels_sha256="x")
     two = write_evaluation(tmp_path / "two", 0.6, pixels_sha256="x")
     other = write_evaluation(tmp_path / "other", 0.6, seed=4)
@@ -208,6 +210,7 @@ def test_runs_that_cannot_be_compared(tmp_path: Path, page: Write) -> None:
     assert "one is better than two by" in html
     assert "one and other are not comparable episode by episode: different episode lists" in html
     assert "one and edited: the images have the same names but other pixels" in html
+    assert not [item for item in recwarn if "other pixels" in str(item.message)]  # said once
     assert "one and two: the images" not in html
     assert "The runs are of different data sets (animals, plants)" in html
     assert "none: no run here" in html

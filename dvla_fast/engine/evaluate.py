@@ -187,13 +187,13 @@ class Evaluation:
         self._passed.append(sampler)
 
     def _predictions(
-        self, index: int, sampler: Any, progress: Progress | None
+        self, index: int, sampler: EpisodeSampler, progress: Progress | None
     ) -> dict[str, Predictions]:
         contender, predictor = self.contenders[index], self.predictors[index]
         count, found = self.config.episodes, {}
         for name, backbone in contender.backbones.items():
             if predictor is not None and backbone is predictor.model.backbone:
-                found[name] = predictor.visual(sampler, count, 0.2, progress)
+                found[name] = predictor.visual(sampler, count, progress)
                 continue
             if (index, name) not in self._features:
                 self._features[index, name] = image_features(

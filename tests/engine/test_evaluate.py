@@ -113,7 +113,7 @@ def test_short_cuts_change_no_number(
             torch.testing.assert_close(found[name].alphas, slow.alphas, rtol=1e-4, atol=1e-5)
         whole = image_features(model.backbone, few_digits, few_digits.novel)
         visual = predict_visual(whole, sampler, 9)
-        assert torch.equal(predictor.visual(sampler, 9, 0.2).predicted, visual.predicted)
+        assert torch.equal(predictor.visual(sampler, 9).predicted, visual.predicted)
 
 
 def test_each_image_goes_through_once(

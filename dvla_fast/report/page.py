@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.compare import compare_groups, verdict
 from dvla_fast.engine.settings import UsageError, checked
 from dvla_fast.engine.tool_config import ReportRun
@@ -86,6 +87,8 @@ def run_report(config: ReportRun, *, quiet: bool = False) -> Written:
             raise UsageError(f"report: {table} cannot be both the page and the table")
         check_new(table, config.overwrite, "--table")
         check_writable(table, "give --table a file in a folder that you may write to")
+    if not config.text_only:
+        pick_device(config.device)  # an unknown one is no fault of a run
     environment = _environment()
     with Progress({"report": 1.0}, enabled=not quiet) as progress:
         progress.begin("report", 4)

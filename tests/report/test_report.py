@@ -157,6 +157,8 @@ def test_values_that_are_no_numbers_are_left_out_of_curves(copied: Path, page: W
     """A diverged run logs null; other programs write NaN."""
     rows = [json.loads(line) for line in (copied / "metrics.jsonl").read_text().splitlines()]
     rows[0]["loss"], rows[-2]["alpha_mean"] = None, [float("nan"), 0.5]
+    # these have no value at times: a single episode no interval, tied pairs no better one
+    rows[-1]["ci95"] = rows[-3]["preference_accuracy"] = None
     (copied / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     html = page(copied, options=("--text_only",))
     assert "values of loss, alpha_mean that are not the finite numbers that a run logs" in html
@@ -251,6 +253,15 @@ def test_a_page_that_cannot_be_written_is_told_before_the_work(
     for arguments in (["report", str(tmp_path)], ["compare", "a", "b"]):
         assert main([*arguments, f"--output={long}"]) == 1
         assert "cannot write (File name too long)" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_known(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "page.html"
+    arguments = ["report", str(demo), f"--output={output}", "--device=tpu"]
+    assert "device 'tpu' is unknown" in fails(arguments, capsys, status=2)
+    assert not output.exists()
 
 
 def test_nothing_to_show_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

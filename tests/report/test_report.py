@@ -427,6 +427,21 @@ def test_published_numbers_are_quoted(tmp_path: Path, page: Write) -> None:
     assert "quoted as theirs" in html
 
 
+def test_published_numbers_are_those_of_every_training(tmp_path: Path, page: Write) -> None:
+    """Trained on two data sets, results of the same episodes have two columns."""
+    lists = {"birds": CUB, "mini": "miniimagenet_ravi"}
+    runs = [
+        write_evaluation(
+            tmp_path / name, 0.7, split_list=CUB, trained_on=name, trained_split_list=trained
+        )
+        for name, trained in lists.items()
+    ]
+    html = page(*runs, options=("--text_only",))
+    for number in ("91.93 ± 0.28", "67.46 ± 0.47"):
+        assert number in html
+    assert "numbers of other people for CUB, miniImageNet to CUB, quoted" in html
+
+
 @pytest.mark.parametrize(
     ("result", "column", "first"),
     [

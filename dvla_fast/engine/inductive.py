@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ BANK = "written for each episode"
 _KEPT = "construct.yaml"  # of a run folder: its settings, with paths from the root
 # Of the settings: those that may hold a path.
 _PATHS = ("answers", "model", "candidates_prompt", "description_prompt", "encoder")
+# Folders from the root, also behind an encoder's name ("open_clip:MODEL//a/b.bin"); and any.
+_ROOTED, _ANY = re.compile("(^|[:/])/.*/"), re.compile(".*/")
 
 
 class EpisodeTexts:
@@ -150,7 +153,8 @@ def _settings(path: str, run: str) -> SemanticsBuild:
     kept = Path(run, _KEPT)
     continued = bool(run) and kept.is_file()
     found = _read(str(kept) if continued else path)
-    if continued and Path(path).is_file() and _digest(_read(path)) != _digest(found):
+    # from another folder a relative path is not there, and so was not made absolute
+    if continued and Path(path).is_file() and _digest(_read(path), _ANY) != _digest(found, _ANY):
         raise OutputError(
             f"{run}: cannot resume, for {path} has changed since the run began; restore it (the "
             f"settings of then are in {kept}), or start a new run"
@@ -163,12 +167,12 @@ def _read(path: str) -> SemanticsBuild:
     return from_mapping(SemanticsBuild, absolute_paths(to_dict(config)), path)
 
 
-def _digest(config: SemanticsBuild) -> str:
-    """A hash of the settings, whatever folder their files lie in."""
+def _digest(config: SemanticsBuild, folders: re.Pattern[str] = _ROOTED) -> str:
+    """A hash of the settings, whatever folders their files lie in."""
     settings = to_dict(config)
     wanted = {
         section: {
-            key: value.rpartition("/")[2] if key in _PATHS else value
+            key: folders.sub("", value) if key in _PATHS else value
             for key, value in settings[section].items()
         }
         for section in ("language_model", "construct")

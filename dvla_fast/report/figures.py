@@ -34,7 +34,6 @@ class Figure:
     svg: str
     caption: str
     legend: list[tuple[str, str]] = field(default_factory=list)
-    wide: bool = False
 
 
 @dataclass

@@ -150,7 +150,7 @@ def measure_command(
     for shot in (1, 5):
         sampler = EpisodeSampler(data.novel, WAY, shot, QUERY, 0)
         predictor.predict(sampler, arguments.episodes)
-        predictor.visual(sampler, arguments.episodes, 0.2)
+        predictor.visual(sampler, arguments.episodes)
     fast = time.perf_counter() - start
     return {
         "text_scope": text_scope,

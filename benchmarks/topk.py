@@ -91,8 +91,6 @@ def measure_time(classes: int = CLASSES, repeats: int = 5) -> dict[str, float]:
     rounds = []  # the templates' vectors of each round, as the choices will ask for them
 
     def record(order: list[list[int]]) -> Tensor:
-        from dvla_fast.semantics.topk import template_text
-
         texts = [
             template_text(name, [texts[i] for i in chosen])
             for name, texts, chosen in zip(names, candidates, order)

@@ -102,11 +102,10 @@ def main(given: list[str] | None = None) -> None:
                           "loss_difference": difference}), flush=True)  # fmt: skip
         for stage in arguments.stage or ("pretrain", "metatune"):
             rates = measure(setting, stage, arguments)
-            slowest = max(value for name, value in rates.items() if name.startswith("plain loop,"
-                          if stage == "pretrain" else "plain loop"))  # fmt: skip
+            peer = max(value for name, value in rates.items() if name.startswith("plain loop"))
             row: dict[str, Any] = {"stage": stage}
             for name, value in rates.items():
-                row[name] = {"per_second": round(value, 2), "ratio": round(value / slowest, 2)}
+                row[name] = {"per_second": round(value, 2), "ratio": round(value / peer, 2)}
             print(json.dumps(row), flush=True)
 
 

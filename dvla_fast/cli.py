@@ -200,12 +200,13 @@ def _parse(name: str, rest: list[str]) -> Any:
     from dvla_fast.engine.command_parser import config_class
 
     cls = config_class(name)
-    default = cls()
+    default, files = cls(), _config_files(rest)
     if name == "demo":
         from dvla_fast.engine.config import demo_config
 
-        default = demo_config(quick="--quick" in rest)
-    for path in _config_files(rest):
+        asked = (settings.read_settings(path, cls, default).quick for path in files)
+        default = demo_config(quick="--quick" in rest or any(asked))
+    for path in files:
         default = settings.read_settings(path, cls, default)
     parsed = _parse_with(name, rest, cls, default)
     if not getattr(parsed, "resume", False):
@@ -225,7 +226,7 @@ def _parse(name: str, rest: list[str]) -> Any:
             f"dvla-fast {theirs} --resume --output {shlex.quote(parsed.output)}"
         )
     saved = settings.from_mapping(cls, record, parsed.output)
-    for path in _config_files(rest):
+    for path in files:
         saved = settings.read_settings(path, cls, saved)
     return _parse_with(name, rest, cls, saved)
 

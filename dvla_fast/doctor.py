@@ -29,7 +29,14 @@ _EXTRAS = {
         "tensorboard",
     ),
     "vision": ("timm", "torchvision"),
-    "semantics": ("accelerate", "openai", "open-clip-torch", "pillow", "transformers"),
+    "semantics": (
+        "accelerate",
+        "openai",
+        "open-clip-torch",
+        "pillow",
+        "safetensors",
+        "transformers",
+    ),
     "distributed": ("accelerate",),
 }
 

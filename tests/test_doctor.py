@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from dvla_fast import doctor
@@ -19,3 +22,12 @@ def test_a_missing_extra_comes_with_its_remedy(monkeypatch: pytest.MonkeyPatch) 
     text, healthy = doctor.report()
     assert "remedy: pip install 'dvla-fast[train]'" in text
     assert not healthy
+
+
+@pytest.mark.parametrize("extra", doctor._EXTRAS)
+def test_every_package_of_an_extra_is_looked_for(extra: str) -> None:
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    declared = re.search(rf"^{extra} = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)
+    assert declared is not None
+    names = {name.lower().replace("_", "-") for name in re.findall(r'"([\w-]+)', declared[1])}
+    assert names <= {name.lower() for name in doctor._EXTRAS[extra]}

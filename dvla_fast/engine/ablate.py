@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import threading
@@ -31,6 +32,7 @@ from dvla_fast.engine.ablation_tables import csv_table, markdown_table
 from dvla_fast.engine.ablation_variants import GROUPS, Variant, chosen_variants
 from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.config import AblateRun
+from dvla_fast.engine.inductive import require_bank_texts
 from dvla_fast.engine.inputs import check_inputs
 from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.run_folder import read_config
@@ -50,6 +52,8 @@ from dvla_fast.pictures.ablation import plot_ablation
 from dvla_fast.statistics import holm, require_scipy
 
 _POLL = 0.5
+# In a folder that another launch is making at this moment, or was killed in.
+_OWN = {"cells", "claims", "backbones", "running", "inputs.json", "config.yaml"}
 
 
 def run_ablate(config: AblateRun, *, quiet: bool = False) -> dict[str, Any]:
@@ -63,6 +67,7 @@ def run_ablate(config: AblateRun, *, quiet: bool = False) -> dict[str, Any]:
     require_scipy()
     if config.wandb:
         raise UsageError("--wandb: an ablation logs no curves; leave it empty")
+    require_bank_texts(config.evaluate)
     device = _device(config.device)
     store = Store(Path(config.output))
     workshop = Workshop(config, store, device, quiet=quiet)
@@ -102,7 +107,6 @@ def _open(store: Store, config: AblateRun, inputs: dict[str, str]) -> None:
     path = store.path
     if os.path.exists(path) and not os.path.isdir(path):
         raise OutputError(f"{path}: is a file; give --output a new folder")
-    # "claims" alone: another launch is making the folder at this moment, or was killed then
     strangers = {item.name for item in path.iterdir()} - _OWN if os.path.isdir(path) else set()
     strangers -= {name for name in strangers if name.startswith(".") and name.endswith(".tmp")}
     if strangers and not (path / "config.yaml").exists():
@@ -156,9 +160,6 @@ def _check_lists(store: Store, cells: Sequence[Cell], lists: dict[str, str]) -> 
                 "lists other images as seen, or the version draws otherwise); give --output a new "
                 "folder"
             )
-
-
-_OWN = {"cells", "claims", "backbones", "running", "inputs.json", "config.yaml"}
 
 
 def _forget_errors(store: Store, cells: Sequence[Cell]) -> None:
@@ -274,7 +275,7 @@ def summarise(
     settings = config.evaluate
     return {
         "command": "ablate",
-        "line": "dvla-fast " + " ".join(sys.argv[1:]) if sys.argv[1:2] == ["ablate"] else None,
+        "line": shlex.join(["dvla-fast", *sys.argv[1:]]) if sys.argv[1:2] == ["ablate"] else None,
         **_provenance(),
         "dataset": Path(config.data.dataset).name,
         "split": settings.split,

@@ -38,18 +38,22 @@ def weigh_claims(
         f"gain over {VISUAL}: {few}-shot minus {many}-shot",
         [(FULL, few, 1), (VISUAL, few, -1), (FULL, many, -1), (VISUAL, many, 1)],
     )  # fmt: skip
-    fixed = _best_fixed(rows)
+    whole = config.semantics.parts == "all"  # else the texts of ``full`` are not both levels
+    fixed = None if config.model.policy == "fixed" else _best_fixed(rows)
     top_k = _claim("top-k removes what hallucinations cost", cells.over(FULL, "no-top-k"))
     if config.semantics.bank in KINDS:
         top_k["selection"] = hallucinated_shares(config)
     return [
         _claim("text and meta-tuning together beat visual prototypes", cells.over(FULL, VISUAL)),
-        _claim("attributes and description help beyond the class name", cells.over(FULL, "name")),
+        _claim(
+            "attributes and description help beyond the class name",
+            cells.over(FULL, "name") if whole else [],
+        ),
         _claim("what the texts say matters, not that there are any", cells.over(FULL, "shuffled")),
         _claim("the gain over visual prototypes is largest at one shot", gain),
         _claim(
             "both levels matter",
-            cells.over(FULL, "attributes") + cells.over(FULL, "description"),
+            cells.over(FULL, "attributes") + cells.over(FULL, "description") if whole else [],
         ),
         top_k,
         _claim("hallucinations cost accuracy (taken out by hand)", cells.over("true", "no-top-k")),

@@ -35,6 +35,13 @@ _SCOPES = {
     "class": "supports see their own class's texts, queries none",
     "candidate": "supports see their own class's texts, queries each class's in turn",
 }
+_PARTS = {  # semantics.parts of the base configuration
+    "all": "attributes and description",
+    "attributes": "attributes alone",
+    "description": "description alone",
+    "name": "class name alone (A photo of a NAME)",
+    "shuffled": "each class with the texts of another",
+}
 _ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -76,9 +83,7 @@ def all_variants(config: AblateRun, channels: int) -> list[Variant]:
     Args:
         channels: of the images, for the blocks of the backbone.
     """
-    full = Variant(
-        FULL, "semantics", f"attributes and description, {_chosen(config)}, {_gate(config)}"
-    )
+    full = Variant(FULL, "semantics", f"{_texts(config)}, {_gate(config)}")
     rows = [full, *_semantics(config), *_alphas(config), *_objectives(config)]
     rows += _sweep("k", "k", "semantics.top_k", config.ablate.k, config.semantics.top_k)
     model, tuning, ablate = config.model, config.metatune, config.ablate
@@ -126,7 +131,7 @@ def chosen_variants(config: AblateRun, channels: int) -> list[Variant]:
 
 
 def _base_names(config: AblateRun) -> set[str]:
-    """What rows of sweeps would be called that are none, since the base has their value."""
+    """What rows would be called that are none, since the base has their value."""
     tuning = config.metatune
     values = {
         "k": config.semantics.top_k,
@@ -137,7 +142,8 @@ def _base_names(config: AblateRun) -> set[str]:
         "temperature": config.model.temperature,
     }
     swept = {f"{label}={value:g}" for label, value in values.items()}
-    return swept | {tuning.objective, f"scope={config.model.text_scope}"}
+    texts = config.semantics.parts
+    return swept | {tuning.objective, f"scope={config.model.text_scope}", texts}
 
 
 def _check_known(
@@ -164,6 +170,16 @@ def _chosen(config: AblateRun) -> str:
     return f"top-{k}" if k else "the bank's choice"
 
 
+def _selects(config: AblateRun) -> bool:
+    """Whether the texts of the base configuration depend on the selection of attributes."""
+    return config.semantics.parts not in ("description", "name")
+
+
+def _texts(config: AblateRun) -> str:
+    words = _PARTS[config.semantics.parts]
+    return f"{words}, {_chosen(config)}" if _selects(config) else words
+
+
 def _gate(config: AblateRun) -> str:
     if config.model.policy in ("beta", "categorical"):
         return f"RL gate ({config.metatune.objective})"
@@ -175,24 +191,26 @@ def _semantics(config: AblateRun) -> list[Variant]:
         overrides = {f"semantics.{key}": value for key, value in changes.items()}
         return Variant(name, "semantics", title, overrides)
 
-    bank = load_bank(config.semantics.bank)
+    bank, given = load_bank(config.semantics.bank), config.semantics
     rows = [Variant(VISUAL, "semantics", "visual prototypes, no text, no gate", trains=False)]
     if bank.vectors is None:
-        rows.append(row("name", "class name alone (A photo of a NAME)", parts="name"))
+        rows.append(row("name", _PARTS["name"], parts="name"))
     if any(_has_both(entry) for entry in bank.classes.values()):
         rows.append(row("attributes", f"attributes alone, {_chosen(config)}", parts="attributes"))
         rows.append(row("description", "description alone", parts="description"))
-    title = "each class with the texts of another: a control"
-    rows.append(row("shuffled", title, parts="shuffled"))
+    rows.append(row("shuffled", f"{_PARTS['shuffled']}: a control", parts="shuffled"))
+    rows = [item for item in rows if item.overrides.get("semantics.parts") != given.parts]
     most = max((len(entry.proposals) for entry in bank.classes.values()), default=0)
-    if bank.vectors is None and config.semantics.top_k and config.semantics.top_k < most:
-        title = f"attributes and description without top-k: all {most} proposed"
-        rows.append(row("no-top-k", title, top_k=most))
-        title = f"attributes alone without top-k: all {most} proposed"
-        rows.append(row("no-top-k-attributes", title, parts="attributes", top_k=most))
-    if config.semantics.bank in KINDS:
-        title = "attributes and description, hallucinations taken out by hand"
-        rows.append(row("true", title, bank=f"{config.semantics.bank}-true", top_k=0))
+    if bank.vectors is None and given.top_k and given.top_k < most:
+        if _selects(config):
+            title = f"{_PARTS[given.parts]} without top-k: all {most} proposed"
+            rows.append(row("no-top-k", title, top_k=most))
+        if given.parts != "attributes":
+            title = f"attributes alone without top-k: all {most} proposed"
+            rows.append(row("no-top-k-attributes", title, parts="attributes", top_k=most))
+    if given.bank in KINDS and given.parts != "name":
+        title = f"{_PARTS[given.parts]}, hallucinations taken out by hand"
+        rows.append(row("true", title, bank=f"{given.bank}-true", top_k=0))
     return rows
 
 

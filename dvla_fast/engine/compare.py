@@ -375,7 +375,7 @@ def comparison_text(compared: dict[str, Any], classes: int = 10) -> str:
         first, second = (f"{100 * value:.2f} %" for value in row["accuracies"])
         lines += [
             "",
-            f"{row['way']}-way {row['shot']}-shot, {row['episodes']:,} episodes: "
+            f"{row['way']}-way {row['shot']}-shot, {_episodes(row['episodes'])}: "
             f"A {first} ({row['methods'][0]}), B {second} ({row['methods'][1]})",
             f"  {row['verdict']}",
             f"  {_reach(row)}",
@@ -397,6 +397,10 @@ def _reach(row: dict[str, Any]) -> str:
     return f"over training runs ({counts}): {verdict(over)}{but}"
 
 
+def _episodes(count: int) -> str:
+    return f"{count:,} episode{'s' if count > 1 else ''}"
+
+
 def _class_lines(rows: Sequence[dict[str, Any]], limit: int) -> list[str]:
     ordered = sorted(rows, key=lambda row: -abs(row["difference"]))
     shown = ordered[:limit] if limit else ordered
@@ -407,7 +411,7 @@ def _class_lines(rows: Sequence[dict[str, Any]], limit: int) -> list[str]:
         lines.append(
             f"    {row['name']:<{width}}  {100 * row['accuracies'][0]:5.1f} - "
             f"{100 * row['accuracies'][1]:5.1f} = {100 * row['difference']:+5.1f}{half}  "
-            f"{p_text(row['p_holm'])}  ({row['episodes']} episodes)"
+            f"{p_text(row['p_holm'])}  ({_episodes(row['episodes'])})"
         )
     if len(shown) < len(rows):
         lines.append(

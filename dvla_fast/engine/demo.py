@@ -30,10 +30,12 @@ from dvla_fast.engine.distributed import Processes
 from dvla_fast.engine.episode_lists import build_samplers
 from dvla_fast.engine.evaluate import Contender, Evaluation, load_model
 from dvla_fast.engine.execution import Execution
+from dvla_fast.engine.inductive import require_bank_texts
 from dvla_fast.engine.inputs import pixel_facts
 from dvla_fast.engine.leaks import SeenImages, find_seen_images
 from dvla_fast.engine.metatune import check_metatuning, metatune
 from dvla_fast.engine.models import backbone_spec, build_model, load_backbone, model_spec
+from dvla_fast.engine.monitor import accuracy_text
 from dvla_fast.engine.predict import BEFORE, FIXED, VISUAL
 from dvla_fast.engine.pretrain import check_pretraining, pretrain
 from dvla_fast.engine.progress import Progress
@@ -47,7 +49,6 @@ from dvla_fast.engine.trained_classes import training_stages
 from dvla_fast.nn import DVLA
 from dvla_fast.pictures.demo import plot_demo
 from dvla_fast.semantics import EncodedTexts
-from dvla_fast.statistics import points
 
 # Shares of the time that the stages take, for the overall progress bar (measured on 2 cores).
 _SHARES = {"pre-train": 0.22, "meta-tune": 0.43, "evaluate": 0.35}
@@ -56,6 +57,7 @@ _SHARES = {"pre-train": 0.22, "meta-tune": 0.43, "evaluate": 0.35}
 def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     """Do what ``dvla-fast demo`` does; returns the summary that it writes."""
     started, config = time.monotonic(), checked(config)
+    require_bank_texts(config.evaluate)
     execution = _execution(config)
     device = execution.processes.device
     data = build_data(config.data, device, quiet=quiet)
@@ -141,7 +143,7 @@ def _results(
         result |= pixels
         results.append(result)
         keep_record(run.folder, result, record, evaluation.images.class_names)
-        scored = f"{result['accuracy']:.1%} ± {points(result['ci95'], 1)} %"
+        scored = accuracy_text(result["accuracy"], result["ci95"])
         run.progress.note(f"{sampler.shot}-shot {scored}")
     return results
 

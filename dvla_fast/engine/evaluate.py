@@ -169,7 +169,7 @@ class Evaluation:
             **compared,
             "paired_interval": PAIRED_INTERVAL,
             "fixed_alpha": config.fixed_alpha,
-            "alpha": _alphas(found[0].get(LEARNED)),
+            "alpha": _alphas(record.alphas),
         }
         if self.predictors[0] is not None:
             result["computed"] = self.predictors[0].plans
@@ -187,13 +187,13 @@ class Evaluation:
         self._passed.append(sampler)
 
     def _predictions(
-        self, index: int, sampler: Any, progress: Progress | None
+        self, index: int, sampler: EpisodeSampler, progress: Progress | None
     ) -> dict[str, Predictions]:
         contender, predictor = self.contenders[index], self.predictors[index]
         count, found = self.config.episodes, {}
         for name, backbone in contender.backbones.items():
             if predictor is not None and backbone is predictor.model.backbone:
-                found[name] = predictor.visual(sampler, count, 0.2, progress)
+                found[name] = predictor.visual(sampler, count, progress)
                 continue
             if (index, name) not in self._features:
                 self._features[index, name] = image_features(
@@ -214,10 +214,11 @@ def _recorded_alphas(found: Sequence[Mapping[str, Predictions]]) -> Tensor | Non
     return torch.stack(kept).float() if kept else None
 
 
-def _alphas(predictions: Predictions | None) -> dict[str, Any]:
-    if predictions is None or predictions.alphas is None:
+def _alphas(recorded: Tensor | None) -> dict[str, Any]:
+    """Mean and deviation of each layer's gate, over checkpoints and episodes."""
+    if recorded is None:
         return {}
-    alphas = predictions.alphas
+    alphas = recorded.flatten(0, 1)
     return {"mean": alphas.mean(0).tolist(), "std": alphas.std(0, unbiased=False).tolist()}
 
 

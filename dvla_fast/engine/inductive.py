@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,14 @@ from torch import Tensor
 from dvla_fast.data import EpisodeBatch, ImageSet
 from dvla_fast.engine.bank_build import build_language_model
 from dvla_fast.engine.build import pick_device
-from dvla_fast.engine.settings import from_mapping, read_settings, to_dict, to_yaml
+from dvla_fast.engine.config import EvaluateConfig
+from dvla_fast.engine.settings import (
+    UsageError,
+    from_mapping,
+    read_settings,
+    to_dict,
+    to_yaml,
+)
 from dvla_fast.engine.settle import absolute_paths
 from dvla_fast.engine.tool_config import SemanticsBuild
 from dvla_fast.errors import OutputError
@@ -34,6 +42,8 @@ BANK = "written for each episode"
 _KEPT = "construct.yaml"  # of a run folder: its settings, with paths from the root
 # Of the settings: those that may hold a path.
 _PATHS = ("answers", "model", "candidates_prompt", "description_prompt", "encoder")
+# Folders from the root, also behind an encoder's name ("open_clip:MODEL//a/b.bin"); and any.
+_ROOTED, _ANY = re.compile("(^|[:/])/.*/"), re.compile(".*/")
 
 
 class EpisodeTexts:
@@ -129,12 +139,22 @@ class EpisodeTexts:
         return [images[: construct.images] for images in shown]
 
 
+def require_bank_texts(config: EvaluateConfig) -> None:
+    """Raise UsageError where each episode's texts are to be written: ``evaluate`` alone does it."""
+    if config.construct:
+        raise UsageError(
+            "--evaluate.construct: texts are written for each episode by 'dvla-fast evaluate' "
+            "alone; leave it empty here"
+        )
+
+
 def _settings(path: str, run: str) -> SemanticsBuild:
     """Read the settings of a file, or those that the run in a folder keeps."""
     kept = Path(run, _KEPT)
     continued = bool(run) and kept.is_file()
     found = _read(str(kept) if continued else path)
-    if continued and Path(path).is_file() and _digest(_read(path)) != _digest(found):
+    # from another folder a relative path is not there, and so was not made absolute
+    if continued and Path(path).is_file() and _digest(_read(path), _ANY) != _digest(found, _ANY):
         raise OutputError(
             f"{run}: cannot resume, for {path} has changed since the run began; restore it (the "
             f"settings of then are in {kept}), or start a new run"
@@ -147,12 +167,12 @@ def _read(path: str) -> SemanticsBuild:
     return from_mapping(SemanticsBuild, absolute_paths(to_dict(config)), path)
 
 
-def _digest(config: SemanticsBuild) -> str:
-    """A hash of the settings, whatever folder their files lie in."""
+def _digest(config: SemanticsBuild, folders: re.Pattern[str] = _ROOTED) -> str:
+    """A hash of the settings, whatever folders their files lie in."""
     settings = to_dict(config)
     wanted = {
         section: {
-            key: value.rpartition("/")[2] if key in _PATHS else value
+            key: folders.sub("", value) if key in _PATHS else value
             for key, value in settings[section].items()
         }
         for section in ("language_model", "construct")

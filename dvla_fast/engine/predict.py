@@ -87,9 +87,7 @@ def image_features(
 
 
 @torch.inference_mode()
-def predict_visual(
-    features: Tensor, sampler: EpisodeSampler, episodes: int, temperature: float = 0.2
-) -> Predictions:
+def predict_visual(features: Tensor, sampler: EpisodeSampler, episodes: int) -> Predictions:
     """Classify with cosine prototypes of precomputed features (N, d)."""
     logits, labels = [], []
     for batch in _batches(sampler, episodes, _GATHERED, features.device):
@@ -99,7 +97,6 @@ def predict_visual(
                 batch.support_labels,
                 features[batch.query],
                 sampler.way,
-                temperature,
             )
         )
         labels.append(batch.query_labels)
@@ -202,7 +199,6 @@ class EpisodePredictor:
         self,
         sampler: EpisodeSampler,
         episodes: int,
-        temperature: float,
         progress: Progress | None = None,
     ) -> Predictions:
         """Predict with the model's backbone alone, its gates left out.
@@ -217,7 +213,7 @@ class EpisodePredictor:
             raise ValueError("visual: build the predictor with visual=True")
         with evaluating(self.model), torch.inference_mode():
             self._fill(sampler, episodes, progress)
-            return predict_visual(self._tables["plain"], sampler, episodes, temperature)
+            return predict_visual(self._tables["plain"], sampler, episodes)
 
     def _predict(
         self,

@@ -136,7 +136,14 @@ def require_untrained(
     together = [stage for own in stages.values() for stage in own]
     facts = trained_classes(together, data, split)
     if facts["same_name"]:
-        others = sorted({str(stage["dataset"]) for stage in together if stage["classes"]})
+        others = sorted(
+            {
+                str(dataset)
+                for name in facts["same_name"]
+                for stage in together
+                for dataset, _ in _entries(stage, name)
+            }
+        )
         warnings.warn(
             f"{len(facts['same_name'])} of the {split} classes of {data.name} "
             f"({_some(facts['same_name'])}) have the names of classes of {', '.join(others)}, "

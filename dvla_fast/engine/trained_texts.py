@@ -21,7 +21,7 @@ def check_semantics(semantics: Mapping[str, Any], info: Mapping[str, Any], path:
     Raises:
         CheckpointError: another encoder or vector length.
     """
-    theirs = info.get("semantics", {})
+    theirs = info.get("semantics") or {}
     for key in ("encoder", "dim"):
         value = semantics[key]
         if key in theirs and theirs[key] != value:

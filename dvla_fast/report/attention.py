@@ -109,6 +109,6 @@ def resize(image: Tensor, height: int) -> Tensor:
     return found[0].clamp(0, 1)
 
 
-def peak_ratio(weights: Tensor, tokens: int | None = None) -> float:
+def peak_ratio(weights: Tensor) -> float:
     """Largest weight over that of even attention: 1 = looks everywhere alike, N = at one place."""
-    return float(weights.max()) * (tokens or weights.shape[-1])
+    return float(weights.max()) * weights.shape[-1]

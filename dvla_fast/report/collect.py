@@ -24,6 +24,8 @@ _LISTED = {
     "monitor_episode_accuracy": False, "alpha_mean": True, "alpha_std": True,
     "advantage_mean": True, "advantage_std": True, "collapsed": True,
 }  # fmt: skip
+# null where there is none: the interval of a single episode, the share of no untied pairs
+_NONE = ("ci95", "preference_accuracy")
 STAGES = {"pretrain": "pre-training", "metatune": "meta-tuning"}
 
 
@@ -248,7 +250,8 @@ def _metrics(run: Run) -> dict[str, list[dict[str, Any]]]:
     shapes = dict(_LISTED)
     for row in rows:
         known = _drawable(row, shapes)
-        left_out |= dict.fromkeys(key for key in row if key not in known)
+        lacking = (key for key in row if key not in known)
+        left_out |= {key: None for key in lacking if row[key] is not None or key not in _NONE}
         stages.setdefault(row["stage"], []).append(known)
     if left_out:
         run.notes.append(

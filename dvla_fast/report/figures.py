@@ -34,7 +34,6 @@ class Figure:
     svg: str
     caption: str
     legend: list[tuple[str, str]] = field(default_factory=list)
-    wide: bool = False
 
 
 @dataclass
@@ -93,17 +92,21 @@ def _accuracy_part(title: str, found: Sequence[tuple[Run, dict[str, Any]]]) -> P
             label = f"{before}{main} − {_method(other, result)}"
             half, p = _percent(value.get("ci95")), p_text(value.get("p_value"))
             gaps.append(Interval(label, 100 * value["difference"], half, 1, aside=p))
-    column, entries = published_for(found[0][1])
-    rows += [Interval(f"published: {e.source}", e.accuracy, e.half, 4) for e in entries]
+    # trained on other data sets, results of the same episodes have other columns
+    columns = dict(filter(all, (published_for(result) for _, result in found)))
+    for column, entries in columns.items():
+        of = f" ({column})" if len(columns) > 1 else ""
+        rows += [Interval(f"published: {e.source}{of}", e.accuracy, e.half, 4) for e in entries]
     episodes = " or ".join(dict.fromkeys(f"{result['episodes']:,}" for _, result in found))
     caption = (
         f"Accuracy in percent over {episodes} episodes, with the 95 % interval of the mean. "
         "Blue: the main method; grey: what it is compared with on the same episodes."
     )
-    if entries:
+    if columns:
         caption += (
-            f" Ochre: numbers of other people for {column}, quoted as theirs from their papers; "
-            "backbone, pre-training, texts and splits differ, so the comparison is loose."
+            f" Ochre: numbers of other people for {', '.join(columns)}, quoted as theirs from "
+            "their papers; backbone, pre-training, texts and splits differ, so the comparison is "
+            "loose."
         )
     else:
         caption += " No published numbers are known for these episodes."

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.compare import compare_groups, verdict
 from dvla_fast.engine.settings import UsageError, checked
 from dvla_fast.engine.tool_config import ReportRun
@@ -85,6 +87,8 @@ def run_report(config: ReportRun, *, quiet: bool = False) -> Written:
             raise UsageError(f"report: {table} cannot be both the page and the table")
         check_new(table, config.overwrite, "--table")
         check_writable(table, "give --table a file in a folder that you may write to")
+    if not config.text_only:
+        pick_device(config.device)  # an unknown one is no fault of a run
     environment = _environment()
     with Progress({"report": 1.0}, enabled=not quiet) as progress:
         progress.begin("report", 4)
@@ -269,9 +273,11 @@ def _between(runs: Sequence[Run]) -> Part:
             if any({first.name, other.name} <= names for names in seeds):
                 continue  # neither is better: training again would turn them round
             try:
-                compared = compare_groups([str(first.path)], [str(other.path)])
+                with warnings.catch_warnings():  # of other pixels, which the notes tell
+                    warnings.simplefilter("ignore", UserWarning)
+                    compared = compare_groups([str(first.path)], [str(other.path)])
             except DVLAError:
-                continue  # not comparable, or damaged: said among the notes
+                continue  # not comparable, or damaged: said among the notes, too
             part.lines += [
                 f"{row['way']}-way {row['shot']}-shot: {verdict(row, (first.name, other.name))}."
                 for row in compared["results"]

@@ -172,12 +172,17 @@ class _Studio:
         self.model: DVLA = model.eval()
         self.data: FewShotData = trained_normalisation(data, info)
         self.semantics = from_mapping(SemanticsConfig, run.config.get("semantics", {}))
-        self.texts: EncodedTexts = build_texts(self.semantics, data, device)[0]
         self.split, self.sampler, self.shot = self._episodes(config.shot)
         self.images: ImageSet = self.data.split(self.split)
         self.positions = split_classes(self.data, self.split)
-        sources = text_sources(self.semantics, data, self.texts.class_names)
-        self.phrases = class_texts(self.semantics, self.texts, sources)
+        texts: EncodedTexts = build_texts(self.semantics, data, device, [self.split])[0]
+        self.texts = texts
+        # Classes of other splits may lack texts.
+        known = [name for name, has in zip(texts.class_names, texts.mask.any(1)) if has]
+        sources = dict(zip(known, text_sources(self.semantics, data, known)))
+        names = self.images.class_names
+        own = [sources[name] for name in names]
+        self.phrases = class_texts(self.semantics, texts.among(names), own)
 
     def _episodes(self, shot: int) -> tuple[str, EpisodeSampler, int]:
         run = self.run
@@ -190,6 +195,8 @@ class _Studio:
             sampler = EpisodeSampler(self.data.monitor, tuning.way, shot, tuning.query, seed)
             return "monitor", sampler, shot
         settings = from_mapping(EvaluateConfig, run.config.get("evaluate", {}))
+        if settings.construct:
+            raise Missing("each episode had texts of its own there, which no bank holds.")
         shot = shot or settings.shots[0]
         images = self.data.split(settings.split)
         barred, known = None, run.result(shot) or {}
@@ -228,6 +235,11 @@ class _Studio:
 
     def _choose(self, notes: list[str]) -> list[tuple[int, str]]:
         record = self.run.records.get(self.shot)
+        count = len(next(iter(record.predictions.values()))) if record else 1
+        if count > 1:
+            notes.append(
+                f"Features, episodes and attention are of the first of {count} checkpoints."
+            )
         if self.wanted:
             last = record.labels.shape[0] if record else None
             kept = [number for number in self.wanted if last is None or number < last]
@@ -237,7 +249,8 @@ class _Studio:
         if record is None:
             return [(number, "one of the first of the list") for number in range(3)]
         method = (self.run.result(self.shot) or {}).get("method") or next(iter(record.predictions))
-        order = record.accuracies(method).argsort(stable=True).tolist()
+        shown = record.predictions[method][0]  # of the checkpoint that is drawn, the first
+        order = (shown == record.labels).double().mean(1).argsort(stable=True).tolist()
         chosen = {
             order[0]: "the lowest accuracy of all",
             order[len(order) // 2]: "the median accuracy",
@@ -349,7 +362,7 @@ class _Studio:
                     )
                     for w, lim in zip(weights, limits)
                 ]
-                level = "description" if token == len(phrases) - 1 else "attribute"
+                level = "description" if self.texts.levels[token] else "attribute"
                 rows.append(Row(phrase, names[label], level, overlays))
         alphas = [
             float(layer.alpha[0, place] if layer.alpha.dim() == 2 else layer.alpha[0])

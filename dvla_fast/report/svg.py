@@ -332,13 +332,12 @@ def scatter(
     x_label: str = "",
     y_label: str = "",
     x_range: tuple[float, float] | None = None,
-    y_range: tuple[float, float] | None = None,
     alt: str = "",
 ) -> str:
     """Points of several kinds; without labels the axes are left out, as a t-SNE's mean nothing."""
     xs = [x for mark in marks for x, _ in mark.points]
     ys = [y for mark in marks for _, y in mark.points]
-    frame = Frame(x_range or bounds(xs), y_range or bounds(ys))
+    frame = Frame(x_range or bounds(xs), bounds(ys))
     if x_label or y_label:
         frame.axes(x_label, y_label)
     else:

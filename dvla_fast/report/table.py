@@ -144,7 +144,7 @@ def _pivot(rows: Sequence[Row], sign: str) -> tuple[list[str], list[list[str]]]:
 
 def _legend(rows: Sequence[Row]) -> str:
     counts = " or ".join(dict.fromkeys(f"{row.episodes:,}" for row in rows))
-    said = [f"Accuracy in percent over {counts} episodes"]
+    said = [f"Accuracy in percent over {counts} episode{'' if counts == '1' else 's'}"]
     if any(row.trainings == 1 for row in rows):
         said.append(f"± {_EPISODES}")
     if any(row.trainings > 1 for row in rows):

@@ -22,8 +22,16 @@ from dvla_fast.semantics import (
     load_bank,
     progressive_top_k,
 )
+from dvla_fast.semantics.topk import template_text
 
 Scores = Sequence[Sequence[float | None]]
+
+_READ = {  # what the gates read of the cards, by semantics.parts
+    "attributes": "the gates read the attributes alone",
+    "description": "the gates read the descriptions alone",
+    "name": "the gates read neither, but the names: “A photo of a NAME”",
+    "shuffled": "each class has the texts of another",
+}
 
 
 @dataclass
@@ -71,41 +79,46 @@ class Phrases:
     """The texts of some classes: token by token, and as cards."""
 
     tokens: dict[str, list[str]]
-    """Class -> k + 1 phrases in the tokens' order, "" where padded."""
+    """Class -> phrases in the tokens' order, "" where padded."""
     cards: dict[str, ClassTexts]
     provenance: str
 
 
-def class_texts(
-    config: SemanticsConfig, texts: EncodedTexts, sources: Sequence[str] = ()
-) -> Phrases:
+def class_texts(config: SemanticsConfig, texts: EncodedTexts, sources: Sequence[str]) -> Phrases:
     """Find the phrases behind encoded texts, and the candidates that they were chosen from.
 
     Args:
-        sources: the class whose texts each class has (``texts.text_sources``); none: its own.
+        sources: the class whose texts each class has (``texts.text_sources``).
 
     Raises:
         BankError: as ``build_texts``.
     """
     bank = load_bank(config.bank)
-    names, sources = texts.class_names, sources or texts.class_names
+    names = texts.class_names
     entries = bank.select(sources)
-    if shuffled := tuple(sources) != names:  # those images are of other classes
+    if tuple(sources) != names:  # those images are of other classes
         entries = [replace(entry, images=()) for entry in entries]
     tokens, cards = {}, {}
     selections = _selections(config, bank, sources, entries)
+    levels = texts.levels.tolist()
     for row, (name, entry, (chosen, scores)) in enumerate(zip(names, entries, selections)):
         mask = texts.mask[row].tolist()
-        wanted = sum(mask[:-1])
+        wanted = sum(there and not level for there, level in zip(mask, levels))
         phrases = list(chosen)
         if len(phrases) != wanted:  # a bank of vectors has no words
             phrases = [f"attribute {index + 1}" for index in range(wanted)]
-        last = (entry.description or "description") if mask[-1] else ""
-        tokens[name] = [*phrases, *[""] * (len(mask) - 1 - wanted), last]
-        cards[name] = _card(name, entry, phrases, scores)
+        last = entry.description or "description"
+        if config.parts == "name":
+            last = template_text(bank.resolve([name])[0])
+        words = iter(phrases)
+        tokens[name] = [
+            "" if not there else last if level else next(words)
+            for there, level in zip(mask, levels)
+        ]
+        cards[name] = _card(name, entry, chosen or phrases, scores)
     provenance = _provenance(bank)
-    if shuffled:
-        provenance += "; each class has the texts of another (semantics.parts: shuffled)"
+    if config.parts in _READ:
+        provenance += f"; {_READ[config.parts]} (semantics.parts: {config.parts})"
     return Phrases(tokens, cards, provenance)
 
 

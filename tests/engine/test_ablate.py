@@ -6,6 +6,7 @@ import csv
 import functools
 import io
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from dvla_fast.engine import ablation_cells
-from dvla_fast.engine.ablate import _worker, run_ablate
+from dvla_fast.engine.ablate import _worker, run_ablate, summarise
 from dvla_fast.engine.ablation_cells import Cell, Store, Workshop, start_alike
 from dvla_fast.engine.ablation_claims import hallucinated_shares
 from dvla_fast.engine.ablation_variants import all_variants, chosen_variants
@@ -360,7 +361,20 @@ def test_settings_that_do_not_fit_fail_before_work(config: AblateRun) -> None:
     config.pretrain.batch_size = 1
     with pytest.raises(UsageError, match="leaves BatchNorm nothing to compare"):
         run_ablate(config, quiet=True)
+    config.evaluate.construct = "build.yaml"
+    with pytest.raises(UsageError, match="'dvla-fast evaluate' alone"):
+        run_ablate(config, quiet=True)
     assert not Path(config.output).exists()
+
+
+def test_the_command_is_quoted_for_the_shell(
+    config: AblateRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["ablate", "my settings.yaml", "--ablate.variants", "[visual,alpha=0.5]"]
+    monkeypatch.setattr("sys.argv", ["dvla-fast", *given])
+    store = Store(Path(config.output))
+    line = summarise(config, store, [], [])["line"]
+    assert shlex.split(line) == ["dvla-fast", *given]
 
 
 def test_variants_start_alike(config: AblateRun) -> None:

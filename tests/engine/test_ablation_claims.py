@@ -100,6 +100,27 @@ def test_claims_are_differences_of_the_cells(config: AblateRun) -> None:
     assert claims["both levels matter"]["verdict"] == "not computed"
 
 
+def test_claims_are_about_what_the_base_has(config: AblateRun) -> None:
+    """A base with a fixed gate says nothing of learned ones, one with names nothing of levels."""
+    found = {(name, seed): cell(name, seed) for name in MEANS for seed in SEEDS}
+    found |= {("description", seed): cell("visual", seed) for seed in SEEDS}
+    monitor = rows({"alpha=0.25": [0.5, 0.6], "alpha=0.75": [0.7, 0.6]})
+
+    def verdicts() -> dict[str, str]:
+        return {item["claim"]: item["verdict"] for item in weigh_claims(config, found, monitor)}
+
+    concerned = {
+        "the learned α beats a fixed one",
+        "both levels matter",
+        "attributes and description help beyond the class name",
+    }
+    usual = verdicts()
+    config.model.policy, config.semantics.parts = "fixed", "attributes"
+    changed = verdicts()
+    assert {claim for claim in usual if usual[claim] != changed[claim]} == concerned
+    assert {changed[claim] for claim in concerned} == {"not computed"}
+
+
 def test_p_values_are_corrected_for_all_comparisons(config: AblateRun, tmp_path: Path) -> None:
     """Two other variants at two shots: four comparisons in one correction."""
     names = ("full", "one", "two")

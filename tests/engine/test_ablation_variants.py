@@ -109,6 +109,22 @@ def test_a_fixed_base_keeps_the_rows_of_other_gates(config: AblateRun) -> None:
     assert "alpha=0.25" not in names  # the base itself
 
 
+@pytest.mark.parametrize("parts", ["attributes", "description", "name", "shuffled"])
+def test_a_base_of_other_texts_is_called_by_them(config: AblateRun, parts: str) -> None:
+    config.semantics = SemanticsConfig(bank="shapes", top_k=3, parts=parts)
+    variants = {row.name: row for row in all_variants(config, 1)}
+    assert parts not in variants  # the base itself
+    both = [row.title for row in variants.values() if "attributes and description" in row.title]
+    assert both == []
+    configurations = [row.apply(config) for row in variants.values() if row.trains]
+    assert all(other != config for other in configurations[1:])
+    assert ("no-top-k" in variants) == (parts in ("attributes", "shuffled"))
+    assert ("no-top-k-attributes" in variants) == (parts != "attributes")
+    config.ablate.variants = [parts]
+    with pytest.raises(UsageError, match="is what the base configuration has already"):
+        chosen_variants(config, 1)
+
+
 def test_near_values_are_variants_of_their_own(config: AblateRun) -> None:
     config.ablate = AblateConfig(groups=["kappa"], kappa=[1e-3, 1234567.0, 1234568.0])
     names = [row.name for row in chosen_variants(config, 1)]

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dvla_fast.cli import main
-from dvla_fast.engine.config import AblateRun, DemoRun
+from dvla_fast.engine.config import AblateRun, DemoRun, demo_config
 from dvla_fast.engine.predict import LEARNED, VISUAL
 from dvla_fast.engine.records import result_table
 from dvla_fast.engine.run_folder import read_metrics
@@ -106,4 +106,22 @@ def test_a_recipe_that_cannot_run_leaves_no_folder(
     arguments = ["demo", "--device=cpu", "--pretrain.batch_size=1", f"--output={output}"]
     assert main(arguments) == 2
     assert "leaves BatchNorm nothing to compare" in capsys.readouterr().err
+    construct = ["demo", "--device=cpu", "--evaluate.construct=a.yaml", f"--output={output}"]
+    assert main(construct) == 2
+    assert "'dvla-fast evaluate' alone" in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_quick_in_a_settings_file_is_as_quick_as_the_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("pretrain: {lr: 0.5}\n")
+    second.write_text("quick: true\nmetatune: {epochs: 9}\n")
+    assert main(["demo", f"--config={first}", f"--config={second}", "--print_settings"]) == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    quick = demo_config(quick=True)
+    assert settings["quick"] is True
+    assert settings["pretrain"]["epochs"] == quick.pretrain.epochs
+    assert settings["evaluate"]["episodes"] == quick.evaluate.episodes
+    assert (settings["pretrain"]["lr"], settings["metatune"]["epochs"]) == (0.5, 9)

@@ -113,7 +113,7 @@ def test_short_cuts_change_no_number(
             torch.testing.assert_close(found[name].alphas, slow.alphas, rtol=1e-4, atol=1e-5)
         whole = image_features(model.backbone, few_digits, few_digits.novel)
         visual = predict_visual(whole, sampler, 9)
-        assert torch.equal(predictor.visual(sampler, 9, 0.2).predicted, visual.predicted)
+        assert torch.equal(predictor.visual(sampler, 9).predicted, visual.predicted)
 
 
 def test_each_image_goes_through_once(
@@ -208,13 +208,16 @@ def test_checkpoints_are_averaged_episode_by_episode(
             parameter.mul_(1.5)
     contenders = [Contender(m, {VISUAL: m.backbone}) for m in (first, second)]
 
-    def accuracy(chosen: list[Contender]) -> dict:
+    def result(chosen: list[Contender]) -> dict:
         sampler = EpisodeSampler(few_digits.novel, 5, 1, tiny.evaluate.query, 0)
         return Evaluation(chosen, few_digits, texts, tiny.evaluate).evaluate(sampler)[0]
 
-    alone = [accuracy([contender])["accuracy"] for contender in contenders]
-    both = accuracy(contenders)
+    single, both = [result([contender]) for contender in contenders], result(contenders)
+    alone = [one["accuracy"] for one in single]
     assert alone[0] != alone[1]
+    alphas = torch.tensor([one["alpha"]["mean"] for one in single])
+    assert not torch.equal(alphas[0], alphas[1])
+    assert both["alpha"]["mean"] == pytest.approx(alphas.mean(0).tolist(), abs=1e-6)
     assert both["accuracy"] == pytest.approx(sum(alone) / 2, abs=1e-6)
     found = both["over_checkpoints"][LEARNED]
     assert found["accuracies"] == pytest.approx(alone, abs=1e-6)

@@ -16,6 +16,7 @@ from dvla_fast.engine.config import EvaluateConfig, EvaluateRun, SemanticsConfig
 from dvla_fast.engine.evaluate import run_evaluate
 from dvla_fast.engine.records import EpisodeRecord
 from dvla_fast.engine.settings import UsageError
+from dvla_fast.engine.tool_config import SemanticsBuild
 from dvla_fast.errors import LanguageModelError, OutputError
 from dvla_fast.semantics import load_bank
 from tests.engine.runs import write_tuned
@@ -199,3 +200,28 @@ def test_wrong_settings_fail_before_the_folder_is_made(checkpoint: Path, tmp_pat
     with pytest.raises(UsageError, match=r"language_model\.backend: 'oracle' is unknown"):
         evaluate(checkpoint, tmp_path / "run", evaluate=wrong)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ({"model": "lab/VL-7B"}, {"model": "other/VL-7B"}, False),
+        ({"model": "/a/VL-7B"}, {"model": "/b/c/VL-7B"}, True),
+        ({"answers": "/a/x.json"}, {"answers": "/b/x.json"}, True),
+        ({"answers": "/a/x.json"}, {"answers": "/a/y.json"}, False),
+        ({"encoder": "open_clip:B-16/openai"}, {"encoder": "open_clip:L-14/openai"}, False),
+        ({"encoder": "open_clip:B-16//a/x.bin"}, {"encoder": "open_clip:B-16//b/x.bin"}, True),
+        ({"encoder": "transformers:/a/x"}, {"encoder": "transformers:/b/x"}, True),
+        ({"encoder": "transformers:a/x"}, {"encoder": "transformers:b/x"}, False),
+    ],
+)
+def test_what_wrote_the_texts_is_known_by_its_name_and_not_by_its_folder(
+    first: dict[str, str], second: dict[str, str], same: bool
+) -> None:
+    def digest(changes: dict[str, str]) -> str:
+        config = SemanticsBuild()
+        for key, value in changes.items():
+            setattr(config.construct if key == "encoder" else config.language_model, key, value)
+        return inductive._digest(config)
+
+    assert (digest(first) == digest(second)) == same

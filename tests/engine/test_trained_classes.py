@@ -88,6 +88,9 @@ def test_a_name_that_merely_coincides(animals: FewShotData) -> None:
     with pytest.warns(UserWarning, match=r"1 of the novel classes of pets \('cat'\).*animals"):
         facts = require_untrained({"a.pt": stages_of(animals)}, other, "novel")
     assert (facts["verdict"], facts["same_name"]) == ("same names", ["cat"])
+    plants = stages_of(dataset("plants", part("moss"), part("x"), part("y")))
+    with pytest.warns(UserWarning, match=r"have the names of classes of animals, which"):
+        require_untrained({"a.pt": [*plants, *stages_of(animals)]}, other, "novel")
 
 
 def test_unknown_stages(animals: FewShotData) -> None:

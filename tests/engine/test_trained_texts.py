@@ -16,7 +16,7 @@ from dvla_fast.engine.checkpoint import save_checkpoint
 from dvla_fast.engine.config import DemoRun, SemanticsConfig
 from dvla_fast.engine.models import backbone_spec, build_model, model_spec
 from dvla_fast.engine.texts import build_texts
-from dvla_fast.engine.trained_texts import text_differences
+from dvla_fast.engine.trained_texts import check_semantics, text_differences
 
 PLAIN = {
     "bank": "animals", "bank_sha256": "a", "encoder": "e", "dim": 8, "top_k": 0, "template": None,
@@ -97,3 +97,9 @@ def test_on_the_command_line(tmp_path: Path, few_digits: FewShotData, tiny: Demo
     assert summary["text_differences"] == {"top_k": {"trained": 0, "evaluated": 1}}
     assert main([*arguments, f"--output={tmp_path / 'b'}"]) == 0
     assert json.loads((tmp_path / "b/summary.json").read_text())["text_differences"] == {}
+
+
+def test_a_checkpoint_that_says_nothing_of_its_texts() -> None:
+    for info in ({}, {"semantics": None}, {"semantics": {}}):
+        check_semantics(PLAIN, info, "a.pt")
+        assert text_differences(PLAIN, {"a.pt": info}, "animals") == {}

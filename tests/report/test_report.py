@@ -17,6 +17,7 @@ from dvla_fast.cli import main
 from dvla_fast.data import load_digits, split_list_names
 from dvla_fast.report.published import _TABLE, benchmark, published_for
 from dvla_fast.report.scenes import _limits, _some
+from dvla_fast.semantics import load_bank
 from tests.engine.runs import write_evaluation
 from tests.test_cli import fails
 
@@ -156,6 +157,8 @@ def test_values_that_are_no_numbers_are_left_out_of_curves(copied: Path, page: W
     """A diverged run logs null; other programs write NaN."""
     rows = [json.loads(line) for line in (copied / "metrics.jsonl").read_text().splitlines()]
     rows[0]["loss"], rows[-2]["alpha_mean"] = None, [float("nan"), 0.5]
+    # these have no value at times: a single episode no interval, tied pairs no better one
+    rows[-1]["ci95"] = rows[-3]["preference_accuracy"] = None
     (copied / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     html = page(copied, options=("--text_only",))
     assert "values of loss, alpha_mean that are not the finite numbers that a run logs" in html
@@ -197,7 +200,9 @@ def test_other_images_than_the_runs(copied: Path, page: Write, key: str) -> None
     assert "give other episodes than the run met" in page(copied)
 
 
-def test_runs_that_cannot_be_compared(tmp_path: Path, page: Write) -> None:
+def test_runs_that_cannot_be_compared(
+    tmp_path: Path, page: Write, recwarn: pytest.WarningsRecorder
+) -> None:
     one = write_evaluation(tmp_path / "one", 0.7, pixels_sha256="x")
     two = write_evaluation(tmp_path / "two", 0.6, pixels_sha256="x")
     other = write_evaluation(tmp_path / "other", 0.6, seed=4)
@@ -207,6 +212,7 @@ def test_runs_that_cannot_be_compared(tmp_path: Path, page: Write) -> None:
     assert "one is better than two by" in html
     assert "one and other are not comparable episode by episode: different episode lists" in html
     assert "one and edited: the images have the same names but other pixels" in html
+    assert not [item for item in recwarn if "other pixels" in str(item.message)]  # said once
     assert "one and two: the images" not in html
     assert "The runs are of different data sets (animals, plants)" in html
     assert "none: no run here" in html
@@ -247,6 +253,15 @@ def test_a_page_that_cannot_be_written_is_told_before_the_work(
     for arguments in (["report", str(tmp_path)], ["compare", "a", "b"]):
         assert main([*arguments, f"--output={long}"]) == 1
         assert "cannot write (File name too long)" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_known(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "page.html"
+    arguments = ["report", str(demo), f"--output={output}", "--device=tpu"]
+    assert "device 'tpu' is unknown" in fails(arguments, capsys, status=2)
+    assert not output.exists()
 
 
 def test_nothing_to_show_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -412,6 +427,21 @@ def test_published_numbers_are_quoted(tmp_path: Path, page: Write) -> None:
     assert "quoted as theirs" in html
 
 
+def test_published_numbers_are_those_of_every_training(tmp_path: Path, page: Write) -> None:
+    """Trained on two data sets, results of the same episodes have two columns."""
+    lists = {"birds": CUB, "mini": "miniimagenet_ravi"}
+    runs = [
+        write_evaluation(
+            tmp_path / name, 0.7, split_list=CUB, trained_on=name, trained_split_list=trained
+        )
+        for name, trained in lists.items()
+    ]
+    html = page(*runs, options=("--text_only",))
+    for number in ("91.93 ± 0.28", "67.46 ± 0.47"):
+        assert number in html
+    assert "numbers of other people for CUB, miniImageNet to CUB, quoted" in html
+
+
 @pytest.mark.parametrize(
     ("result", "column", "first"),
     [
@@ -493,3 +523,77 @@ def test_candidates_of_a_bank(demo: Path, copied: Path, page: Write) -> None:
     assert html.count("that the texts were written from, nine") == 2
     assert "The bank holds no candidates" not in html
     assert "The bank holds no candidates" in page(demo)
+
+
+def with_settings(run: Path, **changes: str) -> Path:
+    """Change settings of a run's record, each "name: value" that is there once."""
+    text = (run / "config.yaml").read_text()
+    for name, value in changes.items():
+        text, count = re.subn(rf"^  {name}: .*$", f"  {name}: {value}", text, flags=re.MULTILINE)
+        assert count == 1, name
+    (run / "config.yaml").write_text(text)
+    return run
+
+
+def drawn_texts(html: str) -> dict[str, str]:
+    """The texts whose attention is drawn, with their level."""
+    found = re.findall(r'<li class="(attribute|description)">.*?class="phrase">(.*?)<', html, re.S)
+    return {text: level for level, text in found}
+
+
+@pytest.mark.parametrize("parts", ["all", "attributes", "description", "name"])
+def test_attention_is_shown_of_the_texts_that_were_read(
+    copied: Path, page: Write, parts: str
+) -> None:
+    html = page(with_settings(copied, parts=parts))
+    bank = load_bank("digits").classes
+    texts = drawn_texts(html)
+    attributes = {text for entry in bank.values() for text in entry.attributes}
+    descriptions = {entry.description for entry in bank.values()}
+    expected = {
+        "attribute": attributes if parts in ("all", "attributes") else set(),
+        "description": descriptions if parts in ("all", "description") else set(),
+    }
+    if parts == "name":
+        expected["description"] = {f"A photo of a {name}" for name in bank}
+    assert texts
+    for text, level in texts.items():
+        assert text in expected[level]
+    assert len(set(texts.values())) == (2 if parts == "all" else 1)
+    assert "dropped</em>" not in html  # nothing was: the gates did not read it
+    assert ("(semantics.parts: " in html) == (parts != "all")
+
+
+def test_a_bank_of_the_evaluated_split_alone(copied: Path, page: Write) -> None:
+    path = Path(__file__).parents[2] / "dvla_fast/semantics/banks/digits.json"
+    bank = json.loads(path.read_text())
+    for name in load_digits().base.class_names:
+        del bank["classes"][name]
+    (copied / "novel.json").write_text(json.dumps(bank))
+    html = page(with_settings(copied, bank=str(copied / "novel.json")))
+    assert "are missing" not in html
+    assert drawn_texts(html)
+
+
+def test_texts_of_each_episode_are_not_those_of_a_bank(copied: Path, page: Write) -> None:
+    html = page(with_settings(copied, construct="build.yaml"))
+    assert "are missing: each episode had texts of its own there" in html
+    assert not drawn_texts(html)
+
+
+def test_the_first_of_several_checkpoints_is_drawn(copied: Path, page: Write) -> None:
+    path = copied / "episodes-1shot.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    labels = arrays["labels"]
+    first = labels.copy()
+    first[3] = (labels[3] + 1) % 5  # all wrong in one episode, and the other checkpoint in another
+    other = labels.copy()
+    other[5] = (labels[5] + 1) % 5
+    for index in range(len(arrays["methods"])):
+        arrays[f"predictions_{index}"] = np.stack([first, other, other])
+    arrays["alphas"] = np.repeat(arrays["alphas"], 3, 0)
+    np.savez_compressed(path, **arrays)
+    html = page(copied)
+    assert "Features, episodes and attention are of the first of 3 checkpoints." in html
+    assert re.search(r"Episode 3 <small>the lowest accuracy of all", html)

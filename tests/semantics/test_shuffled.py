@@ -44,7 +44,8 @@ def test_the_report_shows_the_texts_that_were_read() -> None:
     data, config = load_digits(), SemanticsConfig(top_k=3, parts="shuffled")
     texts, _ = build_texts(config, data, CPU)
     sources = text_sources(config, data, texts.class_names)
-    own = class_texts(SemanticsConfig(top_k=3), build_texts(SemanticsConfig(top_k=3), data, CPU)[0])
+    plain = SemanticsConfig(top_k=3)
+    own = class_texts(plain, build_texts(plain, data, CPU)[0], texts.class_names)
     shown = class_texts(config, texts, sources)
     for name, source in zip(texts.class_names, sources):
         assert shown.tokens[name] == own.tokens[source]

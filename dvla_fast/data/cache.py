@@ -323,7 +323,8 @@ class _Builder:
         from dvla_fast import __version__
 
         listing, kept = self.listing, set(keep)
-        splits, row = {}, 0
+        splits: dict[str, dict[str, Any]] = {}
+        row = 0
         for name, split in listing.splits.items():
             here = [i for i in range(len(split)) if row + i in kept]
             row += len(split)

@@ -107,8 +107,11 @@ class Store:
         return self.finished(cell) or self.failed(cell)
 
     def reason(self, cell: Cell) -> str:
-        """Why a cell failed."""
-        return str(json.loads(self.error(cell).read_text())["error"])
+        """Why a cell failed; another launch may take that away, to try the cell again."""
+        try:
+            return str(json.loads(self.error(cell).read_text())["error"])
+        except FileNotFoundError:
+            return "another launch is trying it again"
 
     def prepare(self) -> None:
         try:

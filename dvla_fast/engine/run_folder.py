@@ -45,7 +45,7 @@ _REMARKS = {
 
 
 class RunFolder:
-    """One run's folder.
+    """One run's folder; ``with`` closes it, whatever happens.
 
     Args:
         path: the folder.
@@ -208,12 +208,18 @@ class RunFolder:
             write_atomic(path, write, RUN_REMEDY)
         return path
 
-    def close(self) -> None:
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *more: object) -> None:
+        self.close(failed=error is not None)
+
+    def close(self, *, failed: bool = False) -> None:
         """Flush TensorBoard, end the Weights & Biases run, and let other processes write."""
         if self._writer:
             self._writer.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(**({"exit_code": 1} if failed else {}))
         self._writer = self._wandb = self._lock = None
 
     def _tensorboard(self) -> Any:

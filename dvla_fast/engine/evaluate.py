@@ -323,6 +323,11 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     texts = _Texts()
     if contenders[0].model is not None:
         texts = _find_texts(config, data, dict(zip(paths, infos)))
+    elif settings.construct:
+        warnings.warn(
+            f"evaluate.construct: not used, for {config.checkpoint} has no gates that read texts",
+            stacklevel=2,
+        )
     samplers = _samplers(config, data, texts.barred)  # fail before the folder is made
     data = trained_normalisation(data, infos[0])
     facts = {

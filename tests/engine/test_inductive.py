@@ -142,6 +142,13 @@ def test_an_evaluation_that_fails_closes_its_answers(
     assert closed == ["answers"]
 
 
+def test_a_checkpoint_without_gates_is_told_to_read_no_texts(backbone: str, tmp_path: Path) -> None:
+    written = dataclasses.replace(EVALUATE, construct=settings_file(tmp_path, images=0))
+    with pytest.warns(UserWarning, match=r"evaluate\.construct: not used, for .* has no gates"):
+        summary = evaluate(Path(backbone), tmp_path / "run", evaluate=written)
+    assert summary["semantics"] is None
+
+
 def test_continued_evaluation_asks_nothing_twice(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

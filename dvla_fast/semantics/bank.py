@@ -236,8 +236,8 @@ class SemanticBank:
         ]
         if ambiguous:
             raise BankError(
-                f"{self.source}: {some_of(ambiguous, '; ')}; rename the bank's classes as the data "
-                "set has them"
+                f"{self.source}: {some_of(ambiguous, '; ')}; give the right one in the bank this "
+                "very name"
             )
         missing = [name for name, own in matches.items() if not own]
         if missing:
@@ -245,8 +245,8 @@ class SemanticBank:
             hint = f" (near {missing[0]!r}: {', '.join(map(repr, near))})" if near else ""
             raise BankError(
                 f"{self.source}: the bank lacks {len(missing)} class(es) of {of}: "
-                f"{some_of(list(map(repr, missing)))}{hint}; give the bank of this data set, or "
-                "add them to its 'classes'"
+                f"{some_of(list(map(repr, missing)))}{hint}; give a bank that has them, or add "
+                "them to its 'classes'"
             )
         return [matches[name][0] for name in names]
 

@@ -46,6 +46,7 @@ from dvla_fast.semantics.bank import (
 from dvla_fast.semantics.bundled import bank_path, bundled_banks, is_made
 from dvla_fast.semantics.characters import printable
 from dvla_fast.semantics.check import check_bank
+from dvla_fast.semantics.tokens import check_top_k
 from dvla_fast.semantics.topk import Selection, progressive_top_k
 from dvla_fast.semantics.vectors import CachedEncoder, make_room, vectors_path
 
@@ -59,6 +60,7 @@ def show(config: SemanticsShow) -> int:
     from rich.console import Console
 
     bank = load_bank(config.bank)
+    check_top_k(bank, config.top_k)
     console = Console(highlight=False)
     if not config.class_name:
         console.print(_overview_table(bank))

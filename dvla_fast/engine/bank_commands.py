@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dvla_fast.characters import printable
 from dvla_fast.data import is_cache, list_data
 from dvla_fast.data.cache_index import check_split, read_index
 from dvla_fast.engine.build import build_data, pick_device
@@ -44,7 +45,6 @@ from dvla_fast.semantics.bank import (
     read_bank_json,
 )
 from dvla_fast.semantics.bundled import bank_path, bundled_banks, is_made
-from dvla_fast.semantics.characters import printable
 from dvla_fast.semantics.check import check_bank
 from dvla_fast.semantics.tokens import check_top_k
 from dvla_fast.semantics.topk import Selection, progressive_top_k

@@ -35,11 +35,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dvla_fast.characters import is_unicode
 from dvla_fast.errors import BankError
 from dvla_fast.files import write_text_atomic
 from dvla_fast.names import normalised_name
 from dvla_fast.semantics.bundled import bank_path, bundled_banks, is_made, made_content
-from dvla_fast.semantics.characters import is_unicode
 
 FORMAT = "dvla-fast-bank/2"
 FORMATS = ("dvla-fast-bank/1", FORMAT)

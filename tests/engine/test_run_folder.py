@@ -61,6 +61,19 @@ def test_a_run_killed_at_once_can_begin_again(tmp_path: Path) -> None:
         RunFolder(run, CONFIG)
 
 
+def test_what_a_kill_left_half_written_goes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    RunFolder(run, CONFIG).close()
+    names = (".config.yaml.ab12.tmp", "checkpoints/.last.safetensors.ab12.tmp", ".write-test-12")
+    for name in (*names, "notes.tmp"):
+        (run / name).touch()
+    RunFolder(run, CONFIG, resume=True, writes=False)
+    assert all((run / name).exists() for name in names)
+    RunFolder(run, CONFIG, resume=True)
+    assert not any((run / name).exists() for name in names)
+    assert (run / "notes.tmp").exists()
+
+
 def test_one_process_writes_a_run(tmp_path: Path) -> None:
     """A lock is the file's, as it was opened: another opening here is like another process."""
     run = tmp_path / "run"

@@ -182,6 +182,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the ratios into this PNG")
     arguments = parser.parse_args()
     record = json.loads(arguments.record.read_text())
+    if arguments.save and "medians" in record:
+        parser.error(f"--save: {arguments.record} holds nothing but the medians already")
     table = rows(record)
     print(markdown(table))
     if limits := bounds(record):

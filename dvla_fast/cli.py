@@ -32,6 +32,8 @@ from dvla_fast.terminal import (
 )
 
 SHARED_OUT = ("demo", "pretrain", "metatune")  # among the processes of a launcher
+# No runs, yet what they have done is kept, and the same command does the rest.
+CONTINUE_BY_THEMSELVES = ("data prepare", "semantics build", "semantics encode")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        if given[:1] == ["semantics"] or given[:2] == ["data", "prepare"]:
+        if " ".join(given[:2]) in CONTINUE_BY_THEMSELVES:
             return fail("interrupted; the same command continues", INTERRUPTED)
         return fail("interrupted", INTERRUPTED)
     except DVLAError as error:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import pairing
+from benchmarks import pairing, ratios
 from benchmarks.memory import peak_mib
 from benchmarks.ratios import bounds, bounds_markdown, markdown, plot, rows
 from benchmarks.roofline import CASE, Ceilings, bound, table
@@ -248,6 +248,17 @@ def test_training_on_a_gpu_beside_the_plain_loop(
     gpu.time_steps(Benchmark(), setting, "meta-tuning", "dvla_fast")
     assert len(taken) == 4
     assert len({group for group, _ in taken}) == 2
+
+
+def test_a_kept_record_is_not_kept_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "kept.json"
+    kept.write_text('{"medians": []}')
+    monkeypatch.setattr("sys.argv", ["ratios", str(kept), "--save", str(tmp_path / "again.json")])
+    with pytest.raises(SystemExit):
+        ratios.main()
+    assert f"--save: {kept} holds nothing but the medians already" in capsys.readouterr().err
 
 
 def test_roofline() -> None:

@@ -203,7 +203,7 @@ def test_bank_that_lacks_a_class(
     arguments = metatune(photos, pretrained, f"--output={tmp_path / 'run'}")
     message = fails([*arguments, "--semantics.bank=digits"], capsys)
     assert "the bank lacks 5 class(es) of the data set (splits base and monitor)" in message
-    assert message.endswith("give the bank of this data set, or add them to its 'classes'")
+    assert message.endswith("give a bank that has them, or add them to its 'classes'")
     assert not (tmp_path / "run").exists()
 
 

@@ -232,6 +232,12 @@ def test_interrupted(
         patch.setattr("dvla_fast.data.prepare_cache", stop)
         message = fails(["data", "prepare", "photos", f"--output={output}"], capsys, 130)
         assert message == "error: interrupted; the same command continues"
+    with monkeypatch.context() as patch:
+        patch.setattr("dvla_fast.engine.bank_commands.load_bank", stop)
+        message = fails(["semantics", "encode", "digits"], capsys, 130)
+        assert message == "error: interrupted; the same command continues"
+        for command in (["show", "digits"], ["diff", "shapes", "shapes-true"]):
+            assert fails(["semantics", *command], capsys, 130) == "error: interrupted"
 
 
 def test_output_that_nobody_reads_on() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,3 +38,30 @@ def test_ablations_are_whole(path: Path) -> None:
     assert len(summary["seeds"]) >= (3 if path.stem == "ablation-emoji" else 5)
     assert summary["commit"]
     assert not summary["commit"].endswith("+")  # of a clean tree
+
+
+def intervals(content: Any) -> Iterator[tuple[float, float]]:
+    """All intervals of a result, as they are and with the difference the other way round."""
+    if isinstance(content, dict) and isinstance(content.get("low"), float):
+        low, high = content["low"], content["high"]
+        for scale in (1, 100):  # gates, points
+            yield scale * low, scale * high
+            yield -scale * high, -scale * low
+    children = content.values() if isinstance(content, dict) else content
+    if isinstance(content, dict | list):
+        for child in children:
+            yield from intervals(child)
+
+
+def test_intervals_are_rounded_from_the_data() -> None:
+    """Those that the page quotes; rounded twice, the last digit may be off by one."""
+    page = RESULTS.with_suffix(".md").read_text()
+    unkept = page.index("### A longer meta-tuning"), page.index("### Found on the way")
+    page = (page[: unkept[0]] + page[unkept[1] :]).replace("−", "-")
+    known = [ends for path in ABLATIONS for ends in intervals(json.loads(path.read_text()))]
+    quoted = re.findall(r"\[([+-]\d+\.(\d+)),\s([+-]\d+\.\d+)\]", page)
+    assert len(quoted) > 50
+    for low, decimals, high in quoted:
+        digits = len(decimals)
+        rounded = {(round(a, digits), round(b, digits)) for a, b in known}
+        assert (float(low), float(high)) in rounded, (low, high)

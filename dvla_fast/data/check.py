@@ -7,13 +7,13 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dvla_fast.checks import Report
 from dvla_fast.data.cache import verify_cache
 from dvla_fast.data.cache_index import check_split, is_cache, read_index
 from dvla_fast.data.decode import IMAGE_SUFFIXES, in_blocks, is_image, open_rgb
@@ -29,30 +29,8 @@ from dvla_fast.names import normalised_name
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Lines of one kind of problem; the rest is counted.
+# What one line names; the rest is counted.
 _SHOWN = 10
-
-
-@dataclass
-class Report:
-    """What ``check_data`` found: facts, notes (worth knowing) and problems (to be put right)."""
-
-    facts: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-    def text(self) -> str:
-        """Return the report for people, one line each."""
-        lines = [*self.facts]
-        lines += [f"note: {line}" for line in self.notes]
-        lines += [f"problem: {line}" for line in self.problems]
-        return "\n".join(lines)
-
-    def add(self, kind: list[str], lines: list[str]) -> None:
-        """Add lines, the first few in full."""
-        kind += lines[:_SHOWN]
-        if len(lines) > _SHOWN:
-            kind.append(f"... and {len(lines) - _SHOWN} more of this kind")
 
 
 def check_data(

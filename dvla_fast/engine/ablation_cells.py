@@ -107,8 +107,11 @@ class Store:
         return self.finished(cell) or self.failed(cell)
 
     def reason(self, cell: Cell) -> str:
-        """Why a cell failed."""
-        return str(json.loads(self.error(cell).read_text())["error"])
+        """Why a cell failed; another launch may take that away, to try the cell again."""
+        try:
+            return str(json.loads(self.error(cell).read_text())["error"])
+        except FileNotFoundError:
+            return "another launch is trying it again"
 
     def prepare(self) -> None:
         try:
@@ -271,22 +274,24 @@ class Workshop:
             shutil.rmtree(path, ignore_errors=True)
         settings = {**to_dict(config), "seed": seed}
         folder = RunFolder(path, settings, resume=resume, free=FREE_KEYS)
-        run = StageRun(folder, seed_everything(seed), seed, execution=Execution(config.execution))
-        best = pretrain(config.pretrain, self.data, spec, run, config.model.pretrained)
-        rows = [row["monitor_episode_accuracy"] for row in folder.rows("pretrain")
-                if "monitor_episode_accuracy" in row]  # fmt: skip
-        (folder.checkpoints / "pretrain-last.safetensors").unlink(missing_ok=True)
-        folder.write_summary(
-            {
-                "command": "pretrain",
-                "seed": seed,
-                "checkpoint": str(best),
-                "monitor": self.data.monitor_kind,
-                "monitor_episode_accuracy": max(rows),
-                "seconds": time.monotonic() - started,
-            }
-        )
-        folder.close()
+        with folder:
+            run = StageRun(
+                folder, seed_everything(seed), seed, execution=Execution(config.execution)
+            )
+            best = pretrain(config.pretrain, self.data, spec, run, config.model.pretrained)
+            rows = [row["monitor_episode_accuracy"] for row in folder.rows("pretrain")
+                    if "monitor_episode_accuracy" in row]  # fmt: skip
+            (folder.checkpoints / "pretrain-last.safetensors").unlink(missing_ok=True)
+            folder.write_summary(
+                {
+                    "command": "pretrain",
+                    "seed": seed,
+                    "checkpoint": str(best),
+                    "monitor": self.data.monitor_kind,
+                    "monitor_episode_accuracy": max(rows),
+                    "seconds": time.monotonic() - started,
+                }
+            )
 
     def _variant(self, cell: Cell, variant: Variant) -> None:
         started = time.monotonic()
@@ -335,12 +340,11 @@ class Workshop:
         )
         model.to(self.device)
         prefixes = self._prefix_maps(cell.seed, data, config)
-        folder = RunFolder(path, to_dict(config), free=FREE_KEYS)
-        run = StageRun(folder, rng, cell.seed, execution=Execution(config.execution))
-        noted = {"semantics": semantics}
-        best = metatune(config.metatune, model, spec, data, texts, run, noted, prefixes)
-        rows = folder.rows("metatune")
-        folder.close()
+        with RunFolder(path, to_dict(config), free=FREE_KEYS) as folder:
+            run = StageRun(folder, rng, cell.seed, execution=Execution(config.execution))
+            noted = {"semantics": semantics}
+            best = metatune(config.metatune, model, spec, data, texts, run, noted, prefixes)
+            rows = folder.rows("metatune")
         tuned, _, info = load_model(str(best), data)
         assert tuned is not None
         arrays = self._evaluated(tuned, data, texts, prefixes)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dvla_fast.characters import printable
 from dvla_fast.data import is_cache, list_data
 from dvla_fast.data.cache_index import check_split, read_index
 from dvla_fast.engine.build import build_data, pick_device
@@ -44,8 +45,8 @@ from dvla_fast.semantics.bank import (
     read_bank_json,
 )
 from dvla_fast.semantics.bundled import bank_path, bundled_banks, is_made
-from dvla_fast.semantics.characters import printable
 from dvla_fast.semantics.check import check_bank
+from dvla_fast.semantics.tokens import check_top_k
 from dvla_fast.semantics.topk import Selection, progressive_top_k
 from dvla_fast.semantics.vectors import CachedEncoder, make_room, vectors_path
 
@@ -59,6 +60,7 @@ def show(config: SemanticsShow) -> int:
     from rich.console import Console
 
     bank = load_bank(config.bank)
+    check_top_k(bank, config.top_k)
     console = Console(highlight=False)
     if not config.class_name:
         console.print(_overview_table(bank))

@@ -70,7 +70,12 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str
             raise OSError(str(error)) from error
 
     write_atomic(path, save, RUN_REMEDY)
-    readable = {key: value for key, value in content.items() if key != "resume"}
+    write_readable(path, content)
+
+
+def write_readable(path: Path, info: Mapping[str, Any]) -> None:
+    """Put the readable copy of a checkpoint's description beside it (OutputError)."""
+    readable = {key: value for key, value in info.items() if key != "resume"}
     write_text_atomic(path.with_suffix(".json"), json_text(readable, indent=2) + "\n", RUN_REMEDY)
 
 

@@ -29,7 +29,7 @@ from dvla_fast.engine.texts import encode_texts
 from dvla_fast.engine.trained_texts import check_semantics
 from dvla_fast.errors import CheckpointError, DataError
 from dvla_fast.nn import DVLA, LayerTrace, TextTokens
-from dvla_fast.semantics import SemanticBank
+from dvla_fast.semantics import SemanticBank, load_bank
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -262,9 +262,9 @@ class FewShotClassifier:
         options = {key: value for key, value in trained.items() if key in known and value}
         options |= {"encoder": encoder} if encoder else {}
         config = from_mapping(SemanticsConfig, options, "the checkpoint", section="semantics.")
-        texts, described = encode_texts(
-            config, bank if isinstance(bank, SemanticBank) else str(bank), names, self.device
-        )
+        bank = bank if isinstance(bank, SemanticBank) else load_bank(bank)
+        bank.require(names, "the supports")
+        texts, described = encode_texts(config, bank, names, self.device)
         check_semantics(described, self.description, "the checkpoint")
         chosen = texts.episodes(torch.arange(len(names), device=self.device)[None])
         return chosen._replace(

@@ -359,7 +359,7 @@ class AblateConfig:
 class RunConfig:
     """What all commands share."""
 
-    # One file may describe a whole experiment: a run passes over the sections of other commands.
+    # One file may describe a whole experiment: a run passes over the settings of other commands.
     passes_over: ClassVar[dict[str, type]] = {
         "data": DataConfig,
         "semantics": SemanticsConfig,
@@ -369,6 +369,7 @@ class RunConfig:
         "evaluate": EvaluateConfig,
         "execution": ExecutionConfig,
         "ablate": AblateConfig,
+        "quick": bool,  # of the demo
     }
 
     # Those whose work is done: what they named need not be there any more.

@@ -71,47 +71,47 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
     tested = data.split(config.evaluate.split)
     samplers = build_samplers(config.evaluate, tested, config.seed, seen.barred)
     folder = RunFolder(config.output, to_dict(config), resume=config.resume, wandb=config.wandb)
-    with Progress(_SHARES, enabled=not quiet) as progress:
-        rng = seed_everything(config.seed)
-        run = StageRun(folder, rng, config.seed, progress, execution)
-        pretrained = pretrain(config.pretrain, data, backbone, run)
-        rng = seed_everything(config.seed + 1)
-        model = build_model(spec)
-        training = training_stages(load_backbone(model, backbone, pretrained))
-        model.to(device)
-        facts = {"semantics": semantics, "started_from": str(pretrained), "training": training}
-        run = replace(run, rng=rng)
-        tuned = metatune(config.metatune, model, spec, data, texts, run, facts)
-        progress.begin("evaluate", config.evaluate.episodes * len(samplers))
-        evaluation = _evaluation(config.evaluate, data, texts, pretrained, tuned)
-        results = _results(evaluation, samplers, run, seen)
-    provenance = _provenance(tuned, model, semantics, device)
-    results = [result | provenance for result in results]
-    summary: dict[str, Any] = {
-        "command": "demo",
-        "seconds": round(time.monotonic() - started, 1),
-        "resumed": config.resume,
-        **results[0],
-        "gated_layers": [list(layer) for layer in model.gated_layers],
-        "classes": {"base": data.base.class_names, "novel": data.novel.class_names},
-        "results": results,
-    }
-    folder.write_summary(summary)
-    picture = folder.write_file(
-        "curves.png",
-        lambda path: plot_demo(
-            path,
-            summary,
-            folder.rows("pretrain"),
-            folder.rows("metatune"),
-            samples={
-                "learned in training": _samples(data.base),
-                "never seen": _samples(data.novel),
-            },
-            labels={FIXED: f"{FIXED}, α = {config.evaluate.fixed_alpha:g}"},
-        ),
-    )
-    folder.close()
+    with folder:
+        with Progress(_SHARES, enabled=not quiet) as progress:
+            rng = seed_everything(config.seed)
+            run = StageRun(folder, rng, config.seed, progress, execution)
+            pretrained = pretrain(config.pretrain, data, backbone, run)
+            rng = seed_everything(config.seed + 1)
+            model = build_model(spec)
+            training = training_stages(load_backbone(model, backbone, pretrained))
+            model.to(device)
+            facts = {"semantics": semantics, "started_from": str(pretrained), "training": training}
+            run = replace(run, rng=rng)
+            tuned = metatune(config.metatune, model, spec, data, texts, run, facts)
+            progress.begin("evaluate", config.evaluate.episodes * len(samplers))
+            evaluation = _evaluation(config.evaluate, data, texts, pretrained, tuned)
+            results = _results(evaluation, samplers, run, seen)
+        provenance = _provenance(tuned, model, semantics, device)
+        results = [result | provenance for result in results]
+        summary: dict[str, Any] = {
+            "command": "demo",
+            "seconds": round(time.monotonic() - started, 1),
+            "resumed": config.resume,
+            **results[0],
+            "gated_layers": [list(layer) for layer in model.gated_layers],
+            "classes": {"base": data.base.class_names, "novel": data.novel.class_names},
+            "results": results,
+        }
+        folder.write_summary(summary)
+        picture = folder.write_file(
+            "curves.png",
+            lambda path: plot_demo(
+                path,
+                summary,
+                folder.rows("pretrain"),
+                folder.rows("metatune"),
+                samples={
+                    "learned in training": _samples(data.base),
+                    "never seen": _samples(data.novel),
+                },
+                labels={FIXED: f"{FIXED}, α = {config.evaluate.fixed_alpha:g}"},
+            ),
+        )
     return {**summary, "folder": str(folder.path), "picture": str(picture)}
 
 

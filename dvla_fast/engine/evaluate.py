@@ -12,6 +12,7 @@ import itertools
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -322,6 +323,11 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
     texts = _Texts()
     if contenders[0].model is not None:
         texts = _find_texts(config, data, dict(zip(paths, infos)))
+    elif settings.construct:
+        warnings.warn(
+            f"evaluate.construct: not used, for {config.checkpoint} has no gates that read texts",
+            stacklevel=2,
+        )
     samplers = _samplers(config, data, texts.barred)  # fail before the folder is made
     data = trained_normalisation(data, infos[0])
     facts = {
@@ -344,28 +350,30 @@ def run_evaluate(config: EvaluateRun, *, quiet: bool = False) -> dict[str, Any]:
         "torch": torch.__version__,
     }
     folder = RunFolder(config.output, to_dict(config), resume=config.resume, wandb=config.wandb)
-    seed_everything(config.seed)
-    folder.trim("evaluate", -1)  # those of finished lists are written again
-    if texts.written is not None:
-        texts.written.open(folder.path)
-    evaluation = Evaluation(contenders, data, texts.encoded, settings, texts.written)
-    results = []
-    with Progress({"evaluate": 1.0}, enabled=not quiet) as progress:
-        progress.begin("evaluate", settings.episodes * len(settings.shots) * len(contenders))
-        for sampler in samplers:
-            leaks = {"classes": classes, **_leaks(texts.seen, sampler, settings.episodes, progress)}
-            results.append(
-                _result(evaluation, sampler, {**facts, "leaks": leaks}, folder, progress)
-            )
-    # The fields of the first shot stand at the top; all of them are in "results".
-    summary = {"command": "evaluate", **results[0], "results": results}
-    folder.write_summary(summary)
-    if texts.written is not None:
-        texts.written.close()
-    if config.compare:
-        summary["compared"] = compare_groups([str(folder.path)], [config.compare])
+    with folder, ExitStack() as opened:
+        seed_everything(config.seed)
+        folder.trim("evaluate", -1)  # those of finished lists are written again
+        if texts.written is not None:
+            opened.callback(texts.written.close)
+            texts.written.open(folder.path)
+        evaluation = Evaluation(contenders, data, texts.encoded, settings, texts.written)
+        results = []
+        with Progress({"evaluate": 1.0}, enabled=not quiet) as progress:
+            progress.begin("evaluate", settings.episodes * len(settings.shots) * len(contenders))
+            for sampler in samplers:
+                leaks = {
+                    "classes": classes,
+                    **_leaks(texts.seen, sampler, settings.episodes, progress),
+                }
+                results.append(
+                    _result(evaluation, sampler, {**facts, "leaks": leaks}, folder, progress)
+                )
+        # The fields of the first shot stand at the top; all of them are in "results".
+        summary = {"command": "evaluate", **results[0], "results": results}
         folder.write_summary(summary)
-    folder.close()
+        if config.compare:
+            summary["compared"] = compare_groups([str(folder.path)], [config.compare])
+            folder.write_summary(summary)
     return summary
 
 

@@ -224,25 +224,25 @@ def run_metatune(
     folder = open_folder(
         config.output, to_dict(config), processes, config.resume, config.wandb, ("metatune.epochs",)
     )
-    keep_settings_files(folder, files)
-    facts = {"semantics": semantics, "started_from": started, "gates": gates}
-    noted = {**facts, "start": start.facts, "training": start.stages}
-    with Progress({"meta-tune": 1.0}, enabled=shown) as progress:
-        if gates == "continued":
-            progress.note(f"the gates of {config.checkpoint} learn on")
-        run = StageRun(folder, rng, config.seed, progress, execution)
-        best = metatune(config.metatune, model, spec, data, texts, run, noted)
-    processes.wait()
-    numbers = _monitor_episodes(data, config.metatune)
-    summary = {
-        **training_summary(config, data, folder, processes, _SELECTS, numbers),
-        **facts,
-        "checkpoint": str(best),
-        "gated_layers": [list(layer) for layer in model.gated_layers],
-        "leaks": {"classes": classes},
-    }
-    folder.write_summary(summary)
-    folder.close()
+    with folder:
+        keep_settings_files(folder, files)
+        facts = {"semantics": semantics, "started_from": started, "gates": gates}
+        noted = {**facts, "start": start.facts, "training": start.stages}
+        with Progress({"meta-tune": 1.0}, enabled=shown) as progress:
+            if gates == "continued":
+                progress.note(f"the gates of {config.checkpoint} learn on")
+            run = StageRun(folder, rng, config.seed, progress, execution)
+            best = metatune(config.metatune, model, spec, data, texts, run, noted)
+        processes.wait()
+        numbers = _monitor_episodes(data, config.metatune)
+        summary = {
+            **training_summary(config, data, folder, processes, _SELECTS, numbers),
+            **facts,
+            "checkpoint": str(best),
+            "gated_layers": [list(layer) for layer in model.gated_layers],
+            "leaks": {"classes": classes},
+        }
+        folder.write_summary(summary)
     return summary
 
 

@@ -318,17 +318,17 @@ def run_pretrain(
     if config.model.pretrained:
         load_published(build_pretrain_model(spec, 1)["backbone"], config.model.pretrained)
     folder = open_folder(config.output, to_dict(config), processes, config.resume, config.wandb)
-    keep_settings_files(folder, files)
-    rng = seed_everything(config.seed)
-    with Progress({"pre-train": 1.0}, enabled=shown) as progress:
-        run = StageRun(folder, rng, config.seed, progress, execution)
-        best = pretrain(config.pretrain, data, spec, run, config.model.pretrained)
-    processes.wait()
-    numbers = monitor_episodes(data, *_VALIDATION)
-    summary = {
-        **training_summary(config, data, folder, processes, _SELECTS, numbers),
-        "checkpoint": str(best),
-    }
-    folder.write_summary(summary)
-    folder.close()
+    with folder:
+        keep_settings_files(folder, files)
+        rng = seed_everything(config.seed)
+        with Progress({"pre-train": 1.0}, enabled=shown) as progress:
+            run = StageRun(folder, rng, config.seed, progress, execution)
+            best = pretrain(config.pretrain, data, spec, run, config.model.pretrained)
+        processes.wait()
+        numbers = monitor_episodes(data, *_VALIDATION)
+        summary = {
+            **training_summary(config, data, folder, processes, _SELECTS, numbers),
+            "checkpoint": str(best),
+        }
+        folder.write_summary(summary)
     return summary

@@ -8,6 +8,7 @@ stopped.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import json
@@ -45,7 +46,7 @@ _REMARKS = {
 
 
 class RunFolder:
-    """One run's folder.
+    """One run's folder; ``with`` closes it, whatever happens.
 
     Args:
         path: the folder.
@@ -96,6 +97,7 @@ class RunFolder:
         self._lock = _lock(self.path)
         if not resume:
             self._check_new()  # what another process began and left meanwhile
+        self._tidy()
         self._probe()
         if wandb:  # before the folder holds a run: a start that fails leaves it free
             self._wandb = _start_wandb(wandb, self.path, kept)
@@ -141,6 +143,13 @@ class RunFolder:
                 f"{self.path}: cannot resume with other settings than the run began with "
                 f"({'; '.join(changed[:4])}); {''.join(remarks)}leave them out, or start a new run"
             )
+
+    def _tidy(self) -> None:
+        """Remove what a kill left half-written: a checkpoint may be large."""
+        for folder in (self.path, self.checkpoints):
+            for file in (*folder.glob(".*.tmp"), *folder.glob(".write-test-*")):
+                with contextlib.suppress(OSError):
+                    file.unlink()
 
     def _probe(self) -> None:
         # The first real write may come minutes into the work: find out now.
@@ -208,12 +217,18 @@ class RunFolder:
             write_atomic(path, write, RUN_REMEDY)
         return path
 
-    def close(self) -> None:
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *more: object) -> None:
+        self.close(failed=error is not None)
+
+    def close(self, *, failed: bool = False) -> None:
         """Flush TensorBoard, end the Weights & Biases run, and let other processes write."""
         if self._writer:
             self._writer.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(**({"exit_code": 1} if failed else {}))
         self._writer = self._wandb = self._lock = None
 
     def _tensorboard(self) -> Any:

@@ -189,6 +189,8 @@ def read_settings(path: str, cls: type[T], default: T, option: str = "--config")
     for key, value in content.items():
         if key in known or key not in others:
             mine[key] = value
+        elif not is_dataclass(others[key]):
+            _typed(others[key], value, f"{path}: {key}")
         else:  # another command's section: its typing errors are errors here, too
             given = {} if value is None else value
             past = key in getattr(cls, "past_sections", ())

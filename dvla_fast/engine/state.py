@@ -20,6 +20,7 @@ from dvla_fast.engine.checkpoint import (
     save_checkpoint,
     unpack_optimizer,
     unpack_rng,
+    write_readable,
 )
 from dvla_fast.engine.description import REMEDY, RESUMED, check_entries
 from dvla_fast.engine.inputs import check_inputs
@@ -129,6 +130,8 @@ class TrainingState:
         self.epoch, self.step = info["epoch"], info["step"]
         self.best, self.best_epoch = info["best"], info["best_epoch"]
         self.folder.trim(self.kind, self.epoch)
+        if self.folder.writes:
+            write_readable(self.last_path, info)  # which a kill may have kept from the last one
         return True
 
     def _unpack(self, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:

@@ -35,11 +35,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dvla_fast.characters import is_unicode
 from dvla_fast.errors import BankError
 from dvla_fast.files import write_text_atomic
 from dvla_fast.names import normalised_name
 from dvla_fast.semantics.bundled import bank_path, bundled_banks, is_made, made_content
-from dvla_fast.semantics.characters import is_unicode
 
 FORMAT = "dvla-fast-bank/2"
 FORMATS = ("dvla-fast-bank/1", FORMAT)
@@ -236,8 +236,8 @@ class SemanticBank:
         ]
         if ambiguous:
             raise BankError(
-                f"{self.source}: {some_of(ambiguous, '; ')}; rename the bank's classes as the data "
-                "set has them"
+                f"{self.source}: {some_of(ambiguous, '; ')}; give the right one in the bank this "
+                "very name"
             )
         missing = [name for name, own in matches.items() if not own]
         if missing:
@@ -245,8 +245,8 @@ class SemanticBank:
             hint = f" (near {missing[0]!r}: {', '.join(map(repr, near))})" if near else ""
             raise BankError(
                 f"{self.source}: the bank lacks {len(missing)} class(es) of {of}: "
-                f"{some_of(list(map(repr, missing)))}{hint}; give the bank of this data set, or "
-                "add them to its 'classes'"
+                f"{some_of(list(map(repr, missing)))}{hint}; give a bank that has them, or add "
+                "them to its 'classes'"
             )
         return [matches[name][0] for name in names]
 

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dvla_fast.checks import Report
 from dvla_fast.errors import BankError
 from dvla_fast.semantics.bank import SemanticBank, read_bank
-from dvla_fast.semantics.characters import printable
 from dvla_fast.semantics.encoders import TextEncoder
 from dvla_fast.semantics.vectors import read_stored
-
-_SHOWN = 10
-
-
-@dataclass
-class BankReport:
-    """What was found: facts, notes (worth knowing) and problems (to be put right)."""
-
-    facts: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-    def text(self) -> str:
-        """Return the report for people, one line each."""
-        lines = [*self.facts, *(f"note: {line}" for line in self.notes)]
-        return printable("\n".join(lines + [f"problem: {line}" for line in self.problems]))
 
 
 def check_bank(
@@ -35,7 +18,7 @@ def check_bank(
     encoder: TextEncoder | None = None,
     class_names: Sequence[str] = (),
     images: Mapping[str, Collection[str]] | None = None,
-) -> BankReport:
+) -> Report:
     """Check a bank, most often a file.
 
     Args:
@@ -47,7 +30,7 @@ def check_bank(
     Raises:
         BankError: the file cannot be read, or is not JSON.
     """
-    report = BankReport()
+    report = Report()
     content, source = read_bank(name_or_path)
     try:
         bank = SemanticBank.from_dict(content, source)
@@ -67,10 +50,12 @@ def check_bank(
         except BankError as error:
             report.problems.append(str(error))
         for level, lacking in half_classes(bank).items():
-            _add(report.notes, [f"{x!r} has no {level}, which other classes have" for x in lacking])
+            report.add(
+                report.notes, [f"{x!r} has no {level}, which other classes have" for x in lacking]
+            )
     else:
-        _add(report.problems, _texts(bank, encoder))
-        _add(report.notes, _unknown_keys(bank))
+        report.add(report.problems, _texts(bank, encoder))
+        report.add(report.notes, _unknown_keys(bank))
     if class_names:
         try:
             bank.resolve(class_names)
@@ -81,12 +66,6 @@ def check_bank(
     if images is not None:
         _images(bank, images, report)
     return report
-
-
-def _add(lines: list[str], more: list[str]) -> None:
-    lines += more[:_SHOWN]
-    if len(more) > _SHOWN:
-        lines.append(f"... and {len(more) - _SHOWN} more of this kind")
 
 
 def _texts(bank: SemanticBank, encoder: TextEncoder | None) -> list[str]:
@@ -132,7 +111,7 @@ def _unknown_keys(bank: SemanticBank) -> list[str]:
     ]
 
 
-def _images(bank: SemanticBank, images: Mapping[str, Collection[str]], report: BankReport) -> None:
+def _images(bank: SemanticBank, images: Mapping[str, Collection[str]], report: Report) -> None:
     seen = {image for entry in bank.classes.values() for image in entry.images}
     if not seen:
         report.facts.append("the bank lists no image that its texts were written from")

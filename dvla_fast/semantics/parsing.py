@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dvla_fast.characters import whole_characters
 from dvla_fast.errors import LanguageModelError
 from dvla_fast.names import normalised_name
 from dvla_fast.semantics.answer_json import json_values, unescape
@@ -25,7 +26,6 @@ from dvla_fast.semantics.answer_lists import (
     comparable,
     find_lists,
 )
-from dvla_fast.semantics.characters import whole_characters
 from dvla_fast.semantics.language_models.base import Answer
 
 MAX_ATTRIBUTES = 64

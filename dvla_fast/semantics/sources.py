@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dvla_fast.characters import is_unicode
 from dvla_fast.data.cache_index import check_split, is_cache, map_images, read_index
 from dvla_fast.data.images import ImageSet
 from dvla_fast.data.layouts import list_data
 from dvla_fast.data.splits import SPLITS
 from dvla_fast.errors import DataError
-from dvla_fast.semantics.characters import is_unicode
 from dvla_fast.semantics.language_models.base import ShownImage
 from dvla_fast.semantics.stages import ClassSource
 

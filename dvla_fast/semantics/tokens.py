@@ -240,6 +240,15 @@ def encode_names(
     return _assemble(class_names, classes, encoder.dim)
 
 
+def check_top_k(bank: SemanticBank, top_k: int) -> None:
+    """Refuse top-k selection in a bank that has vectors and no words (BankError)."""
+    if bank.vectors and top_k:
+        raise BankError(
+            f"{bank.source}: has vectors and no words, so there is nothing for top-k selection to "
+            "choose from; leave top_k at 0"
+        )
+
+
 def stored_tokens(bank: SemanticBank, class_names: Sequence[str], top_k: int = 0) -> EncodedTexts:
     """Return the tokens of a bank that has vectors and no words.
 
@@ -247,11 +256,7 @@ def stored_tokens(bank: SemanticBank, class_names: Sequence[str], top_k: int = 0
         BankError: a class missing from the bank, missing or damaged vectors, or ``top_k`` > 0.
     """
     assert bank.vectors is not None
-    if top_k:
-        raise BankError(
-            f"{bank.source}: has vectors and no words, so there is nothing for top-k selection to "
-            "choose from; leave top_k at 0"
-        )
+    check_top_k(bank, top_k)
     names = bank.resolve(class_names)
     found = read_stored(bank)
     return _assemble(class_names, [found[name] for name in names], bank.vectors.dim)

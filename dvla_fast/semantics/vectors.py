@@ -103,6 +103,8 @@ class CachedEncoder:
             raise BankError(_damaged(self.path, "its parts have different lengths"))
         if bool(not_unit(vectors).any()):
             raise BankError(_damaged(self.path, "it holds vectors that are no unit vectors"))
+        if self._inner is not None:
+            self._check_length(vectors.shape[1], self._inner)
         return {
             bytes(key): (vector, bool(cut))
             for key, vector, cut in zip(keys.numpy(), vectors, truncated.tolist())
@@ -119,8 +121,20 @@ class CachedEncoder:
     def inner(self) -> TextEncoder:
         """The encoder behind the cache, built on first use."""
         if self._inner is None:
-            self._inner = self._build()
+            inner = self._build()
+            if self._rows:
+                self._check_length(self.dim, inner)
+            self._inner = inner
         return self._inner
+
+    def _check_length(self, stored: int, inner: TextEncoder) -> None:
+        """Other weights of the same name give vectors of another length (BankError)."""
+        if stored != inner.dim:
+            raise BankError(
+                _damaged(
+                    self.path, f"its {self.name} vectors have length {stored}, now {inner.dim}"
+                )
+            )
 
     @property
     def truncated(self) -> int:

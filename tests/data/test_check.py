@@ -51,6 +51,13 @@ def test_unreadable_and_small(tree: Path) -> None:
     assert "1 L" in report.text()
 
 
+def test_names_of_files_do_not_steer_the_terminal(tree: Path) -> None:
+    (tree / "train" / "a" / "\x1b[2Ja_9.jpg").write_bytes(b"")
+    report = check(tree)
+    assert "[2Ja_9.jpg" in report.text()
+    assert "\x1b" not in report.text()
+
+
 def test_same_image_in_two_splits_and_twice_in_one(tree: Path) -> None:
     shutil.copy(tree / "train/a/a_0.jpg", tree / "test/h/copy.jpg")
     shutil.copy(tree / "train/b/b_0.jpg", tree / "train/c/copy.jpg")

@@ -214,6 +214,28 @@ def test_failed_cell_is_reported_and_the_rest_finished(
     assert run_ablate(config, quiet=True)["failures"] == {}  # tried again
 
 
+def test_an_error_that_another_launch_takes_away_stops_nothing(
+    config: AblateRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be gone between two looks at it."""
+    real = Store.failed
+
+    def failed(store: Store, cell: Cell) -> bool:
+        found = real(store, cell)
+        store.error(cell).unlink(missing_ok=True)
+        return found
+
+    config.ablate.seeds = 1
+    config.ablate.variants = ["visual"]
+    config.ablate.reference = "visual"
+    store, cell = Store(Path(config.output)), Cell(None, 0)
+    store.prepare()
+    store.error(cell).write_text('{"error": "RuntimeError: on purpose"}')
+    monkeypatch.setattr(Store, "failed", failed)
+    summary = summarise(config, store, chosen_variants(config, 1), [0])
+    assert summary["failures"] == {"backbone-seed0": "another launch is trying it again"}
+
+
 def test_a_reference_that_lacks_a_seed(config: AblateRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Differences are then of fewer seeds than the accuracy beside them: table and plot say so."""
     fail_in("full-seed1", monkeypatch)

@@ -218,6 +218,16 @@ def test_one_file_for_several_commands(tmp_path: Path) -> None:
         read_settings(str(path), PretrainRun, PretrainRun())
 
 
+@pytest.mark.parametrize("cls", [PretrainRun, MetatuneRun, EvaluateRun, AblateRun])
+def test_the_record_of_a_demo_serves_other_commands(cls: type[Any], tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(to_dict(demo_config(quick=True)) | {"seed": 7}))
+    assert read_settings(str(path), cls, cls()).seed == 7
+    path.write_text("quick: 3")
+    with pytest.raises(UsageError, match=r"config\.yaml: quick: expected bool"):
+        read_settings(str(path), cls, cls())
+
+
 def test_a_list_may_be_given_by_its_only_entry() -> None:
     config = from_mapping(DemoRun, {"evaluate": {"shots": 3}, "metatune": {"shots": [2]}})
     assert (config.evaluate.shots, config.metatune.shots) == ([3], [2])

@@ -120,6 +120,35 @@ def test_a_whole_batch_is_asked_about_at_once(
     assert len(calls) <= 4
 
 
+def test_an_evaluation_that_fails_closes_its_answers(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    real = inductive.EpisodeTexts.close
+
+    def close(self: inductive.EpisodeTexts) -> None:
+        real(self)
+        closed.append("answers")
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(inductive.EpisodeTexts, "close", close)
+    monkeypatch.setattr(inductive.EpisodeTexts, "__call__", fail)
+    written = dataclasses.replace(EVALUATE, construct=settings_file(tmp_path, images=0))
+    monkeypatch.setattr(inductive, "build_language_model", lambda config: Scripted())
+    with pytest.raises(RuntimeError, match="on purpose"):
+        evaluate(checkpoint, tmp_path / "run", evaluate=written)
+    assert closed == ["answers"]
+
+
+def test_a_checkpoint_without_gates_is_told_to_read_no_texts(backbone: str, tmp_path: Path) -> None:
+    written = dataclasses.replace(EVALUATE, construct=settings_file(tmp_path, images=0))
+    with pytest.warns(UserWarning, match=r"evaluate\.construct: not used, for .* has no gates"):
+        summary = evaluate(Path(backbone), tmp_path / "run", evaluate=written)
+    assert summary["semantics"] is None
+
+
 def test_continued_evaluation_asks_nothing_twice(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

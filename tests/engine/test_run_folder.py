@@ -8,9 +8,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from dvla_fast.engine.config import DemoRun, EvaluateRun, MetatuneRun, PretrainRun
+from dvla_fast.engine.demo import run_demo
+from dvla_fast.engine.evaluate import run_evaluate
+from dvla_fast.engine.metatune import run_metatune
+from dvla_fast.engine.pretrain import run_pretrain
 from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.errors import OutputError
 
@@ -54,6 +61,19 @@ def test_a_run_killed_at_once_can_begin_again(tmp_path: Path) -> None:
         RunFolder(run, CONFIG)
 
 
+def test_what_a_kill_left_half_written_goes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    RunFolder(run, CONFIG).close()
+    names = (".config.yaml.ab12.tmp", "checkpoints/.last.safetensors.ab12.tmp", ".write-test-12")
+    for name in (*names, "notes.tmp"):
+        (run / name).touch()
+    RunFolder(run, CONFIG, resume=True, writes=False)
+    assert all((run / name).exists() for name in names)
+    RunFolder(run, CONFIG, resume=True)
+    assert not any((run / name).exists() for name in names)
+    assert (run / "notes.tmp").exists()
+
+
 def test_one_process_writes_a_run(tmp_path: Path) -> None:
     """A lock is the file's, as it was opened: another opening here is like another process."""
     run = tmp_path / "run"
@@ -71,6 +91,42 @@ def test_one_process_writes_a_run(tmp_path: Path) -> None:
         (run / "config.yaml").unlink()  # not yet written
         with pytest.raises(OutputError, match="run: another process is writing this run; wait"):
             RunFolder(run, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("run", "settings", "inside"),
+    [
+        (run_pretrain, PretrainRun, "pretrain.pretrain"),
+        (run_metatune, MetatuneRun, "metatune.metatune"),
+        (run_evaluate, EvaluateRun, "evaluate.Evaluation.evaluate"),
+        (run_demo, DemoRun, "demo.pretrain"),
+    ],
+)
+def test_a_run_that_fails_lets_go(
+    run: Any, settings: Any, inside: str, backbone: str, tiny: DemoRun, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Also where its error, as in a notebook, outlives it."""
+    ended: list[dict[str, int]] = []
+    wandb = SimpleNamespace(finish=lambda **arguments: ended.append(arguments))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **arguments: wandb))
+    config = settings(device="cpu", output=str(tmp_path / "run"), wandb="birds")
+    for section in ("model", "evaluate"):
+        if hasattr(config, section):
+            setattr(config, section, getattr(tiny, section))
+    if hasattr(config, "checkpoint"):
+        config.checkpoint = backbone
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(f"dvla_fast.engine.{inside}", fail)
+    with pytest.raises(RuntimeError, match="on purpose") as caught:
+        run(config, quiet=True)
+    with open(tmp_path / "run" / ".lock") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert ended == [{"exit_code": 1}]
+    assert caught.tb is not None  # and holds every variable of the run
 
 
 def test_a_killed_run_lets_go(tmp_path: Path) -> None:

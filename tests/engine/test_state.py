@@ -48,6 +48,19 @@ def test_a_run_that_goes_on_knows_its_best_score(tmp_path: Path) -> None:
     assert (info["epoch"], info["best"], info["best_epoch"]) == (4, 0.9, 1)
 
 
+def test_the_readable_copy_that_a_kill_left_behind_is_put_right(tmp_path: Path) -> None:
+    """Where a run is killed between its last checkpoint and the copy of its description."""
+    state = make_state(tmp_path / "run")
+    save(state, 0.5)
+    copy = state.last_path.with_suffix(".json")
+    before = copy.read_bytes()
+    save(state, 0.6)
+    written = copy.read_bytes()
+    copy.write_bytes(before)
+    assert make_state(tmp_path / "run", resume=True).restore()
+    assert copy.read_bytes() == written
+
+
 def test_random_states_of_another_kind(tmp_path: Path) -> None:
     """Their size is PyTorch's matter, and not that of every version the same."""
     state = make_state(tmp_path / "run")

@@ -267,6 +267,8 @@ def test_import_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "needs --output" in capsys.readouterr().err
     assert main(["semantics", "show", str(output), "jay"]) == 0
     assert "no words" in capsys.readouterr().out
+    assert main(["semantics", "show", str(output), "jay", "--top_k=3"]) == 1
+    assert "nothing for top-k selection to choose from" in capsys.readouterr().err
     assert main(["semantics", "check", str(output)]) == 0
 
 

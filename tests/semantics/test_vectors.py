@@ -163,6 +163,20 @@ def test_damaged_vectors_are_the_files_fault(
         cached(bank, Counting())
 
 
+def test_vectors_of_another_length_are_named(bank: Path) -> None:
+    """Other weights under the same name."""
+    first, second = cached(bank, Counting(24)), cached(bank, Counting(16))
+    first.encode(["big eyes"])
+    second.encode(["small eyes"])  # the file is not there yet
+    first.save()
+    with pytest.raises(BankError, match=r"counting vectors have length 24, now 16.*remove it"):
+        second.save()
+    third = cached(bank, Counting(16))
+    assert third.encode(["big eyes"]).shape == (1, 24)
+    with pytest.raises(BankError, match=r"counting vectors have length 24, now 16.*remove it"):
+        third.encode(["big eyes", "small eyes"])
+
+
 def test_bundled_vectors_lie_in_the_users_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

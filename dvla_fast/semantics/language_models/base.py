@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from dvla_fast.characters import whole_characters
 from dvla_fast.data.decode import open_rgb, pillow
 from dvla_fast.errors import LanguageModelError
-from dvla_fast.semantics.characters import whole_characters
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

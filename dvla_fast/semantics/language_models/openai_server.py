@@ -14,8 +14,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from dvla_fast.characters import printable
 from dvla_fast.errors import DataError, LanguageModelError, MissingDependencyError
-from dvla_fast.semantics.characters import printable
 from dvla_fast.semantics.language_models.base import (
     MAX_TOKENS,
     Answer,

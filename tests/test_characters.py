@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dvla_fast.semantics.characters import is_unicode, printable, whole_characters
+from dvla_fast.characters import is_unicode, printable, whole_characters
 
 
 def test_halves_are_joined_or_replaced() -> None:

@@ -37,7 +37,6 @@ from dvla_fast.names import normalised_name
 from dvla_fast.semantics import ClassEntry, SemanticBank, encode_bank
 from dvla_fast.semantics.bank import (
     FORMAT,
-    entry_problem,
     format_json,
     load_bank,
     parse_json,
@@ -46,6 +45,7 @@ from dvla_fast.semantics.bank import (
 )
 from dvla_fast.semantics.bundled import bank_path, bundled_banks, is_made
 from dvla_fast.semantics.check import check_bank
+from dvla_fast.semantics.entry_checks import entry_problem
 from dvla_fast.semantics.tokens import check_top_k
 from dvla_fast.semantics.topk import Selection, progressive_top_k
 from dvla_fast.semantics.vectors import CachedEncoder, make_room, vectors_path

@@ -29,7 +29,6 @@ import difflib
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,13 +39,13 @@ from dvla_fast.errors import BankError
 from dvla_fast.files import write_text_atomic
 from dvla_fast.names import normalised_name
 from dvla_fast.semantics.bundled import bank_path, bundled_banks, is_made, made_content
+from dvla_fast.semantics.entry_checks import HALF_A_CHARACTER, entry_problem, name_problem
 
 FORMAT = "dvla-fast-bank/2"
 FORMATS = ("dvla-fast-bank/1", FORMAT)
 SCHEMA = Path(__file__).parent / "bank.schema.json"
 _ENTRY_KEYS = ("candidates", "attributes", "description", "answers", "images")
 _LINE = 100
-_HALF = "holds half a character (a lone surrogate such as \\ud83d); correct it"
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ class SemanticBank:
         classes = {}
         problems: list[str] = []
         for name, entry in content["classes"].items():
-            problem = _name_problem(name) or entry_problem(entry, vectors is not None)
+            problem = name_problem(name) or entry_problem(entry, vectors is not None)
             if problem:
                 problems.append(f"{name!r} {problem}")
             else:
@@ -179,7 +178,7 @@ class SemanticBank:
         if not isinstance(provenance, dict):
             raise BankError(f"{source}: 'provenance' must be an object, got {provenance!r}")
         if not is_unicode([value for key, value in content.items() if key != "classes"]):
-            raise BankError(f"{source}: its name or its provenance {_HALF}")
+            raise BankError(f"{source}: its name or its provenance {HALF_A_CHARACTER}")
         name = str(content.get("name", Path(source).stem))
         return cls(name, classes, provenance, source, vectors)
 
@@ -416,81 +415,6 @@ def _entry(content: Mapping[str, Any], stored: bool) -> ClassEntry:
         tuple(content.get("images") or ()),
         {key: value for key, value in content.items() if key not in _ENTRY_KEYS},
     )
-
-
-def entry_problem(entry: Any, stored: bool = False) -> str | None:
-    """Say what is wrong with a class's content in a bank file; None: nothing.
-
-    Args:
-        stored: the bank has vectors and no words.
-    """
-    if not is_unicode(entry):
-        return _HALF
-    if stored:
-        if not _is_stored(entry):
-            return "is not {vectors: {attributes: n, description: 0 or 1}}"
-        return _images_problem(entry)
-    if not isinstance(entry, dict):
-        return "is not an object with 'attributes' and 'description'"
-    attributes, candidates = entry.get("attributes", []), entry.get("candidates", [])
-    problem = _candidates_problem(candidates)
-    if problem:
-        return problem
-    if not isinstance(attributes, list) or (not attributes and len(candidates) < 2):
-        return "has no attributes (and fewer than two candidates to choose from)"
-    for index, text in enumerate(attributes):
-        if not _is_text(text):
-            return f"has an empty attribute (number {index + 1})"
-    if not _is_text(entry.get("description")):
-        return "has an empty description"
-    if not isinstance(entry.get("answers", {}), dict):
-        return "has 'answers' that are not an object {stage: answer}"
-    return _images_problem(entry)
-
-
-def _name_problem(name: str) -> str | None:
-    if not name.strip():
-        return "is no name"
-    return None if is_unicode(name) else _HALF
-
-
-def _is_stored(entry: Any) -> bool:
-    counts = entry.get("vectors") if isinstance(entry, dict) else None
-    if not isinstance(counts, dict) or set(counts) != {"attributes", "description"}:
-        return False
-    if not all(isinstance(n, int) and not isinstance(n, bool) for n in counts.values()):
-        return False
-    return counts["attributes"] >= 0 and counts["description"] in (0, 1) and any(counts.values())
-
-
-def _candidates_problem(candidates: Any) -> str | None:
-    if not isinstance(candidates, list):
-        return "has 'candidates' that are not a list"
-    for index, item in enumerate(candidates):
-        text = item.get("text") if isinstance(item, dict) else item
-        if not _is_text(text):
-            return f"has an empty candidate (number {index + 1})"
-        scores = item.get("scores", []) if isinstance(item, dict) else []
-        if not isinstance(scores, list) or not all(_is_score(score) for score in scores):
-            return f"has candidate number {index + 1} with scores that are not numbers or null"
-    return None
-
-
-def _images_problem(entry: Mapping[str, Any]) -> str | None:
-    images = entry.get("images", [])
-    if not isinstance(images, list) or not all(_is_text(image) for image in images):
-        return "has 'images' that are not a list of image ids"
-    return None
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _is_score(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return value is None
-    return abs(value) <= sys.float_info.max  # an int may be larger than any float
 
 
 def some_of(items: list[str], separator: str = ", ", limit: int = 8) -> str:

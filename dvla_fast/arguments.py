@@ -1,8 +1,8 @@
-"""What an argument is, by its type alone: no value is read, so that nothing waits for a GPU."""
+"""What an argument is, by its type alone: no tensor is read, so that nothing waits for a GPU."""
 
 from __future__ import annotations
 
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
 
 import torch
 from torch import Tensor
@@ -33,9 +33,17 @@ def expect_generator(value: object) -> None:
 
 
 def expect_number(name: str, value: object, what: str = "a number") -> None:
-    """Likewise for a real number; a tensor is none, for as a number it would lose its gradient."""
+    """Likewise for a real number; a tensor is none, for as a number it would lose its gradient.
+
+    Raises ValueError for a whole number or a fraction that no float holds.
+    """
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{name}: expected {what}, got {value!r}")
+    if isinstance(value, Rational):
+        try:
+            float(value)
+        except OverflowError as error:
+            raise ValueError(f"{name}: expected {what}, got one beyond 1.8e308") from error
 
 
 def expect_whole(name: str, value: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ def _restore() -> Iterator[None]:
         (torch.ones(13, dtype=torch.cfloat), TypeError, "concentration: .* real .*complex64"),
         (0.0, ValueError, "concentration: expected a positive finite number, got 0.0"),
         (math.nan, ValueError, "concentration: expected a positive finite number, got nan"),
+        (10**400, ValueError, r"concentration: expected a number or a tensor, got one beyond 1.8e"),
+        (Fraction(10**400, 3), ValueError, "concentration: expected a number or a tensor, got one"),
         (torch.zeros(13), ValueError, "concentration: expected positive finite values"),
         (torch.tensor(math.nan), ValueError, "concentration: expected positive finite values"),
     ],
@@ -225,6 +228,8 @@ def test_counts_of_a_decision_are_whole(name: str, op: int, backend: str | None)
 def test_a_decision_has_a_number_for_concentration(kappa: Any, backend: str | None) -> None:
     with pytest.raises(TypeError, match=r"^concentration: expected a number, got "):
         F.gate_policy(**{**CALLS[0][1], "concentration": kappa}, backend=backend)
+    with pytest.raises(ValueError, match=r"^concentration: expected a number, got one beyond 1.8e"):
+        F.gate_policy(**{**CALLS[0][1], "concentration": 10**400}, backend=backend)
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])

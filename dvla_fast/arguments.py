@@ -14,9 +14,12 @@ _NUMBERS = (float, int, torch.SymFloat, torch.SymInt, Real)
 
 
 def expect_tensor(name: str, value: object) -> None:
-    """Raises TypeError unless the argument of that name is a tensor."""
+    """Raises TypeError unless the argument of that name is a tensor, neither sparse nor nested."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested one" if value.is_nested else f"one of layout {value.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
 
 
 def expect_real(name: str, value: Tensor) -> None:

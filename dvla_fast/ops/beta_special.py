@@ -286,4 +286,4 @@ def _excess(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _result_dtype(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32

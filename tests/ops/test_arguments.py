@@ -183,6 +183,41 @@ def test_every_tensor_is_named(op: Any, arguments: dict, name: str, backend: str
             op(**{**arguments, name: wrong}, backend=backend)
 
 
+@pytest.mark.parametrize(
+    ("op", "arguments", "name"),
+    [
+        *((*call, name) for call in CALLS for name in call[1] if name != "concentration"),
+        (F.beta_policy, {"logits": LOGITS, "concentration": 2.0}, "logits"),
+        (F.beta_policy, {"logits": LOGITS, "concentration": LOGITS.exp()}, "concentration"),
+    ],
+)
+def test_sparse_and_nested_tensors_are_named(op: Any, arguments: dict, name: str) -> None:
+    sparse = arguments[name].to_sparse()
+    nested = torch.nested.nested_tensor([arguments[name]])
+    for backend in (None, "reference"):
+        with pytest.raises(
+            TypeError,
+            match=rf"^{name}: expected a dense tensor, got one of layout torch.sparse_coo",
+        ):
+            op(**{**arguments, name: sparse}, backend=backend)
+    with pytest.raises(TypeError, match=f"^{name}: expected a dense tensor, got a nested one"):
+        op(**{**arguments, name: nested}, backend="reference")
+
+
+@pytest.mark.parametrize("name", ["image_tokens", "text_tokens"])
+def test_tokens_of_eight_bits_are_refused(name: str) -> None:
+    """They have no arithmetic of their own; logits of any floating dtype are widened."""
+    short = {name: DECISION[name].to(torch.float8_e4m3fn)}
+    tokens = {name: DECISION[name] for name in ("image_tokens", "text_tokens")}
+    with pytest.raises(TypeError, match=f"^{name}: expected a floating tensor of at least 16 bits"):
+        F.gate_state(**{**tokens, **short})
+    with pytest.raises(TypeError, match=f"^{name}: expected a floating tensor of at least 16 bits"):
+        F.gate_policy(**{**CALLS[0][1], **short}, backend="reference")
+    logits = LOGITS.to(torch.float8_e4m3fn)
+    want = F.beta_cdf(logits.float(), 2.0, ACTION)
+    torch.testing.assert_close(F.beta_cdf(logits, 2.0, ACTION), want)
+
+
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("op", [2, 3], ids=["dual_attention", "gated_attention"])

@@ -6,7 +6,7 @@ decide from the supports alone, and queries replay their decision (method §3 an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +55,8 @@ class DVLA(nn.Module):
         fixed_alpha: the gate of policy "fixed".
 
     Raises:
-        TypeError: ``backbone`` is none, or an option that is a number is something else.
+        TypeError: ``backbone`` is none, ``gated_layers`` are no pairs, or an option that is a
+            number is something else.
         ValueError: options that do not fit the backbone or each other.
     """
 
@@ -280,7 +281,8 @@ class DVLA(nn.Module):
         Raises:
             TypeError, ValueError: arguments that do not fit together.
         """
-        check_learned(features, support_labels, query, layers, way)
+        width = self.backbone.feature_dim
+        check_learned(features, support_labels, query, layers, way, width)
         expected = () if text is None else self.gated_layers
         if tuple(trace.location for trace in layers) != expected:
             raise ValueError(
@@ -347,6 +349,8 @@ class DVLA(nn.Module):
 def _checked_layers(
     backbone: GatedBackbone, layers: Sequence[Sequence[int]] | None
 ) -> tuple[Location, ...]:
+    if layers is not None and not isinstance(layers, Iterable):
+        raise TypeError(f"gated_layers: expected (stage, block) pairs, got {layers!r}")
     checked = backbone.check_locations(backbone.locations if layers is None else layers)
     if not checked:
         raise ValueError("gated_layers: expected at least one (stage, block)")

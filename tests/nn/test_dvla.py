@@ -270,6 +270,12 @@ def test_a_backbone_that_is_none() -> None:
         DVLA(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
+def test_gated_layers_that_are_no_pairs() -> None:
+    backbone = SmallConvAttention(image_size=8, width=8, depths=(1, 1, 1), num_heads=2)
+    with pytest.raises(TypeError, match=r"^gated_layers: expected \(stage, block\) pairs, got 3$"):
+        DVLA(backbone, 3)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("option", ["temperature", "concentration", "fixed_alpha"])
 def test_an_option_that_is_no_number(option: str) -> None:
     backbone = SmallConvAttention(image_size=8, width=8, depths=(1, 1, 1), num_heads=2)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dvla_fast.arguments import expect_number
 from dvla_fast.nn.backbones.base import GatedBackbone, Location
 from dvla_fast.nn.episode import EpisodeOutput, LayerTrace, TextTokens
 from dvla_fast.nn.episode_checks import (
@@ -25,7 +24,7 @@ from dvla_fast.nn.gate import RLAGate
 from dvla_fast.nn.gate_pass import GatePass, per_layer
 from dvla_fast.nn.layers import reset_parts
 from dvla_fast.nn.level_weights import level_scales
-from dvla_fast.nn.prototype import nearest_prototypes
+from dvla_fast.nn.prototype import check_temperature, nearest_prototypes
 
 TEXT_SCOPES = ("episode", "class", "candidate")
 
@@ -84,12 +83,9 @@ class DVLA(nn.Module):
         self.gated_layers = _checked_layers(backbone, gated_layers)
         if text_scope not in TEXT_SCOPES:
             raise ValueError(f"text_scope: unknown {text_scope!r}; expected one of {TEXT_SCOPES}")
-        if not isinstance(temperature, Tensor):
-            expect_number("temperature", temperature)
-        elif temperature.requires_grad:
+        if isinstance(temperature, Tensor) and temperature.requires_grad:
             raise TypeError("temperature: expected a number, got a tensor that asks to be learned")
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
+        check_temperature(temperature)
         self.backbone = backbone
         self.text_dim, self.temperature = text_dim, float(temperature)
         self.alpha_scope, self.text_scope = alpha_scope, text_scope
@@ -289,7 +285,9 @@ class DVLA(nn.Module):
                 f"layers: at {[trace.location for trace in layers]}, expected {list(expected)};"
                 " give what support_features returned for the same text"
             )
-        if text is not None:
+        if text is None:
+            check_no_replay(alpha=alpha)
+        else:
             check_text(text, query, way, self.text_dim, self.text_scope != "episode")
         start = self.gated_layers[0] if from_prefix else None
         if text is None or self.text_scope == "class":  # which sees no text in its queries

@@ -86,6 +86,9 @@ def test_no_gate_replays_without_texts(make_model: MakeModel, replayed: dict) ->
     if name == "alpha":
         with pytest.raises(ValueError, match=r"^alpha: without text no gate runs"):
             model.support_features(support, labels, way=3, **replayed)
+        features, _ = model.support_features(support, labels, way=3)
+        with pytest.raises(ValueError, match=r"^alpha: without text no gate runs"):
+            model.query_logits(features, labels, query, way=3, **replayed)
 
 
 def test_a_temperature_to_be_learned(make_model: MakeModel) -> None:

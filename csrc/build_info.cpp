@@ -44,6 +44,9 @@ bool amx_permitted() {
 
 bool avx512_bf16() { return Registers(7, 1).a & (1U << 5); }
 
+// Conversions of float16; not every compiler's __builtin_cpu_supports knows them.
+bool f16c() { return Registers(1).c & (1U << 29); }
+
 // Whether bfloat16 products in vectors are slow: Intel's processors with tiles, which also have
 // AVX512-FP16, start one every other cycle (seen on Emerald Rapids), half the rate at which float32
 // products get through the same numbers.
@@ -54,6 +57,7 @@ bool slow_bf16_vectors() {
 #else
 bool amx_permitted() { return false; }
 bool avx512_bf16() { return false; }
+bool f16c() { return true; }  // as all of them with AVX2 but some virtual machines
 bool slow_bf16_vectors() { return false; }
 #endif
 
@@ -63,7 +67,7 @@ std::vector<std::string> cpu_runs() {
   std::vector<std::string> sets{"default"};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return sets;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !f16c()) return sets;
   sets.emplace_back("avx2");
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {

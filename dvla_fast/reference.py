@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+STIRLING = 8  # Stirling's series is exact to rounding from here on
+_LOG_2_PI = math.log(2 * math.pi)
+
 
 def in_own_precision(x: Tensor) -> torch.autocast:
     """A context in which products on the device of ``x`` have the dtype of their operands.
@@ -220,7 +223,8 @@ def beta_policy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Beta(κp, κ(1 − p)) with p = sigmoid(logits): (alpha, action_logit, log_prob, entropy).
 
-    Everything is computed in float64 and returned in the dtype of ``logits``.
+    Everything is computed in float64 and returned in the dtype of ``logits``; what is beyond its
+    range saturates, and has no gradient there.
     """
     dtype = logits.dtype
     wide_logits, kappa = logits.double().clamp(-300, 300), concentration.double()  # as the kernels
@@ -231,28 +235,76 @@ def beta_policy(
     kappa, wide_logits = (x.where(valid, torch.nan) for x in (kappa, wide_logits))
     a = kappa * torch.sigmoid(wide_logits)
     b = kappa * torch.sigmoid(-wide_logits)
-    if action_logit is None:
-        drawn = (
-            wide_logits.detach()
-            if deterministic
-            else _log_gamma_draw(a, generator) - _log_gamma_draw(b, generator)
-        )
-        limit = torch.finfo(dtype).max
-        action_logit = drawn.clamp(-limit, limit).to(dtype)
-    action_logit = action_logit.detach().where(valid, torch.nan)
+    if action_logit is not None:
+        drawn = action_logit.detach().double()
+    elif deterministic:
+        drawn = wide_logits.detach()
+    else:
+        drawn = _log_gamma_draw(a, generator) - _log_gamma_draw(b, generator)
+    limit = torch.finfo(dtype).max
+    action_logit = drawn.clamp(-limit, limit).to(dtype).where(valid, torch.nan)
     action = action_logit.double()
-    log_alpha = torch.nn.functional.logsigmoid(action)
-    log_rest = torch.nn.functional.logsigmoid(-action)
-    log_norm = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(kappa)
-    log_prob = (a - 1) * log_alpha + (b - 1) * log_rest - log_norm
+    peak = log_peak(a, b)
+    spread = F.logsigmoid(action) + F.logsigmoid(-action)  # log α(1 − α)
+    log_prob = peak + kappa * _match(wide_logits, action) - spread
     entropy = (
-        log_norm
-        - (a - 1) * torch.digamma(a)
-        - (b - 1) * torch.digamma(b)
-        + (kappa - 2) * torch.digamma(kappa)
-    )
+        a.log() + b.log() - 2 * kappa.log() - peak
+        - (a - 1) * _digamma_rest(a)
+        - (b - 1) * _digamma_rest(b)
+        + (kappa - 2) * _digamma_rest(kappa)
+    )  # fmt: skip
     alpha = torch.sigmoid(action).to(dtype)
-    return alpha, action_logit, log_prob.to(dtype), entropy.to(dtype)
+    log_prob, entropy = (x.clamp(-limit, limit).to(dtype) for x in (log_prob, entropy))
+    return alpha, action_logit, log_prob, entropy
+
+
+def _match(logit: Tensor, action: Tensor) -> Tensor:
+    """p log(α/p) + (1 − p) log((1 − α)/(1 − p)) of the logits of p and α, without cancellation.
+
+    p·d − log(1 + p(e^d − 1)) with d the difference of the logits, for p up to ½; the same holds for
+    1 − p and −d.
+    """
+    sign = torch.where(logit > 0, -1.0, 1.0)
+    logit, action = sign * logit, sign * action
+    p, d = torch.sigmoid(logit), action - logit
+    near = torch.log1p(p * torch.expm1(d.clamp_max(1.0)))
+    far = F.logsigmoid(-logit) - F.logsigmoid(-action)  # the same; loses digits where d is small
+    return p * d - torch.where(d < 1.0, near, far)
+
+
+def log_peak(a: Tensor, b: Tensor) -> Tensor:
+    """Log-density of the logit of a draw from Beta(a, b) at its mode, log(a/b).
+
+    As a difference of log Γ it would lose the digits of a + b.
+    """
+    whole = a + b
+    rest = _log_gamma_rest(whole) - _log_gamma_rest(a) - _log_gamma_rest(b)
+    return 0.5 * (a.log() + b.log() - whole.log() - _LOG_2_PI) + rest
+
+
+def _log_gamma_rest(x: Tensor) -> Tensor:
+    """The rest of log Γ(x) after (x − ½) log x − x + ½ log 2π."""
+    low = x.clamp_max(STIRLING)
+    direct = torch.lgamma(low) - (low - 0.5) * low.log() + low - 0.5 * _LOG_2_PI
+    return torch.where(x < STIRLING, direct, stirling(x.clamp_min(STIRLING))[0])
+
+
+def _digamma_rest(x: Tensor) -> Tensor:
+    """ψ(x) − log x."""
+    low, high = x.clamp_max(STIRLING), x.clamp_min(STIRLING)
+    direct = torch.digamma(low) - low.log()
+    return torch.where(x < STIRLING, direct, stirling(high)[1] - 0.5 / high)
+
+
+def stirling(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The rest of log Γ(x) after (x − ½) log x − x + ½ log 2π, and its derivative; x ≥ 8."""
+    r = 1.0 / (x * x)
+    numerators = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156)
+    value, slope = torch.zeros_like(x), torch.zeros_like(x)
+    for n in range(len(numerators) - 1, -1, -1):
+        value = value * r + numerators[n]
+        slope = slope * r - (2 * n + 1) * numerators[n]
+    return value / x, slope * r
 
 
 def _log_gamma_draw(a: Tensor, generator: torch.Generator | None) -> Tensor:

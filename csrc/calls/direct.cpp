@@ -83,7 +83,7 @@ at::Tensor draw_key(at::Device device, const OptionalGenerator& generator) {
 const at::Tensor* plain_tensor(py::handle object) {
   if (!THPVariable_CheckExact(object.ptr())) return nullptr;
   const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
-  return tensor.layout() == at::kStrided ? &tensor : nullptr;
+  return tensor.layout() == at::kStrided && !tensor.is_nested() ? &tensor : nullptr;
 }
 
 // The tensors in arguments of which the first `required` may not be None.
@@ -260,9 +260,9 @@ struct Decision {  // the arguments of gate_policy; a mask may be absent
 
 bool fits(const Decision& d, bool cuda) {
   const at::Tensor &image = d.image_tokens, &text = d.text_tokens;
-  if (image.dim() != 3 || text.dim() != 3 || !at::isFloatingType(image.scalar_type()) ||
-      !at::isFloatingType(text.scalar_type())) {
-    return false;
+  for (const at::Tensor* tokens : {&image, &text}) {
+    const auto type = tokens->scalar_type();
+    if (tokens->dim() != 3 || !at::isFloatingType(type) || at::elementSize(type) < 2) return false;
   }
   const int64_t images = image.size(0), groups = text.size(0), width = image.size(2);
   if (image.numel() == 0 || text.numel() == 0 || images % groups != 0 || text.size(2) != width ||

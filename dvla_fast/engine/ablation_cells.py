@@ -335,9 +335,7 @@ class Workshop:
         rng = seed_everything(cell.seed + 1)
         model = build_model(spec)
         start_alike(model, pattern)
-        data, _ = begin_metatuning(
-            model, spec["backbone"], self.data, config.model, str(checkpoint)
-        )
+        data, _ = begin_metatuning(model, spec, self.data, config.model, str(checkpoint))
         model.to(self.device)
         prefixes = self._prefix_maps(cell.seed, data, config)
         with RunFolder(path, to_dict(config), free=FREE_KEYS) as folder:

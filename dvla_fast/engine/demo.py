@@ -78,7 +78,7 @@ def run_demo(config: DemoRun, *, quiet: bool = False) -> dict[str, Any]:
             pretrained = pretrain(config.pretrain, data, backbone, run)
             rng = seed_everything(config.seed + 1)
             model = build_model(spec)
-            training = training_stages(load_backbone(model, backbone, pretrained))
+            training = training_stages(load_backbone(model, backbone, pretrained)[1])
             model.to(device)
             facts = {"semantics": semantics, "started_from": str(pretrained), "training": training}
             run = replace(run, rng=rng)

@@ -64,6 +64,20 @@ class Rollout(NamedTuple):
     """(L, E·K[, n], O)."""
 
 
+# Settings that nothing but the policy loss reads, which is 0 where no gate is drawn.
+_OF_POLICY_LOSS = (
+    "baseline_momentum",
+    "discount",
+    "entropy_weight",
+    "lambda_imp",
+    "lambda_sim",
+    "normalise_advantage",
+    "reinforce_weight",
+    "rewards",
+    "value_weight",
+)
+
+
 def reward_weights(config: MetatuneConfig) -> dict[str, float]:
     """Weights of the rewards by name: those given, or the paper's two."""
     paper = {"similarity": config.lambda_sim, "improvement": config.lambda_imp}
@@ -167,6 +181,10 @@ class GateTraining:
             "lambda_sim": (not named, "the paper's rewards, without metatune.rewards"),
             "lambda_imp": (not named, "the paper's rewards, without metatune.rewards"),
         }
+        if not self.stochastic:
+            drawn = "a policy that draws its gates, beta or categorical"
+            reads |= dict.fromkeys(_OF_POLICY_LOSS, (False, drawn))
+            reads["baseline"] = (config.baseline == "ema", drawn)  # which auto means, too
         for name, (used, reader) in reads.items():
             if not used and getattr(config, name) != getattr(usual, name):
                 warnings.warn(

@@ -38,7 +38,7 @@ from dvla_fast.engine.progress import Progress
 from dvla_fast.engine.run_folder import open_folder
 from dvla_fast.engine.settings import checked, to_dict
 from dvla_fast.engine.stages import StageRun, Validation, run_epochs, training_summary
-from dvla_fast.engine.starting import begin_metatuning, continue_gates
+from dvla_fast.engine.starting import begin_metatuning
 from dvla_fast.engine.state import TrainingState
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.engine.trained_classes import (
@@ -210,8 +210,7 @@ def run_metatune(
     )
     rng = seed_everything(config.seed)
     model = build_model(spec)
-    data, start = begin_metatuning(model, spec["backbone"], data, config.model, config.checkpoint)
-    gates = continue_gates(model, spec, semantics, config.checkpoint)
+    data, start = begin_metatuning(model, spec, data, config.model, config.checkpoint, semantics)
     model.to(processes.device)
     started = config.checkpoint or config.model.pretrained
     # Before any training: a checkpoint is selected by the one and evaluated on the other.
@@ -226,10 +225,10 @@ def run_metatune(
     )
     with folder:
         keep_settings_files(folder, files)
-        facts = {"semantics": semantics, "started_from": started, "gates": gates}
+        facts = {"semantics": semantics, "started_from": started, "gates": start.gates}
         noted = {**facts, "start": start.facts, "training": start.stages}
         with Progress({"meta-tune": 1.0}, enabled=shown) as progress:
-            if gates == "continued":
+            if start.gates == "continued":
                 progress.note(f"the gates of {config.checkpoint} learn on")
             run = StageRun(folder, rng, config.seed, progress, execution)
             best = metatune(config.metatune, model, spec, data, texts, run, noted)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import ModelConfig
@@ -123,13 +123,15 @@ def fingerprint(spec: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_backbone(model: DVLA, spec: dict[str, Any], path: str | Path) -> dict[str, Any]:
+def load_backbone(
+    model: DVLA, spec: dict[str, Any], path: str | Path
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Load the backbone of a pre-training (or meta-tuning) checkpoint into a model.
 
     Regularisation such as drop-path may differ from what the checkpoint was trained with.
 
     Returns:
-        The checkpoint's description.
+        The checkpoint's tensors and its description.
 
     Raises:
         CheckpointError: unreadable, or of another backbone than ``spec`` describes.
@@ -146,7 +148,7 @@ def load_backbone(model: DVLA, spec: dict[str, Any], path: str | Path) -> dict[s
             "settings that it was trained with"
         )
     load_weights(model.backbone, tensors, "model.backbone.", path)
-    return info
+    return tensors, info
 
 
 def check_weights(module: nn.Module, what: str) -> None:

@@ -34,6 +34,8 @@ from dvla_fast.files import (
 # The file that the writing process locks, and what a run that ends at once leaves.
 _LOCK = ".lock"
 _TEMPORARY = (_LOCK, ".write-test-*", ".config.yaml.*.tmp", "wandb")
+_EVENTS = "tensorboard"
+_NO_CURVES = ("collapsed",)  # a list of layers: not a figure of each
 _ROW = record(stage=text, step=count())  # what every line of the metrics holds
 # What may differ between a run and its continuation.
 _FREE_KEYS = ("output", "resume")
@@ -168,24 +170,36 @@ class RunFolder:
         try:
             with self._metrics.open("a", encoding="utf-8") as stream:
                 stream.write(json_text(row) + "\n")
-            self._show(stage, step, values)
         except OSError as error:
             raise unwritable(self._metrics, error, RUN_REMEDY) from error
+        self._show(stage, step, values)
 
     def _show(self, stage: str, step: int, values: dict[str, Any]) -> None:
         """Give numbers to TensorBoard and Weights & Biases."""
         figures = {}
         for key, value in values.items():
+            if key in _NO_CURVES:
+                continue
             for index, item in enumerate(value if isinstance(value, list) else [value]):
                 name = f"{stage}/{key}" + (f"_{index}" if isinstance(value, list) else "")
                 if isinstance(item, int | float):
                     figures[name] = item
-        writer = self._tensorboard()
-        if writer is not None:
-            for name, item in figures.items():
-                writer.add_scalar(name, item, step)
-        if self._wandb is not None:  # stages count their own steps: no common one
+        try:
+            writer = self._tensorboard()
+            if writer is not None:
+                for name, item in figures.items():
+                    writer.add_scalar(name, item, step)
+        except OSError as error:
+            raise unwritable(self.path / _EVENTS, error, RUN_REMEDY) from error
+        if self._wandb is None:
+            return
+        try:  # stages count their own steps: no common one
             self._wandb.log({**figures, f"{stage}/step": step})
+        except OSError as error:
+            raise OutputError(
+                f"Weights & Biases: cannot log ({error.strerror or error}); continue with --resume,"
+                " and without --wandb if it goes on failing"
+            ) from error
 
     def rows(self, stage: str | None = None) -> list[dict[str, Any]]:
         """Read the metrics back, optionally of one stage; a torn last line is left out."""
@@ -238,7 +252,7 @@ class RunFolder:
             except ImportError:
                 self._writer = False  # optional: metrics.jsonl holds the same numbers
             else:
-                self._writer = SummaryWriter(str(self.path / "tensorboard"))
+                self._writer = SummaryWriter(str(self.path / _EVENTS))
         return self._writer or None
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from dvla_fast.data import FewShotData
 from dvla_fast.data.load import IMAGENET_STATISTICS
-from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
+from dvla_fast.engine.checkpoint import load_weights
 from dvla_fast.engine.config import ModelConfig
 from dvla_fast.engine.models import build_backbone_of, load_backbone
 from dvla_fast.engine.settings import UsageError, differences
@@ -115,32 +115,43 @@ class Start(NamedTuple):
     """What a run began with.
 
     facts: of published weights, or the hash of a checkpoint, for the run's records; stages: of
-    training that came before, as from ``trained_classes.training_stages``.
+    training that came before, as from ``trained_classes.training_stages``; gates: "continued" where
+    those of a checkpoint learn on, else "new".
     """
 
     facts: dict[str, Any]
     stages: list[Stage]
+    gates: str = "new"
 
 
 def begin_metatuning(
-    model: DVLA, spec: dict[str, Any], data: FewShotData, config: ModelConfig, checkpoint: str
+    model: DVLA,
+    spec: dict[str, Any],
+    data: FewShotData,
+    config: ModelConfig,
+    checkpoint: str,
+    semantics: Mapping[str, Any] | None = None,
 ) -> tuple[FewShotData, Start]:
-    """Give a model its backbone's first weights: of a checkpoint, or published ones.
+    """Give a model its first weights: of a checkpoint, or published ones of its backbone.
 
     Args:
         model: the model, changed in place.
-        spec: description of its backbone.
+        spec: its description (``models.model_spec``).
         data: the data set.
         config: names the published weights, and the normalisation.
-        checkpoint: of a run, or a ``.pth`` file of the authors; empty: ``config.pretrained``. The
-            gates of a meta-tuned one are another matter: see ``continue_gates``.
+        checkpoint: of a run, or a ``.pth`` file of the authors; empty: ``config.pretrained``.
+        semantics: description of its texts (``texts.build_texts``): the gates of a meta-tuned
+            checkpoint learn on where they fit; None: all gates start anew.
 
     Returns:
         The data set with the statistics that go with the weights, and what the run began with.
 
     Raises:
         UsageError: neither a checkpoint nor published weights are named.
-        CheckpointError: unreadable, or of another backbone.
+        CheckpointError: unreadable, of another backbone, or not of the model that it describes.
+
+    Warns:
+        UserWarning: the checkpoint has gates that do not fit.
     """
     if not checkpoint and not config.pretrained:
         raise UsageError(
@@ -157,41 +168,30 @@ def begin_metatuning(
             return data, Start(model.backbone.load_pretrained(checkpoint), others)
         except ValueError as error:  # none are published for this backbone
             raise CheckpointError(f"{checkpoint}: {error}") from error
-    info = load_backbone(model, spec, checkpoint)
+    tensors, info = load_backbone(model, spec["backbone"], checkpoint)
     if config.normalisation == "auto":
         data = trained_normalisation(data, info)
-    return data, Start({"sha256": info.get("tensors_sha256")}, training_stages(info))
+    gates = "new"
+    if semantics is not None and _gates_fit(model, spec, semantics, info, checkpoint):
+        load_weights(model, tensors, "model.", checkpoint)
+        gates = "continued"
+    return data, Start({"sha256": info.get("tensors_sha256")}, training_stages(info), gates)
 
 
 # Of a model's description: what the parameters of its gates depend on, or what they mean.
 _GATE_SETTINGS = ("policy", "num_heads", "hidden_dim", "text_dim")
 
 
-def continue_gates(
-    model: DVLA, spec: Mapping[str, Any], semantics: Mapping[str, Any], checkpoint: str
-) -> str:
-    """Give a model the gates of a meta-tuned checkpoint, where they fit.
-
-    Args:
-        model: its backbone loaded from the checkpoint; changed in place.
-        spec: its description (``models.model_spec``).
-        semantics: description of its texts (``texts.build_texts``).
-        checkpoint: of a run, or a file of published weights; may be empty.
-
-    Returns:
-        For a run's records: "continued", or "new" where the checkpoint has none or they do not fit.
-
-    Raises:
-        CheckpointError: unreadable, or its weights are not those of the model that it describes.
-
-    Warns:
-        UserWarning: the checkpoint has gates that do not fit.
-    """
-    if not checkpoint or published(checkpoint):
-        return "new"
-    tensors, info = load_checkpoint(checkpoint)
+def _gates_fit(
+    model: DVLA,
+    spec: Mapping[str, Any],
+    semantics: Mapping[str, Any],
+    info: Mapping[str, Any],
+    checkpoint: str,
+) -> bool:
+    """Whether a checkpoint, described by ``info``, has gates for a model; warns of unfit ones."""
     if info["kind"] != "metatune":
-        return "new"
+        return False
     layers = info["model"].get("gated_layers") or model.backbone.locations
     theirs = {key: info["model"].get(key) for key in _GATE_SETTINGS}
     theirs["gated_layers"] = [list(layer) for layer in layers]
@@ -205,11 +205,9 @@ def continue_gates(
             f"{checkpoint}: its gates do not fit ({'; '.join(changed)}) and start anew; only its "
             "backbone is used",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-        return "new"
-    load_weights(model, tensors, "model.", checkpoint)
-    return "continued"
+    return not changed
 
 
 def load_published(backbone: nn.Module, source: str) -> dict[str, Any]:

@@ -6,13 +6,12 @@ decide from the supports alone, and queries replay their decision (method §3 an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dvla_fast.arguments import expect_number
 from dvla_fast.nn.backbones.base import GatedBackbone, Location
 from dvla_fast.nn.episode import EpisodeOutput, LayerTrace, TextTokens
 from dvla_fast.nn.episode_checks import (
@@ -25,7 +24,7 @@ from dvla_fast.nn.gate import RLAGate
 from dvla_fast.nn.gate_pass import GatePass, per_layer
 from dvla_fast.nn.layers import reset_parts
 from dvla_fast.nn.level_weights import level_scales
-from dvla_fast.nn.prototype import nearest_prototypes
+from dvla_fast.nn.prototype import check_temperature, nearest_prototypes
 
 TEXT_SCOPES = ("episode", "class", "candidate")
 
@@ -55,7 +54,8 @@ class DVLA(nn.Module):
         fixed_alpha: the gate of policy "fixed".
 
     Raises:
-        TypeError: ``backbone`` is none, or an option that is a number is something else.
+        TypeError: ``backbone`` is none, ``gated_layers`` are no pairs, or an option that is a
+            number is something else.
         ValueError: options that do not fit the backbone or each other.
     """
 
@@ -83,12 +83,9 @@ class DVLA(nn.Module):
         self.gated_layers = _checked_layers(backbone, gated_layers)
         if text_scope not in TEXT_SCOPES:
             raise ValueError(f"text_scope: unknown {text_scope!r}; expected one of {TEXT_SCOPES}")
-        if not isinstance(temperature, Tensor):
-            expect_number("temperature", temperature)
-        elif temperature.requires_grad:
+        if isinstance(temperature, Tensor) and temperature.requires_grad:
             raise TypeError("temperature: expected a number, got a tensor that asks to be learned")
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
+        check_temperature(temperature)
         self.backbone = backbone
         self.text_dim, self.temperature = text_dim, float(temperature)
         self.alpha_scope, self.text_scope = alpha_scope, text_scope
@@ -280,14 +277,17 @@ class DVLA(nn.Module):
         Raises:
             TypeError, ValueError: arguments that do not fit together.
         """
-        check_learned(features, support_labels, query, layers, way)
+        width = self.backbone.feature_dim
+        check_learned(features, support_labels, query, layers, way, width)
         expected = () if text is None else self.gated_layers
         if tuple(trace.location for trace in layers) != expected:
             raise ValueError(
                 f"layers: at {[trace.location for trace in layers]}, expected {list(expected)};"
                 " give what support_features returned for the same text"
             )
-        if text is not None:
+        if text is None:
+            check_no_replay(alpha=alpha)
+        else:
             check_text(text, query, way, self.text_dim, self.text_scope != "episode")
         start = self.gated_layers[0] if from_prefix else None
         if text is None or self.text_scope == "class":  # which sees no text in its queries
@@ -347,6 +347,8 @@ class DVLA(nn.Module):
 def _checked_layers(
     backbone: GatedBackbone, layers: Sequence[Sequence[int]] | None
 ) -> tuple[Location, ...]:
+    if layers is not None and not isinstance(layers, Iterable):
+        raise TypeError(f"gated_layers: expected (stage, block) pairs, got {layers!r}")
     checked = backbone.check_locations(backbone.locations if layers is None else layers)
     if not checked:
         raise ValueError("gated_layers: expected at least one (stage, block)")

@@ -77,16 +77,22 @@ def check_images(name: str, images: Tensor) -> None:
 
 
 def check_learned(
-    features: Tensor, labels: Tensor, query: Tensor, layers: Sequence[LayerTrace], way: int
+    features: Tensor,
+    labels: Tensor,
+    query: Tensor,
+    layers: Sequence[LayerTrace],
+    way: int,
+    width: int,
 ) -> None:
-    """Likewise for queries whose supports went through before."""
+    """Likewise for queries whose supports went through before, to features of that width."""
     check_images("query", query)
     if min(query.shape[:2]) < 1:
         raise ValueError("query: an episode needs at least one image")
     expect_tensor("features", features)
-    if features.dim() != 3 or features.shape[0] != query.shape[0]:
+    if features.dim() != 3 or features.shape[0::2] != (query.shape[0], width):
         raise ValueError(
-            f"features: shape {tuple(features.shape)}, expected ({query.shape[0]}, supports, d)"
+            f"features: shape {tuple(features.shape)}, expected"
+            f" ({query.shape[0]}, supports, {width})"
         )
     check_support_labels(labels, features.shape[:2], way)
     _check_devices("query", query, features=features, support_labels=labels)

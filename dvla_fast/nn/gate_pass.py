@@ -32,6 +32,7 @@ class GatePass:
         traces: of the supports, where they have gone through before.
 
     Raises:
+        TypeError: replayed gates that are neither numbers nor tensors, nor a collection of them.
         ValueError: replayed gates that do not fit the layers, episodes or images.
     """
 
@@ -225,8 +226,16 @@ def per_layer(name: str, given: Any, layers: tuple[Location, ...]) -> list[Any]:
     if isinstance(given, Mapping):
         strangers = set(given) - set(layers)
         if strangers:
-            raise ValueError(f"{name}: {sorted(strangers)} are not gated; gates are at {layers}")
+            shown = sorted(strangers, key=str)
+            raise ValueError(f"{name}: {shown} are not gated; gates are at {layers}")
         return [given.get(location) for location in layers]
-    if len(given) != len(layers):
-        raise ValueError(f"{name}: {len(given)} entries for {len(layers)} gated layers")
+    try:
+        count = len(given)
+    except TypeError as error:
+        raise TypeError(
+            f"{name}: expected a number, a tensor, one for each gated layer or a mapping from"
+            f" locations, got {type(given).__name__}"
+        ) from error
+    if count != len(layers):
+        raise ValueError(f"{name}: {count} entries for {len(layers)} gated layers")
     return list(given)

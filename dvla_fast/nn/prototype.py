@@ -94,7 +94,16 @@ def _check(support: Tensor, labels: Tensor, query: Tensor, way: int, temperature
             f" {tuple(support.shape)}"
         )
     check_support_labels(labels, support.shape[:2], way)
+    check_temperature(temperature)
+
+
+def check_temperature(temperature: float | Tensor) -> None:
+    """Raises TypeError or ValueError unless it is a positive number, or a tensor of one."""
     if not isinstance(temperature, Tensor):
         expect_number("temperature", temperature)
+    elif temperature.numel() != 1:
+        raise TypeError(
+            f"temperature: expected a number, got a tensor of shape {tuple(temperature.shape)}"
+        )
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a positive finite number, got {temperature}")

@@ -10,7 +10,6 @@ J_φ = ∫₀^∞ φ(s) exp(h(l − s) − h(l)) ds, which needs no normalising 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -19,12 +18,11 @@ from torch.nn import functional as F
 
 from dvla_fast.arguments import expect_real, expect_tensor
 from dvla_fast.ops.beta_policy import check_values, number_or_none
+from dvla_fast.reference import STIRLING, log_peak, stirling
 
 _NODES = 128
 _LOW, _HIGH = -4.0, 4.25  # beyond these, what is left out is below float64's rounding
-_SHIFT = 8  # Stirling's series below is exact to rounding from here on
 _LARGEST = torch.finfo(torch.float64).max
-_LOG_2_PI = math.log(2 * math.pi)
 _SMALL_SHAPE = 0.1  # a = κp: below, the derivative by κ takes its form without 1/a
 
 
@@ -155,7 +153,7 @@ def _tail(
     value = exponent.exp() * weights * scale
     place = draw.unsqueeze(-1) - s
     integrands = (1.0, s * torch.sigmoid(place), F.softplus(place), exponent)
-    log_density = _log_peak(a, b) + _exponent(a, b, eta, eta - draw)
+    log_density = log_peak(a, b) + _exponent(a, b, eta, eta - draw)
     return _Tail(a, b, draw, log_density, *((phi * value).sum(-1) for phi in integrands)), upper
 
 
@@ -206,26 +204,12 @@ def _exponent(a: Tensor, b: Tensor, logit: Tensor, s: Tensor) -> Tensor:
     return torch.where(down, a, b) * t - (a + b) * torch.where(s < 0.5, near, far)
 
 
-def _log_peak(a: Tensor, b: Tensor) -> Tensor:
-    """log g at the policy's own logit; as a difference of log Γ it would lose the digits of κ."""
-    kappa = a + b
-    rest = _log_gamma_rest(kappa) - _log_gamma_rest(a) - _log_gamma_rest(b)
-    return 0.5 * (a.log() + b.log() - kappa.log() - _LOG_2_PI) + rest
-
-
-def _log_gamma_rest(x: Tensor) -> Tensor:
-    """The rest of log Γ(x) after (x − ½) log x − x + ½ log 2π."""
-    low = x.clamp_max(_SHIFT)
-    direct = torch.lgamma(low) - (low - 0.5) * low.log() + low - 0.5 * _LOG_2_PI
-    return torch.where(x < _SHIFT, direct, _stirling(x.clamp_min(_SHIFT))[0])
-
-
 def _digamma_rise(x: Tensor, step: Tensor) -> Tensor:
     """ψ(x + step) − ψ(x) for step ≥ 0, to full accuracy for small steps."""
     total = torch.zeros_like(x)
-    for k in range(_SHIFT):
+    for k in range(STIRLING):
         total = total + step / ((x + k) * (x + k + step))
-    low, high = x + _SHIFT, x + _SHIFT + step
+    low, high = x + STIRLING, x + STIRLING + step
     # ψ(y) = log y − 1/(2y) − 1/(12y²) + 1/(120y⁴) − 1/(252y⁶) + 1/(240y⁸) − 1/(132y¹⁰) …
     r, t = 1 / (low * low), 1 / (high * high)
     square = step * (low + high) * r * t  # 1/low² − 1/high²
@@ -279,15 +263,15 @@ def unchecked_kl(eta: Tensor, kappa: Tensor, other: Tensor, other_kappa: Tensor)
 def _gamma_divergence(x: Tensor, y: Tensor) -> Tensor:
     """D(x, y): moved up by Γ(x + 1) = xΓ(x) until Stirling's series holds."""
     total = torch.zeros_like(x * y)
-    for k in range(_SHIFT):
+    for k in range(STIRLING):
         total = total + _excess(x + k, y + k)
-    x, y = x + _SHIFT, y + _SHIFT
+    x, y = x + STIRLING, y + STIRLING
     excess = _excess(x, y)
     z = (y - x) / x
     # (y − ½) log(y/x) − (y − x) + (y − x)/(2x), written with z − log(1 + z)
     total = total + x * (z * (z - excess) - excess) + 0.5 * excess
-    value, slope = _stirling(x)
-    return total + (_stirling(y)[0] - value - (y - x) * slope)
+    value, slope = stirling(x)
+    return total + (stirling(y)[0] - value - (y - x) * slope)
 
 
 def _excess(x: Tensor, y: Tensor) -> Tensor:
@@ -301,16 +285,5 @@ def _excess(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(near, series * small, z - (torch.log(y) - torch.log(x)))
 
 
-def _stirling(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The rest of log Γ(x) after (x − ½) log x − x + ½ log 2π, and its derivative; x ≥ 8."""
-    r = 1.0 / (x * x)
-    numerators = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156)
-    value, slope = torch.zeros_like(x), torch.zeros_like(x)
-    for n in range(len(numerators) - 1, -1, -1):
-        value = value * r + numerators[n]
-        slope = slope * r - (2 * n + 1) * numerators[n]
-    return value / x, slope * r
-
-
 def _result_dtype(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32

@@ -52,23 +52,31 @@ def _precision(query: Tensor) -> str:
     return float32_precision() if query.dtype == torch.float32 else "ieee"
 
 
+def _forget_if_changed(query: Tensor, precision: str) -> None:
+    """Drops what was recorded while another thread set another precision: it has the old one."""
+    if _precision(query) != precision and _extension.calls is not None:
+        _extension.calls.forget()
+
+
 def _forward(query: Tensor, *args: Any) -> tuple[Tensor, ...]:
     from dvla_fast.kernels.dual_attention import forward  # Triton is imported on first use
 
+    precision = _precision(query)
     recorder = replay.recorder("dual_attention_forward", (query, *args))
-    results: tuple[Tensor, ...] = forward(
-        query, *args, precision=_precision(query), recorder=recorder
-    )
+    results: tuple[Tensor, ...] = forward(query, *args, precision=precision, recorder=recorder)
+    _forget_if_changed(query, precision)
     return results
 
 
 def _backward(grad_out: Tensor, query: Tensor, *args: Any) -> tuple[Tensor, ...]:
     from dvla_fast.kernels.dual_attention import backward
 
+    precision = _precision(query)
     recorder = replay.recorder("dual_attention_backward", (grad_out, query, *args))
     results: tuple[Tensor, ...] = backward(
-        grad_out, query, *args, precision=_precision(query), recorder=recorder
+        grad_out, query, *args, precision=precision, recorder=recorder
     )
+    _forget_if_changed(query, precision)
     return results
 
 

@@ -251,8 +251,10 @@ def _check(
             )
         if tensor.shape[1] == 0:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)} has no token")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating tensor, got {tensor.dtype}")
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            raise TypeError(
+                f"{name}: expected a floating tensor of at least 16 bits, got {tensor.dtype}"
+            )
     images, groups = image_tokens.shape[0], text_tokens.shape[0]
     if text_tokens.shape[2] != image_tokens.shape[2]:
         raise ValueError(
@@ -299,8 +301,7 @@ def check_groups_and_masks(
     ):
         if mask is None:
             continue
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"{name}: expected a bool tensor, got {type(mask).__name__}")
+        expect_tensor(name, mask)
         if mask.dtype != torch.bool:
             raise TypeError(f"{name}: expected bool (True = a token), got {mask.dtype}")
         if mask.shape != tokens.shape[:2]:

@@ -7,7 +7,7 @@ depend on the action that each is subtracted from; then, in training, it takes t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -143,7 +143,7 @@ class ValueBaseline(nn.Module):
         hidden_dim: hidden width.
 
     Raises:
-        TypeError: a size is no whole number.
+        TypeError: ``dims`` is no collection, or a size no whole number.
         ValueError: no layer, or a size that is not positive.
     """
 
@@ -151,6 +151,8 @@ class ValueBaseline(nn.Module):
 
     def __init__(self, dims: Sequence[int], hidden_dim: int = 128) -> None:
         super().__init__()
+        if not isinstance(dims, Collection):
+            raise TypeError(f"dims: expected a width for each gated layer, got {dims!r}")
         for name, size in (*(("dims", dim) for dim in dims), ("hidden_dim", hidden_dim)):
             expect_whole(name, size)
         if not dims or min(dims) < 1 or hidden_dim < 1:

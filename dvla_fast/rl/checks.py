@@ -20,3 +20,12 @@ def expect_layers(name: str, x: Tensor, decisions: bool = False) -> None:
         raise ValueError(
             f"{name}: shape {tuple(x.shape)}, expected at least one layer and one episode"
         )
+
+
+def expect_scores(name: str, x: Tensor, decisions: Tensor) -> None:
+    """Likewise unless x (…, outputs) holds a score for each of the decisions (…)."""
+    expect_tensor(name, x)
+    if x.shape[:-1] != decisions.shape:
+        raise ValueError(
+            f"{name}: shape {tuple(x.shape)}, expected {(*decisions.shape, 'outputs')}"
+        )

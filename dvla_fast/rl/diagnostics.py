@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dvla_fast.arguments import expect_tensor
-from dvla_fast.rl.checks import expect_layers
+from dvla_fast.rl.checks import expect_layers, expect_scores
 
 COLLAPSE_EDGE = 0.02
 COLLAPSE_ENTROPY = 0.02
@@ -53,13 +52,11 @@ def gradient_figures(coefficient: Tensor, score: Tensor) -> dict[str, Tensor]:
         "gradient_mean" and "gradient_variance", (L,) each.
 
     Raises:
-        TypeError, ValueError: scores that are no tensor or do not fit the coefficients.
+        TypeError, ValueError: no tensors of these forms, or scores that do not fit the
+            coefficients.
     """
-    expect_tensor("scores", score)
-    if score.shape[:-1] != coefficient.shape:
-        raise ValueError(
-            f"scores: shape {tuple(score.shape)}, expected {(*coefficient.shape, 'outputs')}"
-        )
+    expect_layers("coefficient", coefficient, decisions=True)
+    expect_scores("score", score, coefficient)
     terms = (coefficient.unsqueeze(-1) * score).flatten(1, -2)  # [L, D, O]
     mean = terms.mean(1)
     variance = (terms - mean.unsqueeze(1)).square().sum(-1).mean(1)

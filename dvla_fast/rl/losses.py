@@ -17,7 +17,7 @@ from dvla_fast.arguments import expect_number, expect_tensor
 from dvla_fast.nn.episode import EpisodeOutput, TextTokens
 from dvla_fast.nn.episode_checks import check_labels
 from dvla_fast.rl.baselines import normalise_advantage
-from dvla_fast.rl.checks import expect_layers
+from dvla_fast.rl.checks import expect_layers, expect_scores
 from dvla_fast.rl.diagnostics import advantage_figures, alpha_figures, gradient_figures
 from dvla_fast.rl.objectives import (
     LARGEST_LOG_RATIO,
@@ -168,6 +168,8 @@ class PolicyLoss(nn.Module):
                 lacks.
         """
         self._check(log_prob, entropy, rewards, old_log_prob, reference, baseline)
+        if scores is not None:
+            expect_scores("scores", scores, log_prob)
         if not self.objective.differentiable:
             rewards = rewards.detach()
         signal = self.signal(rewards, reference)

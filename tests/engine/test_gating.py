@@ -304,6 +304,24 @@ def test_settings_without_effect_are_told(
         GateTraining(dataclasses.replace(tiny.metatune, **settings), model)
 
 
+@pytest.mark.parametrize("policy", ["static", "fixed", "mlp"])
+def test_settings_of_a_policy_loss_that_is_nought_are_told(tiny: DemoRun, policy: str) -> None:
+    gates = dataclasses.replace(tiny.model, policy=policy)
+    model, _ = make_model(dataclasses.replace(tiny, model=gates))
+    for name, value in {
+        "baseline": "value",
+        "discount": 0.5,
+        "entropy_weight": 0.1,
+        "lambda_imp": 0.5,
+        "rewards": {"accuracy": 1.0},
+    }.items():
+        with pytest.warns(UserWarning, match=f"metatune.{name} has no effect here.* draws its"):
+            GateTraining(dataclasses.replace(tiny.metatune, **{name: value}), model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GateTraining(dataclasses.replace(tiny.metatune, baseline="ema"), model)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

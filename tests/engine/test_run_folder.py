@@ -224,3 +224,41 @@ def test_a_full_disk_while_logging(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         folder.log("stage", 2, loss=0.4)
     resumed = RunFolder(tmp_path / "run", {"seed": 0}, resume=True)
     assert [row["step"] for row in resumed.rows()] == [1]
+
+
+class Broken:
+    """A writer of figures whose disk is full, or whose host is gone."""
+
+    def add_scalar(self, *_figure: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def log(self, _figures: object) -> None:
+        raise ConnectionError("host is gone")
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", CONFIG)
+    folder._writer = Broken()
+    with pytest.raises(OutputError, match=r"run/tensorboard: cannot write \(No space left"):
+        folder.log("pretrain", 1, loss=0.5)
+    folder._writer, folder._wandb = False, Broken()
+    with pytest.raises(
+        OutputError, match=r"^Weights & Biases: cannot log \(host is gone\).*--wandb"
+    ):
+        folder.log("pretrain", 2, loss=0.5)
+    assert [row["step"] for row in folder.rows()] == [1, 2]
+
+
+def test_a_list_of_layers_is_no_curve(tmp_path: Path) -> None:
+    """Layer 1 alone collapsed: a curve of the list's first entry would say that layer 0 did."""
+    shown: dict[str, float] = {}
+
+    class Writer:
+        def add_scalar(self, name: str, value: float, _step: int) -> None:
+            shown[name] = value
+
+    folder = RunFolder(tmp_path / "run", CONFIG)
+    folder._writer = Writer()
+    folder.log("metatune", 1, collapsed=[1], alpha=[0.5, 0.01])
+    assert shown == {"metatune/alpha_0": 0.5, "metatune/alpha_1": 0.01}
+    assert folder.rows()[0]["collapsed"] == [1]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 
 from dvla_fast.cli import main
@@ -124,6 +125,23 @@ def test_gates_of_a_tuned_checkpoint_learn_on(
     assert (summary["gates"], info["gates"]) == ("continued", "continued")
     summary = json.loads((tmp_path / "first/summary.json").read_text())
     assert summary["gates"] == "new"
+
+
+def test_a_checkpoint_is_read_once(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backbone and gates are of one file, whatever takes its place meanwhile."""
+    reads: list[str] = []
+    read = safetensors.safe_open
+
+    def counted(path: str, **options: Any) -> Any:
+        reads.append(path)
+        return read(path, **options)
+
+    monkeypatch.setattr(safetensors, "safe_open", counted)
+    assert main(metatune("small", tmp_path / "run", f"--checkpoint={tuned}")) == 0
+    assert json.loads((tmp_path / "run/summary.json").read_text())["gates"] == "continued"
+    assert reads.count(str(tuned)) == 1
 
 
 @pytest.mark.parametrize(

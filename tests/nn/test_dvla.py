@@ -270,6 +270,29 @@ def test_a_backbone_that_is_none() -> None:
         DVLA(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
+def test_gated_layers_that_are_no_pairs() -> None:
+    backbone = SmallConvAttention(image_size=8, width=8, depths=(1, 1, 1), num_heads=2)
+    with pytest.raises(TypeError, match=r"^gated_layers: expected \(stage, block\) pairs, got 3$"):
+        DVLA(backbone, 3)  # type: ignore[arg-type]
+
+
+def test_a_temperature_of_several_numbers() -> None:
+    backbone = SmallConvAttention(image_size=8, width=8, depths=(1, 1, 1), num_heads=2)
+    with pytest.raises(TypeError, match=r"^temperature: expected a number, got .* \(2,\)$"):
+        DVLA(backbone, text_dim=TEXT_DIM, num_heads=2, temperature=torch.ones(2))  # type: ignore
+
+
+def test_replayed_gates_of_another_kind_are_named(make_model: MakeModel) -> None:
+    model = make_model()
+    support, labels, query, _ = make_episodes(2, 3, 1, 1)
+    text = make_text(2, 3)
+    for wrong in (0.5j, np.array(0.5), iter([0.5, 0.5])):
+        with pytest.raises(TypeError, match=r"^alpha: expected a number, a tensor, one for each"):
+            model(support, labels, query, text, way=3, alpha=wrong)
+    with pytest.raises(ValueError, match=r"^action_logit: \[\(9, 9\), 'x'\] are not gated"):
+        model(support, labels, query, text, way=3, action_logit={"x": 0.5, (9, 9): 0.5})
+
+
 @pytest.mark.parametrize("option", ["temperature", "concentration", "fixed_alpha"])
 def test_an_option_that_is_no_number(option: str) -> None:
     backbone = SmallConvAttention(image_size=8, width=8, depths=(1, 1, 1), num_heads=2)

@@ -67,7 +67,7 @@ def test_images_and_labels_on_two_devices(make_model: MakeModel) -> None:
     support, labels, query, _ = make_episodes(2, 3, 1, 1)
     text = make_text(2, 3)
     features, layers = model.support_features(support, labels, text, way=3)
-    model.backbone = None  # nothing is computed before
+    model.backbone.forward = None  # nothing is computed before
     with pytest.raises(ValueError, match="query: on meta, support on cpu"):
         model(support, labels, query.to("meta"), text, way=3)
     with pytest.raises(ValueError, match="support_labels: on meta, support on cpu"):
@@ -86,6 +86,9 @@ def test_no_gate_replays_without_texts(make_model: MakeModel, replayed: dict) ->
     if name == "alpha":
         with pytest.raises(ValueError, match=r"^alpha: without text no gate runs"):
             model.support_features(support, labels, way=3, **replayed)
+        features, _ = model.support_features(support, labels, way=3)
+        with pytest.raises(ValueError, match=r"^alpha: without text no gate runs"):
+            model.query_logits(features, labels, query, way=3, **replayed)
 
 
 def test_a_temperature_to_be_learned(make_model: MakeModel) -> None:

@@ -412,7 +412,7 @@ def _tokens(images: int = 4, groups: int = 2) -> tuple[Tensor, Tensor]:
             lambda z, t: ((z, t), {"alpha": 0.5, "action_logit": torch.zeros(2)}),
         ),
         (TypeError, "action_logit: expected a", lambda z, t: ((z, t), {"action_logit": 0.3})),
-        (TypeError, "image_mask: expected a bool", lambda z, t: ((z, t), {"image_mask": [True]})),
+        (TypeError, "image_mask: expected a tensor", lambda z, t: ((z, t), {"image_mask": [True]})),
         (TypeError, "alpha: expected a tensor", lambda z, t: ((z, t), {"alpha": "0.3"})),
         (TypeError, "episodes: expected a whole", lambda z, t: ((z, t), {"episodes": 1.0})),
         (TypeError, "state_images: expected a", lambda z, t: ((z, t), {"state_images": 2.0})),

@@ -173,6 +173,11 @@ def test_queries_that_do_not_fit_their_supports(make_model: MakeModel) -> None:
         (ValueError, "query: shape", {"query": query[0]}),
         (TypeError, "query: dtype torch.uint8", {"query": query.byte()}),
         (ValueError, "features: shape", {"features": features[:1]}),
+        (
+            ValueError,
+            r"features: shape .*, expected \(2, supports, ",
+            {"features": features[..., :3]},
+        ),
         (TypeError, "features: expected a tensor", {"features": features.tolist()}),
         (ValueError, "support_labels: shape", {"support_labels": labels[:, :1]}),
         (TypeError, "support_labels: expected int64", {"support_labels": labels.float()}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ def _restore() -> Iterator[None]:
         (torch.ones(13, dtype=torch.cfloat), TypeError, "concentration: .* real .*complex64"),
         (0.0, ValueError, "concentration: expected a positive finite number, got 0.0"),
         (math.nan, ValueError, "concentration: expected a positive finite number, got nan"),
+        (10**400, ValueError, r"concentration: expected a number or a tensor, got one beyond 1.8e"),
+        (Fraction(10**400, 3), ValueError, "concentration: expected a number or a tensor, got one"),
         (torch.zeros(13), ValueError, "concentration: expected positive finite values"),
         (torch.tensor(math.nan), ValueError, "concentration: expected positive finite values"),
     ],
@@ -180,6 +183,41 @@ def test_every_tensor_is_named(op: Any, arguments: dict, name: str, backend: str
             op(**{**arguments, name: wrong}, backend=backend)
 
 
+@pytest.mark.parametrize(
+    ("op", "arguments", "name"),
+    [
+        *((*call, name) for call in CALLS for name in call[1] if name != "concentration"),
+        (F.beta_policy, {"logits": LOGITS, "concentration": 2.0}, "logits"),
+        (F.beta_policy, {"logits": LOGITS, "concentration": LOGITS.exp()}, "concentration"),
+    ],
+)
+def test_sparse_and_nested_tensors_are_named(op: Any, arguments: dict, name: str) -> None:
+    sparse = arguments[name].to_sparse()
+    nested = torch.nested.nested_tensor([arguments[name]])
+    for backend in (None, "reference"):
+        with pytest.raises(
+            TypeError,
+            match=rf"^{name}: expected a dense tensor, got one of layout torch.sparse_coo",
+        ):
+            op(**{**arguments, name: sparse}, backend=backend)
+    with pytest.raises(TypeError, match=f"^{name}: expected a dense tensor, got a nested one"):
+        op(**{**arguments, name: nested}, backend="reference")
+
+
+@pytest.mark.parametrize("name", ["image_tokens", "text_tokens"])
+def test_tokens_of_eight_bits_are_refused(name: str) -> None:
+    """They have no arithmetic of their own; logits of any floating dtype are widened."""
+    short = {name: DECISION[name].to(torch.float8_e4m3fn)}
+    tokens = {name: DECISION[name] for name in ("image_tokens", "text_tokens")}
+    with pytest.raises(TypeError, match=f"^{name}: expected a floating tensor of at least 16 bits"):
+        F.gate_state(**{**tokens, **short})
+    with pytest.raises(TypeError, match=f"^{name}: expected a floating tensor of at least 16 bits"):
+        F.gate_policy(**{**CALLS[0][1], **short}, backend="reference")
+    logits = LOGITS.to(torch.float8_e4m3fn)
+    want = F.beta_cdf(logits.float(), 2.0, ACTION)
+    torch.testing.assert_close(F.beta_cdf(logits, 2.0, ACTION), want)
+
+
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("op", [2, 3], ids=["dual_attention", "gated_attention"])
@@ -225,6 +263,8 @@ def test_counts_of_a_decision_are_whole(name: str, op: int, backend: str | None)
 def test_a_decision_has_a_number_for_concentration(kappa: Any, backend: str | None) -> None:
     with pytest.raises(TypeError, match=r"^concentration: expected a number, got "):
         F.gate_policy(**{**CALLS[0][1], "concentration": kappa}, backend=backend)
+    with pytest.raises(ValueError, match=r"^concentration: expected a number, got one beyond 1.8e"):
+        F.gate_policy(**{**CALLS[0][1], "concentration": 10**400}, backend=backend)
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])

@@ -71,9 +71,9 @@ def test_densities_and_gradients_equal_50_digit_values(
     backend: str, dtype: torch.dtype, relative: float, absolute: float
 ) -> None:
     # Both sides read the same rounded inputs, so only the op's own arithmetic is judged. The
-    # reference subtracts lgammas and uses torch's polygamma: it holds fewer digits in float64.
+    # reference uses torch's polygamma, which holds fewer digits in float64.
     if backend == "reference":
-        relative, absolute = max(relative, 1e-8), max(absolute, 1e-10)
+        relative = max(relative, 1e-8)
     grid = [(logit(p), k) for p in MEANS for k in CONCENTRATIONS]
     logits = torch.tensor([x for x, _ in grid], dtype=dtype)
     kappa = torch.tensor([k for _, k in grid], dtype=dtype)
@@ -85,31 +85,6 @@ def test_densities_and_gradients_equal_50_digit_values(
             error = abs(float(got[name][i]) - value)
             bound = relative * abs(value) + absolute * max(1.0, math.sqrt(k))
             assert error <= bound, (name, f"logit {x:.3g}, kappa {k:g}", float(error), bound)
-
-
-@needs_extension
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kappa", [1.0, 1e3, 1e12])
-@pytest.mark.parametrize("x", [-34.0, 34.0, -60.0, 250.0])
-def test_means_far_out_and_actions_far_from_them(
-    x: float, kappa: float, dtype: torch.dtype
-) -> None:
-    """The differences of logits go up to 30, where nearly all of what is subtracted cancels."""
-    distance = torch.arange(-30, 31, dtype=dtype)
-    logits, kappas = torch.full_like(distance, x), torch.full_like(distance, kappa)
-    action = logits + distance
-    got = measured(logits, kappas, action, "cpp")
-    relative = 2e-7 if dtype == torch.float32 else 2e-12
-    largest = torch.finfo(dtype).max
-    for i in range(len(distance)):
-        want = exact(x, kappa, float(action[i]))
-        for name, value in want.items():
-            value = min(max(value, -largest), largest)  # beyond it a result saturates
-            if dtype == torch.float32 and name.startswith("log_prob") and kappa > 1e3:
-                continue  # holds fewer digits, see policy_step
-            error = abs(float(got[name][i]) - value)
-            bound = relative * abs(value) + 1e-13 * (1e3 if dtype == torch.float32 else 1.0)
-            assert error <= bound, (name, float(distance[i]), float(error), float(bound))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -132,19 +107,6 @@ def test_shapes_strides_and_ranges(shape: tuple[int, ...], backend: str) -> None
         assert bool(torch.isfinite(value).all())
     torch.testing.assert_close(again.log_prob, out.log_prob, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out.alpha, torch.sigmoid(out.action_logit))
-
-
-@needs_extension
-@pytest.mark.parametrize("kappa", [1e-30, 1e-8, 1e30])
-@pytest.mark.parametrize("x", [-1e30, -200.0, 0.0, 90.0, 1e30])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_extreme_policies_stay_finite(x: float, kappa: float, dtype: torch.dtype) -> None:
-    logits = torch.full((64,), x, dtype=dtype, requires_grad=True)
-    concentration = torch.full((64,), kappa, dtype=dtype, requires_grad=True)
-    out = beta_policy(logits, concentration)
-    grads = torch.autograd.grad((out.log_prob + out.entropy).sum(), (logits, concentration))
-    for value in (*out, *grads):
-        assert bool(torch.isfinite(value).all())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

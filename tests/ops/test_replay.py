@@ -214,6 +214,36 @@ def test_precision_of_float32_products(gpu: FakeGPU) -> None:
     assert not replays(gpu, "dual_attention_forward", *arguments)
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_precision_set_while_a_call_runs(
+    direction: str, gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread: between the launches, of the old one, and their record."""
+    from dvla_fast.kernels import dual_attention as kernels
+    from dvla_fast.ops.dual_attention_cuda import set_float32_precision
+
+    op, arguments = "dual_attention_forward", attention(FEW, torch.float32)
+    if direction == "backward":
+        op, arguments = "dual_attention_backward", attention_backward(FEW, arguments)
+    kernel = getattr(kernels, direction)
+
+    def interrupted(*args: Any, recorder: Any, **options: Any) -> Any:
+        def late(*launched: Any) -> None:
+            set_float32_precision("tf32")
+            recorder(*launched)
+
+        return kernel(*args, recorder=late, **options)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, direction, interrupted)
+            assert not replays(gpu, op, *arguments)
+        assert not replays(gpu, op, *arguments)
+        assert replays(gpu, op, *arguments)
+    finally:
+        set_float32_precision(None)
+
+
 def test_what_needs_more_than_launches_is_not_recorded(gpu: FakeGPU) -> None:
     arguments = attention_backward(LONG, attention(LONG))
     for _ in range(2):  # by row block, α has a sum behind the launches

@@ -18,6 +18,7 @@ from dvla_fast.rl import (
     Reinforce,
     alpha_figures,
     collapsed_layers,
+    gradient_figures,
 )
 
 
@@ -82,6 +83,20 @@ def test_divergence_of_policies() -> None:
     )
     got = BetaPolicy(3).divergence(first[:, :1], second[:, :1])
     torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_wrong_terms_of_a_gradient_are_named() -> None:
+    coefficient, score = torch.zeros(2, 4), torch.zeros(2, 4, 3)
+    with pytest.raises(TypeError, match=r"^score: expected a tensor, got list$"):
+        gradient_figures(coefficient, [1.0])  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"^score: shape \(2, 3, 3\), expected \(2, 4, 'outputs'\)$"
+    ):
+        gradient_figures(coefficient, score[:, 1:])
+    with pytest.raises(TypeError, match=r"^coefficient: expected a tensor, got list$"):
+        gradient_figures([[0.0] * 4] * 2, score)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^coefficient: shape \(4,\), expected"):
+        gradient_figures(coefficient[0], score[0])
 
 
 def test_alpha_figures_take_every_decision() -> None:

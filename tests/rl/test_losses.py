@@ -223,6 +223,8 @@ def test_wrong_kinds_are_named() -> None:
         PolicyLoss()(zero, zero, zero, scores=zero)
     with pytest.raises(TypeError, match="number as weight of 'accuracy', got '1'"):
         check_reward_weights({"accuracy": "1"})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"^dims: expected a width for each gated layer, got 3"):
+        ValueBaseline(3)  # type: ignore[arg-type]
     states = [torch.zeros(4, 7), torch.zeros(4, 9)]
     with pytest.raises(ValueError, match="states: 9 wide, expected 7"):
         ValueBaseline([3, 3])(zero, states)

@@ -298,7 +298,8 @@ class CategoricalPolicy(GatePolicy):
         probs = log_probs.exp()
         if action_logit is not None:
             self._check_choices(action_logit, probs.shape[0])
-            index = action_logit.detach().long()
+            # Inside in any case: an index beyond would end the process of a GPU.
+            index = action_logit.detach().long().clamp(0, len(self.choices) - 1)
         elif sample:
             # Inverse of the distribution function: one draw a row, and no host synchronisation.
             count, (part, parts) = probs.shape[0], self.share
@@ -311,6 +312,8 @@ class CategoricalPolicy(GatePolicy):
             index = probs.argmax(-1)
         alpha = lookup(self.choices, index, probs.dtype)
         log_prob = log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        if action_logit is not None:
+            log_prob = torch.where(index == action_logit, log_prob, math.nan)
         entropy = -(probs * log_probs).sum(-1)
         return PolicyStep(alpha, index.to(probs.dtype), log_prob, entropy)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dvla_fast import functional
 from dvla_fast.nn.layers import lookup
 from dvla_fast.nn.policy import (
     POLICIES,
@@ -210,6 +211,12 @@ def test_choices_that_there_are_not(choice: float) -> None:
     policy = CategoricalPolicy(3, hidden_dim=4)
     with pytest.raises(ValueError, match="action_logit: expected the indices of choices, 0 to 2"):
         policy(torch.randn(2, 7), action_logit=torch.tensor([0.0, choice]))
+    functional.set_value_checks(False)
+    try:
+        step = policy(torch.randn(2, 7), action_logit=torch.tensor([0.0, choice]))
+    finally:
+        functional.set_value_checks(None)
+    assert step.log_prob.isnan().tolist() == [False, True]
     with pytest.raises(ValueError, match=r"action_logit: shape \(2,\), expected \(4,\)"):
         policy(torch.randn(4, 7), action_logit=torch.zeros(2))
 

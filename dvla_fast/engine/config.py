@@ -360,7 +360,7 @@ class RunConfig:
     """What all commands share."""
 
     # One file may describe a whole experiment: a run passes over the settings of other commands.
-    passes_over: ClassVar[dict[str, type]] = {
+    passes_over: ClassVar[dict[str, Any]] = {
         "data": DataConfig,
         "semantics": SemanticsConfig,
         "model": ModelConfig,
@@ -369,7 +369,7 @@ class RunConfig:
         "evaluate": EvaluateConfig,
         "execution": ExecutionConfig,
         "ablate": AblateConfig,
-        "quick": bool,  # of the demo
+        **{"quick": bool, "checkpoint": str, "checkpoints": list[str], "compare": str},
     }
 
     # Those whose work is done: what they named need not be there any more.

@@ -219,10 +219,11 @@ def test_one_file_for_several_commands(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cls", [PretrainRun, MetatuneRun, EvaluateRun, AblateRun])
-def test_the_record_of_a_demo_serves_other_commands(cls: type[Any], tmp_path: Path) -> None:
+def test_the_record_of_a_command_serves_the_others(cls: type[Any], tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(to_dict(demo_config(quick=True)) | {"seed": 7}))
-    assert read_settings(str(path), cls, cls()).seed == 7
+    for record in (demo_config(quick=True), PretrainRun(), MetatuneRun(), EvaluateRun()):
+        path.write_text(yaml.safe_dump(to_dict(record) | {"seed": 7}))
+        assert read_settings(str(path), cls, cls()).seed == 7
     path.write_text("quick: 3")
     with pytest.raises(UsageError, match=r"config\.yaml: quick: expected bool"):
         read_settings(str(path), cls, cls())

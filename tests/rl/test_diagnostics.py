@@ -16,6 +16,7 @@ from dvla_fast.rl import (
     PreferencePairs,
     Reference,
     Reinforce,
+    advantage_figures,
     alpha_figures,
     collapsed_layers,
 )
@@ -84,9 +85,16 @@ def test_divergence_of_policies() -> None:
     torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-6)
 
 
+def test_extremes_of_advantages() -> None:
+    figures = advantage_figures(torch.tensor([[1.0, -2.0, 0.5], [3.0, 3.0, 3.0]]))
+    assert figures["advantage_min"].tolist() == [-2.0, 3.0]
+    assert figures["advantage_max"].tolist() == [1.0, 3.0]
+
+
 def test_alpha_figures_take_every_decision() -> None:
     alphas = [torch.tensor([0.2, 0.4]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])]
-    figures = alpha_figures(alphas)
+    figures = alpha_figures([alpha.requires_grad_() for alpha in alphas])
+    assert not any(value.requires_grad for value in figures.values())
     torch.testing.assert_close(figures["alpha"], torch.tensor([0.3, 0.75]))
     torch.testing.assert_close(figures["alpha_spread"], torch.tensor([0.1, 0.1875**0.5]))
     torch.testing.assert_close(figures["alpha_edge"], torch.tensor([0.0, 1.0]))

@@ -137,6 +137,16 @@ def test_two_methods_of_the_same_trainings_are_paired(tmp_path: Path) -> None:
     assert "3 and 2 checkpoints, Welch's t test" in comparison_text(welch)
 
 
+def test_one_training_named_twice_is_no_pair(tmp_path: Path) -> None:
+    twice = {"checkpoints": 2, "checkpoints_sha256": ["h", "h"]}
+    first, second = (
+        write_evaluation(tmp_path / name, right, **twice)
+        for name, right in (("a", 0.7), ("b", 0.6))
+    )
+    row = compare_groups([str(first)], [str(second)])["results"][0]
+    assert row["over_checkpoints"]["test"] == "Welch's t test"
+
+
 def test_trainings_that_share_what_is_compared(tmp_path: Path) -> None:
     """Visual prototypes of trainings from one backbone: no spread, and no warning of SciPy's."""
     first = [str(write_evaluation(tmp_path / f"a{i}", 0.7 + 0.01 * i)) for i in range(2)]

@@ -149,10 +149,12 @@ def test_parameters_of_a_wrong_kind(name: str) -> None:
 
 
 def test_wrong_arguments_raise() -> None:
-    with pytest.raises(ValueError, match="exactly one"):
-        MeanConcentrationBeta(concentration=1.0)
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        MeanConcentrationBeta(mean=1.5)
+    for given in ({}, {"logits": 0.0, "mean": 0.5}):
+        with pytest.raises(ValueError, match="exactly one"):
+            MeanConcentrationBeta(**given, concentration=1.0)
+    for mean in (0.0, 1.0, 1.5):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            MeanConcentrationBeta(mean=mean)
     with pytest.raises(ValueError, match="concentration"):
         MeanConcentrationBeta(logits=torch.zeros(1), concentration=-1.0, validate_args=True)
     policy = MeanConcentrationBeta(logits=torch.zeros(1), validate_args=True)

@@ -12,6 +12,7 @@ from dvla_fast.statistics import (
     checkpoint_interval,
     class_accuracies,
     confusion,
+    lineage_note,
     mean_interval,
     paired_difference,
     unpaired_difference,
@@ -23,11 +24,14 @@ def test_interval_formula() -> None:
     assert mean == pytest.approx(0.5)
     assert half == pytest.approx(1.96 * math.sqrt(0.2 / 3) / 2, rel=1e-6)
     assert mean_interval(torch.tensor([0.3]))[1] is None
+    # more digits than a float32 has
+    assert mean_interval(torch.tensor([2.0**24, 1.0, 1.0]))[0] == (2**24 + 2) / 3
 
 
-def test_paired_t_test() -> None:
+@pytest.mark.parametrize("count", [2, 40])
+def test_paired_t_test(count: int) -> None:
     torch.manual_seed(0)
-    first, second = torch.rand(40).double(), torch.rand(40).double() - 0.2
+    first, second = torch.rand(count).double(), torch.rand(count).double() - 0.2
     found = paired_difference(first, second)
     theirs = stats.ttest_rel(first.numpy(), second.numpy())
     low, high = theirs.confidence_interval(0.95)
@@ -57,9 +61,15 @@ def test_differences_without_spread(gap: float, half: float | None, p_value: flo
     assert (one["difference"], one["ci95"], one["p_value"]) == (0.0, None, None)
 
 
-def test_paired_lengths_must_agree() -> None:
+@pytest.mark.parametrize("shapes", [((3,), (4,)), ((3, 2), (3, 2))])
+def test_paired_accuracies_are_one_an_episode(shapes: tuple[tuple[int, ...], ...]) -> None:
     with pytest.raises(ValueError, match="second: shape"):
-        paired_difference(torch.rand(3), torch.rand(4))
+        paired_difference(*map(torch.rand, shapes))
+
+
+def test_trainings_of_unknown_origin_share_no_known_one() -> None:
+    assert lineage_note("", [None, None]) == ""
+    assert lineage_note("", ["one", None]) == ""
 
 
 def test_checkpoint_interval() -> None:
@@ -82,6 +92,7 @@ def test_confusion_by_hand() -> None:
     twice = confusion(classes, labels, predictions.repeat(2, 1, 1), 3)
     assert torch.equal(twice.counts, 2 * found.counts)
     assert torch.equal(twice.rates.nan_to_num(-1), found.rates.nan_to_num(-1))
+    assert confusion(classes, labels, predictions, 4).offered[3].tolist() == [0] * 4  # never met
     rows = class_accuracies(classes, labels, predictions, 4)
     assert [row["accuracy"] for row in rows] == [0.75, 1.0, 1.0, None]
     assert [row["episodes"] for row in rows] == [2, 1, 1, 0]

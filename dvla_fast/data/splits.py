@@ -206,7 +206,7 @@ def published_name(name: str, classes: Mapping[str, Iterable[str]]) -> str:
 def candidates(keys: Iterable[str]) -> list[SplitList]:
     """Return the bundled lists that these class keys can belong to.
 
-    At least half of a list's classes must be there: a data set with a few classes lost is still
+    More than half of a list's classes must be there: a data set with a few classes lost is still
     recognised, and those that are missing can be named.
     """
     present = set(keys)

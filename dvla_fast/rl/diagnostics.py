@@ -66,7 +66,7 @@ def gradient_figures(coefficient: Tensor, score: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def alpha_figures(alphas: Sequence[Tensor]) -> dict[str, Tensor]:
     """Of all decisions of each layer's α: mean, deviation, share near 0 or 1 -> (L,) each."""
-    flat = [alpha.detach().float().flatten() for alpha in alphas]
+    flat = [alpha.float().flatten() for alpha in alphas]
     ends = [torch.minimum(alpha, 1 - alpha) < COLLAPSE_EDGE for alpha in flat]
     return {
         "alpha": torch.stack([alpha.mean() for alpha in flat]),

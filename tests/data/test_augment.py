@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 
 from dvla_fast.data.augment import Draws, color_jitter, random_affine, random_erasing
@@ -49,6 +52,17 @@ def test_generator_fixes_the_result() -> None:
     ]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda x: x.uniform(2), lambda x: x.whole(2), Draws.normal, lambda x: x.integers(9)]
+)
+def test_every_number_comes_from_the_generator(kind: Callable[[Draws], torch.Tensor]) -> None:
+    one, same, other = (
+        kind(Draws(8, generator=torch.Generator().manual_seed(seed))) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
 
 
 def test_part_of_a_batch_draws_its_own_numbers_of_the_whole() -> None:

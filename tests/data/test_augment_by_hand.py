@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dvla_fast.data.augment import Draws, color_jitter, random_affine
+from dvla_fast.data.augment import Draws, color_jitter, random_affine, random_erasing
 
 
 class Chosen(Draws):
@@ -15,7 +15,7 @@ class Chosen(Draws):
         super().__init__(len(tables[0][0]))
         self.tables = [torch.tensor(table) for table in tables]
 
-    def uniform(self, *sizes: int) -> torch.Tensor:
+    def whole(self, *sizes: int) -> torch.Tensor:
         table = self.tables.pop(0)
         assert table.shape == (*sizes, self.total)
         return table
@@ -107,3 +107,19 @@ def test_one_channel_has_brightness_and_contrast() -> None:
     # times 1.5: 0.15, 0.3, 0.45, 0.6; half the distance to their mean, 0.375
     expected = torch.tensor([[[[0.2625, 0.3375], [0.4125, 0.4875]]]], dtype=torch.float64)
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "rows", "columns"), [(0.0, 23, 77), (0.5, 42, 42), (1.0, 77, 23)]
+)
+@pytest.mark.parametrize("corner", [0.0, 1.0])
+def test_the_middle_rectangle_in_a_corner(
+    ratio: float, rows: int, columns: int, corner: float
+) -> None:
+    """Of (1/50 + 1/3)/2 of the area, its sides as 0.3 to 1, 1 to 1, or 1 to 0.3."""
+    numbers = Chosen([[0.5], [ratio], [corner], [corner], [0.0]])
+    out = random_erasing(torch.full((1, 3, 100, 100), 7.0), 0.5, numbers)
+    expected = torch.zeros(100, 100, dtype=torch.bool)
+    expected[:rows, :columns] = True
+    erased = (out != 7.0).all(1)[0]
+    assert torch.equal(erased.flip(0, 1) if corner else erased, expected)

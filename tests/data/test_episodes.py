@@ -79,6 +79,44 @@ def test_too_few_images(images: ImageSet) -> None:
         EpisodeSampler(images, 2, 5, 3, 0)
 
 
+def test_barred_images_are_supports_and_never_queries(images: ImageSet) -> None:
+    """All else of the list stays as it is."""
+    barred = torch.zeros(sum(COUNTS), dtype=torch.bool)
+    for label in range(len(COUNTS)):
+        barred[(images.labels == label).nonzero()[0]] = True
+    plain = EpisodeSampler(images, 3, 2, 4, 5).batch(0, 300)
+    found = EpisodeSampler(images, 3, 2, 4, 5, barred).batch(0, 300)
+    assert torch.equal(found.classes, plain.classes)
+    assert torch.equal(found.support, plain.support)
+    assert barred[found.support].any()
+    assert not barred[found.query].any()
+    same = ~barred[plain.query].any(1)
+    assert same.any()
+    assert torch.equal(found.query[same], plain.query[same])
+    for classes, support, query, labels in zip(
+        found.classes, found.support, found.query, found.query_labels, strict=True
+    ):
+        assert torch.equal(images.labels[query], classes[labels])
+        assert len({*support.tolist(), *query.tolist()}) == 3 * (2 + 4)
+    nothing = EpisodeSampler(images, 3, 2, 4, 5, torch.zeros_like(barred)).batch(0, 300)
+    assert torch.equal(nothing.query, plain.query)
+    barred[images.labels == 1] = True
+    with pytest.raises(DataError, match=r"without the images that the texts .*'b' has 0.*bank"):
+        EpisodeSampler(images, 3, 2, 4, 5, barred)
+
+
+def test_a_set_of_one_class(images: ImageSet) -> None:
+    one = replace(images, labels=torch.zeros_like(images.labels), class_names=("a",))
+    batch = EpisodeSampler(one, 1, 1, 1, 0).batch(0, 5)
+    assert batch.classes.tolist() == [[0]] * 5
+
+
+@pytest.mark.parametrize(("start", "count"), [(-1, 2), (0, 0)])
+def test_episodes_that_there_are_not(images: ImageSet, start: int, count: int) -> None:
+    with pytest.raises(ValueError, match="start must be >= 0 and count >= 1"):
+        EpisodeSampler(images, 2, 1, 1, 0).batch(start, count)
+
+
 @pytest.mark.parametrize(("way", "shot", "query"), [(0, 1, 1), (2, 0, 1), (2, 1, 0)])
 def test_nothing_to_draw(images: ImageSet, way: int, shot: int, query: int) -> None:
     with pytest.raises(DataError, match="at least 1"):

@@ -8,6 +8,7 @@ import shutil
 import sys
 import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from dvla_fast.data.shapes import KINDS
 from dvla_fast.data.splits import (
     SPLITS,
     bundled_split_lists,
+    candidates,
     class_names,
     load_split_list,
+    published_name,
     split_list_names,
 )
 from dvla_fast.errors import DataError, MissingDependencyError
@@ -61,6 +64,18 @@ def test_bundled_lists() -> None:
                 total = sum(item.images_per_class[key] for key in keys)
                 assert total == item.images_per_split[split], item.name
     assert [item.name for item in bundled_split_lists() if item.missing_classes] == ["plantae_fwt"]
+
+
+def test_classes_that_can_belong_to_a_list() -> None:
+    """More than half of its own, and for its name exactly those, each in its split."""
+    known = load_split_list("miniimagenet_ravi")
+    keys = sorted(known.keys)
+    assert known in candidates(keys[:51])
+    assert known not in candidates(keys[:50])
+    assert published_name(known.name, known.splits) == known.name
+    moved = {**known.splits, "val": known.splits["val"][1:]}
+    assert published_name(known.name, moved) == ""
+    assert published_name("mine", known.splits) == ""
 
 
 @pytest.mark.parametrize("name", ["miniimagenet_ravi", "tieredimagenet"])
@@ -392,12 +407,14 @@ def test_one_class_under_two_spellings(tmp_path: Path) -> None:
         list_data(tmp_path)
 
 
-def test_names_in_the_decomposed_form_of_a_mac(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["NFC", "NFD"])  # of the list
+def test_names_in_the_decomposed_form_of_a_mac(tmp_path: Path, form: Literal["NFC", "NFD"]) -> None:
     names = ["épagneul", "zèbre", "cat", "Ångström"]
     photos = tmp_path / "photos"
     trees.class_folders(photos, [unicodedata.normalize("NFD", name) for name in names], 3)
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"splits": {"train": names[:2], "test": names[2:]}}))
+    listed = [unicodedata.normalize(form, name) for name in names]
+    path.write_text(json.dumps({"splits": {"train": listed[:2], "test": listed[2:]}}))
     listing = list_data(photos, str(path))
     assert set(listing.splits["train"].keys) == {"épagneul", "zèbre"}
     assert listing.ignored == ()

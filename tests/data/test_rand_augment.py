@@ -40,7 +40,7 @@ def test_description() -> None:
 @pytest.mark.parametrize(
     "text",
     ["rand-m9", "rand-m11-inc1", "augmix-m3-inc1", "rand-m9-w0-inc1", "rand-m9-n0-inc1",
-     "rand-m9-n2.5-inc1"],
+     "rand-m9-n9-inc1", "rand-m9-n2.5-inc1"],
 )  # fmt: skip
 def test_unknown_description(text: str) -> None:
     with pytest.raises(ValueError, match=r"rand_augment: '.*' is not of the form"):
@@ -101,10 +101,11 @@ def tensor(image: Image.Image) -> Tensor:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("sides", [(24, 24), (3, 3), (2, 5), (5, 2)], ids=str)
 @pytest.mark.parametrize("name", COLOURS)
-def test_colours_are_those_of_timm(name: str, channels: int) -> None:
+def test_colours_are_those_of_timm(name: str, sides: tuple[int, int], channels: int) -> None:
     """Each image at its own strength; products are rounded in other places, one level at most."""
-    images = photographs(len(STRENGTHS))[:, :channels]
+    images = photographs(len(STRENGTHS), max(sides))[:, :channels, : sides[0], : sides[1]]
     ours = COLOURS[name](images, STRENGTHS)
     assert ours.dtype == torch.uint8
     peer, argument = SAME[name]

@@ -67,6 +67,8 @@ def test_tables_are_drawn_apart() -> None:
         ((0, 2, 4), (0, 1, 2), 50 / 17),
         # 4/3 (2 degrees) and 7/6 (3): (5/2)² / (16/9/2 + 49/36/3)
         ((0, 2, 4), (0, 1, 2, 5), 135 / 29),
+        # 4/3 (2 degrees) and 1/4 (1): (19/12)² / (16/9/2 + 1/16/1)
+        ((0, 2, 4), (0, 1), 361 / 137),
     ],
 )
 def test_degrees_of_freedom_are_satterthwaites(

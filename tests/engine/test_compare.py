@@ -72,11 +72,26 @@ def test_classes_are_paired_and_corrected(tmp_path: Path) -> None:
         right = found.predictions["learned gate"][0][holds] == found.labels[holds]
         return (right & mine).sum(1) / mine.sum(1)
 
-    expected = accuracy(record) - accuracy(other)
+    expected = [accuracy(found).mean().item() for found in (record, other)]
     assert rows[2]["episodes"] == int(holds.sum())
-    assert rows[2]["difference"] == pytest.approx(expected.mean().item())
+    assert rows[2]["accuracies"] == pytest.approx(expected)
+    assert rows[2]["difference"] == pytest.approx(expected[0] - expected[1])
     raw = [row["p_value"] for row in rows]
     assert [row["p_holm"] for row in rows] == holm(raw) != raw
+
+
+def test_classes_of_the_largest_differences_come_first(tmp_path: Path) -> None:
+    good, bad = (write_evaluation(tmp_path / n, r) for n, r in (("good", 0.7), ("bad", 0.6)))
+    compared = compare_groups([str(good)], [str(bad)])
+    rows = compared["results"][0]["classes"]
+    for row, difference in zip(rows, (0.01, -0.3, 0.2), strict=False):
+        row["difference"] = difference
+    for row in rows[3:]:
+        row["difference"] = 0.0
+    lines = comparison_text(compared, classes=2).splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith("  by class")) + 1
+    assert [line.split()[0] for line in lines[first : first + 2]] == CLASSES[1:3]
+    assert lines[first + 2].startswith(f"    and {len(rows) - 2} more")
 
 
 def test_several_seeds_a_side(tmp_path: Path) -> None:
@@ -120,6 +135,16 @@ def test_two_methods_of_the_same_trainings_are_paired(tmp_path: Path) -> None:
     assert "3 and 3 checkpoints, paired t test" in comparison_text(compared)
     welch = compare_groups(first, second[:2])  # not the same trainings
     assert "3 and 2 checkpoints, Welch's t test" in comparison_text(welch)
+
+
+def test_one_training_named_twice_is_no_pair(tmp_path: Path) -> None:
+    twice = {"checkpoints": 2, "checkpoints_sha256": ["h", "h"]}
+    first, second = (
+        write_evaluation(tmp_path / name, right, **twice)
+        for name, right in (("a", 0.7), ("b", 0.6))
+    )
+    row = compare_groups([str(first)], [str(second)])["results"][0]
+    assert row["over_checkpoints"]["test"] == "Welch's t test"
 
 
 def test_trainings_that_share_what_is_compared(tmp_path: Path) -> None:

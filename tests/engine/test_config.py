@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dvla_fast.engine.config import (
     ExecutionConfig,
     MetatuneConfig,
     MetatuneRun,
+    ModelConfig,
     PretrainConfig,
     PretrainRun,
     demo_config,
@@ -39,7 +41,23 @@ from dvla_fast.engine.settings import (
     to_dict,
 )
 from dvla_fast.engine.tool_config import CompareRun, DataCheck, PredictImages, ReportRun
+from dvla_fast.nn import DVLA, BetaPolicy, CategoricalPolicy, RLAGate
+from dvla_fast.nn.policy import MLPPolicy, build_policy
+from dvla_fast.nn.prototype import prototype_logits
 from dvla_fast.report.page import run_report
+from dvla_fast.rl import (
+    ClippedSurrogate,
+    EMABaseline,
+    GroupRelative,
+    PolicyLoss,
+    PreferencePairs,
+    ReinforceLoss,
+    ValueBaseline,
+    build_baseline,
+    build_objective,
+    layer_rewards,
+    total_loss,
+)
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -51,6 +69,50 @@ def test_round_trip(quick: bool) -> None:
 def test_shipped_yaml_is_the_demo() -> None:
     path = Path(__file__).parents[2] / "configs" / "demo.yaml"
     assert from_mapping(DemoRun, yaml.safe_load(path.read_text())) == demo_config()
+
+
+USUAL = MetatuneConfig()
+
+
+@pytest.mark.parametrize(
+    ("functions", "defaults"),
+    [
+        ((ClippedSurrogate, GroupRelative, build_objective), {"clip": USUAL.clip}),
+        ((PreferencePairs, build_objective), {"beta": USUAL.preference_beta}),
+        ((EMABaseline, build_baseline), {"momentum": USUAL.baseline_momentum}),
+        (
+            (PolicyLoss,),
+            {
+                "normalise": USUAL.normalise_advantage,
+                "discount": USUAL.discount,
+                "kl_weight": USUAL.kl_weight,
+                "value_weight": USUAL.value_weight,
+            },
+        ),
+        (
+            (PolicyLoss, ReinforceLoss),
+            {"entropy_weight": USUAL.entropy_weight, "weight": USUAL.reinforce_weight},
+        ),
+        (
+            (layer_rewards, total_loss),
+            {"lambda_sim": USUAL.lambda_sim, "lambda_imp": USUAL.lambda_imp},
+        ),
+        ((DVLA, prototype_logits), {"temperature": ModelConfig().temperature}),
+        ((DVLA, RLAGate, build_policy, BetaPolicy), {"concentration": ModelConfig().concentration}),
+        (
+            (DVLA, RLAGate, build_policy, BetaPolicy, CategoricalPolicy, MLPPolicy),
+            {"hidden_dim": ModelConfig().hidden_dim},
+        ),
+        ((ValueBaseline, build_baseline), {"hidden_dim": ModelConfig().hidden_dim}),
+        ((DVLA, RLAGate, build_policy), {"fixed_alpha": ModelConfig().fixed_alpha}),
+    ],
+)
+def test_what_nobody_gives_is_the_same_from_python(
+    functions: tuple[Callable[..., Any], ...], defaults: dict[str, Any]
+) -> None:
+    for function in functions:
+        parameters = inspect.signature(function).parameters
+        assert {name: parameters[name].default for name in defaults} == defaults, function
 
 
 def test_partial_mapping_keeps_the_other_defaults() -> None:

@@ -21,7 +21,7 @@ from dvla_fast.engine.build import seed_everything, split_classes
 from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import DemoRun, MetatuneConfig, ModelConfig
 from dvla_fast.engine.distributed import Processes
-from dvla_fast.engine.gating import Episodes, GateTraining, Rollout
+from dvla_fast.engine.gating import Episodes, GateTraining, Rollout, _repeat
 from dvla_fast.engine.models import backbone_spec, build_model, model_spec
 from dvla_fast.engine.run_folder import RunFolder
 from dvla_fast.engine.settings import UsageError
@@ -375,6 +375,29 @@ def test_advantages_are_normalised_within_a_process(tiny: DemoRun) -> None:
     with pytest.raises(UsageError, match="two or more episodes a step for each process"):
         GateTraining(with_gating(tiny, **settings).metatune, model, processes)
     GateTraining(with_gating(tiny, samples=2, **settings).metatune, model, processes)
+
+
+def test_draws_of_one_episode_are_compared_with_each_other(tiny: DemoRun) -> None:
+    config = with_gating(tiny, baseline="leave-one-out").metatune
+    gates = GateTraining(config, make_model(tiny)[0])
+    assert gates.samples == 4
+    assert gates.baseline is not None
+    assert gates.baseline.samples == 4
+
+
+def test_statistics_may_move_where_an_episode_passes_once(tiny: DemoRun) -> None:
+    config = with_gating(tiny, freeze_norm=False).metatune
+    assert GateTraining(config, make_model(tiny)[0]).samples == 1
+
+
+def test_draws_of_one_episode_have_its_padding(few_digits: FewShotData, tiny: DemoRun) -> None:
+    episodes = episodes_of(few_digits, tiny)
+    mask = torch.rand(episodes.text.tokens.shape[:2]) < 0.5
+    repeated = _repeat(episodes._replace(text=episodes.text._replace(mask=mask)), 3).text
+    assert repeated.mask is not None
+    for place in range(6):
+        assert torch.equal(repeated.mask[place], mask[place // 3])
+        assert torch.equal(repeated.tokens[place], episodes.text.tokens[place // 3])
 
 
 def test_accuracy_of_preferences_counts_untied_pairs() -> None:

@@ -138,10 +138,17 @@ def test_a_frozen_policy_has_its_mean_at_the_edge_too(alpha: float) -> None:
     )
 
 
-def test_scores_of_far_logits_are_finite() -> None:
+@pytest.mark.parametrize("alpha", [0.0, 1.0, math.nan])
+def test_a_frozen_mean_lies_inside(alpha: float) -> None:
+    with pytest.raises(ValueError, match=r"alpha: expected a number in \(0, 1\)"):
+        frozen_policy(BetaPolicy(3), alpha)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_of_far_logits_are_finite(dtype: torch.dtype) -> None:
     policy = BetaPolicy(3)
-    logits = torch.tensor([-800.0, -300.0, 300.0, 800.0], dtype=torch.float64).unsqueeze(-1)
-    score = policy.score(logits, torch.tensor([-790.0, -290.0, 290.0, 790.0]).double())
+    logits = torch.tensor([-800.0, -300.0, 300.0, 800.0], dtype=dtype).unsqueeze(-1)
+    score = policy.score(logits, torch.tensor([-790.0, -290.0, 290.0, 790.0], dtype=dtype))
     assert bool(score.isfinite().all())
     # κp ψ(κp) is −1 where p vanishes; the logit of the action counts for nothing there.
     torch.testing.assert_close(score.abs(), torch.ones_like(score), rtol=1e-6, atol=1e-6)
@@ -204,6 +211,34 @@ def test_the_gate_decides_as_the_policy_does(kind: str) -> None:
     torch.testing.assert_close(step.alpha, policy(state, sample=False).alpha)
     again = policy(state, action_logit=step.action_logit)
     torch.testing.assert_close(step.log_prob, again.log_prob)
+    stored, _ = policy.decide(images, texts, action_logit=step.action_logit)
+    torch.testing.assert_close(stored.log_prob, again.log_prob)
+
+
+def test_the_gate_draws_as_the_policy_does() -> None:
+    """A part of a batch what the whole draws, and with the pathwise gradient."""
+    policy = BetaPolicy(4, hidden_dim=5)
+    torch.nn.init.normal_(policy.network.out.weight)
+    images, texts = torch.randn(4, 2, 4), torch.randn(4, 5, 4)
+    torch.manual_seed(3)
+    whole, _ = policy.decide(images, texts)
+    policy.share = (1, 2)
+    torch.manual_seed(3)
+    part, _ = policy.decide(images[2:], texts[2:])
+    for found, expected in zip(part, whole):
+        torch.testing.assert_close(found, expected[2:])
+    policy.share, policy.pathwise = (0, 1), True
+    assert policy.decide(images, texts)[0].alpha.requires_grad
+    assert not policy.decide(images, texts, action_logit=whole.action_logit)[0].alpha.requires_grad
+
+
+def test_the_most_probable_choice_of_each_state() -> None:
+    policy = CategoricalPolicy(3, hidden_dim=4)
+    torch.nn.init.normal_(policy.network.out.weight)
+    states = torch.randn(20, 7)
+    best = policy.outputs(states).argmax(1)
+    assert len(best.unique()) > 1
+    assert torch.equal(policy(states, sample=False).alpha, torch.tensor(policy.choices)[best])
 
 
 @pytest.mark.parametrize("choice", [1.7, 3.0, -1.0, math.nan])

@@ -29,6 +29,12 @@ def test_logits_equal_a_loop(episodes: int, way: int, shot: int, queries: int) -
                 torch.testing.assert_close(got[e, q, c], cosine / 0.5)
 
 
+def test_a_temperature_may_be_a_tensor() -> None:
+    features, labels = torch.randn(1, 4, 7), torch.tensor([[0, 1, 0, 1]])
+    got = prototype_logits(features, labels, features, 2, torch.tensor(0.5))  # type: ignore
+    torch.testing.assert_close(got, prototype_logits(features, labels, features, 2, 0.5))
+
+
 def test_queries_with_features_for_each_class() -> None:
     support = torch.randn(2, 6, 7, dtype=torch.float64)
     labels = torch.tensor([[0, 1, 2, 2, 0, 1], [2, 1, 0, 0, 1, 2]])
@@ -78,6 +84,7 @@ def test_gradients_reach_supports_and_queries() -> None:
     [
         (ValueError, "support_features: shape", {"support_features": torch.randn(4, 8)}),
         (ValueError, "query_features: shape", {"query_features": torch.randn(2, 3, 8)}),
+        (ValueError, "query_features: shape", {"query_features": torch.randn(1, 3, 5)}),
         (ValueError, "query_features: shape", {"query_features": torch.randn(1, 3, 3, 8)}),
         (ValueError, "query_features: shape .* 3 or 4", {"query_features": torch.randn(3, 8)}),
         (TypeError, "query_features: expected", {"query_features": torch.ones(1, 3, 8).long()}),
@@ -86,6 +93,7 @@ def test_gradients_reach_supports_and_queries() -> None:
         (ValueError, "way", {"way": 0}),
         (TypeError, r"way: expected a whole number, got 2\.0", {"way": 2.0}),
         (TypeError, "query_features: expected a tensor, got NoneType", {"query_features": None}),
+        (TypeError, "temperature: expected a number, got '0.2'", {"temperature": "0.2"}),
         (ValueError, "temperature", {"temperature": 0.0}),
         (ValueError, "temperature", {"temperature": float("nan")}),
         (ValueError, "temperature", {"temperature": float("inf")}),

@@ -5,7 +5,29 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dvla_fast.rl import EMABaseline, LeaveOneOutBaseline, ValueBaseline, normalise_advantage
+from dvla_fast.rl import (
+    EMABaseline,
+    LeaveOneOutBaseline,
+    ValueBaseline,
+    build_baseline,
+    normalise_advantage,
+)
+
+
+def test_baselines_by_name() -> None:
+    """With the parameters that each has of its own."""
+    average = build_baseline("ema", [3, 4], momentum=0.5)
+    assert isinstance(average, EMABaseline)
+    assert (average.value.shape, average.momentum) == ((2,), 0.5)
+    others = build_baseline("leave-one-out", [3, 4], samples=2)
+    assert isinstance(others, LeaveOneOutBaseline)
+    assert others(torch.tensor([[1.0, 2.0, 5.0, 7.0]])).tolist() == [[2.0, 1.0, 7.0, 5.0]]
+    values = build_baseline("value", [3, 4], hidden_dim=5)
+    assert isinstance(values, ValueBaseline)
+    assert [network.hidden.weight.shape for network in values.networks] == [(5, 7), (5, 9)]
+    assert build_baseline("none", [3, 4]) is None
+    with pytest.raises(ValueError, match="baseline: unknown 'median'; expected one of ema"):
+        build_baseline("median", [3, 4])
 
 
 def test_ema_follows_its_recurrence() -> None:

@@ -16,6 +16,7 @@ from dvla_fast.rl import (
     PreferencePairs,
     Reference,
     Reinforce,
+    advantage_figures,
     alpha_figures,
     collapsed_layers,
     gradient_figures,
@@ -47,6 +48,13 @@ def test_gradient_variance_is_that_of_the_terms_of_the_gradient(objective: Objec
     terms = -gradient / 0.1 * episodes
     torch.testing.assert_close(figures["gradient_variance"], terms.var(1, unbiased=False))
     torch.testing.assert_close(figures["gradient_mean"], terms.mean(1).abs())
+
+
+def test_gradient_figures_of_several_outputs() -> None:
+    """Two terms, (1, 0) and (0, 2): their mean is (1/2, 1), of variances 1/4 and 1."""
+    figures = gradient_figures(torch.tensor([[1.0, 2.0]]), torch.eye(2)[None])
+    torch.testing.assert_close(figures["gradient_mean"], torch.tensor([1.25**0.5]))
+    torch.testing.assert_close(figures["gradient_variance"], torch.tensor([1.25]))
 
 
 @pytest.mark.parametrize("policy", [BetaPolicy(3, 4), CategoricalPolicy(3, 4)], ids=type)
@@ -99,9 +107,16 @@ def test_wrong_terms_of_a_gradient_are_named() -> None:
         gradient_figures(coefficient[0], score[0])
 
 
+def test_extremes_of_advantages() -> None:
+    figures = advantage_figures(torch.tensor([[1.0, -2.0, 0.5], [3.0, 3.0, 3.0]]))
+    assert figures["advantage_min"].tolist() == [-2.0, 3.0]
+    assert figures["advantage_max"].tolist() == [1.0, 3.0]
+
+
 def test_alpha_figures_take_every_decision() -> None:
     alphas = [torch.tensor([0.2, 0.4]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])]
-    figures = alpha_figures(alphas)
+    figures = alpha_figures([alpha.requires_grad_() for alpha in alphas])
+    assert not any(value.requires_grad for value in figures.values())
     torch.testing.assert_close(figures["alpha"], torch.tensor([0.3, 0.75]))
     torch.testing.assert_close(figures["alpha_spread"], torch.tensor([0.1, 0.1875**0.5]))
     torch.testing.assert_close(figures["alpha_edge"], torch.tensor([0.0, 1.0]))
@@ -110,7 +125,7 @@ def test_alpha_figures_take_every_decision() -> None:
 def test_collapse() -> None:
     assert collapsed_layers([0.5, 0.01, 0.985], [-0.5, -3.0, -3.0], discrete=False) == [1, 2]
     assert collapsed_layers([0.03, 0.97], [-2.0, -2.0], discrete=False) == []
-    assert collapsed_layers([1.0, 0.5], [0.6, 0.001], discrete=True) == [1]
+    assert collapsed_layers([1.0, 0.5], [0.021, 0.019], discrete=True) == [1]
     # By state at one end or the other: the mean and the spread of α look alive.
     assert collapsed_layers([0.5, 0.5], [-9e3, -0.5], False, [1.0, 0.3]) == [0]
     assert collapsed_layers([0.5, 0.5], [-0.5, -0.5], False, [0.9, 0.89]) == [0]

@@ -18,6 +18,7 @@ from dvla_fast.rl import (
     ReinforceLoss,
     ValueBaseline,
     check_reward_weights,
+    gate_states,
     total_loss,
 )
 
@@ -200,6 +201,19 @@ def test_total_loss_without_text_is_cross_entropy() -> None:
     expected = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(loss, expected)
     assert set(figures) == {"supervised", "accuracy"}
+
+
+def test_states_are_those_of_every_gate_or_none() -> None:
+    model, episodes, _, text = episode_batch()
+    output = model(*episodes, text, way=3)
+    states = gate_states(output)
+    assert states is not None
+    for state, trace in zip(states, output.layers, strict=True):
+        assert torch.equal(state, trace.state)
+        assert not state.requires_grad
+    first, second = output.layers
+    assert gate_states(output._replace(layers=(first, second._replace(state=None)))) is None
+    assert gate_states(output._replace(layers=())) is None
 
 
 def test_total_loss_names_wrong_labels() -> None:

@@ -40,8 +40,8 @@ def row(*values: float) -> Tensor:
 
 
 def test_every_name_builds_and_an_unknown_one_is_refused() -> None:
-    for name in OBJECTIVES:
-        assert build_objective(name) is not None
+    draws = {name: build_objective(name).samples for name in OBJECTIVES}
+    assert draws == {**dict.fromkeys(OBJECTIVES, 1), "grpo": 4, "dpo": 2}
     with pytest.raises(ValueError, match=r"objective: unknown 'trpo'; expected one of reinforce"):
         build_objective("trpo")
 
@@ -120,6 +120,13 @@ def test_accuracy_of_preferences_among_ties_alone_is_unknown() -> None:
     _, figures = PreferencePairs()(decisions)
     assert figures["preference_accuracy"].isnan()
     assert figures["preference_ties"].item() == 1
+
+
+def test_a_policy_that_is_its_reference_prefers_nothing() -> None:
+    log_prob = torch.randn(1, 4)
+    decisions = Decisions(log_prob, log_prob, row(1.0, 0.0, 0.0, 1.0), log_prob)
+    _, figures = PreferencePairs()(decisions)
+    assert figures["preference_accuracy"].item() == 0
 
 
 @pytest.mark.parametrize("kind", ["dpo", "counterfactual", "kl"])
@@ -315,6 +322,8 @@ def test_value_network_learns_the_rewards_of_states() -> None:
         baseline(rewards)
     with pytest.raises(ValueError, match="states: 1 layers"):
         baseline(rewards, states[:1])
+    with pytest.raises(ValueError, match="rewards of 1, expected 2"):
+        baseline(rewards[:1], states)
     with pytest.raises(ValueError, match="rewards have 8"):
         baseline(rewards, [state[:4] for state in states])
 
@@ -351,6 +360,7 @@ def test_policy_gradient_does_not_reach_the_value_network() -> None:
         ("clip", lambda: ClippedSurrogate(1.0)),
         ("samples", lambda: GroupRelative(1)),
         ("beta", lambda: PreferencePairs(0.0)),
+        ("beta", lambda: PreferencePairs(math.inf)),
         ("discount", lambda: PolicyLoss(discount=1.5)),
         ("kl_weight", lambda: PolicyLoss(kl_weight=-1.0)),
         ("value_weight", lambda: PolicyLoss(value_weight=math.nan)),

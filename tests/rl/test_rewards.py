@@ -94,11 +94,12 @@ def test_layer_rewards_weigh_their_parts(output: EpisodeOutput) -> None:
     torch.testing.assert_close(similarity[0, 0], (first + sum(rest)) / 4)
 
 
-def test_improvement_over_the_previous_episode(output: EpisodeOutput) -> None:
+@pytest.mark.parametrize("previous", [torch.tensor(0.25), torch.tensor([0.25, 0.5])])
+def test_improvement_over_the_previous_episode(output: EpisodeOutput, previous: Tensor) -> None:
     rewards = layer_rewards(
-        output, QUERY_LABELS, one_hot_text(2, 2), 0.0, 1.0, previous_accuracy=torch.tensor(0.25)
+        output, QUERY_LABELS, one_hot_text(2, 2), 0.0, 1.0, previous_accuracy=previous
     )
-    expected = episode_accuracy(output.logits, QUERY_LABELS) - 0.25
+    expected = episode_accuracy(output.logits, QUERY_LABELS) - previous
     torch.testing.assert_close(rewards, expected.expand(2, 2))
 
 
@@ -135,6 +136,22 @@ def test_support_labels_that_do_not_fit() -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_values_of_labels_are_read_where_values_are_checked(output: EpisodeOutput) -> None:
     assert episode_accuracy(output.logits, QUERY_LABELS + 2).tolist() == [0.0, 0.0]
+
+
+def log_likelihood_of_nan(output: EpisodeOutput) -> Tensor:
+    spoilt = output._replace(logits=output.logits * torch.tensor([1.0, torch.nan])[:, None, None])
+    inputs = RewardInputs(spoilt, QUERY_LABELS, one_hot_text(2, 2))
+    return weighted_rewards({"log_likelihood": 1.0}, inputs)[0]
+
+
+def test_a_reward_that_is_no_number_is_named(output: EpisodeOutput) -> None:
+    with pytest.raises(ValueError, match="reward 'log_likelihood': NaN or infinity found"):
+        log_likelihood_of_nan(output)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_values_of_rewards_are_read_where_values_are_checked(output: EpisodeOutput) -> None:
+    assert log_likelihood_of_nan(output).isnan().tolist() == [[False, True]] * 2
 
 
 def test_supports_stand_for_their_own_class_in_class_scope(output: EpisodeOutput) -> None:
@@ -241,5 +258,7 @@ def test_embeddings_that_do_not_fit(shapes: tuple, message: str) -> None:
     labels = torch.zeros(2, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
         similarity_reward(*map(torch.zeros, shapes), labels)
+    with pytest.raises(TypeError, match="aligned: expected a tensor, got list"):
+        similarity_reward([1.0], torch.zeros(2, 3, 6), labels)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="labels: expected a tensor, got list"):
         similarity_reward(torch.zeros(2, 4, 6), torch.zeros(2, 3, 6), [[0] * 4] * 2)  # type: ignore

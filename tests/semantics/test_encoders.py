@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,22 +83,52 @@ def test_encoded_bank_gathers_episodes() -> None:
     tokens = texts.episodes(classes)
     assert tokens.tokens.shape == (2, 2 * 6, 32)
     assert tokens.levels.tolist() == [0, 0, 0, 0, 0, 1] * 2
+    assert tokens.levels.dtype == torch.int64
     assert tokens.mask is None
     torch.testing.assert_close(tokens.tokens[1, 6:], texts.tokens[2])
     torch.testing.assert_close(tokens.class_embedding[0, 1], texts.class_embedding[0])
 
 
-def test_classes_with_fewer_attributes_are_masked() -> None:
-    bank = SemanticBank.from_dict(
-        {
-            "classes": {
-                "owl": {"attributes": ["round face", "big eyes"], "description": "A night bird."},
-                "jay": {"attributes": ["blue wing"], "description": "A loud bird."},
-            }
-        }
-    )
+BIRDS = {
+    "owl": {"attributes": ["round face", "big eyes"], "description": "A night bird."},
+    "jay": {"attributes": ["blue wing"], "description": "A loud bird."},
+}
+
+
+def test_one_level_alone() -> None:
     encoder = HashedNGramEncoder(32)
-    texts = encode_bank(bank, ["owl", "jay"], encoder)
+    texts = encode_bank(SemanticBank.from_dict({"classes": BIRDS}), list(BIRDS), encoder)
+    attributes, description = texts.only("attributes"), texts.only("description")
+    assert torch.equal(attributes.tokens, texts.tokens[:, :2])
+    assert attributes.mask.tolist() == [[True, True], [True, False]]
+    assert attributes.levels.tolist() == [0, 0]
+    assert torch.equal(description.tokens, texts.tokens[:, 2:])
+    assert description.levels.tolist() == [1]
+    for found, rows in (
+        (attributes, texts.tokens[:, :2].sum(1)),
+        (description, texts.tokens[:, 2]),
+    ):
+        torch.testing.assert_close(found.class_embedding, rows / rows.norm(dim=1, keepdim=True))
+    bare = replace(texts, mask=torch.tensor([[True] * 3, [False, False, True]]))
+    with pytest.raises(BankError, match=r"1 of 2 classes have no attributes \(first: 'jay'\)"):
+        bare.only("attributes")
+
+
+def test_classes_without_texts_among_others() -> None:
+    encoder = HashedNGramEncoder(32)
+    texts = encode_bank(SemanticBank.from_dict({"classes": BIRDS}), list(BIRDS), encoder)
+    more = texts.among(["cat", "jay", "owl"])
+    assert more.class_names == ("cat", "jay", "owl")
+    assert torch.equal(more.levels, texts.levels)
+    for found, mine in ((more.tokens, texts.tokens), (more.mask, texts.mask),
+                        (more.class_embedding, texts.class_embedding)):  # fmt: skip
+        assert torch.equal(found[1:], mine.flip(0))
+        assert not found[0].any()
+
+
+def test_classes_with_fewer_attributes_are_masked() -> None:
+    encoder = HashedNGramEncoder(32)
+    texts = encode_bank(SemanticBank.from_dict({"classes": BIRDS}), ["owl", "jay"], encoder)
     tokens = texts.episodes(torch.tensor([[1, 0]]))
     assert tokens.mask is not None
     assert tokens.mask.tolist() == [[True, False, True, True, True, True]]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -311,8 +312,10 @@ class _Builder:
             if rows == list(range(start, min(start + CHUNK, len(self.rows)))):
                 checksums.append(self.done[start]["sha256"])
                 continue
-            # one by one: gigabytes of those left out may lie between two
-            images = b"".join(os.pread(self.fd, self.stride, row * self.stride) for row in rows)
+            images = b"".join(
+                os.pread(self.fd, count * self.stride, first * self.stride)
+                for first, count in _runs(rows)
+            )
             _write(self.fd, images, start * self.stride)
             checksums.append(hashlib.sha256(images).hexdigest())
         os.ftruncate(self.fd, len(keep) * self.stride)
@@ -389,6 +392,13 @@ def _statistics(total: Any, square: Any, pixels: int) -> dict[str, list[float]] 
     mean = total / pixels / 255
     variance = square / pixels / 255**2 - mean**2
     return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(variance, 1e-8)).tolist()}
+
+
+def _runs(rows: list[int]) -> list[tuple[int, int]]:
+    """The first and the number of rows that follow each other; gigabytes may lie between runs."""
+    grouped = itertools.groupby(enumerate(rows), lambda place: place[1] - place[0])
+    runs = [[row for _, row in run] for _, run in grouped]
+    return [(run[0], len(run)) for run in runs]
 
 
 def _write(fd: int, images: bytes | memoryview, offset: int) -> None:

@@ -122,18 +122,14 @@ class GateTraining:
     def _build(self) -> None:
         config = self.config
         name, given = config.objective, config.samples
-        self.samples = given
-        if given == 0:
-            self.samples = {"grpo": 4, "dpo": 2}.get(name, 1)
-            if config.baseline == "leave-one-out":
-                self.samples = 4
         objective = build_objective(
             name,
-            samples=self.samples,
+            samples=given or 4,
             clip=config.clip,
             beta=config.preference_beta,
             through_loss=True,
         )
+        self.samples = given or (4 if config.baseline == "leave-one-out" else objective.samples)
         if name == "dpo" and self.samples != 2:
             raise ValueError(f"samples: dpo compares pairs, got {given}; leave it 0")
         if not config.freeze_norm and (self.samples > 1 or name == "counterfactual"):

@@ -12,9 +12,12 @@ import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dvla_fast.errors import OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REMEDY = "free space or choose another --output folder"
 RUN_REMEDY = "free space and continue with --resume"  # of runs that have begun
@@ -129,3 +132,18 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_tensors_atomic(
+    path: Path, tensors: dict[str, Tensor], description: str, remedy: str = REMEDY
+) -> None:
+    """Likewise for tensors on the CPU, as safetensors with a description inside."""
+    import safetensors.torch
+
+    def save(temporary: Path) -> None:
+        try:
+            safetensors.torch.save_file(tensors, str(temporary), {"dvla_fast": description})
+        except safetensors.SafetensorError as error:  # a full disk is no OSError to it
+            raise OSError(str(error)) from error
+
+    write_atomic(path, save, remedy)

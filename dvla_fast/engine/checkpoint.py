@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dvla_fast.engine.description import check_description
 from dvla_fast.errors import CheckpointError, MissingDependencyError, TrainingError
-from dvla_fast.files import RUN_REMEDY, json_text, write_atomic, write_text_atomic
+from dvla_fast.files import RUN_REMEDY, json_text, write_tensors_atomic, write_text_atomic
 
 FORMAT = "dvla-fast-checkpoint/1"
 
@@ -49,7 +49,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str
         TrainingError: a tensor holds NaN or infinity; the old file stays as it was.
         OutputError: the file cannot be written; the old one stays.
     """
-    safetensors = _safetensors()
+    _safetensors()
     host = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in sorted(tensors.items())
@@ -61,15 +61,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str
                 "checkpoint is kept"
             )
     content = {**info, "format": FORMAT, "tensors_sha256": _digest(host)}
-    description = json_text(content)
-
-    def save(temporary: Path) -> None:
-        try:
-            safetensors.torch.save_file(host, str(temporary), metadata={"dvla_fast": description})
-        except safetensors.SafetensorError as error:  # a full disk is no OSError to it
-            raise OSError(str(error)) from error
-
-    write_atomic(path, save, RUN_REMEDY)
+    write_tensors_atomic(path, host, json_text(content), RUN_REMEDY)
     write_readable(path, content)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dvla_fast.errors import BankError, MissingDependencyError
-from dvla_fast.files import check_writable, write_atomic
+from dvla_fast.files import check_writable, write_tensors_atomic
 from dvla_fast.semantics.bank import SemanticBank
 from dvla_fast.semantics.bundled import bank_path, bundled_banks
 from dvla_fast.semantics.encoders import TextEncoder, not_unit
@@ -294,18 +294,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], kind: str) -> None:
-    safetensors = _safetensors()
-    metadata = {"dvla_fast": json.dumps({"format": FORMAT, "kind": kind})}
-
-    def save(temporary: Path) -> None:
-        try:
-            safetensors.torch.save_file(
-                dict(sorted(tensors.items())), str(temporary), metadata=metadata
-            )
-        except safetensors.SafetensorError as error:  # a full disk is no OSError to it
-            raise OSError(str(error)) from error
-
-    write_atomic(path, save)
+    _safetensors()
+    description = json.dumps({"format": FORMAT, "kind": kind})
+    write_tensors_atomic(path, dict(sorted(tensors.items())), description)
 
 
 def _safetensors() -> Any:

@@ -405,6 +405,7 @@ def _tokens(images: int = 4, groups: int = 2) -> tuple[Tensor, Tensor]:
         (ValueError, "alpha: expected val", lambda z, t: ((z, t), {"alpha": torch.tensor(-0.1)})),
         (ValueError, "alpha: expected val", lambda z, t: ((z, t), {"alpha": z[:2, 0, 0] * 0 / 0})),
         (TypeError, "alpha: expected", lambda z, t: ((z, t), {"alpha": torch.ones(2).long()})),
+        (ValueError, "on meta, the tok", lambda z, t: ((z, t), {"alpha": z[0, 0, 0].to("meta")})),
         (ValueError, "action_logit: shape", lambda z, t: ((z, t), {"action_logit": z[:, 0, 0]})),
         (ValueError, "exclude each", lambda z, t: ((z, t), {"alpha": 0.5, "action_logit": z[0]})),
         (TypeError, "action_logit: expected a", lambda z, t: ((z, t), {"action_logit": 0.3})),

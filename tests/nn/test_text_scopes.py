@@ -192,8 +192,15 @@ def test_class_scope_needs_even_texts(make_model: MakeModel) -> None:
     support, labels, query, _ = make_episodes(1, 3, 1, 1)
     text = make_text(1, 2, attributes=1)._replace(class_embedding=torch.randn(1, 3, TEXT_DIM))
     for scope in ("class", "candidate"):
-        with pytest.raises(ValueError, match="4 tokens do not fall into 3 classes"):
-            make_model(text_scope=scope)(support, labels, query, text, way=3)
+        model = make_model(text_scope=scope)
+        features, layers = model.support_features(support, labels, make_text(1, 3), way=3)
+        words = "4 tokens do not fall into 3 classes"
+        with pytest.raises(ValueError, match=words):
+            model(support, labels, query, text, way=3)
+        with pytest.raises(ValueError, match=words):
+            model.support_features(support, labels, text, way=3)
+        with pytest.raises(ValueError, match=words):
+            model.query_logits(features, labels, query, text, layers, way=3)
 
 
 def test_class_scope_weighs_each_class_by_its_own_levels(make_model: MakeModel) -> None:

@@ -56,6 +56,9 @@ def test_equal_to_decoding(tree: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(cached.mean, direct.mean, rtol=1e-6, atol=0)
     torch.testing.assert_close(cached.std, direct.std, rtol=1e-6, atol=0)
     assert (cached.monitor_kind, cached.name) == (direct.monitor_kind, direct.name)
+    stored = json.loads((tmp_path / "cache" / "index.json").read_text())["statistics"]
+    torch.testing.assert_close(torch.tensor(stored["mean"]), direct.mean.flatten())
+    torch.testing.assert_close(torch.tensor(stored["std"]), direct.std.flatten())
 
 
 def test_of_arrays_and_of_a_published_split(tmp_path: Path) -> None:
@@ -114,6 +117,17 @@ def test_an_edited_split_file_is_noticed(tmp_path: Path) -> None:
     mine.write_text(json.dumps({"splits": {"train": ["a", "c"], "test": ["b"]}}))
     with pytest.raises(DataError, match="was prepared with the split"):
         cache.open_cache(tmp_path / "cache", 16, splits=str(mine))
+
+
+def test_the_same_images_divided_otherwise_are_another_cache(tmp_path: Path) -> None:
+    trees.class_folders(tmp_path / "photos", "abc", 3)
+    mine = tmp_path / "mine.json"
+    for train, test in (("ab", "c"), ("a", "bc")):
+        mine.write_text(json.dumps({"splits": {"train": list(train), "test": list(test)}}))
+        if train == "ab":
+            prepare_cache(tmp_path / "photos", tmp_path / "cache", 16, splits=str(mine))
+    with pytest.raises(DataError, match="a cache made from other files, or for another size or sp"):
+        prepare_cache(tmp_path / "photos", tmp_path / "cache", 16, splits=str(mine))
 
 
 @pytest.mark.parametrize(("size", "error"), [(0, DataError), (-3, DataError), (2.5, TypeError)])

@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from dvla_fast.data.decode import as_rgb, decode, open_rgb
+from dvla_fast.data.decode import as_rgb, decode, is_image, open_rgb
 from dvla_fast.errors import DataError
 from tests.data import trees
 
 GREY = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))  # (32, 32)
+
+
+def test_image_files_are_told_by_their_suffix() -> None:
+    assert is_image(Path("A.JPG"))
+    assert not is_image(Path("._a.jpg"))
+    assert not is_image(Path("a.jpg.txt"))
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "LA", "RGBA", "CMYK", "RGB"])
@@ -60,6 +66,12 @@ def test_sixteen_bits_keep_their_upper_eight(tmp_path: Path, suffix: str) -> Non
     deep = GREY.astype(np.uint16) * 257
     Image.fromarray(deep).save(tmp_path / f"x.{suffix}")
     assert (decode(tmp_path / f"x.{suffix}", 32) == GREY).all()
+
+
+def test_wide_integers_are_taken_for_sixteen_bits() -> None:
+    wide = np.array([[-300, 0, 257 * 77, 65535, 70000]], np.int32)
+    pixels = np.asarray(as_rgb(Image.fromarray(wide), "image"))
+    assert pixels[0, :, 0].tolist() == [0, 0, 77, 255, 255]
 
 
 def test_floating_point_is_refused(tmp_path: Path) -> None:

@@ -57,6 +57,13 @@ def outcome(path: Path, splits: str = "") -> str:
     return "listed"
 
 
+def test_a_text_is_no_list_of_names(tmp_path: Path) -> None:
+    for name in ("base", "novel"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**ROWS, "label_names": "ab"}))
+    with pytest.raises(DataError, match=r"base\.json: expected the lists.*one of them is no list"):
+        list_data(tmp_path)
+
+
 def test_spoiled_lists(tmp_path: Path) -> None:
     rng = random.Random(0)
     folder = tmp_path / "data"

@@ -32,6 +32,7 @@ TENSORS = {
     "count": torch.tensor(7),
     "flag": torch.tensor([True, False]),
     "empty": torch.zeros(0, 3),
+    "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
 }
 
 
@@ -69,6 +70,12 @@ def test_flipped_bit(saved: Path) -> None:
     saved.write_bytes(content)
     with pytest.raises(CheckpointError, match="damaged"):
         load_checkpoint(saved)
+
+
+def test_what_a_resumed_run_needs_is_not_in_the_readable_copy(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "last.safetensors", TENSORS, {"kind": "x", "resume": {"step": 3}})
+    assert "resume" not in json.loads((tmp_path / "last.json").read_text())
+    assert load_checkpoint(tmp_path / "last.safetensors")[1]["resume"] == {"step": 3}
 
 
 def test_foreign_files(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 
 import dvla_fast
 from dvla_fast.cli import main
+from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.engine.modes import evaluating
 from dvla_fast.engine.settings import UsageError
@@ -69,6 +70,22 @@ def test_says_what_the_model_says(make_checkpoint: Callable, text_scope: str) ->
     assert got.class_names == ("jay", "wren", "crow")
     assert got.predicted == [got.class_names[i] for i in expected.argmax(1).tolist()]
     assert not torch.allclose(expected, plain, atol=1e-4)  # the texts count
+
+
+@pytest.mark.parametrize("kind", ["metatune", "pretrain"])
+def test_all_weights_are_those_of_the_file(make_checkpoint: Callable, kind: str) -> None:
+    path = make_checkpoint(kind)
+    torch.manual_seed(7)  # not the one that the file was made with
+    found = dvla_fast.FewShotClassifier.load(path, "cpu").model.state_dict()
+    of_backbone = "model." if kind == "metatune" else "model.backbone."
+    stored = {
+        name.removeprefix("model."): tensor
+        for name, tensor in load_checkpoint(path)[0].items()
+        if name.startswith(of_backbone)
+    }
+    compared = {name for name in found if kind == "metatune" or name.startswith("backbone.")}
+    assert compared == stored.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
 
 
 @pytest.mark.parametrize(("text_scope", "sizes"), [("episode", [6, 6]), ("candidate", [2] * 6)])

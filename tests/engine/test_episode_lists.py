@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from dvla_fast.cli import main
 from dvla_fast.data import FewShotData
+from dvla_fast.engine import evaluate
 from dvla_fast.engine.episode_lists import AuthorsEpisodeSampler, build_sampler
 from dvla_fast.engine.settings import UsageError
 from tests.engine.runs import evaluate_arguments
@@ -44,3 +47,22 @@ def test_authors_list_of_another_seed_is_said(backbone: str, tmp_path: Path) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert main(evaluate_arguments(backbone, tmp_path / "zero", *authors)) == 0
+
+
+def test_authors_list_of_images_in_another_order_is_said(
+    backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_data = evaluate.build_data
+
+    def unordered(*given: Any, **options: Any) -> FewShotData:
+        data = build_data(*given, **options)
+        return replace(data, novel=replace(data.novel, file_order=False))
+
+    monkeypatch.setattr(evaluate, "build_data", unordered)
+    few = "--evaluate.episodes=2"
+    authors = [few, "--evaluate.episode_list=authors"]
+    with pytest.warns(UserWarning, match="images without file names, in an order of their publ"):
+        assert main(evaluate_arguments(backbone, tmp_path / "authors", *authors)) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(evaluate_arguments(backbone, tmp_path / "own", few)) == 0

@@ -19,6 +19,7 @@ from dvla_fast.nn import (
     visformer_tiny,
 )
 from dvla_fast.nn.backbones import small as small_backbone
+from dvla_fast.nn.backbones.base import drop_path
 from dvla_fast.nn.backbones.visformer import _normed
 
 
@@ -71,6 +72,12 @@ def test_visformer_tiny_is_timms(size: int, sides: tuple[int, int, int]) -> None
     ]
     assert all(shape[2] == backbone.widths[location] for location, shape in seen.items())
     assert tuple(seen) == backbone.blocks
+
+
+def test_small_stem_takes_odd_sizes_and_gates_where_asked() -> None:
+    backbone = visformer_tiny(33, depth=(1, 1, 1), locations=[(3, 0)]).eval()
+    assert backbone.locations == ((3, 0),)
+    assert backbone(torch.randn(1, 3, 33, 33)).shape == (1, 384)
 
 
 def test_small_backbone_is_small_and_sized_as_said() -> None:
@@ -143,6 +150,14 @@ def test_statistics_without_padding_keep_the_dtype(dtype: torch.dtype) -> None:
     got = _normed(norm, x, everything)
     assert got.dtype == dtype
     torch.testing.assert_close(got, norm(x))
+
+
+def test_padding_does_not_enter_statistics_that_are_not_kept() -> None:
+    norm = nn.BatchNorm2d(3, track_running_stats=False).eval()
+    x, seen = torch.randn(2, 3, 5, 1), torch.tensor([True, True, False, True, False])
+    mask = seen.expand(2, 1, 1, 5)
+    got = _normed(norm, x.where(seen[:, None], 50.0), mask)
+    torch.testing.assert_close(got[:, :, seen], norm(x[:, :, seen]))
 
 
 def test_gates_are_called_in_order_where_asked(backbone: GatedBackbone) -> None:
@@ -281,6 +296,13 @@ def test_training_mode_with_stochastic_depth() -> None:
     ).shape == (2, 384)
 
 
+def test_stochastic_depth_drops_whole_samples_and_rescales_the_rest() -> None:
+    out = drop_path(torch.ones(4000, 2, 3), 0.25, training=True)
+    assert out.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert torch.equal(out, out[:, :1, :1].expand_as(out))
+    assert out.mean().item() == pytest.approx(1.0, abs=0.05)
+
+
 def test_extra_tokens_are_refused_by_convolutions(backbone: GatedBackbone) -> None:
     assert not backbone.carries_extra((1, 0))
     assert backbone.carries_extra((3, 0))
@@ -318,6 +340,7 @@ def test_wrong_calls(backbone: GatedBackbone) -> None:
         ("num_heads", {"width": 10, "num_heads": 3}),
         ("location", {"locations": [(2, 7)]}),
         ("positive", {"in_channels": 0}),
+        ("positive", {"num_heads": 0}),
         ("drop_path_rate", {"drop_path_rate": 1.0}),
         ("drop_path_rate", {"drop_path_rate": -0.1}),
     ],

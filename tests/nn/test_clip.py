@@ -176,6 +176,18 @@ def test_weights_of_another_activation_are_refused(backbone: ClipViT) -> None:
         other.load_pretrained("openai")
 
 
+def test_weights_of_the_same_activation_are_fetched(
+    backbone: ClipViT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(open_clip, "create_model", unreachable)
+    same = ClipViT(backbone.net, "ViT-B-16-quickgelu")
+    with pytest.raises(CheckpointError, match=r"openai: cannot be loaded .*\(no network\)"):
+        same.load_pretrained("openai")
+
+
 def test_statistics_are_those_of_the_weights() -> None:
     assert clip_statistics("ViT-B-16")[0] == pytest.approx([0.4815, 0.4578, 0.4082], abs=1e-4)
     assert clip_statistics("ViT-B-16-SigLIP", "webli") == ([0.5] * 3, [0.5] * 3)

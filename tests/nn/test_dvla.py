@@ -340,6 +340,7 @@ def test_level_weights_of_a_wrong_kind(make_model: MakeModel, weights: Any, matc
     [
         (ValueError, "support: shape", {"support": torch.randn(3, 1, 8, 8)}),
         (ValueError, "query: shape", {"query": torch.randn(1, 6, 1, 8, 8)}),
+        (ValueError, "does not fit support", {"query": torch.randn(2, 6, 1, 8, 9)}),
         (ValueError, "at least one image", {"query": torch.randn(2, 0, 1, 8, 8)}),
         (TypeError, "support_labels", {"support_labels": torch.zeros(2, 3)}),
         (ValueError, "support_labels: shape", {"support_labels": torch.zeros(3).long()}),

@@ -134,6 +134,22 @@ def test_whole_model(make_model: Callable[..., DVLA], text_scope: str, alpha_sco
         torch.testing.assert_close(sums, rows)
 
 
+def test_whole_model_can_sample(make_model: Callable[..., DVLA]) -> None:
+    model = make_model().eval()
+    support, labels, query, _ = make_episodes(2, 3, 1, 1)
+    text = make_text(2, 3)
+
+    def drawn(**options: bool) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        found = explain_episodes(
+            model, support, labels, query, text, way=3, generator=generator, **options
+        )
+        return found.layers[0].alpha
+
+    assert torch.equal(drawn(sample=True), drawn(sample=True))
+    assert not torch.equal(drawn(sample=True), drawn())
+
+
 def test_candidates_are_not_kept(make_model: Callable[..., DVLA]) -> None:
     """Their tokens are many (way times the queries'), and nobody looks at their attention."""
     model = make_model(text_scope="candidate").eval()

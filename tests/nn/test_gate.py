@@ -405,12 +405,9 @@ def _tokens(images: int = 4, groups: int = 2) -> tuple[Tensor, Tensor]:
         (ValueError, "alpha: expected val", lambda z, t: ((z, t), {"alpha": torch.tensor(-0.1)})),
         (ValueError, "alpha: expected val", lambda z, t: ((z, t), {"alpha": z[:2, 0, 0] * 0 / 0})),
         (TypeError, "alpha: expected", lambda z, t: ((z, t), {"alpha": torch.ones(2).long()})),
+        (ValueError, "on meta, the tok", lambda z, t: ((z, t), {"alpha": z[0, 0, 0].to("meta")})),
         (ValueError, "action_logit: shape", lambda z, t: ((z, t), {"action_logit": z[:, 0, 0]})),
-        (
-            ValueError,
-            "exclude each other",
-            lambda z, t: ((z, t), {"alpha": 0.5, "action_logit": torch.zeros(2)}),
-        ),
+        (ValueError, "exclude each", lambda z, t: ((z, t), {"alpha": 0.5, "action_logit": z[0]})),
         (TypeError, "action_logit: expected a", lambda z, t: ((z, t), {"action_logit": 0.3})),
         (TypeError, "image_mask: expected a tensor", lambda z, t: ((z, t), {"image_mask": [True]})),
         (TypeError, "alpha: expected a tensor", lambda z, t: ((z, t), {"alpha": "0.3"})),
@@ -468,9 +465,10 @@ def test_deterministic_policies_have_no_action_to_score(make_gate: MakeGate, pol
         make_gate(policy=policy)(*_tokens(), action_logit=torch.zeros(2))
 
 
-def test_image_scope_has_no_supports(make_gate: MakeGate) -> None:
-    with pytest.raises(ValueError, match="state_images"):
-        make_gate(alpha_scope="image")(*_tokens(), state_images=1)
+@pytest.mark.parametrize("option", ["state_images", "episodes"])
+def test_image_scope_has_no_supports(make_gate: MakeGate, option: str) -> None:
+    with pytest.raises(ValueError, match="only alpha_scope='episode'"):
+        make_gate(alpha_scope="image")(*_tokens(), **{option: 1})
 
 
 def test_empty_tokens_and_impossible_gates_raise() -> None:

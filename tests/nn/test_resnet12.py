@@ -95,6 +95,19 @@ def test_dropblock_ramps_with_training_passes() -> None:
     assert shares[1] > 0.15
 
 
+@pytest.mark.parametrize(("options", "stage"), [({}, 2), ({"drop_block": False}, 3)])
+def test_elsewhere_dropout_is_there_from_the_start(options: dict, stage: int) -> None:
+    torch.manual_seed(0)
+    backbone = ResNet12(32, widths=WIDTHS, drop_rate=0.3, **options).train()
+    out = backbone._drop(torch.ones(64, 8, 8, 8), stage)
+    assert (out == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
+
+
+def test_grey_images() -> None:
+    backbone = ResNet12(16, in_channels=1, widths=WIDTHS, block_size=1, ramp_steps=1)
+    assert backbone(torch.randn(2, 1, 16, 16)).shape == (2, WIDTHS[3])
+
+
 def test_regularisation_shares_weights() -> None:
     first = ResNet12(16, widths=WIDTHS)
     second = ResNet12(16, widths=WIDTHS, drop_block=False, drop_rate=0.0)
@@ -109,6 +122,7 @@ def test_regularisation_shares_weights() -> None:
     [
         ("image_size", {"image_size": 15}),
         ("four positive", {"widths": (8, 8, 8)}),
+        ("four positive", {"widths": (8, 8, 8, 0)}),
         ("drop_rate", {"drop_rate": 1.0}),
         ("block_size", {"block_size": 0}),
         ("no such", {"locations": [(1, 1)]}),

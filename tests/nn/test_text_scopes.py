@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dvla_fast.nn import DVLA, TextTokens, prototype_logits
+from dvla_fast.nn.dvla import TEXT_SCOPES
 
 from .conftest import TEXT_DIM, make_episodes, make_text
 
@@ -178,6 +179,7 @@ def test_queries_that_do_not_fit_their_supports(make_model: MakeModel) -> None:
             r"features: shape .*, expected \(2, supports, ",
             {"features": features[..., :3]},
         ),
+        (ValueError, "features: shape", {"features": features.unsqueeze(-1)}),
         (TypeError, "features: expected a tensor", {"features": features.tolist()}),
         (ValueError, "support_labels: shape", {"support_labels": labels[:, :1]}),
         (TypeError, "support_labels: expected int64", {"support_labels": labels.float()}),
@@ -190,8 +192,15 @@ def test_class_scope_needs_even_texts(make_model: MakeModel) -> None:
     support, labels, query, _ = make_episodes(1, 3, 1, 1)
     text = make_text(1, 2, attributes=1)._replace(class_embedding=torch.randn(1, 3, TEXT_DIM))
     for scope in ("class", "candidate"):
-        with pytest.raises(ValueError, match="4 tokens do not fall into 3 classes"):
-            make_model(text_scope=scope)(support, labels, query, text, way=3)
+        model = make_model(text_scope=scope)
+        features, layers = model.support_features(support, labels, make_text(1, 3), way=3)
+        words = "4 tokens do not fall into 3 classes"
+        with pytest.raises(ValueError, match=words):
+            model(support, labels, query, text, way=3)
+        with pytest.raises(ValueError, match=words):
+            model.support_features(support, labels, text, way=3)
+        with pytest.raises(ValueError, match=words):
+            model.query_logits(features, labels, query, text, layers, way=3)
 
 
 def test_class_scope_weighs_each_class_by_its_own_levels(make_model: MakeModel) -> None:
@@ -254,3 +263,15 @@ def test_later_queries_take_the_mean_in_training_too(
     torch.testing.assert_close(
         model.query_logits(features, labels, query, text, layers, way=3), want
     )
+
+
+@pytest.mark.parametrize("text_scope", TEXT_SCOPES)
+def test_pooled_tokens_of_a_half_precision_model_are_float32(
+    make_model: MakeModel, text_scope: str
+) -> None:
+    model = make_model(text_scope=text_scope).bfloat16()
+    support, labels, query, _ = make_episodes(1, 2, 1, 1)
+    output = model(support.bfloat16(), labels, query.bfloat16(), make_text(1, 2), way=2)
+    for trace in output.layers:
+        for name in ("support_before", "support_after", "query_before", "query_after", "fused"):
+            assert getattr(trace, name).dtype == torch.float32, name

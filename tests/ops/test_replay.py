@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dvla_fast import _extension
+from dvla_fast.ops import replay
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -313,3 +315,18 @@ def test_many_kinds_of_calls_and_threads(gpu: FakeGPU) -> None:
         thread.join()
     assert not errors
     assert len(gpu.by_triton) + len(gpu.by_replay) == 4 * 60
+
+
+@pytest.mark.parametrize(
+    ("unusual", "plain"),
+    [
+        ({}, True),
+        ({"num_ctas": 2}, False),
+        ({"shared": 300_000}, False),
+        ({"launch_pdl": True}, False),
+        ({"global_scratch_size": 64}, False),
+    ],
+)
+def test_what_a_launch_of_ones_own_cannot_be_is_not_recorded(unusual: dict, plain: bool) -> None:
+    metadata = {"num_ctas": 1, "shared": 1024, "launch_pdl": False, "global_scratch_size": 0}
+    assert replay._is_plain(SimpleNamespace(**{**metadata, **unusual})) is plain

@@ -98,6 +98,22 @@ def test_a_column_for_each_number_of_supports(tmp_path: Path) -> None:
     assert "in percent over 200 episodes; ± 1.96·s/√n over the episodes." in text
 
 
+def test_the_legend_says_what_each_half_width_is(tmp_path: Path) -> None:
+    runs = [evaluation(tmp_path / name, r) for name, r in (("a", 0.5), ("b", 0.53))]
+    other = evaluation(tmp_path / "mlp", 0.8, recipe={**RECIPE, "model": {"policy": "mlp"}})
+    several = "± the 95 % t interval over the trainings (2)"
+    assert f" over 200 episodes; {several}; n/a" in table(tmp_path / "t.MD", *runs)
+    both = f"; ± 1.96·s/√n over the episodes; {several}, where there are several; n/a"
+    assert both in table(tmp_path / "t.md", *runs, other)
+
+
+def test_a_method_that_one_of_several_trainings_lacks_is_left_out(tmp_path: Path) -> None:
+    one = evaluation(tmp_path / "a", 0.5)
+    two = evaluation(tmp_path / "b", 0.53, methods={"learned gate": {"accuracy": 0.53, "ci95": 0}})
+    (row,) = csv.DictReader(table(tmp_path / "t.csv", one, two).splitlines())
+    assert (row["runs"], row["method"]) == ("a, b", "learned gate")
+
+
 def test_latex(tmp_path: Path) -> None:
     run = evaluation(tmp_path / "my_run", 0.5, dataset="R&D $x$ 100%")
     lines = table(tmp_path / "t.tex", run).splitlines()

@@ -38,6 +38,8 @@ def test_digits_bank_describes_every_digit() -> None:
 def test_missing_classes_are_named() -> None:
     with pytest.raises(BankError, match=r"lacks 2 class.*'owl'.*'jay'"):
         load_bank("digits").require(["one", "owl", "jay"])
+    with pytest.raises(BankError, match=r"lacks 1 class.*: 'sevn' \(near 'sevn': 'seven'"):
+        load_bank("digits").require(["one", "sevn"])
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,24 @@ def test_incomplete_class_is_refused(entry: object, message: str) -> None:
         SemanticBank.from_dict({"classes": {"owl": GOOD, "jay": entry}}, "bank.json")
 
 
+@pytest.mark.parametrize("wrong", [{"encoder": 3}, {"dim": 0}, {"dim": True}, {"sha256": None}])
+def test_wrong_notes_of_vectors_are_refused(wrong: dict) -> None:
+    vectors = {"encoder": "x", "dim": 16, "sha256": "0", **wrong}
+    with pytest.raises(BankError, match=r"'vectors' must be \{encoder, dim, sha256\}"):
+        SemanticBank.from_dict({"vectors": vectors, "classes": {"owl": GOOD}})
+
+
+def test_texts_are_taken_without_the_blanks_around_them() -> None:
+    entry = {
+        "attributes": [" a "],
+        "description": " A bird.\n",
+        "candidates": [{"text": "x "}, "a"],
+    }
+    bank = SemanticBank.from_dict({"classes": {"owl": entry}})
+    candidates = (Candidate("x"), Candidate("a"))
+    assert bank.classes["owl"] == ClassEntry(("a",), "A bird.", candidates)
+
+
 @pytest.mark.parametrize(
     "content", [[], {}, {"classes": {}}, {"format": "other/9", "classes": {"owl": GOOD}}]
 )
@@ -110,7 +130,7 @@ def test_bank_with_a_number_that_json_lacks_is_not_written(tmp_path: Path) -> No
         ('{"classes": {"a": {"note": NaN}}}', "NaN is no number that JSON has"),
         ('{"classes": {"a": {"note": [-Infinity]}}}', "-Infinity is no number"),
         ('{"classes": {"a": {"note": 1e999}}}', "1e999 is no number"),
-        ('{"classes": {"a": {}, "a": {}}}', "'a' appears twice"),
+        ('{"classes": {"a": {}, "b": {}, "a": {}}}', r"bank\.json: 'a' appears twice"),
     ],
 )
 def test_damaged_file_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -223,6 +223,19 @@ def test_bank_records_everything(tmp_path: Path) -> None:
     assert steps[-1] == ("description", 3, 3)
 
 
+def test_prompts_and_settings_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("List {count} marks of the {class}.")
+    own = Prompts.load(str(tmp_path / "own.txt"))
+    model, settings = Scripted(), Settings(top_k=2, count=7)
+    classes = [ClassSource("Crow"), ClassSource("Gull", (image(0),))]
+    path = tmp_path / "b.json"
+    construct_bank(classes, model, ENCODER, path, prompts=own, settings=settings)
+    assert "List 7 marks of the Crow." in [request.prompt for request in model.asked]
+    record = load_bank(path).provenance
+    assert record["prompts"]["candidates-by-name"] == own.by_name.record()
+    assert record["kind"] == "support-images"  # of one class
+
+
 def test_dropped_candidates_are_recorded_with_the_reason(tmp_path: Path) -> None:
     answer = json.dumps(["black bill", "Black bill.", "x" * 500, "white face"])
     construct_bank(CLASSES, spoil("candidates", "Crow", answer), ENCODER, tmp_path / "b.json")

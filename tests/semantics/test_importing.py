@@ -56,6 +56,19 @@ def test_descriptions_and_attributes_of_two_files(tmp_path: Path) -> None:
     assert_unit(texts.class_embedding)
 
 
+def test_one_level_of_two_files_is_refused(tmp_path: Path) -> None:
+    paths = [save(tmp_path / f"{x}.pth", {"semantic_feature": features(x)}) for x in ("owl", "jay")]
+    with pytest.raises(
+        BankError, match=r"jay\.pth: holds descriptions again; give one file for ea"
+    ):
+        read_published(paths)
+
+
+def test_the_lengths_of_vectors_are_told(tmp_path: Path) -> None:
+    vectors = {"owl": torch.tensor([0.0, 3.0]), "jay": torch.tensor([-4.0, 3.0])}
+    assert read_published([save(tmp_path / "s.pth", {"semantic_feature": vectors})]).norms == (3, 5)
+
+
 def test_two_files_of_one_name_are_both_on_record(tmp_path: Path) -> None:
     for folder in "ab":
         (tmp_path / folder).mkdir()

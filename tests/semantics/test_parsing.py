@@ -157,6 +157,12 @@ def test_sure_footed() -> None:
     assert found.dropped == (("sure, a bill", "not about an attribute"),)
 
 
+def test_letters_of_other_scripts_are_few() -> None:
+    found = parse_attributes(Answer('["β-carotene in the bill", "40-50 mm 长嘴", "red legs"]'), "x")
+    assert found.kept == ("β-carotene in the bill", "red legs")
+    assert found.dropped == (("40-50 mm 长嘴", "not in English"),)
+
+
 @pytest.mark.parametrize(
     "text",
     [

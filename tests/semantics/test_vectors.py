@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from dvla_fast.engine.config import SemanticsConfig
 from dvla_fast.engine.texts import build_texts
 from dvla_fast.errors import BankError, OutputError
 from dvla_fast.semantics import HashedNGramEncoder, encode_bank, load_bank
-from dvla_fast.semantics.vectors import _PARTS, FORMAT, CachedEncoder, vectors_path
+from dvla_fast.semantics.vectors import _PARTS, FORMAT, CachedEncoder, make_room, vectors_path
 
 ENTRIES = {
     "owl": {"attributes": ["round face", "big eyes"], "description": "A night bird."},
@@ -62,6 +63,25 @@ def test_an_edit_encodes_only_what_changed(bank: Path) -> None:
     assert not torch.equal(changed[0, 1], tokens[0, 1])
     assert second.save(prune=True) == 6  # the old text is gone
     assert cached(bank, inner).missing(["big eyes", "small eyes"]) == ["big eyes"]
+    assert cached(bank, inner).save(prune=True) == 0
+    assert cached(bank, inner).missing(["small eyes"]) == ["small eyes"]
+
+
+def test_an_encoder_that_does_not_count_tokens(bank: Path) -> None:
+    inner: Any = SimpleNamespace(dim=3, encode=lambda texts: torch.eye(len(texts), 3))
+    assert torch.equal(cached(bank, inner).encode(["round face", "big eyes"]), torch.eye(2, 3))
+
+
+@pytest.mark.parametrize("bundled", [True, False])
+def test_where_vectors_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundled: bool
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    source = load_bank("digits").source if bundled else tmp_path / "file" / "birds.json"
+    way_out = "set XDG_CACHE_HOME to a folder" if bundled else "copy the bank to a folder"
+    with pytest.raises(OutputError, match=way_out):
+        make_room(vectors_path(source))
 
 
 def test_what_another_process_wrote_meanwhile_stays(bank: Path) -> None:
@@ -147,6 +167,7 @@ def test_wrong_files_are_refused(bank: Path, damage: str) -> None:
     ("info", "vectors", "message"),
     [
         ({}, torch.ones(1, 1), r"birds\.safetensors: not usable \('kind'\)"),
+        ({"kind": "bank"}, torch.eye(1, 16), "holds the vectors of a bank without words"),
         ({"kind": "cache"}, torch.ones(1), "its parts have other shapes than are written"),
         ({"kind": "cache"}, torch.ones(1, 16), "it holds vectors that are no unit vectors"),
         ({"kind": "cache"}, torch.full((1, 16), torch.nan), "no unit vectors"),

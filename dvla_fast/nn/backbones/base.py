@@ -158,7 +158,7 @@ class GatedBackbone(nn.Module):
         checked: list[Location] = []
         for pair in locations:
             location = tuple(pair) if isinstance(pair, Sequence) else (pair,)
-            if len(location) != 2 or location not in self.widths:
+            if location not in self.widths:
                 raise ValueError(
                     f"location {location}: no such (stage, block); stages 1 to"
                     f" {len(self.depths)} have {self.depths} blocks, counted from 0"

@@ -117,6 +117,11 @@ def weighted_rewards(
     return sum(terms[1:], start=terms[0]), parts
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype of ``x``, at least float32: half types would round shares and cosines."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def discounted_returns(rewards: Tensor, discount: float) -> Tensor:
     """G_t = Σ_{k ≥ t} discount^(k − t) R_k over the gated layers: (L, E) -> (L, E).
 
@@ -145,7 +150,7 @@ def episode_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
         TypeError, ValueError: labels that do not fit the logits.
     """
     check_labels("labels", labels, logits.shape[:-1], logits.shape[-1])
-    return (logits.argmax(-1) == labels).to(torch.float32).mean(-1)
+    return (logits.argmax(-1) == labels).to(_wide(logits)).mean(-1)
 
 
 @torch.no_grad()
@@ -181,7 +186,8 @@ def alignment_cosine(aligned: Tensor, class_embedding: Tensor, labels: Tensor) -
     check_labels("labels", labels, aligned.shape[:-1], class_embedding.shape[1])
     index = labels.unsqueeze(-1).expand(-1, -1, class_embedding.shape[-1])
     target = class_embedding.gather(1, index)  # [E, M, text_dim]
-    return F.cosine_similarity(aligned.float(), target.float(), dim=-1)
+    wide = torch.promote_types(_wide(aligned), target.dtype)
+    return F.cosine_similarity(aligned.to(wide), target.to(wide), dim=-1)
 
 
 @torch.no_grad()
@@ -261,9 +267,13 @@ def _accuracy(inputs: RewardInputs) -> Tensor:
 @register_reward("log_likelihood")
 def _log_likelihood(inputs: RewardInputs) -> Tensor:
     """Mean log-probability of the queries' true classes: accuracy without its steps."""
-    logits, labels = inputs.output.logits.float(), inputs.query_labels
+    logits, labels = inputs.output.logits, inputs.query_labels
     check_labels("query_labels", labels, logits.shape[:-1], logits.shape[-1])
-    chosen = torch.log_softmax(logits, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    chosen = (
+        torch.log_softmax(logits, dim=-1, dtype=_wide(logits))
+        .gather(-1, labels.unsqueeze(-1))
+        .squeeze(-1)
+    )
     return chosen.mean(-1).expand(len(inputs.output.layers), -1)
 
 

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dvla_fast.nn import EpisodeOutput, LayerTrace, TextTokens
 from dvla_fast.rl import (
     RewardInputs,
     accuracy_reward,
+    alignment_cosine,
     alignment_loss,
     discounted_returns,
     episode_accuracy,
@@ -45,6 +47,25 @@ def test_similarity_reward_is_the_mean_cosine_with_the_true_class() -> None:
     embedding = torch.tensor([[[5.0, 0.0], [0.0, 1.0]]])
     reward = similarity_reward(aligned, embedding, torch.tensor([[0, 0, 1]]))
     torch.testing.assert_close(reward, torch.tensor([(1 + 0 + 0.5**0.5) / 3]))
+
+
+def test_double_features_are_not_rounded_to_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    aligned = torch.randn(2, 3, 4, generator=generator).double().requires_grad_()
+    embedding = torch.randn(2, 5, 4, generator=generator).double()
+    labels = torch.tensor([[0, 1, 4], [2, 2, 3]])
+    assert torch.autograd.gradcheck(lambda x: alignment_cosine(x, embedding, labels), (aligned,))
+    logits = torch.randn(2, 3, 5, generator=generator).double()
+    share = episode_accuracy(logits, logits.argmax(-1) * torch.tensor([1, 1, 0]))
+    assert share.dtype == torch.float64
+    features = torch.zeros(2, 5, 4).double()
+    layer = trace(aligned.detach(), (features, features, features, features))
+    inputs = RewardInputs(
+        EpisodeOutput(logits, (layer,), labels), labels, TextTokens(embedding, labels[0], embedding)
+    )
+    found = weighted_rewards({"log_likelihood": 1.0}, inputs)[0]
+    expected = -F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
+    torch.testing.assert_close(found, expected[None])
 
 
 def test_accuracy_reward_counts_what_the_gate_mended() -> None:

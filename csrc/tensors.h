@@ -8,31 +8,17 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/DimVector.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 
 namespace dvla_fast {
-
-// Asks for large pages where malloc takes memory from the system anew each time (glibc: from 32 MiB
-// on): 512 times fewer page faults, which are else a seventh of a large layer's time.
-inline void prefer_large_pages(const at::Tensor& x) {
-  constexpr size_t kAlwaysMapped = size_t{32} << 20, kPage = 4096;
-  if (x.nbytes() < kAlwaysMapped) return;
-  const auto first = reinterpret_cast<uintptr_t>(x.const_data_ptr());
-  const uintptr_t begin = (first + kPage - 1) / kPage * kPage;
-  // A hint: where the system knows none, nothing is lost.
-  (void)madvise(reinterpret_cast<void*>(begin), first + x.nbytes() - begin, MADV_HUGEPAGE);
-}
 
 inline at::Tensor new_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const at::Context& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
     return at::empty(sizes, options);  // which fills it
   }
-  const at::Tensor x(at::detail::empty_cpu(sizes, options));
-  prefer_large_pages(x);
-  return x;
+  return at::Tensor(at::detail::empty_cpu(sizes, options));
 }
 
 // float32 or float64.

@@ -1,4 +1,4 @@
-"""Memory of dual attention on the CPU: no matrix of scores, no copied text, large pages."""
+"""Peak memory of dual attention on the CPU: no matrix of scores, no copy of a shared text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from dvla_fast import _extension
 from dvla_fast.functional import dual_attention
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MB = 1 << 20
 
 # Scores of the images: 128 MB. A text of 6 MB, 96 MB when every image has a copy; so its values.
@@ -60,27 +59,3 @@ def test_no_score_matrix_and_no_expanded_text(dtype: torch.dtype) -> None:
     assert plain > scores, "the measure does not see what it is to measure"
     assert alone < grad_out.nbytes + 16 * MB
     assert whole < results + 64 * MB  # partial sums, and what the forward saves
-
-
-@pytest.mark.skipif(_extension.problem is not None, reason=str(_extension.problem))
-@pytest.mark.skipif(not LARGE_PAGES.exists(), reason="this system has no large pages")
-def test_large_results_ask_for_large_pages() -> None:
-    """From 32 MiB on, where glibc maps memory anew for each call. `hg` is the system's mark."""
-    query, text = torch.zeros(1, 8, 128, 128), torch.zeros(1, 8, 1, 128)
-    image = torch.zeros(64, 8, 1, 128)
-    out = dual_attention(query, image, image, text, text, torch.zeros(64, 8), backend="cpp")
-    assert out.nbytes == 32 * MB
-    assert "hg" in flags_at(out.data_ptr() + out.nbytes // 2)
-
-
-def flags_at(address: int) -> list[str]:
-    """The system's flags of the mapping that holds an address."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first, *rest = line.split()
-        if not first.endswith(":"):
-            begin, end = (int(x, 16) for x in first.split("-"))
-            inside = begin <= address < end
-        elif inside and first == "VmFlags:":
-            return rest
-    raise AssertionError("no mapping holds the address")

@@ -263,6 +263,17 @@ def test_broken_weights_are_reported(
         image_features(model.backbone, few_digits, few_digits.novel)
 
 
+def test_weights_too_large_for_float32_are_reported(
+    few_digits: FewShotData, texts: EncodedTexts, make_model: Callable[..., DVLA]
+) -> None:
+    model = make_model().eval()
+    with torch.no_grad():
+        model.gates[1].out_projection.weight.fill_(3e38)  # type: ignore[union-attr,operator]
+    predictor = EpisodePredictor(model, few_digits, texts, "novel")
+    with pytest.raises(TrainingError, match="logits are NaN or infinite; the weights are broken"):
+        predictor.predict(EpisodeSampler(few_digits.novel, 5, 1, 2, 0), 2)
+
+
 def test_training_cannot_read_the_test_split(
     few_digits: FewShotData, texts: EncodedTexts, make_model: Callable[..., DVLA]
 ) -> None:

@@ -146,6 +146,8 @@ def discounted_returns(rewards: Tensor, discount: float) -> Tensor:
 def episode_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of right queries in each episode: logits (E, Q, way), labels (E, Q) -> (E,).
 
+    In the dtype of the logits, at least float32.
+
     Raises:
         TypeError, ValueError: labels that do not fit the logits.
     """
@@ -172,7 +174,13 @@ def similarity_reward(aligned: Tensor, class_embedding: Tensor, labels: Tensor) 
 
 
 def alignment_cosine(aligned: Tensor, class_embedding: Tensor, labels: Tensor) -> Tensor:
-    """cos(U·GAP(H), t*) of every image, (E, M), differentiable; shapes as in similarity_reward."""
+    """cos(U·GAP(H), t*) of every image, (E, M), differentiable; shapes as in similarity_reward.
+
+    In the wider of the two dtypes, at least float32.
+
+    Raises:
+        TypeError, ValueError: labels or embeddings that do not fit.
+    """
     for name, tensor in (("aligned", aligned), ("class_embedding", class_embedding)):
         expect_tensor(name, tensor)
         if tensor.dim() != 3:

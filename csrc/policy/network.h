@@ -48,19 +48,18 @@ void normalise_backward(const wide_t* y, double factor, int64_t n, wide_t* grad)
   }
 }
 
-// GELU(x) = x Phi(x), and its derivative Phi(x) + x phi(x).
+// Phi(x), which GELU(x) = x Phi(x) is made of, and the derivative of that, Phi(x) + x phi(x).
 template <class wide_t>
-struct Gelu {
-  explicit Gelu(const Vec<wide_t>& x) {
-    const Vec<wide_t> half(wide_t(0.5)), one(wide_t(1));
-    const Vec<wide_t> below = half * (one + (x * Vec<wide_t>(wide_t(M_SQRT1_2))).erf());
-    const Vec<wide_t> density = (x * x * Vec<wide_t>(wide_t(-0.5))).exp() *
-                                Vec<wide_t>(wide_t(0.5 * M_SQRT1_2 * M_2_SQRTPI));
-    value = x * below;
-    slope = below + x * density;
-  }
-  Vec<wide_t> value, slope;
-};
+inline Vec<wide_t> below(const Vec<wide_t>& x) {
+  return Vec<wide_t>(wide_t(0.5)) *
+         (Vec<wide_t>(wide_t(1)) + (x * Vec<wide_t>(wide_t(M_SQRT1_2))).erf());
+}
+template <class wide_t>
+inline Vec<wide_t> gelu_slope(const Vec<wide_t>& x, const Vec<wide_t>& below) {
+  const Vec<wide_t> density =
+      (x * x * Vec<wide_t>(wide_t(-0.5))).exp() * Vec<wide_t>(wide_t(0.5 * M_SQRT1_2 * M_2_SQRTPI));
+  return below + x * density;
+}
 
 // f(first, count) over n values in vectors.
 template <class wide_t, class F>
@@ -244,8 +243,8 @@ class Network {
   wide_t logit(const wide_t* hidden, wide_t bias) const {
     Vec<wide_t> sum(wide_t(0));
     each_vector<wide_t>(units_, [&](int64_t i, int64_t count) {
-      const Gelu<wide_t> gelu(Vec<wide_t>::loadu(hidden + i, count));
-      sum = at::vec::fmadd(gelu.value, Vec<wide_t>::loadu(out_ + i, count), sum);
+      const auto x = Vec<wide_t>::loadu(hidden + i, count);
+      sum = at::vec::fmadd(x * below(x), Vec<wide_t>::loadu(out_ + i, count), sum);
     });
     return attention::sum_lanes(sum) + bias;
   }
@@ -266,11 +265,11 @@ class Network {
         Vec<wide_t> of_bias(wide_t(0)), of_out(wide_t(0));
         for (int64_t a = 0; a < z_.A; ++a) {
           const Vec<wide_t> slope(grad_logits[a]);
-          const Gelu<wide_t> gelu(Vec<wide_t>::loadu(hidden + a * units_ + i, count));
-          const Vec<wide_t> grad = slope * out * gelu.slope;
+          const auto x = Vec<wide_t>::loadu(hidden + a * units_ + i, count), part = below(x);
+          const Vec<wide_t> grad = slope * out * gelu_slope(x, part);
           grad.store(grad_hidden + a * units_ + i, count);
           of_bias = of_bias + grad;
-          of_out = at::vec::fmadd(slope, gelu.value, of_out);
+          of_out = at::vec::fmadd(slope, x * part, of_out);
         }
         of_bias.store(grad_hidden_bias + i, count);
         of_out.store(grad_out_weight + i, count);

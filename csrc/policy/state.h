@@ -8,6 +8,7 @@
 #include <cmath>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "attention/problem.h"
@@ -20,6 +21,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // Tokens that are added up in their own precision before they join the sum in float64.
 constexpr int64_t kRunTokens = 32;
+// Pairs of vectors that are summed at a time, in registers (of which there are 16 or more).
+constexpr int kSumPairs = 6;
 // torch.nn.functional.cosine_similarity: the smallest norm it divides by.
 constexpr double kSmallestNorm = 1e-8;
 
@@ -71,6 +74,52 @@ class Tokens {
   int64_t tokens_, outer_ = 0, step_ = 0;
 };
 
+// Two vectors of values in the type of sums; of `n` values, the rest 0.
+template <class scalar_t>
+inline std::pair<attention::Vec<Acc<scalar_t>>, attention::Vec<Acc<scalar_t>>> load_two(
+    const scalar_t* from, int64_t n) {
+  using V = attention::Vec<Acc<scalar_t>>;
+  if constexpr (std::is_same_v<scalar_t, Acc<scalar_t>>) {
+    if (n >= 2 * V::size()) return {V::loadu(from), V::loadu(from + V::size())};
+    if (n <= V::size()) return {V::loadu(from, n), V(scalar_t(0))};
+    return {V::loadu(from), V::loadu(from + V::size(), n - V::size())};
+  } else {
+    using H = attention::Vec<scalar_t>;
+    const auto [low, high] =
+        at::vec::convert_to_float(n >= H::size() ? H::loadu(from) : H::loadu(from, n));
+    return {low, high};
+  }
+}
+
+// sums (columns, in whole pairs of vectors) = the sum of those of `tokens` rows that count, in as
+// many pairs of registers at a time: nothing but the tokens passes through memory.
+template <int kPairs, class scalar_t, class Keep>
+inline void sum_rows(const scalar_t* from, int64_t step, int64_t tokens, int64_t columns,
+                     const Keep& keep, Acc<scalar_t>* sums) {
+  using V = attention::Vec<Acc<scalar_t>>;
+  constexpr int64_t wide = 2 * V::size(), least = kPairs > 1 ? kPairs * wide : 1;
+  int64_t column = 0;
+  for (; column + least <= columns; column += kPairs * wide) {
+    V sum[2 * kPairs];
+    std::fill_n(sum, 2 * kPairs, V(0));
+    const int64_t count = std::min(kPairs * wide, columns - column);
+    for (int64_t n = 0; n < tokens; ++n) {
+      if (!keep(n)) continue;
+      const scalar_t* row = from + n * step + column;
+#pragma GCC unroll 6
+      for (int p = 0; p < kPairs; ++p) {
+        const auto [low, high] = load_two(row + p * wide, kPairs > 1 ? wide : count);
+        sum[2 * p] = sum[2 * p] + low, sum[2 * p + 1] = sum[2 * p + 1] + high;
+      }
+    }
+#pragma GCC unroll 12
+    for (int v = 0; v < 2 * kPairs; ++v) sum[v].store(sums + column + v * V::size());
+  }
+  if constexpr (kPairs > 1) {
+    sum_rows<kPairs / 2>(from + column, step, tokens, columns - column, keep, sums + column);
+  }
+}
+
 // Rows `ld` apart of out (x.size(0), C) = means of the tokens that count, 0 where none does.
 template <class wide_t>
 void token_means(const at::Tensor& tokens, const OptionalTensor& mask, wide_t* out, int64_t ld) {
@@ -80,24 +129,18 @@ void token_means(const at::Tensor& tokens, const OptionalTensor& mask, wide_t* o
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, x.scalar_type(), "gate_policy_means", [&] {
         const scalar_t* data = x.const_data_ptr<scalar_t>();
+        constexpr int64_t wide = 2 * attention::kLanes<Acc<scalar_t>>;
         parallel_items(x.size(0), [&](int64_t begin, int64_t end) {
-          std::vector<Acc<scalar_t>> run(C), row(C);
+          std::vector<Acc<scalar_t>> run(attention::ceil_div(C, wide) * wide);
           std::vector<double> total(C);
           for (int64_t i = begin; i < end; ++i) {
             const double share = 1.0 / std::max<int64_t>(1, keep.count(i));
             if (L > kRunTokens) std::fill(total.begin(), total.end(), 0.0);
             for (int64_t first = 0; first < L; first += kRunTokens) {
-              std::fill(run.begin(), run.end(), Acc<scalar_t>(0));
-              for (int64_t n = first; n < std::min(L, first + kRunTokens); ++n) {
-                if (!keep(i, n)) continue;
-                const scalar_t* from = data + i * x.stride(0) + n * x.stride(1);
-                if constexpr (std::is_same_v<scalar_t, Acc<scalar_t>>) {
-                  for (int64_t c = 0; c < C; ++c) run[c] += from[c];
-                } else {
-                  attention::load_row(from, 1, C, 1.0f, row.data());
-                  for (int64_t c = 0; c < C; ++c) run[c] += row[c];
-                }
-              }
+              sum_rows<kSumPairs>(
+                  data + i * x.stride(0) + first * x.stride(1), x.stride(1),
+                  std::min(kRunTokens, L - first), C, [&](int64_t n) { return keep(i, first + n); },
+                  run.data());
               if (L <= kRunTokens) break;  // the only run
               for (int64_t c = 0; c < C; ++c) total[c] += run[c];
             }

@@ -204,6 +204,22 @@ def test_state_alone(case: Case, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", [CPP])
+@pytest.mark.parametrize("width", [33, 48, 95, 192, 325])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_means_of_any_width(dtype: torch.dtype, width: int, backend: str) -> None:
+    """Columns are summed as many at a time as registers hold, then fewer, then what is left."""
+    case = Case(3, 3, 40, 2, width, 1)
+    image, text, *_ = make(case, dtype)
+    rows = image.new_zeros(3, 40, width + 3)[..., 1:-2].copy_(image)  # aligned to nothing
+    mask = make_masks(case)["image_mask"]
+    for masks, kept in (({}, torch.ones_like(mask)), ({"image_mask": mask}, mask)):
+        state = gate_state(rows, text, backend=backend, **masks)
+        sums = (image.double() * kept.unsqueeze(-1)).sum(1)
+        want = (sums / kept.sum(1, keepdim=True).clamp_min(1)).float()
+        torch.testing.assert_close(state[:, :width], want, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", [CPP])
 def test_long_means_do_not_drift(backend: str) -> None:
     """100 000 tokens far from 0: the sum of runs keeps float32's digits."""
     gen = torch.Generator().manual_seed(0)

@@ -168,6 +168,9 @@ def compact(record: dict) -> dict:
         "commit": commit.get("id"),
         "uncommitted_changes": commit.get("dirty"),
         "cpu": cpu.get("brand_raw"),
+        # Virtual machines often name no more of their processor than these.
+        "cpu_family": cpu.get("family"),
+        "cpu_model": cpu.get("model"),
         "cores": cpu.get("count"),
         **{key: machine["dvla_fast"][key] for key in ("dvla_fast", "torch", "threads")},
         "cpu_capability": machine["dvla_fast"]["cpu_capability"],

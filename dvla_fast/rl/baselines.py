@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from dvla_fast import _extension
-from dvla_fast.arguments import expect_number, expect_tensor, expect_whole
+from dvla_fast.arguments import expect_number, expect_whole
 from dvla_fast.nn.layers import reset_parts
 from dvla_fast.nn.policy import StateNetwork
 from dvla_fast.ops.value_checks import require, value_checks
-from dvla_fast.rl.checks import expect_layers
+from dvla_fast.rl.checks import expect_layers, expect_rewards
 
 
 class EMABaseline(nn.Module):
@@ -70,11 +70,11 @@ class EMABaseline(nn.Module):
         """Rewards (L, E) -> baseline (L, 1) from earlier steps; takes these in when training.
 
         Raises:
-            TypeError: rewards that are no tensor.
+            TypeError: rewards that are no floating-point tensor.
             ValueError: rewards of another shape; NaN or infinite ones to take in.
         """
-        expect_tensor("rewards", rewards)
-        if rewards.dim() != 2 or rewards.shape[0] != self.value.shape[0]:
+        expect_rewards(rewards)
+        if rewards.shape[0] != self.value.shape[0]:
             raise ValueError(
                 f"rewards: shape {tuple(rewards.shape)}, expected ({self.value.shape[0]}, E)"
             )
@@ -119,10 +119,11 @@ class LeaveOneOutBaseline(nn.Module):
         """Rewards (L, E) -> baseline (L, E).
 
         Raises:
-            TypeError: rewards that are no tensor.
-            ValueError: E does not fall into groups of ``samples`` of at least two.
+            TypeError: rewards that are no floating-point tensor.
+            ValueError: rewards of another shape; E does not fall into groups of ``samples`` of at
+                least two.
         """
-        expect_tensor("rewards", rewards)
+        expect_rewards(rewards)
         count = rewards.shape[-1] if self.samples is None else self.samples
         if count < 2 or rewards.shape[-1] % count:
             raise ValueError(
@@ -167,11 +168,11 @@ class ValueBaseline(nn.Module):
         """Rewards (L, E) and states, (E, 2·d + 1) or (E, n, 2·d + 1) a layer -> values (L, E).
 
         Raises:
-            TypeError: rewards that are no tensor.
+            TypeError: rewards that are no floating-point tensor.
             ValueError: rewards of another shape; no states, or states of another number of layers
                 or episodes or of another width.
         """
-        expect_layers("rewards", rewards)
+        expect_rewards(rewards)
         if states is None:
             raise ValueError("states: the value network needs the states of the gates")
         if len(states) != len(self.networks) or rewards.shape[0] != len(self.networks):

@@ -22,6 +22,13 @@ def expect_layers(name: str, x: Tensor, decisions: bool = False) -> None:
         )
 
 
+def expect_rewards(rewards: Tensor) -> None:
+    """Likewise for rewards (layers, episodes), which are floating-point: so are their baselines."""
+    expect_layers("rewards", rewards)
+    if not rewards.is_floating_point():
+        raise TypeError(f"rewards: expected a floating tensor, got {rewards.dtype}")
+
+
 def expect_scores(name: str, x: Tensor, decisions: Tensor) -> None:
     """Likewise unless x (…, outputs) holds a score for each of the decisions (…)."""
     expect_tensor(name, x)

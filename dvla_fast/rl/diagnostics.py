@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dvla_fast.arguments import expect_tensor
 from dvla_fast.rl.checks import expect_layers, expect_scores
 
 COLLAPSE_EDGE = 0.02
@@ -65,7 +66,19 @@ def gradient_figures(coefficient: Tensor, score: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def alpha_figures(alphas: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Of all decisions of each layer's α: mean, deviation, share near 0 or 1 -> (L,) each."""
+    """Of all decisions of each layer's α: mean, deviation, share near 0 or 1 -> (L,) each.
+
+    Raises:
+        TypeError: an α that is no tensor.
+        ValueError: no layer, or a layer without a decision.
+    """
+    for alpha in alphas:
+        expect_tensor("alphas", alpha)
+    if not alphas or any(not alpha.numel() for alpha in alphas):
+        raise ValueError(
+            f"alphas: expected at least one layer and one decision of each, got shapes"
+            f" {[tuple(alpha.shape) for alpha in alphas]}"
+        )
     flat = [alpha.float().flatten() for alpha in alphas]
     ends = [torch.minimum(alpha, 1 - alpha) < COLLAPSE_EDGE for alpha in flat]
     return {

@@ -17,7 +17,7 @@ from dvla_fast.arguments import expect_number, expect_tensor
 from dvla_fast.nn.episode import EpisodeOutput, TextTokens
 from dvla_fast.nn.episode_checks import check_labels
 from dvla_fast.rl.baselines import normalise_advantage
-from dvla_fast.rl.checks import expect_layers, expect_scores
+from dvla_fast.rl.checks import expect_layers, expect_rewards, expect_scores
 from dvla_fast.rl.diagnostics import advantage_figures, alpha_figures, gradient_figures
 from dvla_fast.rl.objectives import (
     LARGEST_LOG_RATIO,
@@ -231,10 +231,8 @@ class PolicyLoss(nn.Module):
         reference: Reference | None,
         baseline: Any,
     ) -> None:
-        expect_layers("rewards", rewards)
+        expect_rewards(rewards)
         expect_layers("log_prob", log_prob, decisions=True)
-        if not rewards.is_floating_point():
-            raise TypeError(f"rewards: expected a floating tensor, got {rewards.dtype}")
         if reference is not None and not isinstance(reference, Reference):
             raise TypeError(f"reference: expected a Reference, got {type(reference).__name__}")
         if not (baseline is None or isinstance(baseline, Tensor) or callable(baseline)):

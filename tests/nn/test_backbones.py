@@ -319,6 +319,8 @@ def test_wrong_calls(backbone: GatedBackbone) -> None:
         backbone(x, lambda _l, _t: None, locations=[(4, 0)])
     with pytest.raises(ValueError, match="named twice"):
         backbone(x, lambda _l, _t: None, locations=[(2, 0), (2, 0)])
+    with pytest.raises(ValueError, match=r"location \(\[3\], 0\): no such"):
+        backbone(x, lambda _l, _t: None, locations=[([3], 0)])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="images: shape"):
         backbone(x[..., :-4])
     with pytest.raises(ValueError, match="expected"):

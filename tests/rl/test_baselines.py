@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import nn
 
 from dvla_fast.rl import (
     EMABaseline,
@@ -111,6 +114,15 @@ def test_advantages_have_deviation_one() -> None:
     unit = 1.5**0.5  # of the population, not of a sample
     torch.testing.assert_close(advantage[0], torch.tensor([-unit, 0.0, unit]), rtol=1e-3, atol=0)
     assert not advantage[1].any()
+
+
+@pytest.mark.parametrize("make", [lambda: EMABaseline(2), LeaveOneOutBaseline])
+def test_rewards_of_a_wrong_form(make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(ValueError, match=r"^rewards: shape \(\), expected \(layers, episodes\)"):
+        make()(torch.tensor(1.0))
+    # A baseline of whole numbers would be cut to one.
+    with pytest.raises(TypeError, match=r"^rewards: expected a floating tensor, got torch\.int64"):
+        make()(torch.ones(2, 4, dtype=torch.int64))
 
 
 def test_wrong_arguments() -> None:

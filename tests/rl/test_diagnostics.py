@@ -122,6 +122,14 @@ def test_alpha_figures_take_every_decision() -> None:
     torch.testing.assert_close(figures["alpha_edge"], torch.tensor([0.0, 1.0]))
 
 
+@pytest.mark.parametrize("alphas", [[], [torch.ones(2), torch.ones(0)]])
+def test_alpha_figures_without_decisions(alphas: list[torch.Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"^alphas: expected at least one layer and one decision"):
+        alpha_figures(alphas)
+    with pytest.raises(TypeError, match=r"^alphas: expected a tensor, got float$"):
+        alpha_figures([0.5])  # type: ignore[list-item]
+
+
 def test_collapse() -> None:
     assert collapsed_layers([0.5, 0.01, 0.985], [-0.5, -3.0, -3.0], discrete=False) == [1, 2]
     assert collapsed_layers([0.03, 0.97], [-2.0, -2.0], discrete=False) == []

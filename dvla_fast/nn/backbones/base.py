@@ -158,7 +158,8 @@ class GatedBackbone(nn.Module):
         checked: list[Location] = []
         for pair in locations:
             location = tuple(pair) if isinstance(pair, Sequence) else (pair,)
-            if location not in self.widths:
+            # By comparison: what cannot be looked up in a dict is no location either.
+            if location not in list(self.widths):
                 raise ValueError(
                     f"location {location}: no such (stage, block); stages 1 to"
                     f" {len(self.depths)} have {self.depths} blocks, counted from 0"

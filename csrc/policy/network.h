@@ -30,8 +30,9 @@ constexpr int kRows = 4, kUnits = 3;
 // x (n) normalised to mean 0 and variance 1; the reciprocal of its deviation.
 template <class wide_t>
 double normalise(const wide_t* x, int64_t n, wide_t* out) {
-  const double mean = sum_terms(n, [=](int64_t i) { return static_cast<double>(x[i]); }) / n;
-  const double squares = sum_terms(n, [=](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
+  const double mean = sum_terms(n, [=](const auto& at) { return at(x); }) / n;
+  const double squares =
+      sum_terms(n, [=](const auto& at) { return (at(x) - mean) * (at(x) - mean); });
   const double factor = 1 / std::sqrt(squares / n + kNormEpsilon);
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<wide_t>((x[i] - mean) * factor);
   return factor;
@@ -40,9 +41,8 @@ double normalise(const wide_t* x, int64_t n, wide_t* out) {
 // grad, of the normalised values y, becomes that of what was normalised.
 template <class wide_t>
 void normalise_backward(const wide_t* y, double factor, int64_t n, wide_t* grad) {
-  const double mean = sum_terms(n, [=](int64_t i) { return static_cast<double>(grad[i]); }) / n;
-  const double along =
-      sum_terms(n, [=](int64_t i) { return static_cast<double>(grad[i]) * y[i]; }) / n;
+  const double mean = sum_terms(n, [=](const auto& at) { return at(grad); }) / n;
+  const double along = sum_terms(n, [=](const auto& at) { return at(grad) * at(y); }) / n;
   for (int64_t i = 0; i < n; ++i) {
     grad[i] = static_cast<wide_t>(factor * (grad[i] - mean - along * y[i]));
   }

@@ -22,7 +22,7 @@ from dvla_fast.data.images import unit_range
 from dvla_fast.engine.build import pick_device
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
 from dvla_fast.engine.config import SemanticsConfig
-from dvla_fast.engine.models import build_model, described_by
+from dvla_fast.engine.models import build_model, described_by, placed
 from dvla_fast.engine.modes import evaluating
 from dvla_fast.engine.settings import from_mapping
 from dvla_fast.engine.texts import encode_texts
@@ -135,7 +135,7 @@ class FewShotClassifier:
             load_weights(model, tensors, "model.", checkpoint)
         else:
             load_weights(model.backbone, tensors, "model.backbone.", checkpoint)
-        return cls(model.eval().to(place), info)
+        return cls(placed(model.eval(), place), info)
 
     @torch.inference_mode()
     def learn(

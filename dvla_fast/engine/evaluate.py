@@ -28,7 +28,7 @@ from dvla_fast.engine.episode_lists import build_samplers
 from dvla_fast.engine.inductive import EpisodeTexts
 from dvla_fast.engine.inputs import images_fingerprint, pixel_facts
 from dvla_fast.engine.leaks import SeenImages, find_seen_images
-from dvla_fast.engine.models import build_model, build_pretrain_model, described_by
+from dvla_fast.engine.models import build_model, build_pretrain_model, described_by, placed
 from dvla_fast.engine.monitor import accuracy_text
 from dvla_fast.engine.predict import (
     LEARNED,
@@ -261,7 +261,7 @@ def load_model(path: str, data: FewShotData) -> tuple[DVLA | None, nn.Module, di
     """
     if published(path):
         backbone, info = published_visformer(path, data)
-        return None, backbone.to(data.base.device), info
+        return None, placed(backbone, data.base.device), info
     tensors, info = load_checkpoint(path, ("pretrain", "metatune"))
     spec = info["model"]["backbone"]
     shape = (spec.get("in_channels", 3), spec["image_size"])
@@ -281,11 +281,11 @@ def load_model(path: str, data: FewShotData) -> tuple[DVLA | None, nn.Module, di
         with described_by(path):
             container = build_pretrain_model(spec, info["model"]["classes"])
         load_weights(container, tensors, "model.", path)
-        return None, container["backbone"].to(device), info
+        return None, placed(container["backbone"], device), info
     with described_by(path):
         model = build_model(info["model"])
     load_weights(model, tensors, "model.", path)
-    model.to(device)
+    placed(model, device)
     return model, model.backbone, info
 
 

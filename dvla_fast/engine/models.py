@@ -9,8 +9,9 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from dvla_fast.engine.checkpoint import load_checkpoint, load_weights
@@ -20,6 +21,7 @@ from dvla_fast.engine.settings import UsageError, differences
 from dvla_fast.errors import CheckpointError, TrainingError
 from dvla_fast.nn import DVLA, build_backbone
 
+Module = TypeVar("Module", bound=nn.Module)
 # Of ModelConfig: what describes the backbone and its start, and not the gates.
 _BACKBONE_FIELDS = (
     "backbone", "width", "clip_model", "pretrained", "normalisation", "backbone_options",
@@ -149,6 +151,15 @@ def load_backbone(
         )
     load_weights(model.backbone, tensors, "model.backbone.", path)
     return tensors, info
+
+
+def placed(module: Module, device: torch.device) -> Module:
+    """Bring a model that will only predict to a device; on CPUs channels last, for convolutions.
+
+    (Visformer-Tiny takes 7 % to 18 % less time so. On GPUs it has not been measured.)
+    """
+    module.to(device)
+    return module.to(memory_format=torch.channels_last) if device.type == "cpu" else module
 
 
 def check_weights(module: nn.Module, what: str) -> None:

@@ -15,8 +15,10 @@ import torch
 
 import dvla_fast
 from dvla_fast.cli import main
+from dvla_fast.data import load_digits
 from dvla_fast.engine.checkpoint import load_checkpoint
 from dvla_fast.engine.config import SemanticsConfig
+from dvla_fast.engine.evaluate import load_model
 from dvla_fast.engine.modes import evaluating
 from dvla_fast.engine.settings import UsageError
 from dvla_fast.engine.texts import encode_texts
@@ -43,6 +45,21 @@ def pictures(count: int, seed: int) -> list[np.ndarray]:
 
 
 SUPPORTS = {"jay": pictures(2, 0), "wren": pictures(1, 1), "crow": pictures(3, 2)}
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "metatune"])
+def test_loaded_models_keep_channels_last(make_checkpoint: Callable, kind: str) -> None:
+    """On CPUs, where convolutions are faster so."""
+    path = make_checkpoint(kind, channels=1)
+    loaded = [
+        dvla_fast.FewShotClassifier.load(path, "cpu").model.backbone,
+        load_model(str(path), load_digits())[1],
+    ]
+    for backbone in loaded:
+        kernels = [weights for weights in backbone.parameters() if weights.dim() == 4]
+        assert kernels
+        for weights in kernels:
+            assert weights.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("text_scope", TEXT_SCOPES)

@@ -36,7 +36,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # Machines of the summary of CPUs: how the names of their records begin.
 CPUS = {
-    "EPYC, AVX-512": "amd-epyc-avx512-2-cores",
+    "EPYC, Zen 5": "amd-epyc-zen5-2-cores",
+    "EPYC, Zen 4": "amd-epyc-avx512-2-cores",
     "Xeon, AVX-512": "intel-xeon-avx512-2-cores",
     "EPYC, AVX2": "amd-epyc-avx2-2-cores",
     "Xeon, tiles": "intel-xeon-amx-2-cores",

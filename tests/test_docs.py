@@ -114,6 +114,9 @@ ELSEWHERE = {
     "python -m benchmarks.training --image-size 84": (
         "tests/test_benchmarks.py::benchmarks.training"
     ),
+    "export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647": (
+        "tests/engine/test_free_memory.py::test_freed_memory_is_kept"
+    ),
     "python -m benchmarks.tables": "tests/test_tables.py::tables.main",
     "dvla-fast report runs/backbone runs/tuned runs/result --output report.html": (
         "tests/report/test_report.py::test_sound_run_is_shown_whole"

@@ -74,7 +74,7 @@ def alpha_figures(alphas: Sequence[Tensor]) -> dict[str, Tensor]:
     """
     for alpha in alphas:
         expect_tensor("alphas", alpha)
-    if not alphas or any(not alpha.numel() for alpha in alphas):
+    if not len(alphas) or any(not alpha.numel() for alpha in alphas):
         raise ValueError(
             f"alphas: expected at least one layer and one decision of each, got shapes"
             f" {[tuple(alpha.shape) for alpha in alphas]}"

@@ -120,6 +120,8 @@ def test_alpha_figures_take_every_decision() -> None:
     torch.testing.assert_close(figures["alpha"], torch.tensor([0.3, 0.75]))
     torch.testing.assert_close(figures["alpha_spread"], torch.tensor([0.1, 0.1875**0.5]))
     torch.testing.assert_close(figures["alpha_edge"], torch.tensor([0.0, 1.0]))
+    rows = alpha_figures(torch.tensor([[0.2, 0.4], [0.5, 0.5]]))  # type: ignore[arg-type]
+    torch.testing.assert_close(rows["alpha"], torch.tensor([0.3, 0.5]))
 
 
 @pytest.mark.parametrize("alphas", [[], [torch.ones(2), torch.ones(0)]])

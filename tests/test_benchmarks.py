@@ -17,7 +17,7 @@ import torch
 from benchmarks import pairing, ratios
 from benchmarks.memory import peak_mib
 from benchmarks.ratios import bounds, bounds_markdown, markdown, plot, rows
-from benchmarks.roofline import CASE, Ceilings, bound, table
+from benchmarks.roofline import CASE, Ceilings, bound, measure, table
 
 ROOT = Path(__file__).parent.parent
 LONG = (  # to compute or to compile
@@ -274,6 +274,8 @@ def test_roofline() -> None:
     assert bound(thin, slow) == pytest.approx(2 * (3 * 8 + 2 * 800 + 8) / 1e6)
     record = {"medians": [{"group": long[0], "provider": "dvla_fast", "median_us": 1e4}]}
     assert "| 5,140.0 µs | 51% |" in table(record, ceilings)
+    measured = measure(32)
+    assert min(*measured.flops.values(), measured.exps, measured.bandwidth) > 0
 
 
 def test_picture(tmp_path: Path) -> None:

@@ -48,17 +48,17 @@ void normalise_backward(const wide_t* y, double factor, int64_t n, wide_t* grad)
   }
 }
 
-// Phi(x), which GELU(x) = x Phi(x) is made of, and the derivative of that, Phi(x) + x phi(x).
+// Phi(x), which GELU(x) = x Phi(x) is made of, and from it GELU's derivative, Phi(x) + x phi(x).
 template <class wide_t>
-inline Vec<wide_t> below(const Vec<wide_t>& x) {
+inline Vec<wide_t> normal_cdf(const Vec<wide_t>& x) {
   return Vec<wide_t>(wide_t(0.5)) *
          (Vec<wide_t>(wide_t(1)) + (x * Vec<wide_t>(wide_t(M_SQRT1_2))).erf());
 }
 template <class wide_t>
-inline Vec<wide_t> gelu_slope(const Vec<wide_t>& x, const Vec<wide_t>& below) {
+inline Vec<wide_t> gelu_slope(const Vec<wide_t>& x, const Vec<wide_t>& cdf) {
   const Vec<wide_t> density =
       (x * x * Vec<wide_t>(wide_t(-0.5))).exp() * Vec<wide_t>(wide_t(0.5 * M_SQRT1_2 * M_2_SQRTPI));
-  return below + x * density;
+  return cdf + x * density;
 }
 
 // f(first, count) over n values in vectors.
@@ -244,7 +244,7 @@ class Network {
     Vec<wide_t> sum(wide_t(0));
     each_vector<wide_t>(units_, [&](int64_t i, int64_t count) {
       const auto x = Vec<wide_t>::loadu(hidden + i, count);
-      sum = at::vec::fmadd(x * below(x), Vec<wide_t>::loadu(out_ + i, count), sum);
+      sum = at::vec::fmadd(x * normal_cdf(x), Vec<wide_t>::loadu(out_ + i, count), sum);
     });
     return attention::sum_lanes(sum) + bias;
   }
@@ -265,11 +265,11 @@ class Network {
         Vec<wide_t> of_bias(wide_t(0)), of_out(wide_t(0));
         for (int64_t a = 0; a < z_.A; ++a) {
           const Vec<wide_t> slope(grad_logits[a]);
-          const auto x = Vec<wide_t>::loadu(hidden + a * units_ + i, count), part = below(x);
-          const Vec<wide_t> grad = slope * out * gelu_slope(x, part);
+          const auto x = Vec<wide_t>::loadu(hidden + a * units_ + i, count), cdf = normal_cdf(x);
+          const Vec<wide_t> grad = slope * out * gelu_slope(x, cdf);
           grad.store(grad_hidden + a * units_ + i, count);
           of_bias = of_bias + grad;
-          of_out = at::vec::fmadd(slope, x * part, of_out);
+          of_out = at::vec::fmadd(slope, x * cdf, of_out);
         }
         of_bias.store(grad_hidden_bias + i, count);
         of_out.store(grad_out_weight + i, count);
